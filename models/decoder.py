@@ -1,0 +1,111 @@
+"""The language decoder of every family: embedding -> layers -> final norm -> logits, over packed tokens [T, hidden].
+
+All arithmetic goes through an `ops` object (see runtime/ops): the same layers run on plain torch, the fast CPU kernels or
+the NPU's. Sequences of different lengths lie one after another in T; `Step` says where each begins and what it may see.
+"""
+from dataclasses import dataclass
+
+import torch
+
+from .base import DecoderConfig
+from .layers import Linear, Norm, rotary_angles
+
+
+@dataclass
+class Step:
+    """One forward pass over the packed tokens of B sequences.
+
+    cos, sin [T, head_dim]: rotary row of every token.  slots int64 [T]: cache slot, block * block_size + offset.
+    block_table int32 [B, blocks].  q_lens, kv_lens: per sequence, tokens in this step and in the cache after it.
+    causal: a token sees itself and what is before it; else all kv_lens tokens (prefix-LM context).
+    """
+    cos: torch.Tensor
+    sin: torch.Tensor
+    slots: torch.Tensor
+    block_table: torch.Tensor
+    q_lens: list[int]
+    kv_lens: list[int]
+    causal: bool = True
+
+
+@dataclass
+class Layer:
+    attention_norm: Norm
+    qkv: Linear
+    out: Linear
+    mlp_norm: Norm
+    up: Linear
+    down: Linear
+
+
+class Decoder:
+    """Weights by canonical name (see base.py), already in the wanted dtype; 2-D ones are packed by the backend."""
+
+    def __init__(self, config: DecoderConfig, weights: dict, ops):
+        self.config, self.ops = config, ops
+        self.embedding = weights["embed.weight"]
+        self.layers = [_layer(weights, f"layers.{i}.") for i in range(config.layers)]
+        self.final_norm = Norm(weights["final_norm.weight"], weights.get("final_norm.bias"))
+        self.lm_head = Linear(weights["lm_head.weight"])
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids int64 [T] -> [T, hidden]."""
+        return self.ops.embed(ids, self.embedding)
+
+    def angles(self, positions: torch.Tensor):
+        """positions int64 [T, channels] -> (cos, sin) [T, head_dim] in the decoder's dtype."""
+        cos, sin = rotary_angles(self.config.rope, self.config.head_dim, positions)
+        return cos.to(self.embedding.dtype), sin.to(self.embedding.dtype)
+
+    def forward(self, x: torch.Tensor, step: Step, cache) -> torch.Tensor:
+        """x [T, hidden] -> normalised hidden states [T, hidden]; writes this step's keys and values into `cache`."""
+        run = self._plain_layers if self.config.residual_alpha is None else self._alpha_layers
+        return run(x, step, cache)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [T, hidden] -> float32 [T, vocab]."""
+        return self.ops.linear(hidden, self.lm_head).float()
+
+    def _plain_layers(self, residual, step, cache):
+        """Pre-norm: each branch's output joins the residual inside the next norm."""
+        next_norms = [layer.attention_norm for layer in self.layers[1:]] + [self.final_norm]
+        x = self._norm(residual, self.layers[0].attention_norm)
+        for i, (layer, next_norm) in enumerate(zip(self.layers, next_norms)):
+            x, residual = self.ops.add_rms_norm(self._attention(x, layer, i, step, cache), residual, layer.mlp_norm,
+                                                self.config.eps)
+            x, residual = self.ops.add_rms_norm(self._mlp(x, layer), residual, next_norm, self.config.eps)
+        return x
+
+    def _alpha_layers(self, x, step, cache):
+        """ChatGLM-6B: the residual is the norm's output times alpha."""
+        alpha = self.config.residual_alpha
+        for i, layer in enumerate(self.layers):
+            normed = self._norm(x, layer.attention_norm)
+            x = self.ops.scaled_add(self._attention(normed, layer, i, step, cache), normed, alpha)
+            normed = self._norm(x, layer.mlp_norm)
+            x = self.ops.scaled_add(self._mlp(normed, layer), normed, alpha)
+        return self._norm(x, self.final_norm)
+
+    def _norm(self, x, norm):
+        apply = self.ops.layer_norm if self.config.norm == "layer" else self.ops.rms_norm
+        return apply(x, norm, self.config.eps)
+
+    def _attention(self, x, layer, index, step, cache):
+        c = self.config
+        qkv = self.ops.linear(x, layer.qkv).view(len(x), -1, c.head_dim)
+        q, k, v = qkv.split((c.heads, c.kv_heads, c.kv_heads), dim=1)
+        q, k = self.ops.rope(q, k, step.cos, step.sin)
+        keys, values = cache.layers[index]
+        self.ops.cache_write(k, v, keys, values, step.slots)
+        return self.ops.linear(self.ops.attention(q, k, v, keys, values, step).flatten(1), layer.out)
+
+    def _mlp(self, x, layer):
+        activation = self.ops.swiglu if self.config.activation == "swiglu" else self.ops.gelu_tanh
+        return self.ops.linear(activation(self.ops.linear(x, layer.up)), layer.down)
+
+
+def _layer(weights: dict, prefix: str) -> Layer:
+    def pick(kind, name):
+        return kind(weights[prefix + name + ".weight"], weights.get(prefix + name + ".bias"))
+    return Layer(pick(Norm, "attention_norm"), pick(Linear, "qkv"), pick(Linear, "out"),
+                 pick(Norm, "mlp_norm"), pick(Linear, "up"), pick(Linear, "down"))

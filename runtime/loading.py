@@ -1,0 +1,19 @@
+"""Reads the decoder's weights from the checkpoint straight into the backend's form, one tensor at a time."""
+import torch
+
+MATRICES = ("qkv.weight", "out.weight", "up.weight", "down.weight", "lm_head.weight")
+
+
+def decoder_weights(checkpoint, family, dtype: torch.dtype, device: str, ops) -> dict:
+    """Canonical name -> tensor of `dtype` on `device`; matrices packed by `ops` as soon as they are complete."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    columns = (TextColumn("loading weights"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    weights = {}
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task("")
+        rows = [w for w in family.weights() if w.parts and not w.parts[0].target.startswith("vision.")]
+        for name, tensor in checkpoint.assemble(rows, dtype=dtype, progress=lambda done, total: bar.update(
+                task, completed=done, total=total)):
+            tensor = tensor.to(device)
+            weights[name] = ops.pack(tensor) if name.endswith(MATRICES) else tensor
+    return weights

@@ -1,0 +1,46 @@
+"""Fast torch kernels on the CPU: fused norms, scaled-dot-product attention with grouped heads, in-place cache writes."""
+import torch
+from torch.nn import functional as F
+
+from .reference import ReferenceOps
+
+
+class CpuOps(ReferenceOps):
+    name = "cpu"
+
+    def layer_norm(self, x, norm, eps):
+        return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, eps)
+
+    def rms_norm(self, x, norm, eps):
+        return F.rms_norm(x, x.shape[-1:], norm.weight, eps)
+
+    def cache_write(self, k, v, keys, values, slots):
+        keys.view(-1, *keys.shape[2:]).index_copy_(0, slots, k)
+        values.view(-1, *values.shape[2:]).index_copy_(0, slots, v)
+
+    def attention(self, q, k, v, keys, values, step):
+        outputs, start = [], 0
+        for b, (rows, length) in enumerate(zip(step.q_lens, step.kv_lens)):
+            own = slice(start, start + rows)
+            fresh = rows == length      # a whole prompt: its keys and values are at hand, no need to read the cache
+            context = (k[own], v[own]) if fresh else _gather(keys, values, step.block_table[b], length)
+            outputs.append(_attend(q[own], *context, causal=step.causal))
+            start += rows
+        return torch.cat(outputs)
+
+
+def _gather(keys, values, blocks, length):
+    used = blocks[:-(-length // keys.shape[1])]
+    return (cache.index_select(0, used).flatten(0, 1)[:length] for cache in (keys, values))
+
+
+def _attend(q, k, v, causal):
+    """[rows, heads, head_dim] against [length, kv_heads, head_dim]."""
+    rows, length = len(q), len(k)
+    mask = None
+    if causal and 1 < rows < length:
+        mask = torch.ones(rows, length, dtype=torch.bool).tril(length - rows)
+    q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and rows == length,
+                                           enable_gqa=q.shape[1] != k.shape[1])
+    return mixed.squeeze(0).transpose(0, 1)

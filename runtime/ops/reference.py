@@ -1,0 +1,81 @@
+"""Plain torch on any device: the oracle for the other backends. Norms, softmax and scores are computed in fp32.
+
+Shapes: activations [T, width], q [T, heads, head_dim], k and v [T, kv_heads, head_dim], caches
+[blocks, block_size, kv_heads, head_dim]. `step` is models.decoder.Step.
+"""
+import torch
+from torch.nn import functional as F
+
+
+class ReferenceOps:
+    name = "reference"
+
+    def pack(self, weight: torch.Tensor) -> torch.Tensor:
+        """A linear weight [out, in] in the form `linear` wants; called once at load."""
+        return weight
+
+    def embed(self, ids, table):
+        return F.embedding(ids, table)
+
+    def linear(self, x, linear):
+        return F.linear(x, linear.weight, linear.bias)
+
+    def layer_norm(self, x, norm, eps):
+        y = F.layer_norm(x.float(), x.shape[-1:], norm.weight.float(), norm.bias.float(), eps)
+        return y.to(x.dtype)
+
+    def rms_norm(self, x, norm, eps):
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
+        return (y * norm.weight.float()).to(x.dtype)
+
+    def add_rms_norm(self, x, residual, norm, eps):
+        """(normalised sum, sum)"""
+        residual = x + residual
+        return self.rms_norm(residual, norm, eps), residual
+
+    def scaled_add(self, x, residual, alpha: float):
+        return torch.add(x, residual, alpha=alpha)
+
+    def swiglu(self, x):
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def gelu_tanh(self, x):
+        return F.gelu(x, approximate="tanh")
+
+    def rope(self, q, k, cos, sin):
+        """Half-rotation over the full head: x * cos + [-x2, x1] * sin, in the inputs' dtype."""
+        def rotate(x):
+            first, second = x.chunk(2, dim=-1)
+            return x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
+        return rotate(q), rotate(k)
+
+    def cache_write(self, k, v, keys, values, slots):
+        keys.view(-1, *keys.shape[2:])[slots] = k
+        values.view(-1, *values.shape[2:])[slots] = v
+
+    def attention(self, q, k, v, keys, values, step):
+        """softmax(q k / sqrt(head_dim)) v per sequence over its cached keys and values -> [T, heads, head_dim]."""
+        outputs = []
+        for b, rows in enumerate(q.split(step.q_lens)):
+            cached = [_gather(cache, step.block_table[b], step.kv_lens[b]).float() for cache in (keys, values)]
+            outputs.append(_attend(rows.float(), *cached, causal=step.causal).to(q.dtype))
+        return torch.cat(outputs)
+
+
+def _gather(cache, blocks, length):
+    """Blocks of one sequence -> [length, kv_heads, head_dim]."""
+    used = -(-length // cache.shape[1])
+    return cache[blocks[:used].long()].flatten(0, 1)[:length]
+
+
+def _attend(q, k, v, causal: bool):
+    repeat = q.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(repeat, dim=1).transpose(0, 1) for t in (k, v))
+    scores = q.transpose(0, 1) @ k.transpose(1, 2) / q.shape[-1] ** 0.5
+    if causal:
+        past = k.shape[1] - q.shape[0]
+        hidden = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(past + 1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+    return (scores.softmax(-1) @ v).transpose(0, 1)

@@ -1,0 +1,189 @@
+"""Every flag once: dataclass field -> command-line flag -> the same dataclass, which is also what the Python API takes.
+
+In flows a command line (or keyword arguments), out flow checked dataclass instances. Nothing heavy is imported here, so
+that `--help` answers at once. Commands add their own fields with `flag` and build their parser with `Parser`.
+"""
+import argparse
+import difflib
+import math
+import re
+import sys
+from dataclasses import MISSING, dataclass, field, fields
+
+from .errors import USER_MISTAKE, ToolkitError
+
+DTYPES = {"auto": "auto", "float32": "float32", "fp32": "float32", "float": "float32", "bfloat16": "bfloat16",
+          "bf16": "bfloat16", "float16": "float16", "fp16": "float16", "half": "float16"}
+
+
+def flag(help, *aliases, default=MISSING, kind=str, metavar=None, choices=(), many=False):
+    """A dataclass field that is also a flag: --its-name plus `aliases`. No default = required; many = may be repeated."""
+    shown = metavar or ("{" + ",".join(choices) + "}" if choices else None)
+    return field(default=default, metadata={"help": help, "aliases": aliases, "kind": kind, "metavar": shown,
+                                            "choices": choices, "many": many})
+
+
+def spelled(name: str) -> str:
+    """Field name -> flag, as messages and help show it."""
+    return "--" + name.replace("_", "-")
+
+
+def require(options, name: str, fits: bool, rule: str):
+    """Raise ToolkitError about field `name` unless its value `fits`; `rule` says what does, and an example."""
+    if not fits:
+        raise ToolkitError(f"{spelled(name)} is {getattr(options, name)!r}: {rule}")
+
+
+def check_choices(options):
+    for f in fields(options):
+        known = f.metadata.get("choices")
+        if known:
+            require(options, f.name, getattr(options, f.name) in (*known, f.default), f"use one of {', '.join(known)}")
+
+
+def dtype_name(spelling: str) -> str:
+    """"fp16", "half", "float16" -> "float16", and so on."""
+    if spelling not in DTYPES:
+        raise ToolkitError(f"--dtype is {spelling!r}: use one of {', '.join(DTYPES)}")
+    return DTYPES[spelling]
+
+
+def npu(index: str) -> str:
+    """--device-id N -> device name."""
+    return f"npu:{int(index)}"
+
+
+@dataclass
+class EngineOptions:
+    """Where and how a model runs; Engine(model_dir, **these). ToolkitError for a value that cannot be."""
+    device: str = flag("where the decoder runs: cpu, npu or npu:N", default="cpu", metavar="DEVICE")
+    dtype: str = flag("weights and arithmetic of the decoder: auto, float32 (fp32), bfloat16 (bf16), float16 (fp16)",
+                      default="auto", metavar="DTYPE")
+    vision: str = flag("what runs the vision encoder", default="auto", choices=("auto", "onnx", "torch", "om"))
+    artifact: str | None = flag("folder written by `python -m convert`; without it the model is looked up in the cache "
+                                "and converted once", default=None, metavar="DIR")
+    ops: str = flag("decoder operators: reference is plain torch, the yardstick of the others", default="auto",
+                    choices=("auto", "reference", "cpu"))
+    max_model_len: int | None = flag("longest prompt + answer in tokens (default: what the model can, at most 8192)",
+                                     default=None, kind=int, metavar="N")
+    block_size: int = flag("tokens per block of the KV cache", default=16, kind=int, metavar="N")
+
+    def __post_init__(self):
+        self.device = {"npu": "npu:0"}.get(self.device, self.device)
+        self.dtype = dtype_name(self.dtype)
+        check_choices(self)
+        require(self, "device", bool(re.fullmatch(r"cpu|npu:\d+", self.device)), "use cpu, npu or npu:N")
+        require(self, "block_size", self.block_size >= 1, "1 or more is needed, e.g. 16")
+        require(self, "max_model_len", self.max_model_len is None or self.max_model_len >= 1,
+                "1 or more is needed, e.g. 2048")
+
+
+@dataclass
+class SamplingParams:
+    """How one answer is sampled; None = the default of the model's release. ToolkitError for a value that cannot be."""
+    max_tokens: int | None = flag("longest answer in tokens (default: up to the model's length limit)",
+                                  default=None, kind=int, metavar="N")
+    temperature: float | None = flag("0 always takes the most likely token (default: as released)", "--temp",
+                                     default=None, kind=float, metavar="T")
+    top_p: float | None = flag("keep the smallest set of tokens of this probability (default: as released)",
+                               default=None, kind=float, metavar="P")
+    top_k: int | None = flag("keep the K most likely tokens, 0 = all (default: as released)",
+                             default=None, kind=int, metavar="K")
+    repetition_penalty: float | None = flag("above 1 discourages tokens already seen (default: as released)",
+                                            default=None, kind=float, metavar="R")
+    seed: int | None = flag("makes sampled answers repeatable (default: another answer every time)",
+                            default=None, kind=int, metavar="N")
+    ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        self.stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        self._check("max_tokens", lambda n: n >= 1, "1 or more is needed, e.g. 256")
+        self._check("temperature", lambda t: 0 <= t < math.inf, "0 or more is needed; 0 always takes the most likely token")
+        self._check("top_p", lambda p: 0 < p <= 1, "above 0 and up to 1 is needed; for the most likely token use "
+                                                   "--temperature 0")
+        self._check("top_k", lambda k: k >= 0, "0 or more is needed; 0 keeps all tokens")
+        self._check("repetition_penalty", lambda r: 0 < r < math.inf, "more than 0 is needed; 1 switches it off")
+        self._check("seed", lambda n: 0 <= n < 2 ** 63, "use a whole number from 0 up, below 2^63")
+
+    def _check(self, name, fits, rule):
+        value = getattr(self, name)
+        require(self, name, value is None or fits(value), rule)
+
+
+class Help(argparse.HelpFormatter):
+    """Same help on every Python: one line of spellings with one metavar, `100` columns, default values shown."""
+
+    def __init__(self, prog, **kwargs):
+        super().__init__(prog, max_help_position=30, width=100)
+
+    def _format_action_invocation(self, action):
+        value = "" if action.nargs == 0 else " " + self._format_args(action, action.metavar or action.dest.upper())
+        return ", ".join(action.option_strings) + value
+
+    def _get_help_string(self, action):
+        shown = action.default not in (None, (), False, argparse.SUPPRESS) and "default" not in action.help
+        return action.help + (" (default: %(default)s)" if shown else "")
+
+
+class Parser(argparse.ArgumentParser):
+    """The flags of one command: titled groups of dataclasses, and what every command has.
+
+    `groups` is {title: dataclass}; `parse` returns one instance of each, in that order. Mistakes are ToolkitErrors.
+    """
+
+    def __init__(self, command: str, usage: str, description: str, groups: dict[str, type]):
+        super().__init__(prog=command, usage=f"{command} {usage}", description=description, formatter_class=Help,
+                         allow_abbrev=False, add_help=False)
+        self._classes = list(groups.values())
+        for title, options in groups.items():
+            group = self.add_argument_group(title)
+            for f in fields(options):
+                if "help" in f.metadata:
+                    _add(group, f)
+        self._add_common(self.add_argument_group("general"))
+
+    def parse(self, argv: list[str]) -> list:
+        values, unknown = self.parse_known_args([kebab(a) for a in argv])
+        if unknown:
+            self.error(f"unknown argument {unknown[0]}" + self._nearest(unknown[0]))
+        if values.trust_remote_code:
+            print("note: --trust-remote-code is accepted and ignored; no code of a checkpoint is ever run", file=sys.stderr)
+        return [options(**{f.name: getattr(values, f.name) for f in fields(options) if hasattr(values, f.name)})
+                for options in self._classes]
+
+    def error(self, message):
+        raise ToolkitError(f"{message}; see {self.prog} --help", USER_MISTAKE)
+
+    def _add_common(self, group):
+        group.add_argument("-h", "--help", action="help", help="show this help and exit")
+        group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        group.add_argument("--trust-remote-code", action="store_true",
+                           help="accepted and ignored: no code of a checkpoint is ever run")
+
+    def _nearest(self, argument: str) -> str:
+        close = difflib.get_close_matches(argument.split("=")[0], self._option_string_actions, n=1)
+        return f", did you mean {close[0]}?" if close else ""
+
+
+def kebab(argument: str) -> str:
+    """--max_tokens=a_b -> --max-tokens=a_b; anything else unchanged."""
+    name, equals, value = argument.partition("=")
+    return (name.replace("_", "-") if name.startswith("--") else name) + equals + value
+
+
+def _add(group, f):
+    """Add the flag of dataclass field `f` to an argparse group."""
+    meta, names = f.metadata, [n for n in f.metadata["aliases"] if len(n) == 2]
+    names += [spelled(f.name), *(n for n in meta["aliases"] if len(n) > 2)]
+    settings = {"dest": f.name, "help": meta["help"], "required": f.default is MISSING}
+    settings["default"] = None if f.default is MISSING else f.default
+    if meta["kind"] is bool:
+        group.add_argument(*names, action="store_true", **settings)
+    elif meta["many"]:
+        group.add_argument(*names, action="extend", nargs="+", type=meta["kind"], metavar=meta["metavar"], **settings)
+    else:
+        group.add_argument(*names, type=meta["kind"], metavar=meta["metavar"], **settings)
+    if f.name == "device":
+        group.add_argument("--device-id", dest="device", type=npu, metavar="N", default=argparse.SUPPRESS,
+                           help="the same as --device npu:N")
