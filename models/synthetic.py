@@ -13,8 +13,7 @@ import math
 import os
 import shutil
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,26 +22,10 @@ import numpy as np
 from .base import ModelError, Weight, read_json
 
 RELEASED = Path(__file__).parent / "released"
+INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 2_000_000_000
 BLOCK = 1 << 20                 # normal values drawn per tensor; a larger tensor repeats them, rotated at random
-SPREAD = 0.02                   # standard deviation of matrices, and of norm weights around 1
-DTYPE_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One file to write: its safetensors header (with the length in front), its tensors, its size in bytes."""
-    file: Path
-    header: bytes
-    weights: list[Weight]
-    size: int
-
-    @property
-    def finished(self) -> bool:
-        if not self.file.is_file() or self.file.stat().st_size != self.size:
-            return False
-        with open(self.file, "rb") as stream:
-            return stream.read(len(self.header)) == self.header
+SPREAD = 0.02                   # standard deviation of matrices and biases, and of norm weights around 1
 
 
 def visualglm_files(tokenizer_config: dict, full: bool) -> tuple[dict[str, bytes], dict]:
@@ -52,74 +35,195 @@ def visualglm_files(tokenizer_config: dict, full: bool) -> tuple[dict[str, bytes
     from .synthetic_text import ice_text
     vocabulary = ice_text(base_pieces=130000 if full else None)
     pieces = sentencepiece.SentencePieceProcessor(model_proto=vocabulary)
-    ids = {"bos_token_id": "<sop>", "eos_token_id": "<eop>", "mask_token_id": "[MASK]", "gmask_token_id": "[gMASK]"}
-    fields = {field: pieces.piece_to_id(piece) for field, piece in ids.items()}
+    special = {"bos_token_id": "<sop>", "eos_token_id": "<eop>", "mask_token_id": "[MASK]", "gmask_token_id": "[gMASK]"}
+    fields = {field: pieces.piece_to_id(piece) for field, piece in special.items()}
     return {"ice_text.model": vocabulary, "tokenizer_config.json": _json(tokenizer_config)}, fields
 
 
-TOKENIZERS: dict[str, Callable] = {"visualglm-6b": visualglm_files}        # one row per release
+RELEASES = {"visualglm-6b": visualglm_files}        # name of the file in released/ -> who makes its tokenizer
 
 
-def write_checkpoint(like: str, out: Path, scale: str = "full", seed: int = 0,
-                     progress: Callable[[int, int], None] = lambda done, total: None) -> int:
-    """Write the checkpoint of release `like` into `out`, resuming what an interrupted run left; returns its bytes.
+@dataclass(frozen=True)
+class Shard:
+    """A file to write: tensors in order behind `header` (safetensors, with its length in front), `size` bytes in all."""
+    file: Path
+    header: bytes
+    weights: list[Weight]
+    size: int
 
-    `progress(done, total)` counts weight bytes. Raises ModelError when `out` holds other files or the disk is too small.
+    @property
+    def finished(self) -> bool:
+        return self.file.is_file() and self.file.stat().st_size == self.size and self._start() == self.header
+
+    @property
+    def foreign(self) -> bool:
+        return self.file.exists() and b'"synthetic"' not in self._start()
+
+    def _start(self) -> bytes:
+        with open(self.file, "rb") as stream:
+            return stream.read(len(self.header))
+
+
+def write_checkpoint(like: str, out: str | Path, scale: str = "full", seed: int = 0, report=print,
+                     progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+    """Write the checkpoint of release `like` into `out`, going on where an interrupted run stopped.
+
+    `report(line)` gets the plan, `progress(done, total)` counts bytes. Raises ModelError when `out` holds other files or
+    the disk is too small.
     """
-    config, files = _release(like, scale)
-    shards, index = _plan(config, Path(out), {"like": like, "scale": scale, "seed": seed})
-    manifest = {"model.safetensors.index.json": _json(index), "config.json": _json(config)}
-    _prepare(Path(out), shards, {**files, **manifest})
+    out, (config, files) = Path(out), _release(like, scale)
+    shards, index = _plan(config, out, {"like": like, "scale": scale, "seed": seed})
+    manifest = {INDEX: _json(index), "config.json": _json(config)}
+    _prepare(out, shards, files | manifest, report)
     for name, content in files.items():
-        _replace(Path(out) / name, [content])
+        _write(out / name, [content])
     total, done = sum(shard.size for shard in shards), 0
     for shard in shards:
         if not shard.finished:
-            blocks = _counted(_shard_blocks(shard, config["torch_dtype"], seed), lambda n: progress(done + n, total))
-            _replace(shard.file, blocks)
+            _write(shard.file, _blocks(shard, config["torch_dtype"], seed), lambda n, before=done: progress(before + n, total))
         done += shard.size
         progress(done, total)
     for name, content in manifest.items():
-        _replace(Path(out) / name, [content])
-    return total
+        _write(out / name, [content])
 
 
 def _release(like: str, scale: str) -> tuple[dict, dict[str, bytes]]:
     """config.json as a dict, and the tokenizer files."""
     release = read_json(RELEASED / f"{like}.json")
     config = release["config"] if scale == "full" else _merged(release["config"], release["tiny"])
-    files, fields = TOKENIZERS[like](release["tokenizer_config"], scale == "full")
-    return {**config, **fields}, files
+    files, fields = RELEASES[like](release["tokenizer_config"], scale == "full")
+    return config | fields, files
 
 
 def _merged(config: dict, changes: dict) -> dict:
-    nested = {key: _merged(config[key], value) for key, value in changes.items() if isinstance(value, dict)}
-    return {**config, **changes, **nested}
+    return config | {key: _merged(config[key], value) if isinstance(value, dict) else value
+                     for key, value in changes.items()}
 
 
 def _plan(config: dict, out: Path, label: dict) -> tuple[list[Shard], dict]:
-    """Shards of at most SHARD_BYTES in table order, and the index that names them."""
-    from . import family_for
-    groups, size, width = [[]], 0, np.dtype("float16").itemsize if config["torch_dtype"] != "float32" else 4
-    for weight in family_for(config, out).weights():
-        nbytes = math.prod(weight.shape) * width
-        if size + nbytes > SHARD_BYTES and groups[-1]:
-            groups, size = groups + [[]], 0
+    """Shards of at most SHARD_BYTES, tensors in table order, and the index that names them."""
+    import torch
+
+    from . import families
+    family = next(family for family in families() if family.matches(config))
+    dtype, groups, size = getattr(torch, config["torch_dtype"]), [[]], 0
+    for weight in family(out, config).weights():
+        nbytes = math.prod(weight.shape) * dtype.itemsize
+        if groups[-1] and size + nbytes > SHARD_BYTES:
+            groups, size = [*groups, []], 0
         groups[-1].append(weight)
         size += nbytes
-    shards = [_shard(out / f"model-{k:05}-of-{len(groups):05}.safetensors", group, config["torch_dtype"], width, label)
+    shards = [_shard(out / f"model-{k:05}-of-{len(groups):05}.safetensors", group, dtype, label)
               for k, group in enumerate(groups, 1)]
-    total = sum(math.prod(w.shape) for group in groups for w in group) * width
-    return shards, {"metadata": {"total_size": total},
-                    "weight_map": {w.source: shard.file.name for shard in shards for w in shard.weights}}
+    return shards, {"metadata": {"total_size": sum(shard.size - len(shard.header) for shard in shards)},
+                    "weight_map": {weight.source: shard.file.name for shard in shards for weight in shard.weights}}
 
 
-def _shard(file: Path, weights: list[Weight], dtype: str, width: int, label: dict) -> Shard:
+def _shard(file: Path, weights: list[Weight], dtype, label: dict) -> Shard:
+    from .shards import SAFETENSORS_DTYPES
+    stored = {ours: name for name, ours in SAFETENSORS_DTYPES.items()}[dtype]
     header, end = {"__metadata__": {"format": "pt", "synthetic": json.dumps(label)}}, 0
     for weight in weights:
-        start, end = end, end + math.prod(weight.shape) * width
-        header[weight.source] = {"dtype": DTYPE_NAMES[dtype], "shape": weight.shape, "data_offsets": (start, end)}
+        start, end = end, end + math.prod(weight.shape) * dtype.itemsize
+        header[weight.source] = {"dtype": stored, "shape": weight.shape, "data_offsets": (start, end)}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    packed = len(text).to_bytes(8, "little") + text
-    return Shard(file, packed, weights, len(packed) + end)
+    text += b" " * (-len(text) % 8)                                     # tensors start aligned
+    header = len(text).to_bytes(8, "little") + text
+    return Shard(file, header, weights, len(header) + end)
+
+
+def _prepare(out: Path, shards: list[Shard], others: Iterable[str], report) -> None:
+    """Refuse a directory with other files and a disk too small; then nothing in `out` may look whole any more."""
+    ours = {shard.file.name for shard in shards} | set(others)
+    if out.exists() and not out.is_dir():
+        raise ModelError(f"{out} is a file; choose another --out")
+    foreign = [file.name for file in out.glob("*") if file.name.removesuffix(".part") not in ours]
+    foreign += [shard.file.name for shard in shards if shard.foreign]
+    if foreign:
+        raise ModelError(f"{out} holds files of something else ({foreign[0]}); choose an empty or new directory as --out")
+    need = sum(shard.size for shard in shards if not shard.finished)
+    out.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out).free
+    report(f"{need / 1e9:.1f} GB to write to {out} in {len(shards)} shards, {free / 1e9:.1f} GB free")
+    if need > free:
+        raise ModelError(f"{out} needs {need / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free; "
+                         "free some space or choose another --out")
+    if need:
+        for name in (INDEX, "config.json"):
+            (out / name).unlink(missing_ok=True)
+
+
+def _blocks(shard: Shard, dtype: str, seed: int) -> Iterator[bytes | memoryview]:
+    yield shard.header
+    for weight in shard.weights:
+        yield from _tensor_blocks(weight, dtype, seed)
+
+
+def _tensor_blocks(weight: Weight, dtype: str, seed: int) -> Iterator[memoryview]:
+    """Bytes of one tensor: N(0, 0.02), norm weights around 1; they depend on the seed and the name only."""
+    import torch
+    count, dtype = math.prod(weight.shape), getattr(torch, dtype)
+    random = np.random.default_rng([seed, *hashlib.sha256(weight.source.encode()).digest()])
+    values = random.standard_normal(min(count, BLOCK), dtype=np.float32) * SPREAD
+    if len(weight.shape) == 1 and weight.source.endswith(".weight"):
+        values += 1
+    twice = torch.from_numpy(np.concatenate((values, values))).to(dtype).view(torch.uint8).numpy()
+    for start in range(0, count, BLOCK):
+        first = int(random.integers(len(values))) * dtype.itemsize
+        yield twice[first:first + min(BLOCK, count - start) * dtype.itemsize].data
+
+
+def _write(file: Path, blocks: Iterable[bytes | memoryview], progress=lambda written: None) -> None:
+    """Write under another name, then rename: `file` is complete or not there."""
+    part, written = file.with_name(file.name + ".part"), 0
+    try:
+        with open(part, "wb") as stream:
+            for block in blocks:
+                written += stream.write(block)
+                progress(written)
+        os.replace(part, file)
+    except OSError as error:
+        raise ModelError(f"{file} cannot be written ({error.strerror}); finished shards are kept, "
+                         "run the same command again to go on") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _json(content: dict) -> bytes:
+    return json.dumps(content, indent=2, ensure_ascii=False).encode()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m models.synthetic", description="Write a checkpoint in a released "
+                                     "layout with random weights. An interrupted run goes on where it stopped.")
+    parser.add_argument("--like", required=True, choices=sorted(RELEASES), help="the release to imitate")
+    parser.add_argument("--out", required=True, help="directory to write, new or empty")
+    parser.add_argument("--scale", choices=("full", "tiny"), default="full", help="real shapes, or small ones (1 MB)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all weights (default 0)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; exit code 0, or 2 for a user mistake."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    options = _parser().parse_args(arguments)
+    columns = TextColumn("writing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    try:
+        with Progress(*columns) as bar:
+            task = bar.add_task("", total=None)
+            write_checkpoint(options.like, options.out, options.scale, options.seed, bar.console.print,
+                             lambda done, total: bar.update(task, completed=done, total=total))
+    except (ModelError, OSError, KeyboardInterrupt) as error:       # `models` may not import runtime's run_command
+        if options.debug:
+            raise
+        interrupted = isinstance(error, KeyboardInterrupt)
+        message = "interrupted; run the same command again to go on" if interrupted else error
+        print(f"error: {message}", file=sys.stderr)
+        return 130 if interrupted else 2
+    print(f"{options.out} is a complete checkpoint; next: python -m convert --model {options.out} --out ARTIFACT")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

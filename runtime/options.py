@@ -9,6 +9,7 @@ import math
 import re
 import sys
 from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 
 from .errors import USER_MISTAKE, ToolkitError
 
@@ -41,6 +42,15 @@ def check_choices(options):
             require(options, f.name, getattr(options, f.name) in (*known, f.default), f"use one of {', '.join(known)}")
 
 
+def check_folder(name: str, path: str):
+    """A checkpoint folder must exist before anything slow begins."""
+    if not Path(path).exists():
+        raise ToolkitError(f"{spelled(name)} {path} does not exist; give the folder of a downloaded checkpoint (a hub name "
+                           "is not downloaded for you)")
+    if not Path(path).is_dir():
+        raise ToolkitError(f"{spelled(name)} {path} is a file; give the folder that holds config.json")
+
+
 def dtype_name(spelling: str) -> str:
     """"fp16", "half", "float16" -> "float16", and so on."""
     if spelling not in DTYPES:
@@ -51,6 +61,21 @@ def dtype_name(spelling: str) -> str:
 def npu(index: str) -> str:
     """--device-id N -> device name."""
     return f"npu:{int(index)}"
+
+
+@dataclass(kw_only=True)
+class InputOptions:
+    """What every command that runs a model is told: which model, which pictures, which prompt wording."""
+    model: str = flag("folder of a downloaded checkpoint", "-m", "--model-path", metavar="DIR")
+    image: tuple[str, ...] = flag("picture, or pictures where the model takes several", "--input-image", default=(),
+                                  metavar="FILE", many=True)
+    language: str | None = flag("wording of the prompt around the question (default: as released)", default=None,
+                                choices=("zh", "en"))
+
+    def __post_init__(self):
+        self.image = tuple(self.image)
+        check_choices(self)
+        check_folder("model", self.model)
 
 
 @dataclass
@@ -112,7 +137,7 @@ class SamplingParams:
 
 
 class Help(argparse.HelpFormatter):
-    """Same help on every Python: one line of spellings with one metavar, `100` columns, default values shown."""
+    """The same help on every Python and terminal: all spellings, then the value once; 100 columns."""
 
     def __init__(self, prog, **kwargs):
         super().__init__(prog, max_help_position=30, width=100)
@@ -120,10 +145,6 @@ class Help(argparse.HelpFormatter):
     def _format_action_invocation(self, action):
         value = "" if action.nargs == 0 else " " + self._format_args(action, action.metavar or action.dest.upper())
         return ", ".join(action.option_strings) + value
-
-    def _get_help_string(self, action):
-        shown = action.default not in (None, (), False, argparse.SUPPRESS) and "default" not in action.help
-        return action.help + (" (default: %(default)s)" if shown else "")
 
 
 class Parser(argparse.ArgumentParser):
@@ -173,11 +194,12 @@ def kebab(argument: str) -> str:
 
 
 def _add(group, f):
-    """Add the flag of dataclass field `f` to an argparse group."""
-    meta, names = f.metadata, [n for n in f.metadata["aliases"] if len(n) == 2]
-    names += [spelled(f.name), *(n for n in meta["aliases"] if len(n) > 2)]
-    settings = {"dest": f.name, "help": meta["help"], "required": f.default is MISSING}
-    settings["default"] = None if f.default is MISSING else f.default
+    """Add the flag of dataclass field `f` to an argparse group; what is not given is left to the dataclass."""
+    meta, aliases = f.metadata, f.metadata["aliases"]
+    names = [*(a for a in aliases if len(a) == 2), spelled(f.name), *(a for a in aliases if len(a) > 2)]
+    default = f" (default: {f.default})" if f.default not in (MISSING, None, (), False) else ""
+    settings = {"dest": f.name, "help": meta["help"] + default, "required": f.default is MISSING,
+                "default": argparse.SUPPRESS}
     if meta["kind"] is bool:
         group.add_argument(*names, action="store_true", **settings)
     elif meta["many"]:

@@ -1,0 +1,57 @@
+# The only task runner: `make help` lists the targets. Every target makes the environment it needs.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+PY := $(VENV)/bin/python
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
+	"$$p" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null && echo "$$p" && break; done)
+TORCH_INDEX ?=
+SOC ?= Ascend910B3
+SEED ?= 7
+DEMO := examples/demo/checkpoint
+DEMO_OUT := out/demo
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-22s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.installed  ## create .venv and install everything (TORCH_INDEX=URL: where to take torch from)
+
+$(VENV)/.installed: setup.py
+	@test -n "$(PYTHON)" || { echo "no Python 3.10-3.12 found; install one, or name it: make setup PYTHON=/path/to/python3.11"; exit 3; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "installing packages into $(VENV) (a few minutes the first time)"
+	@$(if $(TORCH_INDEX),$(PY) -m pip install --quiet --index-url "$(TORCH_INDEX)" "torch>=2.13$(comma)<2.14")
+	@$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: setup  ## the main job on a small trained model: convert, ask two questions, prove it (SEED=n: another picture)
+	@$(PY) -m convert --model $(DEMO) --out $(DEMO_OUT)/vision
+	@$(PY) examples/demo/scenes.py --seed $(SEED) --out $(DEMO_OUT)
+	@$(PY) examples/demo/ask.py --model $(DEMO) --artifact $(DEMO_OUT)/vision --scene $(DEMO_OUT)
+	@$(PY) -m runtime.compare --model $(DEMO) --artifact $(DEMO_OUT)/vision --out $(DEMO_OUT)/report
+
+test: setup  ## all tests
+	@$(PY) -m pytest tests
+
+lint: setup  ## ruff
+	@$(VENV)/bin/ruff check .
+
+convert: setup  ## MODEL=checkpoint OUT=folder [SOC=Ascend910B3]: export and verify the vision encoder, prepare ATC
+	@test -n "$(MODEL)" -a -n "$(OUT)" || { echo "usage: make convert MODEL=/path/to/checkpoint OUT=/path/to/artifact [SOC=$(SOC)]"; exit 2; }
+	@$(PY) -m convert --model "$(MODEL)" --out "$(OUT)" --soc-version "$(SOC)"
+
+chat: setup  ## MODEL=checkpoint: interactive chat
+	@test -n "$(MODEL)" || { echo "usage: make chat MODEL=/path/to/checkpoint"; exit 2; }
+	@$(PY) -m runtime.chat --model "$(MODEL)"
+
+compare: setup  ## MODEL=checkpoint OUT=folder: precision report against the reference
+	@test -n "$(MODEL)" -a -n "$(OUT)" || { echo "usage: make compare MODEL=/path/to/checkpoint OUT=/path/to/report"; exit 2; }
+	@$(PY) -m runtime.compare --model "$(MODEL)" --out "$(OUT)"
+
+clean:  ## remove what demo and tests wrote
+	@rm -rf out .pytest_cache .ruff_cache
+
+comma := ,
+.PHONY: help setup demo test lint convert chat compare clean

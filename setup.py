@@ -1,0 +1,37 @@
+"""Distribution `ascend-vlm`: the packages models, convert, quant and runtime."""
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="ascend-vlm",
+    version="0.1.0",
+    description="GLM-family multimodal and chat models from released checkpoint to proven inference on Huawei Ascend NPUs",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["models", "models.*", "convert", "convert.*", "quant", "quant.*",
+                                    "runtime", "runtime.*"]),
+    package_data={"models": ["released/*.json"], "convert": ["*.json"], "runtime": ["templates/*"]},
+    install_requires=[
+        "torch>=2.13,<2.14",
+        "numpy>=1.26",
+        "pillow>=10",
+        "safetensors>=0.4",
+        "sentencepiece>=0.2",
+        "protobuf>=4",
+        "tokenizers>=0.20",
+        "tiktoken>=0.7",
+        "jinja2>=3.1",
+        "onnx>=1.17",
+        "onnxscript>=0.6",
+        "onnxruntime>=1.20",
+        "matplotlib>=3.8",
+        "rich>=13",
+    ],
+    extras_require={
+        "transformers": ["transformers>=5"],
+        "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.9", "transformers>=5"],
+    },
+)
