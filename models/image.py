@@ -45,8 +45,8 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     short, long = min(image.size), max(image.size)
     scaled = int(size * long / short)
     if size * scaled > MAX_PIXELS:
-        raise ModelError(f"a picture of {image.width}x{image.height} is too narrow: its longer edge would become {scaled:,} "
-                         f"pixels (limit {MAX_PIXELS // size:,}); crop it first")
+        raise ModelError(f"a picture of {image.width}x{image.height} is too narrow: its longer edge would become "
+                         f"{scaled:,} pixels (limit {MAX_PIXELS // size:,}); crop it first")
     width, height = (size, scaled) if image.width <= image.height else (scaled, size)
     left, top = (width - size) // 2, (height - size) // 2
     resized = image.resize((width, height), Image.Resampling.BICUBIC)

@@ -2,9 +2,10 @@
 
     python -m models.synthetic --like visualglm-6b --out DIR [--scale full|tiny] [--seed 0]
 
-A release's config (models/released/*.json) flows in; names and shapes come from the family's own weight table; safetensors
-shards, index, tokenizer and config.json flow out. Tensors are streamed in small blocks and seeded one by one, so that
-the bytes do not depend on where a run was interrupted. Finished shards are kept, index and config.json come last.
+A release's config (models/released/*.json) flows in; names and shapes come from the family's own weight table;
+safetensors shards, index, tokenizer and config.json flow out. Tensors are streamed in small blocks and seeded one by
+one, so that the bytes do not depend on where a run was interrupted. Finished shards are kept; index and config.json
+come last.
 """
 import argparse
 import hashlib
@@ -45,7 +46,7 @@ RELEASES = {"visualglm-6b": visualglm_files}        # name of the file in releas
 
 @dataclass(frozen=True)
 class Shard:
-    """A file to write: tensors in order behind `header` (safetensors, with its length in front), `size` bytes in all."""
+    """A file to write, `size` bytes: `header` (safetensors, its length in front), then the tensors in order."""
     file: Path
     header: bytes
     weights: list[Weight]
@@ -68,8 +69,8 @@ def write_checkpoint(like: str, out: str | Path, scale: str = "full", seed: int 
                      progress: Callable[[int, int], None] = lambda done, total: None) -> None:
     """Write the checkpoint of release `like` into `out`, going on where an interrupted run stopped.
 
-    `report(line)` gets the plan, `progress(done, total)` counts bytes. Raises ModelError when `out` holds other files or
-    the disk is too small.
+    `report(line)` gets the plan, `progress(done, total)` counts bytes. Raises ModelError when `out` holds other files
+    or the disk is too small.
     """
     out, (config, files) = Path(out), _release(like, scale)
     shards, index = _plan(config, out, {"like": like, "scale": scale, "seed": seed})
@@ -80,7 +81,8 @@ def write_checkpoint(like: str, out: str | Path, scale: str = "full", seed: int 
     total, done = sum(shard.size for shard in shards), 0
     for shard in shards:
         if not shard.finished:
-            _write(shard.file, _blocks(shard, config["torch_dtype"], seed), lambda n, before=done: progress(before + n, total))
+            blocks = _blocks(shard, config["torch_dtype"], seed)
+            _write(shard.file, blocks, lambda written, before=done: progress(before + written, total))
         done += shard.size
         progress(done, total)
     for name, content in manifest.items():
@@ -134,19 +136,20 @@ def _shard(file: Path, weights: list[Weight], dtype, label: dict) -> Shard:
 
 def _prepare(out: Path, shards: list[Shard], others: Iterable[str], report) -> None:
     """Refuse a directory with other files and a disk too small; then nothing in `out` may look whole any more."""
+    from rich.filesize import decimal
     ours = {shard.file.name for shard in shards} | set(others)
     if out.exists() and not out.is_dir():
         raise ModelError(f"{out} is a file; choose another --out")
     foreign = [file.name for file in out.glob("*") if file.name.removesuffix(".part") not in ours]
     foreign += [shard.file.name for shard in shards if shard.foreign]
     if foreign:
-        raise ModelError(f"{out} holds files of something else ({foreign[0]}); choose an empty or new directory as --out")
+        raise ModelError(f"{out} holds files of something else ({foreign[0]}); choose an empty directory as --out")
     need = sum(shard.size for shard in shards if not shard.finished)
     out.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out).free
-    report(f"{need / 1e9:.1f} GB to write to {out} in {len(shards)} shards, {free / 1e9:.1f} GB free")
+    report(f"{decimal(need)} to write to {out}, {decimal(free)} free on its disk")
     if need > free:
-        raise ModelError(f"{out} needs {need / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free; "
+        raise ModelError(f"{out} needs {decimal(need)}, its disk has {decimal(free)} free; "
                          "free some space or choose another --out")
     if need:
         for name in (INDEX, "config.json"):
@@ -206,8 +209,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; exit code 0, or 2 for a user mistake."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
     options = _parser().parse_args(arguments)
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
     columns = TextColumn("writing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
     try:
         with Progress(*columns) as bar:
