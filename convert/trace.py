@@ -8,7 +8,7 @@ import ast
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -204,8 +204,10 @@ def _name(graph: ir.Graph, spec: VisionSpec):
         seen[base] += 1
         node.name = base if seen[base] == 1 else f"{base}_{seen[base]}"
         for index, value in enumerate(node.outputs):
-            value.name = f"{node.name}:{index}"
+            value.name = f"{node.name}_output_{index}"
         node.metadata_props.clear()
+    for index, value in enumerate(list(graph.initializers.values())):
+        value.name = f"constant_{index}"
     graph.inputs[0].name, graph.outputs[0].name = spec.input_name, spec.output_name
     graph.name = "vision"
     graph.metadata_props.clear()

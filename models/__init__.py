@@ -1,9 +1,29 @@
 """What a model is: released checkpoints of the GLM families, read without their Python code."""
+import re
 from pathlib import Path
 
 from .base import Family, ModelError, read_json
 
-FAMILIES = {"visualglm": "VisualGLM"}       # module -> class; the module is imported when its turn comes
+# module -> class; the module is imported when its turn comes
+FAMILIES = {"visualglm": "VisualGLM", "glm4": "Glm4", "glm4v": "Glm4V", "llava": "Llava", "glm_edge": "GlmEdge"}
+
+# Relatives that look alike but are other networks: (fields of config.json as regular expressions, name, reason).
+RELATIVES = (
+    ({"model_type": "chatglm", "padded_vocab_size": "65024"}, "ChatGLM2-6B, ChatGLM3-6B or CodeGeeX2-6B",
+     "the generation before GLM-4, with another tokenizer; use glm-4-9b-chat"),
+    ({"model_type": "chatglm", "inner_hidden_size": r"\d+", "eva_config": "None"}, "ChatGLM-6B (first generation)",
+     "the language model of VisualGLM alone; use visualglm-6b, which also chats without a picture"),
+    ({"model_type": "glm4v.*"}, "GLM-4.1V or later", "another vision tower and three-part positions; use glm-4v-9b"),
+    ({"model_type": "glm4"}, "GLM-4-0414 or GLM-Z1", "its layers have two norms more; use glm-4-9b-chat"),
+    ({"model_type": "glm.*moe.*"}, "GLM-4.5 or later", "a mixture of experts; use glm-4-9b-chat"),
+    ({"model_type": "qwen.*"}, "a Qwen model", "not of the GLM family"),
+    ({"model_type": "cogvlm.*|cogagent.*", }, "a CogVLM model", "its decoder has separate weights for picture tokens; use glm-4v-9b"),
+    ({"architectures": ".*CogVLM.*|.*CogAgent.*"}, "a CogVLM model",
+     "its decoder has separate weights for picture tokens; use glm-4v-9b"),
+    ({"model_type": "llava_.*|.*_llava"}, "a later LLaVA model", "another image rule; use llava-1.5-7b-hf"),
+    ({"model_type": "llama|mistral.*|mixtral|deepseek.*|internlm.*|internvl.*|baichuan|gemma.*|phi.*|minicpm.*"},
+     "a model of another family", "only GLM and LLaVA-1.5 models are known"),
+)
 
 
 def families() -> list[type[Family]]:
@@ -18,12 +38,22 @@ def family_of(directory) -> Family:
         raise ModelError(f"model folder {directory} does not exist; give --model the folder of a downloaded checkpoint")
     sat = directory / "model_config.json"
     config = read_json(sat if sat.is_file() else directory / "config.json")
+    _refuse_relatives(directory, config)
     for family in families():
         rule = family.matches(config)
         if rule:
             return _build(family, directory, config, rule)
-    kind = f"architectures {config.get('architectures')}, model_type {config.get('model_type')!r}"
-    raise ModelError(f"{directory} holds no model this toolkit knows ({kind}); known: {', '.join(FAMILIES)}")
+    raise ModelError(f"{directory} holds no model this toolkit knows ({_kind(config)}); known: {', '.join(FAMILIES)}")
+
+
+def _refuse_relatives(directory, config):
+    for fields, name, reason in RELATIVES:
+        if all(re.fullmatch(wanted, str(config.get(field))) for field, wanted in fields.items()):
+            raise ModelError(f"{directory} holds {name} ({_kind(config)}), which this toolkit does not run: {reason}")
+
+
+def _kind(config) -> str:
+    return f"model_type {config.get('model_type')!r}, architectures {config.get('architectures')}"
 
 
 def _build(family, directory, config, rule) -> Family:

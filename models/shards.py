@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,6 +103,16 @@ def stored_entries(file: Path) -> dict[str, Entry]:
         return _safetensors_entries(file) if file.suffix == ".safetensors" else _pickled_entries(file)
     except OSError as error:
         raise Damaged(f"cannot be read ({reason(error)})") from None
+
+
+def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in the readable weight files of `directory`, to tell its layout before it is checked in full."""
+    shapes = {}
+    with suppress(ModelError):          # no weights at all
+        for file in find_files(directory)[1]:
+            with suppress(Damaged):
+                shapes |= {name: entry.shape for name, entry in stored_entries(file).items()}
+    return shapes
 
 
 def _safetensors_entries(file: Path) -> dict[str, Entry]:

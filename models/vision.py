@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .base import Part, Weight, dense, pair
+
 
 class Dense(nn.Module):
     """y = x @ weight + bias with weight [in, out]."""
@@ -90,3 +92,38 @@ class Normalize(nn.Module):
         mean = torch.tensor(self.mean, dtype=nhwc.dtype).view(1, 3, 1, 1)
         std = torch.tensor(self.std, dtype=nhwc.dtype).view(1, 3, 1, 1)
         return (nhwc.permute(0, 3, 1, 2) / 255.0 - mean) / std
+
+
+class GluAdapter(nn.Module):
+    """From tower to decoder (GLM-4V, GLM-Edge-V): patches [B, width, g, g] -> [B, (g/2)^2 + 2, hidden].
+
+    Four patches become one row (convolution), then projection, norm and a gated MLP; the learned rows of the begin and
+    end marks stand around them.
+    """
+
+    def __init__(self, width: int, hidden: int, inner: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, hidden, 2, 2)
+        self.project, self.norm = Dense(hidden, hidden, bias=False), nn.LayerNorm(hidden, eps=1e-5)
+        self.gate, self.up = Dense(hidden, inner, bias=False), Dense(hidden, inner, bias=False)
+        self.down = Dense(inner, hidden, bias=False)
+        self.boi, self.eoi = (nn.Parameter(torch.empty(1, 1, hidden)) for _ in "be")
+
+    def forward(self, grid):
+        x = self.conv(grid).flatten(2).transpose(1, 2)
+        x = gelu_erf(self.norm(self.project(x)))
+        x = self.down(F.silu(self.gate(x)) * self.up(x))
+        batch = x.shape[0]
+        return torch.cat((self.boi.expand(batch, -1, -1), x, self.eoi.expand(batch, -1, -1)), dim=1)
+
+
+def glu_adapter_weights(source: str, target: str, width: int, hidden: int, inner: int):
+    """Table rows of a GluAdapter; `source` and `target` are prefixes with their dot."""
+    yield from pair(source + "conv", (hidden, width, 2, 2), target + "conv")
+    yield from dense(source + "linear_proj.linear_proj", hidden, hidden, target + "project", bias=False)
+    yield from pair(source + "linear_proj.norm1", (hidden,), target + "norm")
+    yield from dense(source + "linear_proj.gate_proj", inner, hidden, target + "gate", bias=False)
+    yield from dense(source + "linear_proj.dense_h_to_4h", inner, hidden, target + "up", bias=False)
+    yield from dense(source + "linear_proj.dense_4h_to_h", hidden, inner, target + "down", bias=False)
+    for mark in ("boi", "eoi"):
+        yield Weight(source + mark, (1, 1, hidden), (Part(target + mark),))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import INTERRUPTED, ToolkitError, run_command
-from .options import EngineOptions, InputOptions, Parser, SamplingParams, flag
+from .options import EngineOptions, InputOptions, Parser, SamplingParams, check_pictures, flag
 
 WELCOME = """\
 Type a question; /help lists the commands, Ctrl-C stops an answer.
@@ -105,15 +105,6 @@ def one_question(prompt: str | None) -> str | None:
     if not text.strip():
         raise ToolkitError("the prompt is empty; give --prompt some text, or leave it out to talk interactively")
     return text.strip()
-
-
-def check_pictures(family, pictures):
-    """Fail before the model is loaded: a family without eyes, or a file that is not a picture."""
-    if pictures and family.vision is None:
-        raise ToolkitError(f"{family.name} is a text model and takes no picture; leave out --image {pictures[0]}")
-    family.one_picture_at_most(len(pictures))
-    for picture in pictures:
-        family.pixels(picture)
 
 
 def talk(conversation: Conversation) -> int:

@@ -7,13 +7,21 @@ are the vision features. One side is in memory at a time.
 import gc
 import shlex
 import sys
-from dataclasses import asdict, dataclass, field
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
+import numpy as np
+
+from . import metrics, report
 from .errors import CHECK_FAILED, ToolkitError, run_command
-from .options import EngineOptions, InputOptions, Parser, SamplingParams, check_folder, dtype_name, flag, require
+from .options import (
+    EngineOptions, InputOptions, Parser, SamplingParams, check_folder, check_pictures, dtype_name, flag, require,
+)
+from .questions import QUESTIONS
 
-QUESTIONS = (("zh", "描述这张图片。", "house"), ("en", "What is in this picture?", "shapes"),
-             ("zh", "用一句话介绍一下北京。", None), ("en", "Name three kinds of fruit.", None))
+
+STAGES = {"vision": "vision features", "decode": "decoder logits"}
 
 
 @dataclass(kw_only=True)
@@ -38,7 +46,7 @@ class CompareOptions(InputOptions):
 
 @dataclass
 class Case:
-    """One question, with its pictures (PIL images)."""
+    """One question and its pictures (path or PIL image); language None = the family's default wording."""
     question: str
     language: str | None
     pictures: list
@@ -51,46 +59,176 @@ class Case:
 
 @dataclass
 class Outcome:
-    """What one side says about one case: features float32 [rows, hidden], logits float32 [tokens, vocab]."""
+    """What one side says about one case. features float32 [rows, hidden], logits float32 [len(token_ids), vocab]."""
     ids: list[int]
+    features: np.ndarray
     token_ids: list[int]
     answer: str
-    finish_reason: str
-    features: object
-    logits: object
+    logits: np.ndarray
 
 
 @dataclass
 class Side:
-    """One loaded model's outcomes and what the report tells about it."""
+    """One model's outcomes, its family (for token texts) and what the report tells about it."""
     info: dict
-    outcomes: list[Outcome] = field(default_factory=list)
+    family: object
+    outcomes: list[Outcome]
 
 
 def parser() -> Parser:
     return Parser("python -m runtime.compare", "--model DIR --out DIR [--reference DIR] [options]",
-                  "Compare a candidate (the model with the options below) with the reference (plain torch, float32): "
-                  "logits token by token and vision features. Exit code 0: within the threshold, 1: not.",
+                  "Compare a candidate (the model, run with the options below) with the reference (plain torch, float32): "
+                  "logits token by token, and vision features. Exit code 0: within the threshold, 1: not.",
                   {"what to compare": CompareOptions, "candidate": EngineOptions})
 
 
 def main(argv) -> int:
     options, candidate_options = parser().parse(argv)
-    from . import report
+    from models import family_of
+    family = family_of(options.model)
+    check_pictures(family, options.image)
     out = report.prepare(options.out)
-    cases = choose_cases(options)
-    reference_options = EngineOptions(dtype=options.reference_dtype, vision="torch", ops="reference",
-                                      max_model_len=candidate_options.max_model_len)
-    with report.progress() as bar:
-        reference = run_side("reference", options.reference, reference_options, cases, options.max_tokens, bar)
-        candidate = run_side("candidate", options.model, candidate_options, cases, options.max_tokens, bar, reference)
+    cases = choose_cases(options, family)
+    reference = run_reference(options, candidate_options.max_model_len, cases)
+    gc.collect()                                # one model in memory at a time
+    candidate = run_candidate(options, candidate_options, cases, reference)
     found = judge(reference, candidate, cases, options.threshold)
-    found["command"] = shlex.join(["python", "-m", "runtime.compare", *argv])
-    found["options"] = {"threshold": options.threshold, "max_tokens": options.max_tokens}
+    found |= {"command": shlex.join(["python", "-m", "runtime.compare", *argv]), "environment": report.environment(),
+              "options": {"threshold": options.threshold, "max_tokens": options.max_tokens}}
     report.write(found, [case.pictures for case in cases], out)
     report.show(found, out)
     return 0 if found["passed"] else CHECK_FAILED
 
 
-def choose_cases(options: CompareOptions) -> list[Case]:
-    """The user's questions and pictures; where one of them is missing, the built-in ones."""
+def choose_cases(options: CompareOptions, family) -> list[Case]:
+    """The user's questions and pictures; the built-in ones where there are none."""
+    given = list(options.image)
+    if options.prompt:
+        return [Case(question, options.language, given) for question in options.prompt]
+    chosen = [q for q in QUESTIONS if (q.scene if given else family.vision or not q.scene)]
+    return [Case(q.text, options.language or (q.language if q.language in family.languages else None),
+                 given or ([q.scene()] if q.scene else [])) for q in chosen]
+
+
+def run_reference(options: CompareOptions, max_model_len: int | None, cases: list[Case]) -> Side:
+    """Greedy answers in plain torch, and the logits of every step."""
+    engine_options = EngineOptions(dtype=options.reference_dtype, vision="torch", ops="reference",
+                                   max_model_len=max_model_len)
+    try:
+        engine, seconds = load("reference", options.reference, engine_options)
+    except ToolkitError as error:               # its sentence names the candidate's flags
+        message = str(error).replace("--dtype", "--reference-dtype").replace("--model ", "--reference ")
+        raise ToolkitError(f"the reference cannot be loaded: {message}", error.exit_code) from error
+    greedy = SamplingParams(temperature=0, repetition_penalty=1, max_tokens=options.max_tokens)
+    prompts, features = encode(engine, cases)
+    outcomes = []
+    for prompt, rows in report.track("reference", list(zip(prompts, features))):
+        result = engine.generate([prompt], greedy)[0]
+        # a stopped answer also has a step that predicted the stop; the id itself is never fed
+        tokens = result.token_ids + list(engine.family.stop_ids[:1] if result.finish_reason == "stop" else ())
+        outcomes.append(Outcome(prompt.ids.tolist(), rows, tokens, result.text, engine.score(prompt, tokens)))
+    return Side(information(engine, options.reference, seconds), engine.family, outcomes)
+
+
+def run_candidate(options: CompareOptions, engine_options: EngineOptions, cases: list[Case], reference: Side) -> Side:
+    """The reference's tokens, fed to the candidate step by step."""
+    engine, seconds = load("candidate", options.model, engine_options)
+    prompts, features = encode(engine, cases)
+    outcomes = []
+    for prompt, rows, expected in report.track("candidate", list(zip(prompts, features, reference.outcomes))):
+        check_same_model(engine.family, prompt.ids.tolist(), rows, expected)
+        logits = engine.score(prompt, expected.token_ids)
+        outcomes.append(Outcome(prompt.ids.tolist(), rows, expected.token_ids, expected.answer, logits))
+    known = reference.info["sha256"] if Path(options.model).samefile(options.reference) else None
+    return Side(information(engine, options.model, seconds, known), engine.family, outcomes)
+
+
+def load(role: str, model: str, options: EngineOptions):
+    """(engine, seconds it took)."""
+    from . import Engine
+    report.say(f"{role}: loading {model}")
+    start = time.perf_counter()
+    return Engine(model, **vars(options)), time.perf_counter() - start
+
+
+def encode(engine, cases: list[Case]):
+    """Prompts and vision features of all cases; the first picture may convert the vision encoder, which tells so itself."""
+    prompts = [engine.prompt(case.messages, language=case.language) for case in cases]
+    return prompts, [engine.features(prompt) for prompt in prompts]
+
+
+def check_same_model(family, ids: list[int], features: np.ndarray, expected: Outcome):
+    vocabulary = expected.logits.shape[1]
+    if ids != expected.ids or family.decoder.vocab_size != vocabulary or features.shape != expected.features.shape:
+        raise ToolkitError(f"reference and candidate ({family.name}, vocabulary {family.decoder.vocab_size}) do not read "
+                           f"the same prompt: {len(expected.ids)} and {len(ids)} tokens, pictures {expected.features.shape} "
+                           f"and {features.shape}, vocabulary {vocabulary}; give --reference a checkpoint of the same model")
+
+
+def information(engine, model: str, seconds: float, digest: str | None = None) -> dict:
+    """What the report tells about a side; `digest` saves reading the weights again."""
+    if digest is None:
+        report.say(f"hashing {model}")
+        digest = engine.checkpoint.digest(engine.checkpoint.names)
+    return {"model": str(Path(model).resolve()), "sha256": digest, "family": engine.family.name,
+            "stages": engine.describe(), "options": asdict(engine.options), "load_seconds": round(seconds, 2)}
+
+
+def judge(reference: Side, candidate: Side, cases: list[Case], threshold: float) -> dict:
+    """The report: summary per stage, the checks that decide, every case and token. Layout: docs of report.SCHEMA."""
+    pairs = list(zip(reference.outcomes, candidate.outcomes))
+    vision = [metrics.compare_rows(a.features, b.features) for a, b in pairs]
+    decode = [metrics.compare_logits(a.logits, b.logits) for a, b in pairs]
+    stages = {"vision": metrics.summarize(vision), "decode": metrics.summarize(decode)}
+    checks = [check(name, stage, threshold) for name, stage in stages.items() if stage["rows"]]
+    passed = bool(stages["decode"]["rows"]) and all(c["passed"] for c in checks)
+    return {"schema": report.SCHEMA, "passed": passed, "verdict": verdict(passed, checks), "checks": checks,
+            "stages": stages, "reference": reference.info, "candidate": candidate.info,
+            "cases": [describe_case(*four, candidate.family)
+                      for four in zip(cases, reference.outcomes, vision, decode)]}
+
+
+def check(name: str, stage: dict, threshold: float) -> dict:
+    """NaN is never within a threshold."""
+    value = stage["cosine_min"]
+    return {"stage": name, "measure": "cosine_min", "value": value, "limit": threshold, "passed": value >= threshold,
+            "nonfinite": stage["nonfinite"], "worst": stage["worst"]}
+
+
+def verdict(passed: bool, checks: list[dict]) -> str:
+    """One sentence: the smallest cosine of every stage, or what failed where."""
+    if not checks:
+        return "FAILED: nothing was compared"
+    if passed:
+        smallest = ", ".join(f"{STAGES[c['stage']]} {report.cosine(c['value'])}" for c in checks)
+        return f"PASSED: no cosine is below {checks[0]['limit']:g}; smallest: {smallest}"
+    return "FAILED: " + "; ".join(failure(c) for c in checks if not c["passed"])
+
+
+def failure(c: dict) -> str:
+    place = f"{'token' if c['stage'] == 'decode' else 'row'} {c['worst']['row'] + 1} of question {c['worst']['case'] + 1}"
+    if c["nonfinite"]:
+        return f"{c['nonfinite']:,} values of the {STAGES[c['stage']]} are NaN or Inf, the first at {place}"
+    return f"the cosine of the {STAGES[c['stage']]} falls to {report.cosine(c['value'])} at {place}, below {c['limit']:g}"
+
+
+def describe_case(case: Case, expected: Outcome, vision: dict, decode: dict, family) -> dict:
+    agree = decode["agree"].tolist()
+    return {"question": case.question, "language": case.language, "pictures": len(case.pictures),
+            "prompt_tokens": len(expected.ids), "answer": expected.answer, "same_answer": all(agree),
+            "vision": metrics.summarize([vision]), "decode": metrics.summarize([decode]),
+            "tokens": [describe_token(decode, row, family) for row in range(len(agree))]}
+
+
+def describe_token(decode: dict, row: int, family) -> dict:
+    token = {name: decode[name][row].item() for name in decode}
+    return {"text": token_text(family, token["reference_top1"]),
+            "candidate_text": token_text(family, token["candidate_top1"]), **token}
+
+
+def token_text(family, token_id: int) -> str:
+    return "<stop>" if token_id in family.stop_ids else family.tokenizer.decode([token_id])
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

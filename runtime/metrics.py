@@ -26,42 +26,54 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def compare_rows(reference: np.ndarray, candidate: np.ndarray) -> dict[str, np.ndarray]:
-    """Measures of every row of two arrays [n, width]: {"cosine", "max_abs", "mean_abs", "nonfinite"}, each [n].
+    """Measures of every row of two arrays [n, width]: {"cosine", "max_abs", "mean_abs", "elements", "nonfinite"}, each [n].
 
-    nonfinite counts NaN and Inf on either side; such a row's other measures are NaN. ValueError if the shapes differ.
+    nonfinite counts NaN and Inf on both sides; such a row's other measures are NaN. ValueError if the shapes differ.
     """
     if reference.shape != candidate.shape:
         raise ValueError(f"shapes differ: reference {reference.shape}, candidate {candidate.shape}")
+    rows, width = reference.shape
     bad = np.sum(~np.isfinite(reference), axis=1) + np.sum(~np.isfinite(candidate), axis=1)
     a, b = (np.where((bad == 0)[:, None], x, np.nan).astype(np.float64) for x in (reference, candidate))
     error = np.abs(a - b)
-    return {"cosine": cosine(a, b), "max_abs": error.max(axis=1), "mean_abs": error.mean(axis=1), "nonfinite": bad}
+    return {"cosine": cosine(a, b), "max_abs": error.max(axis=1), "mean_abs": error.mean(axis=1),
+            "elements": np.full(rows, width), "nonfinite": bad}
 
 
 def compare_logits(reference: np.ndarray, candidate: np.ndarray) -> dict[str, np.ndarray]:
     """compare_rows of logits [n, vocab], and {"kl", "reference_top1", "candidate_top1", "agree"}, each [n]."""
     measures = compare_rows(reference, candidate)
-    bad = (measures["nonfinite"] > 0)[:, None]
-    a, b = (np.where(bad, 0.0, x).astype(np.float64) for x in (reference, candidate))
+    bad = measures["nonfinite"] > 0
+    a, b = (np.where(bad[:, None], 0.0, x).astype(np.float64) for x in (reference, candidate))
     tops = reference.argmax(axis=1), candidate.argmax(axis=1)
-    return {**measures, "kl": np.where(bad[:, 0], np.nan, kl(a, b)), "reference_top1": tops[0],
-            "candidate_top1": tops[1], "agree": (tops[0] == tops[1]) & ~bad[:, 0]}
+    return {**measures, "kl": np.where(bad, np.nan, kl(a, b)), "reference_top1": tops[0], "candidate_top1": tops[1],
+            "agree": (tops[0] == tops[1]) & ~bad}
 
 
-def join(measures: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The rows of several comparisons as one."""
-    return {name: np.concatenate([m[name] for m in measures]) for name in measures[0]} if measures else {}
+def summarize(parts: list[dict[str, np.ndarray]]) -> dict:
+    """One number per measure over the rows of several comparisons; {"rows": 0} when nothing was compared.
 
-
-def summarize(measures: dict[str, np.ndarray], widths: int) -> dict[str, float | int]:
-    """One number per measure for all rows together, each `widths` wide; {"rows": 0} when nothing was compared."""
-    rows = len(measures.get("cosine", ()))
-    if not rows:
+    "worst" names the row of the smallest cosine (of the first NaN, if any): {"case": which part, "row": which of its rows}.
+    """
+    rows = {name: np.concatenate([part[name] for part in parts]) for name in (parts[0] if parts else ())}
+    if not len(rows.get("cosine", ())):
         return {"rows": 0}
-    found = {"rows": rows, "elements": rows * widths, "nonfinite": int(measures["nonfinite"].sum()),
-             "cosine_min": float(measures["cosine"].min()), "cosine_mean": float(measures["cosine"].mean()),
-             "max_abs": float(measures["max_abs"].max()), "mean_abs": float(measures["mean_abs"].mean())}
-    if "kl" in measures:
-        found |= {"kl_max": float(measures["kl"].max()), "kl_mean": float(measures["kl"].mean()),
-                  "top1_agreement": float(measures["agree"].mean())}
+    counts = [len(part["cosine"]) for part in parts]
+    part, row = _locate(int(rows["cosine"].argmin()), counts)       # argmin takes a NaN for the smallest
+    found = {"rows": sum(counts), "elements": int(rows["elements"].sum()), "nonfinite": int(rows["nonfinite"].sum()),
+             "cosine_min": float(rows["cosine"].min()), "cosine_mean": float(rows["cosine"].mean()),
+             "max_abs": float(rows["max_abs"].max()),
+             "mean_abs": float(np.average(rows["mean_abs"], weights=rows["elements"])),
+             "worst": {"case": part, "row": row}}
+    if "kl" in rows:
+        found |= {"kl_max": float(rows["kl"].max()), "kl_mean": float(rows["kl"].mean()),
+                  "top1_agreement": float(rows["agree"].mean())}
     return found
+
+
+def _locate(index: int, counts: list[int]) -> tuple[int, int]:
+    """Index into concatenated parts -> (part, index in the part)."""
+    part = 0
+    while index >= counts[part]:
+        index, part = index - counts[part], part + 1
+    return part, index

@@ -51,6 +51,16 @@ def check_folder(name: str, path: str):
         raise ToolkitError(f"{spelled(name)} {path} is a file; give the folder that holds config.json")
 
 
+def check_pictures(family, pictures):
+    """Before a model is loaded: a family without eyes, too many pictures, or a file that is not a picture is an error."""
+    if pictures and family.vision is None:
+        raise ToolkitError(f"{family.name} is a text model and takes no picture; leave out --image {pictures[0]}")
+    if pictures:
+        family.one_picture_at_most(len(pictures))
+    for picture in pictures:
+        family.pixels(picture)
+
+
 def dtype_name(spelling: str) -> str:
     """"fp16", "half", "float16" -> "float16", and so on."""
     if spelling not in DTYPES:
@@ -203,7 +213,7 @@ def _add(group, f):
     if meta["kind"] is bool:
         group.add_argument(*names, action="store_true", **settings)
     elif meta["many"]:
-        group.add_argument(*names, action="extend", nargs="+", type=meta["kind"], metavar=meta["metavar"], **settings)
+        group.add_argument(*names, action="append", type=meta["kind"], metavar=meta["metavar"], **settings)
     else:
         group.add_argument(*names, type=meta["kind"], metavar=meta["metavar"], **settings)
     if f.name == "device":

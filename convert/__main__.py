@@ -1,0 +1,174 @@
+"""`python -m convert`: a checkpoint directory in, an artifact directory with a verified vision encoder out.
+
+Steps: identify, export, graph check, verify, publish. Idempotent; a killed run leaves nothing that looks whole, and the
+next run continues after the last step that was completed.
+"""
+import json
+import shlex
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from runtime.errors import CHECK_FAILED, ToolkitError, run_command
+from runtime.options import Parser, check_folder, flag
+
+WORK, EXPORTED = ".partial", "exported.json"
+SHOWN = 10              # findings of the graph check on screen
+
+
+@dataclass(kw_only=True)
+class ConvertOptions:
+    model: str = flag("folder of a downloaded checkpoint", "-m", "--model-path", metavar="DIR")
+    out: str = flag("artifact folder to write (made if missing)", "-o", "--output", metavar="DIR")
+    soc_version: str = flag("chip the atc command is written for, as `npu-smi info` names it", default="Ascend910B3",
+                            metavar="NAME")
+    force: bool = flag("replace an artifact in OUT, also one of another checkpoint", default=False, kind=bool)
+
+    def __post_init__(self):
+        from .atc import check_soc
+        check_folder("model", self.model)
+        check_soc(self.soc_version)
+
+
+def main(argv: list[str]) -> int:
+    parser = Parser("python -m convert", "--model DIR --out DIR [options]",
+                    "Exports the vision encoder of a checkpoint to ONNX, verifies it, and writes the atc command.",
+                    {"conversion": ConvertOptions})
+    [options] = parser.parse(argv)
+    from models import family_of
+    from models.checkpoint import Checkpoint
+    from runtime.artifact import locked
+    family = family_of(options.model)
+    if family.vision is None:
+        raise ToolkitError(f"{options.model} is a {family.name} model without a vision encoder: nothing to convert")
+    checkpoint = Checkpoint(options.model)
+    checkpoint.check(family.weights())
+    out = prepare(options.out)
+    with locked(out):
+        if options.force or not is_current(family, checkpoint, out):
+            convert(family, checkpoint, out)
+        finish(family, out, options.soc_version)
+    return 0
+
+
+def prepare(out: str) -> Path:
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise ToolkitError(f"--out {out} is a file; give a folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ToolkitError(f"--out {out} cannot be written ({error.strerror}); give another folder") from None
+    return out
+
+
+def is_current(family, checkpoint, out: Path) -> bool:
+    """Whether `out` holds this checkpoint's artifact already; ToolkitError if it holds another one's."""
+    from runtime.artifact import EXPORTER, load, source_hash
+    try:
+        manifest = load(out)
+    except ToolkitError:
+        return False
+    if manifest.source == source_hash(family, checkpoint):
+        print(f"{out} already holds the verified encoder of this checkpoint; nothing to do")
+        return True
+    if manifest.exporter == EXPORTER:
+        raise ToolkitError(f"{out} holds the encoder of another checkpoint; give another --out, or --force to replace "
+                           "it")
+    return False
+
+
+def convert(family, checkpoint, out: Path):
+    """Export into a work folder inside `out` (same file system), prove it there, then publish it."""
+    from runtime.artifact import Manifest, publish, source_hash
+
+    from .trace import OPSET
+    work, source = out / WORK, source_hash(family, checkpoint)
+    files = exported(family, checkpoint, work, source)
+    try:
+        errors = prove(family, checkpoint, work, files)
+    except ToolkitError as error:
+        if error.exit_code == CHECK_FAILED:
+            shutil.rmtree(work)
+        raise
+    spec = family.vision
+    publish(work, out, Manifest(source, family.name, OPSET, _interface(spec.input_name, spec.input_shape),
+                                _interface(spec.output_name, spec.output_shape), files, errors, _versions()))
+    shutil.rmtree(work)
+
+
+def exported(family, checkpoint, work: Path, source: str) -> dict:
+    """{file: {bytes, sha256}} of the export in `work`; one that an interrupted run of the same source left is kept."""
+    from runtime.artifact import write_atomically
+
+    from .export import check_space, export
+    note = work / EXPORTED
+    if note.is_file():
+        left = json.loads(note.read_text(encoding="utf-8"))
+        if left["source"] == source and all((work / n).stat().st_size == f["bytes"] for n, f in left["files"].items()):
+            print("continuing after the export that an interrupted run completed")
+            return left["files"]
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    print(check_space(family, work), flush=True)
+    start = time.perf_counter()
+    try:
+        files = export(family, checkpoint, work)
+        write_atomically(note, json.dumps({"source": source, "files": files}))
+    except BaseException:
+        shutil.rmtree(work)
+        raise
+    print(f"exported in {time.perf_counter() - start:.1f} s")
+    return files
+
+
+def prove(family, checkpoint, work: Path, files: dict) -> dict:
+    """Graph check and verification of the export in `work`; measured errors per picture, or ToolkitError (exit 1)."""
+    from runtime.artifact import DATA, ONNX
+    from runtime.progress import spinner
+
+    from .graph import preflight
+    from .trace import OPSET
+    from .verify import verify
+    findings, operators = preflight(work / ONNX, family.vision, OPSET)
+    print(f"graph: {sum(operators.values())} nodes, " + ", ".join(f"{n} {op}" for op, n in operators.most_common()))
+    if findings:
+        listed = [f"\n  {finding}" for finding in findings[:SHOWN]] + ["\n  ..."] * (len(findings) > SHOWN)
+        raise ToolkitError(f"the graph is not fit for ATC, {len(findings)} findings:" + "".join(listed), CHECK_FAILED)
+    start = time.perf_counter()
+    with spinner("verifying: torch, then ONNX Runtime, on two pictures"):
+        results = verify(family, checkpoint.directory, work, files[DATA]["bytes"])
+    for name, result in results.items():
+        print(f"verify {name}: {result}: {'pass' if result.passed else 'FAIL'}")
+    if not results or not all(result.passed for result in results.values()):
+        raise ToolkitError("ONNX Runtime and torch disagree, no artifact was written; report this with the lines above",
+                           CHECK_FAILED)
+    print(f"verified in {time.perf_counter() - start:.1f} s")
+    return {name: asdict(result) for name, result in results.items()}
+
+
+def finish(family, out: Path, soc_version: str):
+    from runtime.artifact import ONNX, write_atomically
+
+    from .atc import command, script
+    write_atomically(out / "atc.sh", script(family.vision, soc_version))
+    print(f"ONNX verified: {out / ONNX}\nwhere CANN is installed, run `sh {out / 'atc.sh'}`, which is, in {out}:\n  "
+          + shlex.join(command(family.vision, soc_version)))
+
+
+def _interface(name: str, shape: tuple) -> dict:
+    return {"name": name, "shape": list(shape), "dtype": "float32"}
+
+
+def _versions() -> dict:
+    from importlib.metadata import version
+    return {package: version(package) for package in ("torch", "onnx", "onnxscript", "onnxruntime", "numpy")}
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,106 @@
+"""What the stages learn from besides answers: the true scene as codes for the image rows, and as classes of patches.
+
+Rows 0-3 are to hold the objects from left to right, rows 4-7 from top to bottom, as a fixed orthonormal code of
+their properties. So the decoder can learn to read scenes before the tower can see, and the tower knows what to say.
+"""
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from net import ROWS
+from scenes import CANVAS, RADIUS
+
+PATCH, GRID, MOST = 14, 16, 4
+GROUPS = {"empty": 2, "color": 8, "shape": 4, "size": 3, "rank": 4}     # one-hot groups of a row, then x and y
+FEATURES = sum(GROUPS.values()) + 2
+SHARP = 8.0                     # logit = SHARP * one-hot estimate
+PATCH_HEADS = {"color": 9, "shape": 4, "size": 3, "across": 4, "down": 4}
+
+
+def codebook(width: int) -> torch.Tensor:
+    """Fixed orthonormal directions [FEATURES, width]."""
+    generator = torch.Generator().manual_seed(7)
+    return torch.linalg.qr(torch.randn(width, FEATURES, generator=generator))[0].T.contiguous()
+
+
+def table(scenes) -> dict[str, np.ndarray]:
+    """Objects as arrays [B, 4]; missing ones have class 0 and `there` False."""
+    out = {key: np.zeros((len(scenes), MOST), np.float32 if key in "xy" else np.int64)
+           for key in ("color", "shape", "size", "x", "y")}
+    there = np.zeros((len(scenes), MOST), bool)
+    for b, scene in enumerate(scenes):
+        for k, thing in enumerate(scene.things):
+            there[b, k] = True
+            for key in out:
+                out[key][b, k] = getattr(thing, key)
+    ranks = {axis: np.argsort(np.argsort(np.where(there, out[axis], 1e9), axis=1), axis=1) for axis in "xy"}
+    return {**out, "there": there, "across": ranks["x"], "down": ranks["y"]}
+
+
+def row_labels(objects) -> dict[str, torch.Tensor]:
+    """Classes [B, 8] of the rows: left to right, then top to bottom; `rank` is the place in the other order."""
+    parts = []
+    for order, other in (("across", "down"), ("down", "across")):
+        index = np.argsort(objects[order], axis=1)
+        pick = {k: np.take_along_axis(v, index, axis=1) for k, v in objects.items()}
+        parts.append({"empty": (~pick["there"]).astype(np.int64), "color": pick["color"], "shape": pick["shape"],
+                      "size": pick["size"], "rank": pick[other], "x": pick["x"], "y": pick["y"]})
+    return {k: torch.from_numpy(np.concatenate([p[k] for p in parts], axis=1)) for k in parts[0]}
+
+
+def row_features(labels) -> torch.Tensor:
+    """The ideal feature vectors [B, 32, FEATURES]; spare rows say `empty`."""
+    there = (1 - labels["empty"])[..., None].float()
+    hot = [F.one_hot(labels["empty"], 2).float()]
+    hot += [F.one_hot(labels[k], n).float() * there for k, n in list(GROUPS.items())[1:]]
+    hot += [(labels[axis][..., None] / (CANVAS / 2) - 1) * there for axis in "xy"]
+    spare = torch.zeros(len(there), ROWS - 2 * MOST, FEATURES)
+    spare[..., 1] = 1
+    return torch.cat((torch.cat(hot, dim=-1), spare), dim=1)
+
+
+def row_loss(rows, labels, codes):
+    """Squared error to the codes, plus cross-entropy of every group read along its directions -> (loss, accuracy)."""
+    ideal = row_features(labels)
+    loss = (rows - ideal @ codes).square().sum(-1).mean()
+    scores = (rows[:, :2 * MOST] @ codes.T * SHARP)[..., :-2].split(list(GROUPS.values()), dim=-1)
+    there, right = labels["empty"] == 0, {}
+    for (group, _), score in zip(GROUPS.items(), scores):
+        use = there if group != "empty" else torch.ones_like(there)
+        loss = loss + F.cross_entropy(score[use], labels[group][use])
+        right[group] = (score.argmax(-1) == labels[group])[use].float().mean().item()
+    return loss, right
+
+
+def patch_owner(objects) -> np.ndarray:
+    """Index of the object whose box covers at least a quarter of the patch, -1 for paper: [B, 256]."""
+    edge = np.arange(GRID) * PATCH
+    radius = np.array(RADIUS)[objects["size"]]
+    def covered(centre):
+        low, high = (centre - radius)[..., None], (centre + radius)[..., None]
+        return np.clip(np.minimum(high, edge + PATCH) - np.maximum(low, edge), 0, None)
+    area = covered(objects["y"])[..., :, None] * covered(objects["x"])[..., None, :] * objects["there"][..., None, None]
+    area = area.reshape(*area.shape[:2], -1)
+    return np.where(area.max(1) >= PATCH * PATCH / 4, area.argmax(1), -1)
+
+
+class PatchHeads(nn.Module):
+    """Thrown away after training: classes of the object under each patch, and where its centre is."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.linear = nn.Linear(width, sum(PATCH_HEADS.values()) + 2)
+
+    def forward(self, tokens, objects, owner, keep):
+        out = self.linear(tokens.float())
+        *scores, centre = out.split([*PATCH_HEADS.values(), 2], dim=-1)
+        on = owner >= 0
+        pick = {k: torch.from_numpy(np.take_along_axis(objects[k], np.maximum(owner, 0), axis=1)) for k in
+                ("color", "shape", "size", "across", "down", "x", "y")}
+        mask = torch.from_numpy(on)
+        loss = F.cross_entropy(scores[0].flatten(0, 1), torch.where(mask, pick["color"] + 1, 0).flatten())
+        for (head, _), score in list(zip(PATCH_HEADS.items(), scores))[1:]:
+            loss = loss + F.cross_entropy(score[mask], pick[head][mask])
+        where = torch.stack((pick["x"], pick["y"]), -1) / (CANVAS / 2) - 1
+        return loss + 4 * F.mse_loss(centre[mask], where[mask])

@@ -1,0 +1,26 @@
+"""A progress bar on stderr for work counted in bytes; silent where stderr is not a terminal."""
+from contextlib import contextmanager
+
+
+@contextmanager
+def byte_progress(title: str):
+    """Yields update(done, total), to be called with bytes."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    console = Console(stderr=True)      # stdout belongs to results
+    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("")
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def spinner(title: str):
+    """A sign of life for work that cannot be counted."""
+    from rich.console import Console
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with console.status(title):
+            yield
+    else:
+        yield

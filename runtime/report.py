@@ -1,0 +1,213 @@
+"""The precision report: a dict of findings flows in; report.json, one self-contained report.html and a table flow out.
+
+SCHEMA names the JSON layout; its version grows when a key changes meaning or goes. NaN is written as null. Headings of
+the page are in LABELS, so that another language is another column there.
+"""
+import base64
+import contextlib
+import io
+import json
+import math
+import os
+import platform
+import sys
+import tempfile
+from datetime import datetime, timezone
+from importlib import metadata, resources
+from pathlib import Path
+
+from .errors import ToolkitError
+
+SCHEMA = {"name": "ascend-vlm/compare", "version": 1}
+PACKAGES = ("ascend-vlm", "torch", "numpy", "onnx", "onnxruntime", "safetensors", "sentencepiece", "pillow")
+THUMBNAIL = 360         # pixels of a picture's longer edge in the page
+FLOOR = 1e-17           # smallest 1 - cosine a float64 cosine can show, and what a plot draws for less
+
+
+def prepare(out: str) -> Path:
+    """The folder of the report, made and tried before anything slow begins; ToolkitError if it cannot be written."""
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise ToolkitError(f"--out {out} cannot be written ({error.strerror}); give another folder") from None
+
+
+def write(found: dict, pictures: list[list], out: Path):
+    """Complete `found` and write report.html, then report.json. pictures: those of every case, path or PIL image."""
+    found["created"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    found = plain(found)
+    replace(out / "report.html", html(found, pictures))
+    replace(out / "report.json", json.dumps(found, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+
+
+def plain(value):
+    """The same, with None for NaN and Inf: JSON has no such numbers."""
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def replace(path: Path, text: str):
+    """Write a whole file or none: temporary file beside it, then rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ToolkitError(f"{path} cannot be written ({error.strerror}); make room or give another --out, "
+                           "then run again") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def environment() -> dict:
+    """The machine and the versions that were used."""
+    import torch
+    versions = {name: version(name) for name in PACKAGES}
+    return {"platform": platform.platform(), "cpu": cpu_name(), "threads": torch.get_num_threads(),
+            "python": platform.python_version(), **{name: v for name, v in versions.items() if v}}
+
+
+def version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_name() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        return f"{names[0]} ({len(names)} CPUs)" if names else platform.machine()
+    return platform.processor() or platform.machine()
+
+
+# the terminal
+
+def say(text: str):
+    print(text, file=sys.stderr, flush=True)
+
+
+def track(role: str, cases: list):
+    """Iterate over the cases with a progress bar on stderr."""
+    from rich.console import Console
+    from rich.progress import track as rich_track
+    console = Console(stderr=True)
+    return rich_track(cases, description=f"{role}: questions", console=console, transient=True,
+                      disable=not console.is_terminal)
+
+
+def show(found: dict, out: Path):
+    """Summary table on stdout; the last two lines are the report's path and its verdict."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    console = Console()
+    table = Table("stage", "rows", "cosine min", "max abs", "mean abs", "KL max", "top-1", box=SIMPLE_HEAD)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, stage in found["stages"].items():
+        table.add_row(name, *stage_cells(stage))
+    console.print(table)
+    for line in (f"report: {out / 'report.html'}", found["verdict"]):
+        console.print(line, soft_wrap=True, markup=False, highlight=False,
+                      style="" if line.startswith("report") else "bold green" if found["passed"] else "bold red")
+
+
+def stage_cells(stage: dict) -> list[str]:
+    if not stage["rows"]:
+        return ["0", "not compared"]
+    cells = [str(stage["rows"]), cosine(stage["cosine_min"]), number(stage["max_abs"]), number(stage["mean_abs"])]
+    return cells + ([number(stage["kl_max"]), percent(stage["top1_agreement"])] if "kl_max" in stage else [])
+
+
+def cosine(value: float | None) -> str:
+    """Eight decimals, cut and not rounded: what is below a limit never looks like the limit."""
+    return "NaN" if value is None or math.isnan(value) else f"{math.floor(value * 1e8) / 1e8:.8f}"
+
+
+def number(value: float | None) -> str:
+    return "NaN" if value is None or math.isnan(value) else "0" if value == 0 else f"{value:.2e}"
+
+
+def percent(value: float) -> str:
+    """Cut, not rounded: 100 % means all."""
+    return f"{math.floor(value * 1000) / 10:g} %"
+
+
+# the page
+
+def html(found: dict, pictures: list[list]) -> str:
+    import jinja2
+    templates = resources.files(__package__) / "templates"
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True,
+                                     undefined=jinja2.StrictUndefined)
+    environment.filters |= {"cosine": cosine, "number": number, "percent": percent, "visible": visible}
+    page = environment.from_string((templates / "compare.html").read_text(encoding="utf-8"))
+    labels = json.loads((templates / "labels.json").read_text(encoding="utf-8"))
+    return page.render(report=found, t=labels["en"], plots=plots(found, labels["en"]),
+                       pictures=[[thumbnail(p) for p in some] for some in pictures])
+
+
+def visible(text: str) -> str:
+    """Token text with its blanks and control characters made visible."""
+    shown = text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in shown) or "∅"
+
+
+def thumbnail(picture) -> str:
+    """data: URI of a small JPEG."""
+    from models.image import open_image
+    image = open_image(picture).copy()
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    stored = io.BytesIO()
+    image.save(stored, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(stored.getvalue()).decode()
+
+
+def plots(found: dict, labels: dict) -> list[dict]:
+    """[{title, svg}]: every measure over the tokens of all questions."""
+    limit = next((c["limit"] for c in found["checks"] if c["stage"] == "decode"), None)
+    distance = [[None if t["cosine"] is None else 1 - t["cosine"] for t in case["tokens"]] for case in found["cases"]]
+    drawn = [(labels["plot_cosine"], distance, None if limit is None else 1 - limit)]
+    drawn += [(labels[f"plot_{name}"], [[t[name] for t in case["tokens"]] for case in found["cases"]], None)
+              for name in ("kl", "max_abs", "mean_abs")]
+    return [{"title": title, "svg": svg(series, limit, labels)} for title, series, limit in drawn]
+
+
+def svg(series: list[list], limit: float | None, labels: dict) -> str:
+    """One line per question over its tokens, logarithmic; red marks where a value is NaN; text stays text."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+    style = {"svg.fonttype": "none", "svg.hashsalt": "ascend-vlm", "font.size": 9, "font.family": "sans-serif",
+             "axes.spines.top": False, "axes.spines.right": False, "axes.prop_cycle": matplotlib.rcParams["axes.prop_cycle"]}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(4.6, 2.5), layout="constrained")
+        axes = FigureCanvasSVG(figure).figure.subplots()
+        draw(axes, series, limit, labels)
+        stored = io.StringIO()
+        figure.savefig(stored, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return stored.getvalue()[stored.getvalue().index("<svg"):]      # no XML head inside a page
+
+
+def draw(axes, series, limit, labels):
+    axes.set_prop_cycle(color=["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"])
+    for index, values in enumerate(series):
+        place = range(1, len(values) + 1)
+        axes.plot(place, [math.nan if v is None else max(v, FLOOR) for v in values], marker=".", markersize=4,
+                  linewidth=1, label=f"{index + 1}")
+        missing = [at for at, v in zip(place, values) if v is None]
+        axes.plot(missing, [0.97] * len(missing), "x", color="#c62828", transform=axes.get_xaxis_transform())
+    if limit:
+        axes.axhline(limit, color="#c62828", linewidth=1, linestyle="--")
+    axes.set_yscale("log")
+    axes.set_xlabel(labels["plot_x"])
+    axes.grid(True, alpha=0.25, linewidth=0.5)
+    axes.legend(title=labels["question"], ncols=6, fontsize=8, title_fontsize=8, frameon=False, loc="upper left",
+                bbox_to_anchor=(0, 1.22))
