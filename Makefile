@@ -28,8 +28,7 @@ $(VENV)/.installed: setup.py
 
 demo: setup  ## the main job on a small trained model: convert, ask two questions, prove it (SEED=n: another picture)
 	@$(PY) -m convert --model $(DEMO) --out $(DEMO_OUT)/vision
-	@$(PY) examples/demo/scenes.py --seed $(SEED) --out $(DEMO_OUT)
-	@$(PY) examples/demo/ask.py --model $(DEMO) --artifact $(DEMO_OUT)/vision --scene $(DEMO_OUT)
+	@$(PY) examples/demo/ask.py --model $(DEMO) --artifact $(DEMO_OUT)/vision --seed $(SEED) --out $(DEMO_OUT)
 	@$(PY) -m runtime.compare --model $(DEMO) --artifact $(DEMO_OUT)/vision --out $(DEMO_OUT)/report
 
 test: setup  ## all tests
