@@ -17,7 +17,6 @@ RELATIVES = (
     ({"model_type": "glm4"}, "GLM-4-0414 or GLM-Z1", "its layers have two norms more; use glm-4-9b-chat"),
     ({"model_type": "glm.*moe.*"}, "GLM-4.5 or later", "a mixture of experts; use glm-4-9b-chat"),
     ({"model_type": "qwen.*"}, "a Qwen model", "not of the GLM family"),
-    ({"model_type": "cogvlm.*|cogagent.*", }, "a CogVLM model", "its decoder has separate weights for picture tokens; use glm-4v-9b"),
     ({"architectures": ".*CogVLM.*|.*CogAgent.*"}, "a CogVLM model",
      "its decoder has separate weights for picture tokens; use glm-4v-9b"),
     ({"model_type": "llava_.*|.*_llava"}, "a later LLaVA model", "another image rule; use llava-1.5-7b-hf"),
@@ -32,7 +31,7 @@ def families() -> list[type[Family]]:
 
 
 def family_of(directory) -> Family:
-    """The family that owns the checkpoint in `directory`, decided by the structure of its config. ModelError if none."""
+    """The family that owns the checkpoint in `directory`, by the structure of its config. ModelError if none."""
     directory = Path(directory)
     if not directory.is_dir():
         raise ModelError(f"model folder {directory} does not exist; give --model the folder of a downloaded checkpoint")

@@ -92,8 +92,7 @@ class Decoder:
 
     def _attention(self, x, layer, index, step, cache):
         c = self.config
-        qkv = self.ops.linear(x, layer.qkv).view(len(x), -1, c.head_dim)
-        q, k, v = qkv.split((c.heads, c.kv_heads, c.kv_heads), dim=1)
+        q, k, v = self.ops.heads(self.ops.linear(x, layer.qkv), c, step)
         q, k = self.ops.rope(q, k, step.cos, step.sin)
         keys, values = cache.layers[index]
         self.ops.cache_write(k, v, keys, values, step.slots)

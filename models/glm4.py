@@ -1,6 +1,6 @@
 """GLM-4-9B-chat, in the `chatglm` layout of its release and in the `-hf` layout of transformers. GLM-4V builds on it.
 
-config.json flows in; decoder settings, weight table, stop ids and tokenised prompts flow out.
+config.json and messages flow in; decoder settings, weight table, stop ids and tokenised prompts flow out.
 """
 import functools
 import json
@@ -8,30 +8,34 @@ import re
 
 import numpy as np
 
-from .base import DecoderConfig, Family, Layout, ModelError, Part, Prompt, Rope, SamplingDefaults, Weight
-from .base import pair, split_content
+from .base import DecoderConfig, ModelError, Part, Prompt, Rope, SamplingDefaults, Weight, pair, split_content
+from .hf import buffers, decoder_weights, rope_of
 from .layers import interleaved_order, permute_heads
-from .text import MissingTokenizer, TiktokenText
+from .template import ChatTemplate, directory_template
+from .templated import TemplatedFamily
+from .text import JsonText, MissingTokenizer, TiktokenText
 
 SPECIAL = ("<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>",
            "<|observation|>", "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>")
-STOPS = ("<|endoftext|>", "<|user|>", "<|observation|>")
+ANY_SPECIAL = re.compile("(" + "|".join(map(re.escape, SPECIAL)) + ")")
+HIDDEN = re.compile("\ue000(\\d+)\ue001")            # a special-looking piece of a message while a template renders it
 ROLES = ("system", "user", "assistant", "observation")
+PICTURE = ("<|begin_of_image|>", "<|endoftext|>", "<|end_of_image|>")
 CHATGLM_ONLY = {"rmsnorm": True, "post_layer_norm": True, "add_bias_linear": False, "multi_query_attention": True,
                 "apply_residual_connection_post_layernorm": False, "pre_seq_len": None}
-HF_ONLY = {"hidden_act": "silu", "rope_scaling": None}
 WITH_TOOLS = ("你是一个名为 GLM-4 的人工智能助手。你是基于智谱AI训练的语言模型 GLM-4 模型开发的，"
               "你的任务是针对用户的问题和要求提供适当的答复和支持。")
 TOOL = "\n\n## {}\n\n{}\n在调用上述函数时，请使用 Json 格式表示调用的参数。"
 
 
 class Special(str):
-    """A piece of a prompt that is one token of the vocabulary; every other piece is plain text, whatever it looks like."""
+    """A piece of a prompt that is one token of the vocabulary; other pieces are plain text, whatever they look like."""
 
 
-class Glm4(Family):
+class Glm4(TemplatedFamily):
     """One wording serves every language: the model answers in the language of the question."""
     name = "glm-4"
+    stop_tokens = ("<|endoftext|>", "<|user|>", "<|observation|>")
     unstable_tail = re.compile(r"\[\[?[训练时间]{0,4}\]?$")
 
     @classmethod
@@ -50,15 +54,12 @@ class Glm4(Family):
 
     @functools.cached_property
     def tokenizer(self):
-        path = self.directory / "tokenizer.model"
-        return TiktokenText(path, SPECIAL) if path.is_file() else MissingTokenizer(path)
-
-    @functools.cached_property
-    def stop_ids(self) -> tuple[int, ...]:
-        """Every id that ends a turn, whichever file names it: stopping at one of them only runs on into a made-up turn."""
-        named = [c.get("eos_token_id") for c in (self._generation_config(), self.config)]
-        ids = {i for n in named if n is not None for i in (n if isinstance(n, list) else [n])}
-        return tuple(sorted(ids | {self.tokenizer.token_id(piece) for piece in STOPS} - {None}))
+        ranks, json_file = self.directory / "tokenizer.model", self.directory / "tokenizer.json"
+        if ranks.is_file():
+            return TiktokenText(ranks, SPECIAL)
+        if json_file.is_file():
+            return JsonText(json_file, plain=True)
+        return MissingTokenizer(json_file if self.hf else ranks)
 
     def release_sampling(self, with_picture):
         return SamplingDefaults(max_length=min(8192, self.decoder.max_length), temperature=0.8, top_p=0.8)
@@ -69,61 +70,99 @@ class Glm4(Family):
 
     # prompts
 
-    def prompt(self, messages, language="zh", tools=None) -> Prompt:
+    def prompt(self, messages, language=None, tools=None) -> Prompt:
         """Chat messages -> Prompt.
 
         Roles: system, user, assistant, observation (a tool's result). An assistant message may carry "metadata", the
         name of the tool it calls. tools: function descriptions as OpenAI has them, also as "tools" of any message.
         """
-        if tools:
-            messages = [{"role": "system", "content": "", "tools": tools}, *messages]
-        if not messages or messages[-1]["role"] not in ("user", "observation"):
-            raise ModelError("the conversation does not end with a user message or an observation; add a question")
-        pieces, pictures = [Special("[gMASK]"), Special("<sop>")], []
+        messages, pictures = self._checked(messages)
+        self._accepts(len(pictures))
+        pieces = self._pieces(messages, tools)
+        ids = np.array([i for piece in pieces for i in self._ids(piece)], dtype=np.int64)
+        return self._prompt(ids, [self.pixels(p) for p in pictures], text="".join(pieces))
+
+    def _checked(self, messages) -> tuple[list[dict], list]:
+        """Messages with plain text as content and "pictures", their number, beside it; and the pictures."""
+        turns, pictures = [], []
         for message in messages:
+            if message["role"] not in ROLES:
+                raise ModelError(f"{self.name} has no role {message['role']!r}; use one of {', '.join(ROLES)}")
             new, text = self._content(message)
-            pieces += self._turns(message, text, new)
+            turns.append({"metadata": "", **message, "content": text, "pictures": len(new)})
             pictures += new
-        pieces.append(Special("<|assistant|>"))
-        return self._arrange(self._encode(pieces), [self.pixels(p) for p in pictures], text="".join(pieces))
-
-    def prompt_from_ids(self, ids, pixels=None, image_starts=None) -> Prompt:
-        """ids [T] and pixels [n, ...] as the release feeds its model."""
-        pictures = [] if pixels is None else [self.pixels(np.asarray(p)[None]) for p in np.asarray(pixels)]
-        return self._arrange(np.asarray(ids, dtype=np.int64).reshape(-1), pictures, image_starts)
-
-    def pixels(self, source):
-        raise ModelError(f"{self.name} is a text model and takes no picture; leave the picture out")
+        if not turns or turns[-1]["role"] not in ("user", "observation"):
+            raise ModelError("the conversation does not end with a user message or an observation; add a question")
+        return turns, pictures
 
     def _content(self, message) -> tuple[list, str]:
         return split_content(message["content"])
 
-    def _turns(self, message, text, pictures) -> list[str]:
-        """A message's pieces: tools are told in a system turn of their own, an empty message is no turn."""
-        role, pieces = message["role"], []
-        if role not in ROLES:
-            raise ModelError(f"{self.name} has no role {role!r}; use one of {', '.join(ROLES)}")
-        if message.get("tools"):
-            pieces += [Special("<|system|>"), "\n", WITH_TOOLS + "".join(map(describe_tool, message["tools"]))]
-        if text or pictures:
-            marks = [Special(mark) for _ in pictures for mark in ("<|begin_of_image|>", "<|endoftext|>", "<|end_of_image|>")]
-            pieces += [Special(f"<|{role}|>"), f"{message.get('metadata', '')}\n", *marks, text]
-        return pieces
+    def _pieces(self, messages, tools) -> list[str]:
+        """The prompt as the directory's template words it, or as the release's first tokenizer code did."""
+        template = directory_template(self.directory, bool(tools))
+        return template_pieces(template, messages, tools) if template else released_pieces(messages, tools)
 
-    def _encode(self, pieces) -> np.ndarray:
-        """Every piece by itself, as the release does: a header's line break never merges with the text behind it."""
-        ids = [[self.tokenizer.token_id(p)] if isinstance(p, Special) else self.tokenizer.encode(p) for p in pieces]
-        return np.array(sum(ids, []), dtype=np.int64)
-
-    def _arrange(self, ids, pixels, image_starts=None, text="") -> Prompt:
-        return Prompt(ids, [], Layout(np.arange(len(ids))[:, None], (len(ids),), (1,)), text)
+    def _ids(self, piece) -> list[int]:
+        if not isinstance(piece, Special):
+            return self.tokenizer.encode(piece)
+        token_id = self.tokenizer.token_id(piece)
+        if token_id is None:
+            raise ModelError(f"the tokenizer files of {self.directory} have no {piece}; copy tokenizer.model or "
+                             "tokenizer.json, and tokenizer_config.json, from the release")
+        return [token_id]
 
     # weights
 
     def weights(self) -> list[Weight]:
-        if self.hf:
-            return list(hf_weights(self.decoder, self.config.get("attention_bias", True)))
-        return list(chatglm_weights(self.decoder, self.config.get("add_qkv_bias", False)))
+        if not self.hf:
+            return list(chatglm_weights(self.decoder, self.config.get("add_qkv_bias", False)))
+        tied = self.config.get("tie_word_embeddings") and self.shapes and "lm_head.weight" not in self.shapes
+        rows = decoder_weights(self.decoder, "model.", None if tied else "lm_head.weight", rotary_order(self.decoder),
+                               qkv_bias=self.config.get("attention_bias", True), fused_mlp=True)
+        return [*rows, *buffers(self.shapes)]
+
+
+def released_pieces(messages: list[dict], tools=None) -> list[str]:
+    """Header and content are pieces of their own, so that a header's line break never merges with the text behind it.
+
+    Tools are told in a system turn before their message; an empty message is no turn.
+    """
+    pieces = [Special("[gMASK]"), Special("<sop>")]
+    for message in with_tools(messages, tools):
+        if message.get("tools"):
+            pieces += [Special("<|system|>"), "\n", WITH_TOOLS + "".join(map(describe_tool, message["tools"]))]
+        if message["content"] or message["pictures"]:
+            marks = [Special(mark) for mark in PICTURE * message["pictures"]]
+            pieces += [Special(f"<|{message['role']}|>"), f"{message['metadata']}\n", *marks, message["content"]]
+    return [*pieces, Special("<|assistant|>")]
+
+
+def template_pieces(template: ChatTemplate, messages: list[dict], tools=None) -> list[str]:
+    """The rendered text, cut at the special pieces that the template itself wrote."""
+    if re.search(r"\[['\"]tools['\"]\]|\.tools\b", template.source):   # the release's looks in the messages
+        messages, tools = with_tools(messages, tools), None
+    hidden = [{**m, "content": _hide(m["content"]), "metadata": _hide(m["metadata"])} for m in messages]
+    cut = ANY_SPECIAL.split(template.render(hidden, tools))
+    return [Special(piece) if piece in SPECIAL else HIDDEN.sub(lambda mark: SPECIAL[int(mark[1])], piece)
+            for piece in cut if piece]
+
+
+def _hide(text: str) -> str:
+    return ANY_SPECIAL.sub(lambda found: f"\ue000{SPECIAL.index(found[0])}\ue001", text)
+
+
+def with_tools(messages: list[dict], tools) -> list[dict]:
+    return [{"role": "system", "content": "", "metadata": "", "pictures": 0, "tools": tools}] * bool(tools) + messages
+
+
+def describe_tool(tool: dict) -> str:
+    """A function as the release's system turn tells it."""
+    if tool.get("type") != "function":
+        raise ModelError(f"tool of type {tool.get('type')!r} is not known; give functions: "
+                         '{"type": "function", "function": {"name": ..., "description": ..., "parameters": ...}}')
+    function = tool["function"]
+    return TOOL.format(function["name"], json.dumps(function, ensure_ascii=False, indent=4))
 
 
 def is_chatglm(config: dict) -> bool:
@@ -144,18 +183,13 @@ def chatglm_decoder(config: dict) -> DecoderConfig:
 
 
 def hf_decoder(config: dict) -> DecoderConfig:
-    """Fields of transformers' `glm` layout (GLM-4 -hf, GLM-Edge), old and new spelling of the rope's.
-
-    Defaults are those of transformers' GlmConfig: they are GLM-4-9B's.
-    """
-    supported(config, HF_ONLY)
-    rope = {"rope_theta": 10000.0, "partial_rotary_factor": 0.5, **config, **(config.get("rope_parameters") or {})}
-    supported(rope, {"rope_type": "default"})
+    """Fields of transformers' `glm` layout; defaults are those of its GlmConfig, which are GLM-4-9B's."""
+    supported(config, {"hidden_act": "silu"})
     head_dim = config.get("head_dim", 128)
     return DecoderConfig(
         vocab_size=config["vocab_size"], hidden=config["hidden_size"], layers=config["num_hidden_layers"],
         heads=config["num_attention_heads"], kv_heads=config.get("num_key_value_heads", 2), head_dim=head_dim,
-        ffn=config["intermediate_size"], rope=Rope(int(head_dim * rope["partial_rotary_factor"]), theta=rope["rope_theta"]),
+        ffn=config["intermediate_size"], rope=rope_of(config, head_dim, factor=0.5),
         eps=config.get("rms_norm_eps", 1.5625e-07), max_length=config.get("max_position_embeddings", 131072))
 
 
@@ -185,32 +219,6 @@ def chatglm_weights(d: DecoderConfig, qkv_bias: bool):
     yield Weight("transformer.output_layer.weight", (d.vocab_size, d.hidden), (Part("lm_head.weight"),))
 
 
-def hf_weights(d: DecoderConfig, qkv_bias: bool):
-    """Weight table of transformers' `glm` layout (GLM-4 -hf, GLM-Edge), with an lm_head of its own."""
-    yield Weight("model.embed_tokens.weight", (d.vocab_size, d.hidden), (Part("embed.weight"),))
-    for i in range(d.layers):
-        layer, ours = f"model.layers.{i}.", f"layers.{i}."
-        yield from _separate_qkv(d, layer + "self_attn.", ours + "qkv", qkv_bias)
-        yield from pair(layer + "self_attn.o_proj", (d.hidden, d.heads * d.head_dim), ours + "out", bias=False)
-        yield from pair(layer + "mlp.gate_up_proj", (2 * d.ffn, d.hidden), ours + "up", bias=False)
-        yield from pair(layer + "mlp.down_proj", (d.hidden, d.ffn), ours + "down", bias=False)
-        yield from pair(layer + "input_layernorm", (d.hidden,), ours + "attention_norm", bias=False)
-        yield from pair(layer + "post_attention_layernorm", (d.hidden,), ours + "mlp_norm", bias=False)
-    yield from pair("model.norm", (d.hidden,), "final_norm", bias=False)
-    yield Weight("lm_head.weight", (d.vocab_size, d.hidden), (Part("lm_head.weight"),))
-
-
-def _separate_qkv(d, source, target, bias):
-    total, offset = (d.heads + 2 * d.kv_heads) * d.head_dim, 0
-    permute = functools.partial(permute_heads, order=rotary_order(d))
-    for name, heads, transform in (("q", d.heads, permute), ("k", d.kv_heads, permute), ("v", d.kv_heads, None)):
-        rows = heads * d.head_dim
-        for suffix, shape in ((".weight", (rows, d.hidden)), (".bias", (rows,)))[:1 + bias]:
-            part = Part(target + suffix, at=(offset, total), transform=transform)
-            yield Weight(f"{source}{name}_proj{suffix}", shape, (part,))
-        offset += rows
-
-
 def rotary_order(d: DecoderConfig):
     return interleaved_order(d.head_dim, d.rope.dim)
 
@@ -220,12 +228,3 @@ def fold_qkv(rows, rotated: int, order):
     out = rows.clone()
     out[:rotated] = permute_heads(rows[:rotated], order)
     return out
-
-
-def describe_tool(tool: dict) -> str:
-    """A function as the release's system turn tells it."""
-    if tool.get("type") != "function":
-        raise ModelError(f"tool of type {tool.get('type')!r} is not known; give functions: "
-                         '{"type": "function", "function": {"name": ..., "description": ..., "parameters": ...}}')
-    function = tool["function"]
-    return TOOL.format(function["name"], json.dumps(function, ensure_ascii=False, indent=4))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .base import Layout, ModelError, Part, Prompt, VisionSpec, Weight, dense, fused_dense, pair
-from .glm4 import Glm4, is_chatglm, supported
+from .glm4 import Glm4, is_chatglm, released_pieces, supported
 from .image import CLIP_MEAN, CLIP_STD, denormalize, open_image, squash
 from .vision import Attention, GluAdapter, Mlp, Normalize, glu_adapter_weights
 
@@ -76,8 +76,8 @@ class Glm4V(Glm4):
         supported(tower, {"hidden_act": "gelu", "in_channels": 3})
         side, grid = tower["image_size"], tower["image_size"] // tower["patch_size"]
         if tower["num_positions"] != grid * grid + 1:
-            raise ModelError(f"vision_config has num_positions {tower['num_positions']}, but a picture of {side} pixels "
-                             f"has {grid * grid} patches and one class token; take config.json from the release")
+            raise ModelError(f"vision_config has num_positions {tower['num_positions']}, but a picture of {side} "
+                             f"pixels has {grid * grid} patches and one class token; take config.json from the release")
         self.vision = VisionSpec((1, side, side, 3), (1, (grid // 2) ** 2 + 2, config["hidden_size"]))
 
     def vision_encoder(self):
@@ -102,13 +102,15 @@ class Glm4V(Glm4):
         pictures, text = super()._content(message)
         return [*([message["image"]] if message.get("image") is not None else []), *pictures], text
 
-    def _arrange(self, ids, pixels, image_starts=None, text="") -> Prompt:
+    def _pieces(self, messages, tools):
+        """No template of a directory knows how the pictures stand."""
+        return released_pieces(messages, tools)
+
+    def _prompt(self, ids, pixels, image_starts=None, text="") -> Prompt:
         """The picture's three ids (begin, placeholder, end) become as many as it has rows."""
-        self.one_picture_at_most(len(pixels))
         if not pixels:
-            return super()._arrange(ids, [], text=text)
-        start = self._picture_start(ids, image_starts)
-        patches = self.vision.rows - 2
+            return Prompt(ids, [], Layout(np.arange(len(ids))[:, None], (len(ids),), (1,)), text)
+        start, patches = self._picture_start(ids, image_starts), self.vision.rows - 2
         ids = np.concatenate((ids[:start + 1], np.full(patches, ids[start + 1]), ids[start + 2:]))
         return Prompt(ids, pixels, expanded_layout(len(ids), start, patches), text)
 
@@ -117,8 +119,8 @@ class Glm4V(Glm4):
         marks = self.config["boi_token_id"], self.config["eoi_token_id"]
         starts = np.flatnonzero(ids == marks[0]) if image_starts is None else np.asarray(image_starts).reshape(-1)
         if len(starts) != 1 or tuple(ids[starts[0]:starts[0] + 3:2]) != marks:
-            raise ModelError(f"the prompt has one picture, so its ids must hold {marks[0]}, one placeholder, {marks[1]} once; "
-                             "build it with Engine.prompt, or pass the ids of the release's tokenizer")
+            raise ModelError(f"the prompt has one picture, so its ids must hold {marks[0]}, one placeholder, "
+                             f"{marks[1]} once; build it with Engine.prompt, or pass ids of the release's tokenizer")
         return int(starts[0])
 
     # weights
@@ -136,8 +138,9 @@ class Glm4V(Glm4):
                      (Part("vision.tower.position"),))
         for i in range(tower["num_hidden_layers"]):
             layer, ours = f"{root}transformer.layers.{i}.", f"vision.tower.blocks.{i}."
+            heads = [f"{ours}attention.{name}" for name in "qkv"]
             yield from pair(layer + "input_layernorm", (width,), ours + "attention_norm")
-            yield from fused_dense(layer + "attention.query_key_value", width, width, [ours + "attention." + n for n in "qkv"])
+            yield from fused_dense(layer + "attention.query_key_value", width, width, heads)
             yield from dense(layer + "attention.dense", width, width, ours + "attention.out")
             yield from dense(layer + "mlp.fc1", inner, width, ours + "mlp.up")
             yield from dense(layer + "mlp.fc2", width, inner, ours + "mlp.down")

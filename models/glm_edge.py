@@ -25,8 +25,8 @@ SIGLIP = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12
           "image_size": 224, "patch_size": 16, "layer_norm_eps": 1e-6}
 CHAT = "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}{% endfor %}<|assistant|>"
 CHAT_V = """\
-{% for m in messages if m.role != 'system' %}{{ '<|' + m.role + '|>\n' }}
-{% for part in m.content %}{{ '<|begin_of_image|>' * rows if part.type == 'image' else part.text }}{% endfor %}
+{% for m in messages if m.role != 'system' %}{{ '<|' + m.role + '|>\n' }}{% for part in m.content %}
+{{ '<|begin_of_image|>' * rows if part.type == 'image' else part.text }}{% endfor %}
 {% endfor %}{{ '<|assistant|>\n' }}"""
 
 
@@ -109,7 +109,12 @@ class GlmEdge(TemplatedFamily):
         return SamplingDefaults(max_length=self.decoder.max_length, temperature=0.6, top_p=0.8, repetition_penalty=1.2)
 
     def clean(self, answer):
+        """The chat models begin an answer with a line break."""
         return answer.strip()
+
+    def prompt_from_ids(self, ids, pixels=None, image_starts=None):
+        """As in TemplatedFamily; the all-zero picture that the release feeds with a text prompt is left out."""
+        return super().prompt_from_ids(ids, pixels if np.any(pixels) else None, image_starts)
 
     def pixels(self, source) -> np.ndarray:
         if not isinstance(source, np.ndarray):

@@ -22,6 +22,8 @@ LLAMA = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008,
          "bos_token_id": 1, "eos_token_id": 2}
 CLIP = {"model_type": "clip_vision_model", "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
         "num_attention_heads": 12, "image_size": 224, "patch_size": 32, "layer_norm_eps": 1e-5, "num_channels": 3}
+VIT_L_336 = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+             "image_size": 336, "patch_size": 14}       # of a config without vision_config
 TEMPLATE = """\
 {% for message in messages %}{% if message.role != 'system' %}{{ message.role | upper }}: {% endif %}
 {% for part in message.content if part.type == 'image' %}{{ '<image>\n' }}{% endfor %}
@@ -84,7 +86,7 @@ class Llava(TemplatedFamily):
             raise ModelError(f"{directory} holds LLaVA in its authors' own layout, without the vision tower; "
                              "download llava-hf/llava-1.5-7b-hf")
         self.text = LLAMA | (config.get("text_config") or {})
-        self.clip = CLIP | (config.get("vision_config") or {})
+        self.clip = CLIP | (config.get("vision_config") or VIT_L_336)
         _supported(self.text, {"model_type": "llama", "hidden_act": "silu"}, "text_config")
         _supported(self.clip, {"model_type": "clip_vision_model", "num_channels": 3}, "vision_config")
         self.decoder = _decoder(self.text)
@@ -107,9 +109,6 @@ class Llava(TemplatedFamily):
 
     def release_sampling(self, with_picture):
         return SamplingDefaults(max_length=self.decoder.max_length, temperature=0.0)
-
-    def clean(self, answer):
-        return answer.strip()
 
     def one_picture_at_most(self, pictures):
         """Several pictures are welcome, in the order of the prompt."""

@@ -106,13 +106,11 @@ def stored_entries(file: Path) -> dict[str, Entry]:
 
 
 def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in the readable weight files of `directory`, to tell its layout before it is checked in full."""
-    shapes = {}
-    with suppress(ModelError):          # no weights at all
-        for file in find_files(directory)[1]:
-            with suppress(Damaged):
-                shapes |= {name: entry.shape for name, entry in stored_entries(file).items()}
-    return shapes
+    """Names and shapes of the tensors in `directory`, to tell their layout; {} if a file is missing or damaged."""
+    with suppress(ModelError, Damaged):
+        files = find_files(directory)[1]
+        return {name: entry.shape for file in files for name, entry in stored_entries(file).items()}
+    return {}
 
 
 def _safetensors_entries(file: Path) -> dict[str, Entry]:
@@ -149,7 +147,7 @@ def _load_pickled(file: Path) -> dict[str, torch.Tensor]:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
         state = state.get("module", state)          # SAT keeps the state dict one level down
         return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError):
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError):
         raise Damaged("is truncated, or holds more than tensors (pickled code is never run)") from None
 
 

@@ -2,6 +2,7 @@
 
 Sentences flow in, the bytes of a vocabulary file flow out; the same input gives the same bytes.
 """
+import base64
 import io
 import itertools
 import string
@@ -38,6 +39,56 @@ def ice_text(sentences: Iterable[str] = SENTENCES, base_pieces: int | None = Non
     model.trainer_spec.byte_fallback = True
     model.trainer_spec.vocab_size = len(model.pieces)
     return model.SerializeToString(deterministic=True)
+
+
+def byte_pieces(count: int) -> list[bytes]:
+    """`count` pieces of a byte-level vocabulary: the 256 bytes, then whole words and Chinese characters."""
+    words = (piece.replace("\u2581", " ").encode() for piece in _filler(256))
+    return [*(bytes([byte]) for byte in range(256)), *itertools.islice(words, count - 256)]
+
+
+def rank_lines(pieces: Iterable[bytes]) -> bytes:
+    """GLM-4's `tokenizer.model`: one "base64 rank" line per piece."""
+    return b"".join(b"%s %d\n" % (base64.b64encode(piece), rank) for rank, piece in enumerate(pieces))
+
+
+def json_file_of(pieces: Iterable[bytes], special: Iterable[str]) -> bytes:
+    """A `tokenizer.json` with the ids and the splitting of `rank_lines`; the special pieces come last."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    from .text import TiktokenText
+    shown = byte_characters()
+    vocabulary = {"".join(shown[byte] for byte in piece): rank for rank, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(TiktokenText.PATTERN), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(piece, normalized=False) for piece in special])
+    return tokenizer.to_str().encode()
+
+
+def llama_file(count: int, added: Iterable[str]) -> bytes:
+    """A `tokenizer.json` like LLaMA's: 3 control pieces, 256 bytes, then ASCII characters, made-up words and Chinese
+    characters up to `count` pieces; `added` tokens come last."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    control = ("<unk>", "<s>", "</s>")
+    pieces = itertools.chain(control, (f"<0x{byte:02X}>" for byte in range(256)), "\u2581", string.printable.strip(),
+                             _filler(0))
+    vocabulary = {piece: rank for rank, piece in enumerate(itertools.islice(pieces, count))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True, ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                           decoders.Strip(" ", 1, 0)])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in (*control, *added)])
+    return tokenizer.to_str().encode()
+
+
+def byte_characters() -> list[str]:
+    """The printable character that stands for each byte in a byte-level tokenizer.json (the convention of GPT-2)."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 def _train(sentences: Iterable[str]) -> bytes:

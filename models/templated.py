@@ -90,8 +90,8 @@ class TemplatedFamily(Family):
         starts = places[::rows] if given is None else np.asarray(given, dtype=np.int64).reshape(-1)
         filled = (starts[:, None] + np.arange(rows)).reshape(-1)
         if len(places) != pictures * rows:
-            raise ModelError(f"{pictures} pictures need {pictures * rows} {token} tokens ({rows} each), the prompt has "
-                             f"{len(places)}; give as many pictures as it has marks")
+            raise ModelError(f"the number of pictures ({pictures}, {rows} rows each) does not fit the prompt: it has "
+                             f"{len(places)} {token} tokens and needs {pictures * rows}; give one picture per mark")
         if not np.array_equal(np.sort(filled), places):
             raise ModelError(f"the {token} tokens of a picture must be {rows} in a row; build the prompt with Engine.prompt")
         return tuple(starts.tolist())

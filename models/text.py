@@ -42,7 +42,7 @@ class IceText:
 class TiktokenText:
     """GLM-4's `tokenizer.model`: one "base64-bytes rank" line per token, byte-pair encoding by rank.
 
-    Special pieces have ids of their own behind the ranks: those that tokenizer_config.json lists, else `special` in order.
+    Special pieces have ids of their own behind the ranks: those of tokenizer_config.json, else `special` in order.
     """
     PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
                r"\s+(?!\S)|\s+")
@@ -99,9 +99,12 @@ def _added_tokens(path: Path) -> dict[str, int]:
 
 
 class JsonText:
-    """A `tokenizer.json` of the tokenizers library. `bos_id` (None: no such token) goes in front of every text, once."""
+    """A `tokenizer.json` of the tokenizers library. `bos_id` (None: no such token) goes in front of every text, once.
 
-    def __init__(self, path: Path, bos_id: int | None = None):
+    plain: what looks like a special token in a text is spelled out.
+    """
+
+    def __init__(self, path: Path, bos_id: int | None = None, plain: bool = False):
         from tokenizers import Tokenizer
         try:
             self._tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
@@ -111,6 +114,7 @@ class JsonText:
             raise ModelError(f"{path} is not a tokenizer file ({error}); download it again") from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        self._tokenizer.encode_special_tokens = plain
         self._bos = [] if bos_id is None else [bos_id]
         pieces = (self._tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
         self.byte_ids = frozenset(piece for piece in pieces if piece is not None)

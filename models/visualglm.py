@@ -148,8 +148,10 @@ class VisualGLM(Family):
             return denormalize(source, CLIP_MEAN, CLIP_STD, self.vision.input_shape)
         return squash(open_image(source), side)
 
-    def prompt(self, messages, language="zh") -> Prompt:
+    def prompt(self, messages, language="zh", tools=None) -> Prompt:
         """Chat messages -> Prompt. The picture always stands at the very front, whichever turn brought it."""
+        if tools:
+            raise ModelError(f"{self.name} knows no tools; leave the tools out")
         pictures, text = self._conversation(messages, WORDING[language])
         self.one_picture_at_most(len(pictures))
         if not pictures:

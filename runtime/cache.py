@@ -3,12 +3,12 @@ import torch
 
 
 class KVCache:
-    """Per layer a pair of tensors [blocks, block_size, kv_heads, head_dim]."""
+    """Per layer a pair of tensors, keys and values, in the layout of the backend `ops`; slots and tables know no layout."""
 
-    def __init__(self, config, blocks: int, block_size: int, dtype, device):
-        shape = (blocks, block_size, config.kv_heads, config.head_dim)
+    def __init__(self, config, blocks: int, block_size: int, dtype, device, ops):
         self.block_size = block_size
-        self.layers = [tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in "kv") for _ in range(config.layers)]
+        self.layers = [tuple(ops.cache(config, blocks, block_size, dtype, device) for _ in "kv")
+                       for _ in range(config.layers)]
         self._free = list(range(blocks))[::-1]
 
     @property

@@ -2,6 +2,7 @@
 
 A question flows in (--prompt, or typed), the answer streams out on stdout; all else goes to stderr, so that it pipes.
 """
+import contextlib
 import re
 import sys
 from dataclasses import dataclass
@@ -189,10 +190,8 @@ def show_prompt(prompt):
 
 
 def enable_line_editing():
-    try:
+    with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (arrow keys and history for input())
-    except ImportError:
-        pass
 
 
 def tell(text: str):

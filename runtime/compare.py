@@ -16,10 +16,18 @@ import numpy as np
 from . import metrics, report
 from .errors import CHECK_FAILED, ToolkitError, run_command
 from .options import (
-    EngineOptions, InputOptions, Parser, SamplingParams, check_folder, check_pictures, dtype_name, flag, require,
+    EngineOptions,
+    InputOptions,
+    Parser,
+    SamplingParams,
+    check_folder,
+    check_pictures,
+    dtype_name,
+    flag,
+    require,
 )
+from .progress import spinner
 from .questions import QUESTIONS
-
 
 STAGES = {"vision": "vision features", "decode": "decoder logits"}
 
@@ -27,13 +35,14 @@ STAGES = {"vision": "vision features", "decode": "decoder logits"}
 @dataclass(kw_only=True)
 class CompareOptions(InputOptions):
     out: str = flag("folder that receives report.json and report.html", metavar="DIR")
-    reference: str | None = flag("checkpoint of the reference (default: the same as --model)", default=None, metavar="DIR")
+    reference: str | None = flag("checkpoint of the reference (default: the same as --model)", default=None,
+                                 metavar="DIR")
     reference_dtype: str = flag("arithmetic of the reference", default="float32", metavar="DTYPE")
-    prompt: tuple[str, ...] = flag("question to compare on; may be repeated (default: a small set in Chinese and English, "
-                                   "with and without a picture)", default=(), metavar="TEXT", many=True)
+    prompt: tuple[str, ...] = flag("question to compare on; may be repeated (default: a small set in Chinese and "
+                                   "English, with and without a picture)", default=(), metavar="TEXT", many=True)
     max_tokens: int = flag("tokens compared per question", default=32, kind=int, metavar="N")
-    threshold: float = flag("smallest cosine that passes, of every token's logits and every picture row", default=0.9999,
-                            kind=float, metavar="C")
+    threshold: float = flag("smallest cosine that passes, of every token's logits and every picture row",
+                            default=0.9999, kind=float, metavar="C")
 
     def __post_init__(self):
         super().__post_init__()
@@ -77,8 +86,8 @@ class Side:
 
 def parser() -> Parser:
     return Parser("python -m runtime.compare", "--model DIR --out DIR [--reference DIR] [options]",
-                  "Compare a candidate (the model, run with the options below) with the reference (plain torch, float32): "
-                  "logits token by token, and vision features. Exit code 0: within the threshold, 1: not.",
+                  "Compare a candidate (the model, run with the options below) with the reference (plain torch, "
+                  "float32): logits token by token, and vision features. Exit code 0: within the threshold, 1: not.",
                   {"what to compare": CompareOptions, "candidate": EngineOptions})
 
 
@@ -152,7 +161,7 @@ def load(role: str, model: str, options: EngineOptions):
 
 
 def encode(engine, cases: list[Case]):
-    """Prompts and vision features of all cases; the first picture may convert the vision encoder, which tells so itself."""
+    """Prompts and vision features of all cases; the first picture may convert the vision encoder and then says so."""
     prompts = [engine.prompt(case.messages, language=case.language) for case in cases]
     return prompts, [engine.features(prompt) for prompt in prompts]
 
@@ -160,16 +169,16 @@ def encode(engine, cases: list[Case]):
 def check_same_model(family, ids: list[int], features: np.ndarray, expected: Outcome):
     vocabulary = expected.logits.shape[1]
     if ids != expected.ids or family.decoder.vocab_size != vocabulary or features.shape != expected.features.shape:
-        raise ToolkitError(f"reference and candidate ({family.name}, vocabulary {family.decoder.vocab_size}) do not read "
-                           f"the same prompt: {len(expected.ids)} and {len(ids)} tokens, pictures {expected.features.shape} "
-                           f"and {features.shape}, vocabulary {vocabulary}; give --reference a checkpoint of the same model")
+        raise ToolkitError(f"reference and candidate do not read the same prompt: {len(expected.ids)} and {len(ids)} tokens, "
+                           f"picture rows {expected.features.shape} and {features.shape}, vocabulary {vocabulary} and "
+                           f"{family.decoder.vocab_size}; give --reference a checkpoint of the same model")
 
 
 def information(engine, model: str, seconds: float, digest: str | None = None) -> dict:
     """What the report tells about a side; `digest` saves reading the weights again."""
     if digest is None:
-        report.say(f"hashing {model}")
-        digest = engine.checkpoint.digest(engine.checkpoint.names)
+        with spinner(f"hashing {model}"):
+            digest = engine.checkpoint.digest(engine.checkpoint.names)
     return {"model": str(Path(model).resolve()), "sha256": digest, "family": engine.family.name,
             "stages": engine.describe(), "options": asdict(engine.options), "load_seconds": round(seconds, 2)}
 
@@ -206,10 +215,11 @@ def verdict(passed: bool, checks: list[dict]) -> str:
 
 
 def failure(c: dict) -> str:
-    place = f"{'token' if c['stage'] == 'decode' else 'row'} {c['worst']['row'] + 1} of question {c['worst']['case'] + 1}"
+    what, row, question = STAGES[c["stage"]], c["worst"]["row"] + 1, c["worst"]["case"] + 1
+    place = f"{'token' if c['stage'] == 'decode' else 'row'} {row} of question {question}"
     if c["nonfinite"]:
-        return f"{c['nonfinite']:,} values of the {STAGES[c['stage']]} are NaN or Inf, the first at {place}"
-    return f"the cosine of the {STAGES[c['stage']]} falls to {report.cosine(c['value'])} at {place}, below {c['limit']:g}"
+        return f"{c['nonfinite']:,} values of the {what} are NaN or Inf, the first at {place}"
+    return f"the cosine of the {what} falls to {report.cosine(c['value'])} at {place}, below {c['limit']:g}"
 
 
 def describe_case(case: Case, expected: Outcome, vision: dict, decode: dict, family) -> dict:

@@ -85,8 +85,11 @@ class Engine:
         self.family = family_of(model_dir)
         self.max_model_len = self._longest()
         self._ops = choose(self.options.ops, self.options.device)
-        self.plan = make_plan(self.family, self.options.dtype, SEQUENCES * self.max_model_len)
-        check_memory(self.plan)
+        self._block_size = self.options.block_size or self._ops.default_block_size
+        dtype = self._ops.default_dtype(self.family) if self.options.dtype == "auto" else self.options.dtype
+        self._ops.check(dtype, self._block_size)
+        self.plan = make_plan(self.family, dtype, SEQUENCES * self.max_model_len)
+        check_memory(self.plan, self._ops.free_memory())
         self.checkpoint = Checkpoint(self.family.directory)
         self.checkpoint.check(self.family.weights())
         self._runner = self._load()
@@ -95,12 +98,15 @@ class Engine:
 
     # prompts
 
-    def prompt(self, messages, language: str | None = None) -> Prompt:
-        """Chat messages -> Prompt. content: text, or parts {"type": "image", "image": path | PIL} and {"type": "text", ...}."""
+    def prompt(self, messages, language: str | None = None, tools: list[dict] | None = None) -> Prompt:
+        """Chat messages -> Prompt. content: text, or parts {"type": "image", "image": path | PIL} and {"type": "text", ...}.
+
+        tools: functions the model may call, as OpenAI describes them.
+        """
         if language not in (None, *self.family.languages):
             raise ToolkitError(f"{self.family.name} has no prompt wording for language {language!r}; "
                                f"use one of {', '.join(self.family.languages)}")
-        return self.family.prompt(messages, language or self.family.languages[0])
+        return self.family.prompt(messages, language or self.family.languages[0], tools)
 
     def prompt_from_ids(self, ids, pixels=None, image_starts=None) -> Prompt:
         """Already tokenised: ids as the original implementation feeds its model, pixels as its preprocessor returns them."""
@@ -194,10 +200,17 @@ class Engine:
         from .runner import Runner
         weights = decoder_weights(self.checkpoint, self.family, self.plan.dtype, self.options.device, self._ops)
         decoder = Decoder(self.family.decoder, weights, self._ops)
-        size = self.options.block_size
-        blocks = SEQUENCES * -(-self.max_model_len // size)
-        self._cache = KVCache(self.family.decoder, blocks, size, self.plan.dtype, self.options.device)
-        return Runner(decoder, self._cache)
+        longest = -(-self.max_model_len // self._block_size)
+        graphs = self._ops.records_graphs and not self.options.enforce_eager
+        self._cache = KVCache(self.family.decoder, SEQUENCES * longest + graphs, self._block_size, self.plan.dtype,
+                              self.options.device, self._ops)
+        return Runner(decoder, self._cache, self._graphs(decoder, longest) if graphs else None)
+
+    def _graphs(self, decoder, longest):
+        from .graph import DecodeGraphs
+        graphs = DecodeGraphs(decoder, self._cache, longest, self.options.device)
+        graphs.record()
+        return graphs
 
     def _sequence(self, prompt, new_tokens):
         from .runner import Sequence

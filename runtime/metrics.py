@@ -26,7 +26,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def compare_rows(reference: np.ndarray, candidate: np.ndarray) -> dict[str, np.ndarray]:
-    """Measures of every row of two arrays [n, width]: {"cosine", "max_abs", "mean_abs", "elements", "nonfinite"}, each [n].
+    """Per row of two arrays [n, width]: {"cosine", "max_abs", "mean_abs", "elements", "nonfinite"}, each [n].
 
     nonfinite counts NaN and Inf on both sides; such a row's other measures are NaN. ValueError if the shapes differ.
     """
@@ -53,7 +53,7 @@ def compare_logits(reference: np.ndarray, candidate: np.ndarray) -> dict[str, np
 def summarize(parts: list[dict[str, np.ndarray]]) -> dict:
     """One number per measure over the rows of several comparisons; {"rows": 0} when nothing was compared.
 
-    "worst" names the row of the smallest cosine (of the first NaN, if any): {"case": which part, "row": which of its rows}.
+    "worst" is where the smallest cosine (or the first NaN) is: {"case": which part, "row": which of its rows}.
     """
     rows = {name: np.concatenate([part[name] for part in parts]) for name in (parts[0] if parts else ())}
     if not len(rows.get("cosine", ())):

@@ -18,7 +18,7 @@ DTYPES = {"auto": "auto", "float32": "float32", "fp32": "float32", "float": "flo
 
 
 def flag(help, *aliases, default=MISSING, kind=str, metavar=None, choices=(), many=False):
-    """A dataclass field that is also a flag: --its-name plus `aliases`. No default = required; many = may be repeated."""
+    """A dataclass field that is also a flag: --its-name and `aliases`. No default = required; many = repeatable."""
     shown = metavar or ("{" + ",".join(choices) + "}" if choices else None)
     return field(default=default, metadata={"help": help, "aliases": aliases, "kind": kind, "metavar": shown,
                                             "choices": choices, "many": many})
@@ -45,14 +45,14 @@ def check_choices(options):
 def check_folder(name: str, path: str):
     """A checkpoint folder must exist before anything slow begins."""
     if not Path(path).exists():
-        raise ToolkitError(f"{spelled(name)} {path} does not exist; give the folder of a downloaded checkpoint (a hub name "
-                           "is not downloaded for you)")
+        raise ToolkitError(f"{spelled(name)} {path} does not exist; give the folder of a downloaded checkpoint "
+                           "(a hub name is not downloaded for you)")
     if not Path(path).is_dir():
         raise ToolkitError(f"{spelled(name)} {path} is a file; give the folder that holds config.json")
 
 
 def check_pictures(family, pictures):
-    """Before a model is loaded: a family without eyes, too many pictures, or a file that is not a picture is an error."""
+    """Raises, before a model is loaded, for a text-only family, too many pictures, or a file that is not a picture."""
     if pictures and family.vision is None:
         raise ToolkitError(f"{family.name} is a text model and takes no picture; leave out --image {pictures[0]}")
     if pictures:
@@ -101,14 +101,18 @@ class EngineOptions:
                     choices=("auto", "reference", "cpu"))
     max_model_len: int | None = flag("longest prompt + answer in tokens (default: what the model can, at most 8192)",
                                      default=None, kind=int, metavar="N")
-    block_size: int = flag("tokens per block of the KV cache", default=16, kind=int, metavar="N")
+    block_size: int | None = flag("tokens per block of the KV cache (default: 16 on the CPU, 128 on an NPU)", default=None,
+                                  kind=int, metavar="N")
+    enforce_eager: bool = flag("NPU: run every decode step kernel by kernel instead of replaying recorded graphs",
+                               default=False, kind=bool)
 
     def __post_init__(self):
         self.device = {"npu": "npu:0"}.get(self.device, self.device)
         self.dtype = dtype_name(self.dtype)
         check_choices(self)
         require(self, "device", bool(re.fullmatch(r"cpu|npu:\d+", self.device)), "use cpu, npu or npu:N")
-        require(self, "block_size", self.block_size >= 1, "1 or more is needed, e.g. 16")
+        require(self, "block_size", self.block_size is None or self.block_size >= 1,
+                "1 or more is needed, e.g. 16")
         require(self, "max_model_len", self.max_model_len is None or self.max_model_len >= 1,
                 "1 or more is needed, e.g. 2048")
 
@@ -134,8 +138,8 @@ class SamplingParams:
     def __post_init__(self):
         self.stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         self._check("max_tokens", lambda n: n >= 1, "1 or more is needed, e.g. 256")
-        self._check("temperature", lambda t: 0 <= t < math.inf, "0 or more is needed; 0 always takes the most likely token")
-        self._check("top_p", lambda p: 0 < p <= 1, "above 0 and up to 1 is needed; for the most likely token use "
+        self._check("temperature", lambda t: 0 <= t < math.inf, "0 or more is needed; 0 takes the most likely token")
+        self._check("top_p", lambda p: 0 < p <= 1, "above 0 and up to 1 is needed; to take the most likely token give "
                                                    "--temperature 0")
         self._check("top_k", lambda k: k >= 0, "0 or more is needed; 0 keeps all tokens")
         self._check("repetition_penalty", lambda r: 0 < r < math.inf, "more than 0 is needed; 1 switches it off")
@@ -179,7 +183,7 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             self.error(f"unknown argument {unknown[0]}" + self._nearest(unknown[0]))
         if values.trust_remote_code:
-            print("note: --trust-remote-code is accepted and ignored; no code of a checkpoint is ever run", file=sys.stderr)
+            print("note: --trust-remote-code is ignored; no code of a checkpoint is ever run", file=sys.stderr)
         return [options(**{f.name: getattr(values, f.name) for f in fields(options) if hasattr(values, f.name)})
                 for options in self._classes]
 

@@ -48,8 +48,8 @@ def make_plan(family, dtype_name: str, cache_tokens: int) -> Plan:
     return Plan(decoder_parameters(family) * dtype.itemsize, cache, dtype, cache_tokens)
 
 
-def check_memory(plan: Plan):
-    free = available_memory()
+def check_memory(plan: Plan, free: int):
+    """ToolkitError when `plan` needs more than the `free` bytes of its device."""
     if plan.total > free:
         raise ToolkitError(f"{plan.describe()}, but only {gib(free)} GiB are free; use --dtype bfloat16, a smaller "
                            "--max-model-len, or a machine with more memory")

@@ -8,8 +8,8 @@ import contextlib
 import io
 import json
 import math
-import os
 import platform
+import re
 import sys
 import tempfile
 from datetime import datetime, timezone
@@ -53,16 +53,12 @@ def plain(value):
 
 
 def replace(path: Path, text: str):
-    """Write a whole file or none: temporary file beside it, then rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    from .artifact import write_atomically
     try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        write_atomically(path, text)
     except OSError as error:
         raise ToolkitError(f"{path} cannot be written ({error.strerror}); make room or give another --out, "
                            "then run again") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def environment() -> dict:
@@ -186,14 +182,15 @@ def svg(series: list[list], limit: float | None, labels: dict) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
     style = {"svg.fonttype": "none", "svg.hashsalt": "ascend-vlm", "font.size": 9, "font.family": "sans-serif",
-             "axes.spines.top": False, "axes.spines.right": False, "axes.prop_cycle": matplotlib.rcParams["axes.prop_cycle"]}
+             "axes.spines.top": False, "axes.spines.right": False}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(4.6, 2.5), layout="constrained")
         axes = FigureCanvasSVG(figure).figure.subplots()
         draw(axes, series, limit, labels)
         stored = io.StringIO()
         figure.savefig(stored, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return stored.getvalue()[stored.getvalue().index("<svg"):]      # no XML head inside a page
+    drawn = re.sub(r"(?s)<metadata>.*?</metadata>", "", stored.getvalue())
+    return drawn[drawn.index("<svg"):]          # no XML head inside a page
 
 
 def draw(axes, series, limit, labels):

@@ -24,8 +24,9 @@ class Sequence:
 
 
 class Runner:
-    def __init__(self, decoder, cache):
-        self.decoder, self.cache = decoder, cache
+    def __init__(self, decoder, cache, graphs=None):
+        """graphs: recorded decode steps (graph.DecodeGraphs) or None."""
+        self.decoder, self.cache, self.graphs = decoder, cache, graphs
         self._device = decoder.embedding.device
 
     @torch.inference_mode()
@@ -44,8 +45,12 @@ class Runner:
     @torch.inference_mode()
     def decode(self, sequences: list[Sequence], token_ids: list[int]) -> torch.Tensor:
         """One token per sequence -> float32 logits [B, vocab] of the next."""
-        x = self.decoder.embed(torch.tensor(token_ids, device=self._device))
-        return self.decoder.logits(self._forward(x, sequences, [1] * len(sequences), causal=True))
+        ids, q_lens = torch.tensor(token_ids), [1] * len(sequences)
+        if self.graphs and self.graphs.fits(len(sequences)):
+            logits = self.graphs.run(ids, self._step(sequences, q_lens, causal=True))
+            self._advance(sequences, q_lens)
+            return logits
+        return self.decoder.logits(self._forward(self.decoder.embed(ids.to(self._device)), sequences, q_lens, causal=True))
 
     def _prompt_embeddings(self, prompt, features):
         x = self.decoder.embed(torch.from_numpy(prompt.ids).to(self._device))
@@ -54,16 +59,21 @@ class Runner:
         return x
 
     def _forward(self, x, sequences, q_lens, causal):
-        step = self._step(sequences, q_lens, causal)
+        step = self.decoder.ops.begin(self._step(sequences, q_lens, causal), self.decoder.config, self._device)
         hidden = self.decoder.forward(x, step, self.cache)
-        for sequence, count in zip(sequences, q_lens):
-            sequence.length += count
+        self._advance(sequences, q_lens)
         return hidden
 
+    @staticmethod
+    def _advance(sequences, q_lens):
+        for sequence, count in zip(sequences, q_lens):
+            sequence.length += count
+
     def _step(self, sequences, q_lens, causal) -> Step:
+        """The step on the host."""
         spans = [(s, s.length, s.length + n) for s, n in zip(sequences, q_lens)]
         positions = np.concatenate([s.positions(a, b) for s, a, b in spans])
-        cos, sin = self.decoder.angles(torch.from_numpy(positions).to(self._device))
+        cos, sin = self.decoder.angles(torch.from_numpy(positions))
         slots = torch.cat([self.cache.slots(s.table, a, b) for s, a, b in spans])
         tables = torch.nn.utils.rnn.pad_sequence([s.table for s in sequences], batch_first=True)
-        return Step(cos, sin, slots.to(self._device), tables.to(self._device), q_lens, [b for _, _, b in spans], causal)
+        return Step(cos, sin, slots, tables, q_lens, [b for _, _, b in spans], causal)

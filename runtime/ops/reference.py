@@ -3,16 +3,47 @@
 Shapes: activations [T, width], q [T, heads, head_dim], k and v [T, kv_heads, head_dim], caches
 [blocks, block_size, kv_heads, head_dim]. `step` is models.decoder.Step.
 """
+from dataclasses import replace
+
 import torch
 from torch.nn import functional as F
+
+from ..plan import available_memory
 
 
 class ReferenceOps:
     name = "reference"
+    default_block_size = 16
+    records_graphs = False      # decode can be recorded as device graphs
+
+    def check(self, dtype: str, block_size: int):
+        """ToolkitError when the backend cannot compute in `dtype` or page by `block_size`."""
+
+    def default_dtype(self, family) -> str:
+        """What --dtype auto means: here still "auto", the plan chooses by size."""
+        return "auto"
+
+    def free_memory(self) -> int:
+        """Bytes free for weights and cache."""
+        return available_memory()
 
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
         """A linear weight [out, in] in the form `linear` wants; called once at load."""
         return weight
+
+    def cache(self, config, blocks, block_size, dtype, device):
+        """One layer's cache of keys, or of values."""
+        return torch.zeros(blocks, block_size, config.kv_heads, config.head_dim, dtype=dtype, device=device)
+
+    def begin(self, step, config, device):
+        """A step built on the host -> the step that the layers get: on the device, with what the backend adds to it."""
+        tensors = {name: getattr(step, name).to(device) for name in ("cos", "sin", "slots", "block_table")}
+        return replace(step, **tensors)
+
+    def heads(self, qkv, config, step):
+        """qkv [T, width] -> q, k, v."""
+        qkv = qkv.view(len(qkv), -1, config.head_dim)
+        return qkv.split((config.heads, config.kv_heads, config.kv_heads), dim=1)
 
     def embed(self, ids, table):
         return F.embedding(ids, table)

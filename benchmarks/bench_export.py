@@ -1,0 +1,99 @@
+"""Time and peak memory of the vision export, next to a plain torch.onnx.export with the weights in memory.
+
+`python benchmarks/bench_export.py --model DIR --out DIR`: every row is a process of its own, timed from its start. The
+files written are removed again. `--skip-plain` leaves out the second row, which needs memory for the whole tower.
+"""
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def streamed(model: str, out: Path):
+    """Ours: identify the checkpoint (all its vision bytes are hashed), trace, stream, check the graph."""
+    from convert.export import export
+    from convert.graph import preflight
+    from convert.trace import OPSET
+    from models import family_of
+    from models.checkpoint import Checkpoint
+    from runtime.artifact import ONNX, source_hash
+    family, checkpoint = family_of(model), Checkpoint(model)
+    checkpoint.check(family.weights())
+    source_hash(family, checkpoint)
+    export(family, checkpoint, out)
+    findings, _ = preflight(out / ONNX, family.vision, OPSET)
+    assert not findings, findings
+
+
+def plain(model: str, out: Path):
+    """The same tower, loaded, through torch.onnx.export with external data."""
+    import torch
+
+    from models import family_of
+    from models.checkpoint import Checkpoint
+    from runtime.vision import TorchVision
+    family = family_of(model)
+    tower = TorchVision(family, Checkpoint(model)).tower
+    pixels = torch.zeros(family.vision.input_shape)
+    torch.onnx.export(tower, (pixels,), out / "vision.onnx", dynamo=True, opset_version=18, external_data=True)
+
+
+def measure(step: str, model: str, out: Path) -> dict:
+    """Run one step in a child with caches of its own: {seconds, cpu, peak, written}, the last two in bytes."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ASCEND_VLM_CACHE": str(out / "cache")}
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, __file__, "--model", model, "--out", out, "--step", step], env=environment,
+                          capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{step} failed:\n{done.stderr}")
+    result = json.loads(done.stdout.splitlines()[-1])
+    result["seconds"] = time.perf_counter() - start
+    result["written"] = sum(file.stat().st_size for file in out.glob("vision.onnx*"))
+    shutil.rmtree(out)
+    return result
+
+
+def child(step: str, model: str, out: Path):
+    {"streamed": streamed, "plain": plain}[step](model, out)
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    print(json.dumps({"cpu": used.ru_utime + used.ru_stime, "peak": used.ru_maxrss * 1024}))
+
+
+def show(rows: dict[str, dict]):
+    from rich.console import Console
+    from rich.table import Table
+    table = Table("export", "wall s", "CPU s", "peak RSS GB", "written GB", title="vision encoder export")
+    for name, row in rows.items():
+        table.add_row(name, f"{row['seconds']:.1f}", f"{row['cpu']:.1f}", f"{row['peak'] / 1e9:.2f}",
+                      f"{row['written'] / 1e9:.2f}")
+    if len(rows) == 2:
+        ours, theirs = rows.values()
+        ratios = [f"{theirs[key] / ours[key]:.1f}x" for key in ("seconds", "cpu", "peak")]
+        table.add_row("plain / streamed", *ratios, "")
+    Console().print(table)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="checkpoint folder, real or written by models.synthetic")
+    parser.add_argument("--out", required=True, type=Path, help="scratch folder, made and removed")
+    parser.add_argument("--skip-plain", action="store_true", help="measure only the streamed export")
+    parser.add_argument("--step", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.step:
+        return child(options.step, options.model, options.out)
+    steps = {"streamed": "streamed"} if options.skip_plain else {"streamed": "streamed", "torch.onnx.export": "plain"}
+    show({name: measure(step, options.model, options.out / "work") for name, step in steps.items()})
+
+
+if __name__ == "__main__":
+    main()
