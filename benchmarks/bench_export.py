@@ -20,14 +20,14 @@ def streamed(model: str, out: Path):
     """Ours: identify the checkpoint (all its vision bytes are hashed), trace, stream, check the graph."""
     from convert.export import export
     from convert.graph import preflight
-    from convert.trace import OPSET
+    from convert.trace import OPSET, trace
     from models import family_of
     from models.checkpoint import Checkpoint
     from runtime.artifact import ONNX, source_hash
     family, checkpoint = family_of(model), Checkpoint(model)
     checkpoint.check(family.weights())
     source_hash(family, checkpoint)
-    export(family, checkpoint, out)
+    export(trace(family.vision_encoder, family.vision), family, checkpoint, out)
     findings, _ = preflight(out / ONNX, family.vision, OPSET)
     assert not findings, findings
 

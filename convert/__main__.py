@@ -3,13 +3,16 @@
 Steps: identify, export, graph check, verify, publish. Idempotent; a killed run leaves nothing that looks whole, and the
 next run continues after the last step that was completed.
 """
+import errno
 import json
 import shlex
 import shutil
 import sys
 import time
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Thread
 
 from runtime.errors import CHECK_FAILED, ToolkitError, run_command
 from runtime.options import Parser, check_folder, flag
@@ -85,11 +88,11 @@ def is_current(family, checkpoint, out: Path) -> bool:
 
 def convert(family, checkpoint, out: Path):
     """Export into a work folder inside `out` (same file system), prove it there, then publish it."""
-    from runtime.artifact import Manifest, publish, source_hash
+    from runtime.artifact import Manifest, publish
 
     from .trace import OPSET
-    work, source = out / WORK, source_hash(family, checkpoint)
-    files = exported(family, checkpoint, work, source)
+    work = out / WORK
+    source, files = left_over(family, checkpoint, work) or fresh(family, checkpoint, work)
     try:
         errors = prove(family, checkpoint, work, files)
     except ToolkitError as error:
@@ -102,29 +105,60 @@ def convert(family, checkpoint, out: Path):
     shutil.rmtree(work)
 
 
-def exported(family, checkpoint, work: Path, source: str) -> dict:
-    """{file: {bytes, sha256}} of the export in `work`; one that an interrupted run of the same source left is kept."""
-    from runtime.artifact import write_atomically
-
-    from .export import check_space, export
+def left_over(family, checkpoint, work: Path) -> tuple[str, dict] | None:
+    """(source, files) of an export that an interrupted run of the same checkpoint completed, else None."""
+    from runtime.artifact import source_hash
     note = work / EXPORTED
-    if note.is_file():
-        left = json.loads(note.read_text(encoding="utf-8"))
-        if left["source"] == source and all((work / n).stat().st_size == f["bytes"] for n, f in left["files"].items()):
-            print("continuing after the export that an interrupted run completed")
-            return left["files"]
+    if not note.is_file():
+        return None
+    source, files = json.loads(note.read_text(encoding="utf-8"))
+    if source != source_hash(family, checkpoint):
+        return None
+    print("continuing after the export that an interrupted run completed")
+    return source, files
+
+
+def fresh(family, checkpoint, work: Path) -> tuple[str, dict]:
+    """(source, files): {file: {bytes, sha256}} of a new export in `work`, which holds nothing else."""
+    from runtime.artifact import source_hash, vision_digest, write_atomically
+    from runtime.progress import spinner
+
+    from .export import check_space, export, reuse_memory
+    start = time.perf_counter()
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
-    print(check_space(family, work), flush=True)
-    start = time.perf_counter()
     try:
-        files = export(family, checkpoint, work)
-        write_atomically(note, json.dumps({"source": source, "files": files}))
-    except BaseException:
+        print(check_space(family, work), flush=True)
+        reuse_memory()
+        digest = in_background(vision_digest, family, checkpoint)      # for source_hash: the cache keeps it
+        with spinner("tracing the vision encoder"):
+            from .trace import trace
+            model = trace(family.vision_encoder, family.vision)
+            digest.result()
+        files = export(model, family, checkpoint, work)
+        source = source_hash(family, checkpoint)
+        write_atomically(work / EXPORTED, json.dumps([source, files]))
+    except BaseException as error:
         shutil.rmtree(work)
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise ToolkitError(f"the disk of {work.parent} became full during the export, nothing was kept; free some "
+                               "space or choose another --out") from None
         raise
     print(f"exported in {time.perf_counter() - start:.1f} s")
-    return files
+    return source, files
+
+
+def in_background(function, *arguments) -> Future:
+    """Result of function(*arguments), computed in a thread that does not keep an interrupted program alive."""
+    future = Future()
+
+    def run():
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+    Thread(target=run, daemon=True).start()
+    return future
 
 
 def prove(family, checkpoint, work: Path, files: dict) -> dict:

@@ -2,6 +2,7 @@
 
 The graph is traced without weights; each weight becomes a reference into the data file when it is written.
 """
+import ctypes
 import hashlib
 import shutil
 from pathlib import Path
@@ -13,36 +14,12 @@ from models.base import Family
 from models.checkpoint import Checkpoint
 from runtime.artifact import DATA, ONNX
 from runtime.errors import ToolkitError
-from runtime.progress import byte_progress, spinner
+from runtime.progress import byte_progress
 
-ALIGNMENT = 4096            # a page: the data can be mapped
+from .datafile import ALIGNMENT, DataFile
+
 GRAPH_BYTES = 8 << 20       # generous: graph, manifest, atc.sh
-
-
-class DataFile:
-    """The one external data file: `write` appends a tensor and returns the reference to it."""
-
-    def __init__(self, path: Path):
-        self.path, self.hash, self.size = path, hashlib.sha256(), 0
-
-    def __enter__(self):
-        self.stream = open(self.path, "wb")
-        return self
-
-    def __exit__(self, *error):
-        self.stream.close()
-
-    def write(self, name: str, tensor: torch.Tensor) -> ir.ExternalTensor:
-        self._append(bytes(-self.size % ALIGNMENT))
-        offset, array = self.size, tensor.contiguous().numpy()
-        self._append(memoryview(array).cast("B"))
-        return ir.ExternalTensor(self.path.name, offset, array.nbytes, ir.DataType.FLOAT, name=name,
-                                 shape=ir.Shape(array.shape), base_dir=self.path.parent)
-
-    def _append(self, data):
-        self.stream.write(data)
-        self.hash.update(data)
-        self.size += len(data)
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3     # glibc's malloc.h
 
 
 def bytes_needed(family: Family) -> int:
@@ -61,14 +38,12 @@ def check_space(family: Family, folder: Path) -> str:
     return f"writing {_size(need)} to {folder} ({_size(free)} free)"
 
 
-def export(family: Family, checkpoint: Checkpoint, folder: Path) -> dict:
-    """Write vision.onnx and vision.onnx.data into `folder`; {file name: {bytes, sha256}}.
+def export(model: ir.Model, family: Family, checkpoint: Checkpoint, folder: Path) -> dict:
+    """Write the traced `model` and its weights, in fp32, into `folder`; {file name: {bytes, sha256}}.
 
-    fp32 weights under the names of the tower's parameters. ToolkitError if the family's table does not fill its tower.
+    ToolkitError if the family's table does not fill its tower exactly.
     """
-    from .trace import trace
-    with spinner("tracing the vision encoder"):
-        model = trace(family.vision_encoder, family.vision)
+    torch.set_num_threads(1)        # the other core hashes and writes
     slots = {value.name: value for value in model.graph.inputs[1:]}
     with DataFile(folder / DATA) as data, byte_progress("exporting vision weights") as update:
         for target, tensor in checkpoint.assemble(family.weights(), "vision.", torch.float32, update):
@@ -78,7 +53,16 @@ def export(family: Family, checkpoint: Checkpoint, folder: Path) -> dict:
         raise ToolkitError(f"{family.name}'s weight table leaves {len(slots)} tower weights empty, e.g. {min(slots)}")
     _register(model.graph)
     ir.save(model, folder / ONNX)
-    return {ONNX: _entry((folder / ONNX).read_bytes()), DATA: {"bytes": data.size, "sha256": data.hash.hexdigest()}}
+    return {ONNX: _entry((folder / ONNX).read_bytes()), DATA: {"bytes": data.size, "sha256": data.sha256}}
+
+
+def reuse_memory():
+    """Make malloc keep freed tensors' memory for the next ones: fresh pages from the system cost more than the copies
+    into them, above all in virtual machines."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
 def _fill(slot: ir.Value | None, name: str, tensor: torch.Tensor, data: DataFile):

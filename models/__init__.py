@@ -37,7 +37,9 @@ def family_of(directory) -> Family:
         raise ModelError(f"model folder {directory} does not exist; give --model the folder of a downloaded checkpoint")
     sat = directory / "model_config.json"
     config = read_json(sat if sat.is_file() else directory / "config.json")
-    _refuse_relatives(directory, config)
+    if relative := relative_of(config):
+        name, reason = relative
+        raise ModelError(f"{directory} holds {name} ({_kind(config)}), which this toolkit does not run: {reason}")
     for family in families():
         rule = family.matches(config)
         if rule:
@@ -45,10 +47,12 @@ def family_of(directory) -> Family:
     raise ModelError(f"{directory} holds no model this toolkit knows ({_kind(config)}); known: {', '.join(FAMILIES)}")
 
 
-def _refuse_relatives(directory, config):
+def relative_of(config: dict) -> tuple[str, str] | None:
+    """Name of the known but unsupported model that `config` describes, and why it is not supported."""
     for fields, name, reason in RELATIVES:
         if all(re.fullmatch(wanted, str(config.get(field))) for field, wanted in fields.items()):
-            raise ModelError(f"{directory} holds {name} ({_kind(config)}), which this toolkit does not run: {reason}")
+            return name, reason
+    return None
 
 
 def _kind(config) -> str:

@@ -18,7 +18,7 @@ from .text import JsonText, MissingTokenizer, TiktokenText
 SPECIAL = ("<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>",
            "<|observation|>", "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>")
 ANY_SPECIAL = re.compile("(" + "|".join(map(re.escape, SPECIAL)) + ")")
-HIDDEN = re.compile("\ue000(\\d+)\ue001")            # a special-looking piece of a message while a template renders it
+HIDDEN = re.compile("\ue000[\ue000-\ue00d]")       # a special-looking piece of a message while a template renders it
 ROLES = ("system", "user", "assistant", "observation")
 PICTURE = ("<|begin_of_image|>", "<|endoftext|>", "<|end_of_image|>")
 CHATGLM_ONLY = {"rmsnorm": True, "post_layer_norm": True, "add_bias_linear": False, "multi_query_attention": True,
@@ -144,12 +144,12 @@ def template_pieces(template: ChatTemplate, messages: list[dict], tools=None) ->
         messages, tools = with_tools(messages, tools), None
     hidden = [{**m, "content": _hide(m["content"]), "metadata": _hide(m["metadata"])} for m in messages]
     cut = ANY_SPECIAL.split(template.render(hidden, tools))
-    return [Special(piece) if piece in SPECIAL else HIDDEN.sub(lambda mark: SPECIAL[int(mark[1])], piece)
+    return [Special(piece) if piece in SPECIAL else HIDDEN.sub(lambda mark: SPECIAL[ord(mark[0][1]) - 0xE000], piece)
             for piece in cut if piece]
 
 
 def _hide(text: str) -> str:
-    return ANY_SPECIAL.sub(lambda found: f"\ue000{SPECIAL.index(found[0])}\ue001", text)
+    return ANY_SPECIAL.sub(lambda found: "\ue000" + chr(0xE000 + SPECIAL.index(found[0])), text)
 
 
 def with_tools(messages: list[dict], tools) -> list[dict]:

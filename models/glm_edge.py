@@ -1,4 +1,4 @@
-"""GLM-Edge-1.5B/4B-chat and GLM-Edge-V-2B/5B: a small GLM decoder, in the V models behind a SigLIP tower and an adapter.
+"""GLM-Edge-1.5B/4B-chat and GLM-Edge-V-2B/5B: a small GLM decoder, in V behind a SigLIP tower and an adapter.
 
 config.json and messages flow in; weight table, vision encoder and prompts flow out. The chat template of a V model
 itself writes one `<|begin_of_image|>` per picture row (578).
@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from .base import DecoderConfig, ModelError, Part, SamplingDefaults, VisionSpec, Weight, pair
-from .hf import buffers, chosen, decoder_weights, prefix, rope_of, tower_block, unused
+from .hf import buffers, chosen, decoder_weights, output_matrix, prefix, rope_of, tower_block, unused
 from .image import denormalize, fit_pad, open_image
 from .layers import interleaved_order
 from .templated import TemplatedFamily
-from .text import JsonText
+from .text import JsonText, MissingTokenizer
 from .vision import GluAdapter, Normalize, PreNormBlock, gelu_erf, gelu_tanh, glu_adapter_weights
 
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -103,7 +103,8 @@ class GlmEdge(TemplatedFamily):
 
     @functools.cached_property
     def tokenizer(self):
-        return JsonText(self.directory / "tokenizer.json")
+        file = self.directory / "tokenizer.json"
+        return JsonText(file) if file.is_file() else MissingTokenizer(file)
 
     def release_sampling(self, with_picture):
         return SamplingDefaults(max_length=self.decoder.max_length, temperature=0.6, top_p=0.8, repetition_penalty=1.2)
@@ -128,9 +129,8 @@ class GlmEdge(TemplatedFamily):
     def weights(self) -> list[Weight]:
         names, d = self.shapes, self.decoder
         root = prefix(names, "embed_tokens.weight", "model.")
-        head = prefix(names, "lm_head.weight", "") + "lm_head.weight"
-        tied = self.config.get("tie_word_embeddings") and names and head not in names
-        rows = decoder_weights(d, root, None if tied else head, interleaved_order(d.head_dim, d.rope.dim),
+        head = output_matrix(names, "", self.config.get("tie_word_embeddings"))
+        rows = decoder_weights(d, root, head, interleaved_order(d.head_dim, d.rope.dim),
                                qkv_bias=self.config.get("attention_bias", True), fused_mlp=True)
         return [*rows, *(self._vision_weights() if self.vision else ()), *buffers(names)]
 

@@ -4,7 +4,7 @@ towers. A config and the names in a checkpoint flow in, table rows flow out.
 One architecture is saved under several prefixes (model.X, language_model.model.X, ...). `prefix` reads from the
 checkpoint's names which one it is.
 """
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from .base import DecoderConfig, ModelError, Part, Rope, Weight, dense, pair
@@ -39,6 +39,12 @@ def prefix(names: Iterable[str], ending: str, default: str) -> str:
     return next((name.removesuffix(ending) for name in sorted(names) if name.endswith(ending)), default)
 
 
+def output_matrix(names, default: str, tied: bool | None) -> str | None:
+    """Name of the output matrix; None if it is `tied` to the embeddings and the checkpoint does not store it."""
+    head = prefix(names, "lm_head.weight", default) + "lm_head.weight"
+    return None if tied and names and head not in names else head
+
+
 def decoder_weights(d: DecoderConfig, root: str, head: str | None, order=None, qkv_bias=False, out_bias=False,
                     mlp_bias=False, fused_mlp=False) -> Iterator[Weight]:
     """Rows of a LLaMA-like decoder under `root`. `head`: name of the output matrix, None = the embeddings serve for it.
@@ -60,15 +66,14 @@ def decoder_weights(d: DecoderConfig, root: str, head: str | None, order=None, q
         yield from joined(layer + "self_attn.", projections, d.hidden, ours + "qkv", qkv_bias)
         yield from pair(layer + "self_attn.o_proj", (d.hidden, q), ours + "out", bias=out_bias)
         yield from pair(layer + "post_attention_layernorm", (d.hidden,), ours + "mlp_norm", bias=False)
-        gates = (("gate_up_proj", 2 * d.ffn, None),) if fused_mlp else (("gate_proj", d.ffn, None), ("up_proj", d.ffn, None))
-        yield from joined(layer + "mlp.", gates, d.hidden, ours + "up", mlp_bias)
+        gates = [("gate_up_proj", 2 * d.ffn)] if fused_mlp else [("gate_proj", d.ffn), ("up_proj", d.ffn)]
+        yield from joined(layer + "mlp.", [(*gate, None) for gate in gates], d.hidden, ours + "up", mlp_bias)
         yield from pair(layer + "mlp.down_proj", (d.hidden, d.ffn), ours + "down", bias=mlp_bias)
 
 
-def joined(root: str, projections: Iterable[tuple[str, int, Callable | None]], inputs: int, target: str,
+def joined(root: str, projections: Sequence[tuple[str, int, Callable | None]], inputs: int, target: str,
            bias: bool) -> Iterator[Weight]:
     """Rows of linear layers (name, outputs, transform of their rows) that lie one below the other in `target`."""
-    projections = tuple(projections)
     total, offset = sum(outputs for _, outputs, _ in projections), 0
     for name, outputs, transform in projections:
         for suffix, shape in ((".weight", (outputs, inputs)), (".bias", (outputs,)))[:1 + bias]:

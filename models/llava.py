@@ -1,7 +1,7 @@
 """LLaVA-1.5-7B as llava-hf releases it: CLIP ViT-L/14-336 and a two-layer projector in front of LLaMA (Vicuna 7B).
 
-config.json, whose gaps are the defaults of transformers' classes, and messages flow in; weight table, vision encoder and
-prompts flow out. Every `<image>` of a prompt becomes as many tokens as the picture has rows (576).
+config.json, whose gaps are the defaults of transformers' classes, and messages flow in; weight table, vision encoder
+and prompts flow out. Every `<image>` of a prompt becomes as many tokens as the picture has rows (576).
 """
 import functools
 
@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from .base import DecoderConfig, ModelError, Part, SamplingDefaults, VisionSpec, Weight, dense, pair, read_json
-from .hf import buffers, chosen, decoder_weights, prefix, rope_of, tower_block, unused
+from .hf import buffers, chosen, decoder_weights, output_matrix, prefix, rope_of, tower_block, unused
 from .image import CLIP_MEAN, CLIP_STD, center_crop, denormalize, open_image
 from .templated import TemplatedFamily
-from .text import JsonText, SentencePieceText
+from .text import JsonText, MissingTokenizer, SentencePieceText, added_tokens
 from .vision import Dense, Normalize, PreNormBlock, gelu_erf, gelu_tanh, quick_gelu
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu_erf, "gelu_pytorch_tanh": gelu_tanh}
@@ -57,7 +57,10 @@ class ClipTower(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """NHWC picture [B, S, S, 3], raw 0..255 -> rows to splice [B, patches, decoder hidden]; `whole` keeps the class token."""
+    """NHWC picture [B, S, S, 3], raw 0..255 -> rows to splice [B, patches, decoder hidden].
+
+    `layers` blocks of the tower run; `whole` keeps the class token's row.
+    """
 
     def __init__(self, clip: dict, layers: int, hidden: int, activation, bias: bool, whole: bool):
         super().__init__()
@@ -77,7 +80,7 @@ class Llava(TemplatedFamily):
 
     @classmethod
     def matches(cls, config):
-        if config.get("model_type") == "llava" or "LlavaForConditionalGeneration" in (config.get("architectures") or ()):
+        if config.get("model_type") == "llava":
             return "config.json has model_type llava"
 
     def __init__(self, directory, config):
@@ -102,10 +105,14 @@ class Llava(TemplatedFamily):
 
     @functools.cached_property
     def tokenizer(self):
-        json, model, bos = self.directory / "tokenizer.json", self.directory / "tokenizer.model", self.text["bos_token_id"]
-        if json.is_file() or not model.is_file():
-            return JsonText(json, bos)
-        return SentencePieceText(model, _added_tokens(self.directory), bos)
+        json, model = self.directory / "tokenizer.json", self.directory / "tokenizer.model"
+        if json.is_file():
+            return JsonText(json, self.text["bos_token_id"])
+        if not model.is_file():
+            return MissingTokenizer(json)
+        file = self.directory / "added_tokens.json"
+        added = added_tokens(self.directory / "tokenizer_config.json") | (read_json(file) if file.is_file() else {})
+        return SentencePieceText(model, added, self.text["bos_token_id"])
 
     def release_sampling(self, with_picture):
         return SamplingDefaults(max_length=self.decoder.max_length, temperature=0.0)
@@ -131,7 +138,7 @@ class Llava(TemplatedFamily):
         return self.config.get("multimodal_projector_bias", True)
 
     def _feature_layers(self) -> int:
-        """How many blocks run: vision_feature_layer counts the hidden states, of which there is one more than blocks."""
+        """How many blocks run: vision_feature_layer counts hidden states, of which there is one more than blocks."""
         layer, blocks = self.config.get("vision_feature_layer", -2), self.clip["num_hidden_layers"]
         if not isinstance(layer, int) or not -blocks - 1 <= layer <= blocks:
             raise ModelError(f"config.json says vision_feature_layer {layer}, this toolkit takes one number from "
@@ -146,20 +153,20 @@ class Llava(TemplatedFamily):
     def weights(self) -> list[Weight]:
         names = self.shapes
         root = prefix(names, "embed_tokens.weight", "language_model.model.")
-        head = prefix(names, "lm_head.weight", "language_model.") + "lm_head.weight"
         tied = self.config.get("tie_word_embeddings") or self.text.get("tie_word_embeddings")
-        bias = self.text.get("attention_bias", False)
-        decoder = decoder_weights(self.decoder, root, None if tied and names and head not in names else head,
-                                  qkv_bias=bias, out_bias=bias, mlp_bias=self.text.get("mlp_bias", False))
-        return [*decoder, *self._tower_weights(prefix(names, "embeddings.class_embedding", "vision_tower.vision_model.")),
-                *self._projector_weights(prefix(names, "linear_1.weight", "multi_modal_projector.")), *buffers(names)]
+        head, bias = output_matrix(names, "language_model.", tied), self.text.get("attention_bias", False)
+        tower = prefix(names, "embeddings.class_embedding", "vision_tower.vision_model.")
+        projector = prefix(names, "linear_1.weight", "multi_modal_projector.")
+        return [*decoder_weights(self.decoder, root, head, qkv_bias=bias, out_bias=bias,
+                                 mlp_bias=self.text.get("mlp_bias", False)),
+                *self._tower_weights(tower), *self._projector_weights(projector), *buffers(names)]
 
     def _tower_weights(self, root):
         width, inner, patch = self.clip["hidden_size"], self.clip["intermediate_size"], self.clip["patch_size"]
-        positions, ours = 1 + (self.clip["image_size"] // patch) ** 2, "vision.tower."
-        yield Weight(root + "embeddings.class_embedding", (width,), (Part(ours + "cls"),))
-        yield Weight(root + "embeddings.patch_embedding.weight", (width, 3, patch, patch), (Part(ours + "patch.weight"),))
-        yield Weight(root + "embeddings.position_embedding.weight", (positions, width), (Part(ours + "position"),))
+        positions, ours, embeddings = 1 + (self.clip["image_size"] // patch) ** 2, "vision.tower.", root + "embeddings."
+        yield Weight(embeddings + "class_embedding", (width,), (Part(ours + "cls"),))
+        yield from pair(embeddings + "patch_embedding", (width, 3, patch, patch), ours + "patch", bias=False)
+        yield Weight(embeddings + "position_embedding.weight", (positions, width), (Part(ours + "position"),))
         yield from pair(root + "pre_layrnorm", (width,), ours + "pre_norm")     # the release's spelling
         for i in range(self.clip["num_hidden_layers"]):
             block = tower_block(f"{root}encoder.layers.{i}.", width, inner, f"{ours}blocks.{i}.")
@@ -186,11 +193,3 @@ def _supported(config: dict, wanted: dict, where: str):
         if config.get(key, value) != value:
             raise ModelError(f"{where} says {key} {config[key]!r}, this toolkit runs LLaVA with {value!r} only; "
                              "use llava-hf/llava-1.5-7b-hf")
-
-
-def _added_tokens(directory) -> dict[str, int]:
-    """Tokens beside the sentencepiece file, from added_tokens.json and tokenizer_config.json."""
-    files = (directory / "added_tokens.json", directory / "tokenizer_config.json")
-    added, settings = (read_json(file) if file.is_file() else {} for file in files)
-    listed = settings.get("added_tokens_decoder", {})
-    return added | {token["content"]: int(token_id) for token_id, token in listed.items()}

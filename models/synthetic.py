@@ -44,8 +44,8 @@ def visualglm_files(tokenizer_config: dict, full: bool) -> tuple[dict[str, bytes
 
 def glm4_files(tokenizer_config: dict, full: bool, json_file: bool = False,
                released: int = 151329) -> tuple[dict[str, bytes], dict]:
-    """`tokenizer.model` of the `chatglm` layout or, with `json_file`, `tokenizer.json` of -hf: the same `released` pieces
-    (291 for tiny) and the special ones behind them.
+    """`tokenizer.model` of the `chatglm` layout or, with `json_file`, `tokenizer.json`: the same `released` pieces (291
+    for tiny) and the special ones behind them.
     """
     from .glm4 import SPECIAL
     from .synthetic_text import byte_pieces, json_file_of, rank_lines
@@ -69,7 +69,8 @@ def llava_files(tokenizer_config: dict, full: bool) -> tuple[dict[str, bytes], d
     """LLaMA's 32,000 pieces (480 for tiny), <image> and <pad>."""
     from .synthetic_text import llama_file
     count = 32000 if full else 480
-    files = {"tokenizer.json": llama_file(count, ("<image>", "<pad>")), "tokenizer_config.json": _json(tokenizer_config)}
+    files = {"tokenizer.json": llama_file(count, ("<image>", "<pad>"))}
+    files["tokenizer_config.json"] = _json(tokenizer_config)
     return files, {"image_token_index": count, "pad_token_id": count + 1}
 
 

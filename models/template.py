@@ -13,7 +13,7 @@ SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls
 
 
 class ChatTemplate:
-    """A compiled template. `tokens` are the special tokens it may name (bos_token, ...); `origin` is named in errors."""
+    """A compiled template. `tokens` are the special tokens it may name (bos_token, ...), `origin` is for errors."""
 
     def __init__(self, source: str, tokens: dict[str, str] | None = None, origin: str = "the default chat template"):
         import jinja2
@@ -25,7 +25,7 @@ class ChatTemplate:
                              "download it again") from None
 
     def render(self, messages: list[dict], tools: list[dict] | None = None, **variables) -> str:
-        """Prompt text up to where the answer begins. ModelError if the template refuses the messages or has no tools."""
+        """Prompt text up to where the answer begins. ModelError if the template refuses messages or tools."""
         if tools and "tools" not in self.source:
             raise ModelError(f"{self.origin} has no place for tools; leave the tools out")
         try:
@@ -76,7 +76,12 @@ def with_parts(messages: list[dict]) -> tuple[list[dict], list]:
 
 def with_text(turns: list[dict]) -> list[dict]:
     """The turns of `with_parts` with their texts joined, for templates that want a plain string."""
-    return [{"role": turn["role"], "content": "".join(part.get("text", "") for part in turn["content"])} for turn in turns]
+    return [{"role": turn["role"], "content": said(turn)} for turn in turns]
+
+
+def said(turn: dict) -> str:
+    """The texts of one turn, joined."""
+    return "".join(part.get("text", "") for part in turn["content"])
 
 
 def _part(part: dict, pictures: list) -> dict:
@@ -120,7 +125,8 @@ def _environment():
         """Plain JSON; jinja2's own filter would escape <, > and & for HTML."""
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=[Generation, loopcontrols])
     environment.filters["tojson"] = tojson
     environment.globals |= {"raise_exception": raise_exception,
                             "strftime_now": lambda form: datetime.now().strftime(form)}

@@ -9,7 +9,7 @@ import numpy as np
 
 from .base import Family, Layout, ModelError, Prompt
 from .shards import stored_shapes
-from .template import ChatTemplate, directory_template, with_parts, with_text
+from .template import ChatTemplate, directory_template, said, with_parts, with_text
 
 
 class TemplatedFamily(Family):
@@ -70,8 +70,7 @@ class TemplatedFamily(Family):
 
     def _shows_system(self, turns, text):
         for turn in turns:
-            said = "".join(part.get("text", "") for part in turn["content"]).strip()
-            if turn["role"] == "system" and said not in text:
+            if turn["role"] == "system" and said(turn).strip() not in text:
                 raise ModelError(f"the chat template of {self.name} has no system messages; "
                                  "put the instruction into the first question")
 
@@ -93,5 +92,6 @@ class TemplatedFamily(Family):
             raise ModelError(f"the number of pictures ({pictures}, {rows} rows each) does not fit the prompt: it has "
                              f"{len(places)} {token} tokens and needs {pictures * rows}; give one picture per mark")
         if not np.array_equal(np.sort(filled), places):
-            raise ModelError(f"the {token} tokens of a picture must be {rows} in a row; build the prompt with Engine.prompt")
+            raise ModelError(f"the {token} tokens of a picture must be {rows} in a row; "
+                             "build the prompt with Engine.prompt")
         return tuple(starts.tolist())

@@ -9,8 +9,8 @@ from .base import ModelError, read_json
 class IceText:
     """ChatGLM-6B's sentencepiece file `ice_text.model`, without the remote tokenizer class.
 
-    Line breaks, tabs and runs of blanks have pieces of their own. `offset` is added to every piece id (20000 image tokens
-    of the first ChatGLM-6B files, 0 in the release); it follows from where the config says that <sop> is.
+    Line breaks, tabs and runs of blanks have pieces of their own. `offset` is added to every piece id (20000 image
+    tokens of the first ChatGLM-6B files, 0 in the release); it follows from where the config says that <sop> is.
     """
     LONGEST_BLANK = 80
 
@@ -52,7 +52,7 @@ class TiktokenText:
         ranks = _read_ranks(path)
         self._pieces = {rank: piece for piece, rank in ranks.items()}
         self._encoding = tiktoken.Encoding(path.name, pat_str=self.PATTERN, mergeable_ranks=ranks, special_tokens={})
-        self._special = _added_tokens(path.with_name("tokenizer_config.json"))
+        self._special = added_tokens(path.with_name("tokenizer_config.json"))
         self._special = self._special or {piece: len(ranks) + i for i, piece in enumerate(special)}
 
     def token_id(self, piece: str) -> int | None:
@@ -92,7 +92,7 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
         raise ModelError(f"{path} is not a tokenizer file of lines \"base64 rank\"; download it again") from None
 
 
-def _added_tokens(path: Path) -> dict[str, int]:
+def added_tokens(path: Path) -> dict[str, int]:
     """Special pieces of a tokenizer_config.json -> their ids; empty without file or list."""
     added = (read_json(path) if path.is_file() else {}).get("added_tokens_decoder", {})
     return {entry["content"]: int(token_id) for token_id, entry in added.items()}
@@ -108,8 +108,6 @@ class JsonText:
         from tokenizers import Tokenizer
         try:
             self._tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ModelError(f"tokenizer file {path} is missing; copy it from the release") from None
         except Exception as error:      # tokenizers raises plain Exceptions
             raise ModelError(f"{path} is not a tokenizer file ({error}); download it again") from None
         self._tokenizer.no_padding()
@@ -145,8 +143,6 @@ class SentencePieceText:
             model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
             model.normalizer_spec.add_dummy_prefix = False      # `encode` adds it, where it belongs
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
-        except FileNotFoundError:
-            raise ModelError(f"tokenizer file {path} is missing; copy it from the release") from None
         except Exception as error:      # protobuf's DecodeError, sentencepiece's RuntimeError
             raise ModelError(f"{path} is not a sentencepiece file ({error}); download it again") from None
         control = [i for i in range(len(self._pieces)) if self._pieces.is_control(i) or self._pieces.is_unknown(i)]
@@ -178,16 +174,18 @@ class StreamDecoder:
     """Token by token -> text pieces whose concatenation equals decode(all ids).
 
     A piece is given out only when it ends on a whole character; the window of ids that is decoded again stays short.
-    After one of the tokenizer's `byte_ids` nothing is given out: it decodes a run of them as a whole, and one wrong byte
-    at the end makes the whole run unreadable.
+    After one of the tokenizer's `byte_ids` nothing is given out: it decodes a run of them as a whole, and one wrong
+    byte at the end makes the whole run unreadable.
     """
 
     def __init__(self, tokenizer):
         self._tokenizer, self._ids, self._start, self._given = tokenizer, [], 0, 0
-        self._byte_ids = getattr(tokenizer, "byte_ids", ())
+        self._byte_ids, self._open_run = getattr(tokenizer, "byte_ids", ()), False
 
     def push(self, token_id: int) -> str:
         self._ids.append(token_id)
+        if self._byte_ids and (token_id in self._byte_ids or self._tokenizer.decode([token_id])):
+            self._open_run = token_id in self._byte_ids         # an invisible token does not end a run
         return self._next(final=False)
 
     def finish(self) -> str:
@@ -196,7 +194,7 @@ class StreamDecoder:
     def _next(self, final: bool) -> str:
         before = self._tokenizer.decode(self._ids[self._start:self._given])
         now = self._tokenizer.decode(self._ids[self._start:])
-        if not final and (now.endswith("\ufffd") or self._ids[-1] in self._byte_ids):
+        if not final and (self._open_run or now.endswith("\ufffd")):
             return ""
         piece = now[len(before):]
         if piece:                       # a window that starts on an invisible id would lose the blank after it

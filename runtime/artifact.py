@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from models.base import Family
+from models.base import Family, Weight
 from models.checkpoint import Checkpoint
 
 from .errors import ToolkitError
+from .progress import spinner
 
 MANIFEST, ONNX, DATA = "manifest.json", "vision.onnx", "vision.onnx.data"
 ONNX_VERIFIED = "onnx verified"
@@ -75,11 +76,14 @@ def publish(work: Path, directory: Path, manifest: Manifest):
 def write_atomically(path: Path, text: str):
     """The old text or the new one, whenever the process or the machine dies."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def check_fits(manifest: Manifest, family: Family, checkpoint: Checkpoint, directory: str | Path):
@@ -99,13 +103,33 @@ def check_fits(manifest: Manifest, family: Family, checkpoint: Checkpoint, direc
 def source_hash(family: Family, checkpoint: Checkpoint) -> str:
     """sha256 (hex) of all that decides what the encoder computes: vision tensors, their table, the tower's settings."""
     import torch
-    table = [[w.source, [[p.target, p.take, p.at] for p in w.parts]] for w in family.weights()
-             if any(p.target.startswith("vision.") for p in w.parts)]
+    table = [[w.source, [[p.target, p.take, p.at] for p in w.parts]] for w in _vision_weights(family)]
     with torch.device("meta"):
         tower = family.vision_encoder()
     identity = [EXPORTER, family.name, asdict(family.vision), _settings(tower), table,
-                _digest(checkpoint, [source for source, _ in table if source in checkpoint.shapes])]
+                vision_digest(family, checkpoint)]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def vision_digest(family: Family, checkpoint: Checkpoint) -> str:
+    """Digest of the vision tensors; remembered in the cache for as long as the weight files stay untouched."""
+    names = [w.source for w in _vision_weights(family) if w.source in checkpoint.shapes]
+    states = [(file.resolve(), file.stat()) for file in checkpoint.files]
+    key = [names, [[str(path), s.st_size, s.st_mtime_ns, s.st_ino] for path, s in states]]
+    memo = cache_root() / "digests" / hashlib.sha256(json.dumps(key).encode()).hexdigest()
+    if memo.is_file():
+        return memo.read_text(encoding="ascii")
+    digest = checkpoint.digest(names)
+    try:
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(memo, digest)
+    except OSError:
+        pass            # a cache that cannot be written only costs time
+    return digest
+
+
+def _vision_weights(family: Family) -> list[Weight]:
+    return [w for w in family.weights() if any(p.target.startswith("vision.") for p in w.parts)]
 
 
 def _settings(tower) -> list:
@@ -114,24 +138,6 @@ def _settings(tower) -> list:
         return getattr(value, "__qualname__", value if isinstance(value, (int, float, str)) else repr(value))
     return [[name, type(module).__name__, {k: plain(v) for k, v in vars(module).items() if not k.startswith("_")}]
             for name, module in tower.named_modules()]
-
-
-def _digest(checkpoint: Checkpoint, names: list[str]) -> str:
-    """Digest of these tensors; remembered in the cache for as long as the weight files stay untouched."""
-    states = [(file.resolve(), file.stat()) for file in checkpoint.files]
-    key = [names, [[str(path), s.st_size, s.st_mtime_ns, s.st_ino] for path, s in states]]
-    memo = cache_root() / "digests" / hashlib.sha256(json.dumps(key).encode()).hexdigest()
-    if memo.is_file():
-        return memo.read_text(encoding="ascii")
-    from .progress import spinner
-    with spinner("reading the vision weights to identify the checkpoint"):
-        digest = checkpoint.digest(names)
-    try:
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(memo, digest)
-    except OSError:
-        pass            # a cache that cannot be written only costs time
-    return digest
 
 
 def cache_root() -> Path:
@@ -147,7 +153,8 @@ def ensure(family: Family, checkpoint: Checkpoint, artifact: str | Path | None =
     if artifact is not None:
         check_fits(load(artifact), family, checkpoint, artifact)
         return Path(artifact)
-    directory = cache_directory(source_hash(family, checkpoint))
+    with spinner("identifying the checkpoint by its vision weights"):
+        directory = cache_directory(source_hash(family, checkpoint))
     try:
         check_fits(load(directory), family, checkpoint, directory)
     except ToolkitError:

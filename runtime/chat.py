@@ -83,8 +83,8 @@ def parser() -> Parser:
 
 def main(argv) -> int:
     options, engine_options, sampling = parser().parse(argv)
-    sys.stdin.reconfigure(errors="replace")     # a terminal of another encoding must not end in a traceback
-    sys.stdout.reconfigure(errors="replace")
+    for stream in filter(None, (sys.stdin, sys.stdout)):
+        stream.reconfigure(errors="replace")    # a terminal of another encoding must not end in a traceback
     question = one_question(options.prompt)
     from models import family_of
     check_pictures(family_of(options.model), options.image)

@@ -169,9 +169,10 @@ def encode(engine, cases: list[Case]):
 def check_same_model(family, ids: list[int], features: np.ndarray, expected: Outcome):
     vocabulary = expected.logits.shape[1]
     if ids != expected.ids or family.decoder.vocab_size != vocabulary or features.shape != expected.features.shape:
-        raise ToolkitError(f"reference and candidate do not read the same prompt: {len(expected.ids)} and {len(ids)} tokens, "
-                           f"picture rows {expected.features.shape} and {features.shape}, vocabulary {vocabulary} and "
-                           f"{family.decoder.vocab_size}; give --reference a checkpoint of the same model")
+        raise ToolkitError("reference and candidate do not read the same prompt: "
+                           f"{len(expected.ids)} and {len(ids)} tokens, vocabulary {vocabulary} and "
+                           f"{family.decoder.vocab_size}, picture rows {expected.features.shape} and {features.shape}; "
+                           "give --reference a checkpoint of the same model")
 
 
 def information(engine, model: str, seconds: float, digest: str | None = None) -> dict:

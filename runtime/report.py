@@ -20,6 +20,7 @@ from .errors import ToolkitError
 
 SCHEMA = {"name": "ascend-vlm/compare", "version": 1}
 PACKAGES = ("ascend-vlm", "torch", "numpy", "onnx", "onnxruntime", "safetensors", "sentencepiece", "pillow")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")     # one per question, told apart by all
 THUMBNAIL = 360         # pixels of a picture's longer edge in the page
 FLOOR = 1e-17           # smallest 1 - cosine a float64 cosine can show, and what a plot draws for less
 
@@ -146,13 +147,13 @@ def html(found: dict, pictures: list[list]) -> str:
     environment.filters |= {"cosine": cosine, "number": number, "percent": percent, "visible": visible}
     page = environment.from_string((templates / "compare.html").read_text(encoding="utf-8"))
     labels = json.loads((templates / "labels.json").read_text(encoding="utf-8"))
-    return page.render(report=found, t=labels["en"], plots=plots(found, labels["en"]),
+    return page.render(report=found, t=labels["en"], colours=COLOURS, plots=plots(found, labels["en"]),
                        pictures=[[thumbnail(p) for p in some] for some in pictures])
 
 
 def visible(text: str) -> str:
     """Token text with its blanks and control characters made visible."""
-    shown = text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
+    shown = re.sub(" {4,}", lambda blanks: f"␣×{len(blanks[0])}", text).translate({32: "␣", 10: "⏎", 9: "⇥"})
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in shown) or "∅"
 
 
@@ -194,11 +195,10 @@ def svg(series: list[list], limit: float | None, labels: dict) -> str:
 
 
 def draw(axes, series, limit, labels):
-    axes.set_prop_cycle(color=["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"])
     for index, values in enumerate(series):
         place = range(1, len(values) + 1)
         axes.plot(place, [math.nan if v is None else max(v, FLOOR) for v in values], marker=".", markersize=4,
-                  linewidth=1, label=f"{index + 1}")
+                  linewidth=1, color=COLOURS[index % len(COLOURS)])
         missing = [at for at, v in zip(place, values) if v is None]
         axes.plot(missing, [0.97] * len(missing), "x", color="#c62828", transform=axes.get_xaxis_transform())
     if limit:
@@ -206,5 +206,3 @@ def draw(axes, series, limit, labels):
     axes.set_yscale("log")
     axes.set_xlabel(labels["plot_x"])
     axes.grid(True, alpha=0.25, linewidth=0.5)
-    axes.legend(title=labels["question"], ncols=6, fontsize=8, title_fontsize=8, frameon=False, loc="upper left",
-                bbox_to_anchor=(0, 1.22))

@@ -33,24 +33,25 @@ class Runner:
     def prefill(self, sequence: Sequence, features=None, all_logits=False) -> torch.Tensor:
         """Run the whole prompt. features float32 [pictures, rows, hidden] or None.
 
-        Returns float32 logits [1, vocab] of the last token, or [T, vocab] with `all_logits`.
+        Returns float32 logits [1, vocab] of the last token, or [T, vocab] with `all_logits`, on the host.
         A prefix-LM context runs first, seeing itself both ways; what follows it is causal.
         """
         x = self._prompt_embeddings(sequence.prompt, features)
         context, total = sequence.prompt.layout.bidirectional, len(x)
         spans = [(a, b, causal) for a, b, causal in ((0, context, False), (context, total, True)) if a < b]
         hidden = [self._forward(x[a:b], [sequence], [b - a], causal) for a, b, causal in spans]
-        return self.decoder.logits(torch.cat(hidden) if all_logits else hidden[-1][-1:])
+        return self.decoder.logits(torch.cat(hidden) if all_logits else hidden[-1][-1:]).cpu()
 
     @torch.inference_mode()
     def decode(self, sequences: list[Sequence], token_ids: list[int]) -> torch.Tensor:
-        """One token per sequence -> float32 logits [B, vocab] of the next."""
+        """One token per sequence -> float32 logits [B, vocab] of the next, on the host."""
         ids, q_lens = torch.tensor(token_ids), [1] * len(sequences)
         if self.graphs and self.graphs.fits(len(sequences)):
             logits = self.graphs.run(ids, self._step(sequences, q_lens, causal=True))
             self._advance(sequences, q_lens)
-            return logits
-        return self.decoder.logits(self._forward(self.decoder.embed(ids.to(self._device)), sequences, q_lens, causal=True))
+            return logits.cpu()
+        x = self.decoder.embed(ids.to(self._device))
+        return self.decoder.logits(self._forward(x, sequences, q_lens, causal=True)).cpu()
 
     def _prompt_embeddings(self, prompt, features):
         x = self.decoder.embed(torch.from_numpy(prompt.ids).to(self._device))

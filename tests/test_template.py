@@ -15,7 +15,8 @@ RENDERED = {        # template -> text, given MESSAGES
     "{%- for m in messages -%} {{ m['content'] }} {%- endfor -%}": "a <b> & 'c'好d",
     "{{ messages[0] | tojson }}": '{"role": "user", "content": "a <b> & \'c\'"}',
     "{{ messages[1] | tojson(indent=2) }}": '{\n  "role": "assistant",\n  "content": "好"\n}',
-    "{% for m in messages %}{% if loop.index == 2 %}{% continue %}{% endif %}{{ m.content }};{% endfor %}": "a <b> & 'c';d;",
+    "{% for m in messages %}{% if loop.index == 2 %}{% continue %}{% endif %}{{ m.content }};{% endfor %}":
+        "a <b> & 'c';d;",
     "{% for m in messages %}{{ m.role }}{% break %}{% endfor %}": "user",
     "{% generation %}\n{{ messages[1].content }}{% endgeneration %}!": "好!",
     "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}": "3",
@@ -47,7 +48,7 @@ def test_tools_are_given_to_the_template_or_refused():
 
 @pytest.mark.parametrize("source, complaint", [
     ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-    ("{{ messages.append(1) }}", "not safe"),                           # immutable
+    ("{{ messages.append(1) }}", "unsafe"),
     ("{{ ''.__class__.__mro__ }}", "unsafe"),
     ("{% for i in range(10000000) %}{% endfor %}", "too big"),
     ("{{ messages + 'text' }}", "can only concatenate"),

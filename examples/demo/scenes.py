@@ -48,9 +48,9 @@ class Scene:
     papers: tuple[int, int]     # indices into PAPERS; a plain background uses the first
 
 
-def sample_scene(rng: np.random.Generator, integer: bool = False) -> Scene:
+def sample_scene(rng: np.random.Generator, integer: bool = False, count: int | None = None) -> Scene:
     """1-4 objects, every (colour, shape) pair at most once, boxes apart by GAP and inside by MARGIN."""
-    count = int(rng.integers(1, 5))
+    count = count or int(rng.integers(1, 5))
     pairs = rng.choice(len(SHAPES) * len(COLORS), count, replace=False)
     while True:
         sizes = rng.integers(0, len(SIZES), count)

@@ -2,6 +2,7 @@
 
   tower     the encoder learns to write the scene's code into its rows (patches dropped first, whole grids at the end)
   language  the decoder learns to answer from ideal codes; needs no pictures, so it may run beside `tower`
+  read      the decoder goes on with what the tower really writes about pictures (tower fixed, newest state)
   join      both together on pictures and questions
   save      weights as a released checkpoint: fp16 safetensors, config.json, tokenizer
 """
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from torch.nn import functional as F
@@ -19,23 +21,26 @@ from torch.nn import functional as F
 from net import ROWS, Decoder, make_config, make_tower, save_release, see
 from questions import KINDS, LANGUAGES, ask
 from scenes import draw_mixed, sample_scene
-from targets import PATCH, PatchHeads, codebook, patch_owner, row_features, row_labels, row_loss, table
+from targets import PATCH, PatchHeads, codebook, doubtful, patch_owner, row_features, row_labels, row_loss, table
 from tokenizer import Tokenizer, build
 
 SEED = 1
-STAGES = {"tower": 1, "language": 2, "join": 3}         # the number separates the stages' random streams
+STAGES = {"tower": 1, "language": 2, "join": 3, "read": 4}         # the number separates the stages' random streams
 WEIGHTS = {"relation": 3.0, "extreme": 2.0, "count_shape": 2.0, "describe": 1.5, "size": 1.5, "exists": 1.5}
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun
+FULLNESS = (0.1, 0.2, 0.3, 0.4)
 
 
 # ------------------------------------------------------------------------------------------------------------- data
 
 def stream(stage: str, step: int) -> np.random.Generator:
     """Each step draws from its own seed, so a resumed run sees what an uninterrupted one would."""
-    return np.random.default_rng([SEED, STAGES[stage], step])
+    return np.random.default_rng([SEED, STAGES[stage], step, RANK])
 
 
 def draw_scenes(rng, count):
-    return [sample_scene(rng, integer=rng.random() < 0.3) for _ in range(count)]
+    """Fuller scenes more often than the grammar has them: sorting three or four objects is what takes longest to learn."""
+    return [sample_scene(rng, rng.random() < 0.3, int(rng.choice(4, p=FULLNESS)) + 1) for _ in range(count)]
 
 
 def cut(pictures: np.ndarray) -> np.ndarray:
@@ -54,11 +59,16 @@ def draw_patches(scenes, rng, owner, keep_count):
     return torch.from_numpy(np.take_along_axis(patches, keep[..., None, None, None], axis=1)), keep
 
 
+def kept(step, args):
+    """Few patches in most steps, the whole grid in every fourth and in all at the end: attention must not miss the paper."""
+    return 256 if step % 4 == 0 or step >= args.steps * args.partial else args.keep
+
+
 class Questions:
     """Batches of tokenised turns."""
 
-    def __init__(self, tokenizer, drop_rows: bool):
-        self.tokenizer, self.drop = tokenizer, drop_rows
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
         self.weights = np.array([WEIGHTS.get(kind, 1.0) for kind in KINDS])
         self.weights /= self.weights.sum()
 
@@ -130,7 +140,7 @@ class Tower(nn.Module):
         scenes = draw_scenes(rng, args.batch)
         objects = table(scenes)
         owner = patch_owner(objects)
-        patches, keep = draw_patches(scenes, rng, owner, args.keep if step < args.steps * args.partial else 256)
+        patches, keep = draw_patches(scenes, rng, owner, kept(step, args))
         owner = owner if keep is None else np.take_along_axis(owner, keep, axis=1)
         with torch.autocast("cpu", torch.bfloat16):
             rows, tokens = see(self.tower, patches, None if keep is None else torch.from_numpy(keep))
@@ -142,17 +152,39 @@ class Tower(nn.Module):
 class Language(nn.Module):
     def __init__(self, config, tokenizer):
         super().__init__()
-        self.decoder, self.questions, self.pad = Decoder(config), Questions(tokenizer, True), config["pad_token_id"]
+        self.decoder, self.questions, self.pad = Decoder(config), Questions(tokenizer), config["pad_token_id"]
         self.codes = codebook(config["hidden_size"])
 
     def loss(self, step, args):
         rng = stream("language", step)
         scenes = draw_scenes(rng, args.batch)
-        rows = row_features(row_labels(table(scenes))) @ self.codes
+        labels = row_labels(table(scenes))
+        rows = doubtful(row_features(labels), labels, rng.uniform(0.5, 4.0)) @ self.codes
         rows = rows + args.blur * torch.from_numpy(rng.standard_normal(rows.shape, np.float32))
         owners, turns = self.questions.sample(scenes, args.per_scene, rng)
         with torch.autocast("cpu", torch.bfloat16):
             loss = answer_loss(self.decoder, turns, rows[owners], self.pad, drop=step < args.steps * args.partial)
+        return loss, {"answer": loss.item()}
+
+
+class Read(nn.Module):
+    def __init__(self, config, tokenizer):
+        super().__init__()
+        self.decoder, self.eye = Decoder(config), [make_tower(config)]      # in a list: not part of this stage's state
+        self.questions, self.pad = Questions(tokenizer), config["pad_token_id"]
+
+    def loss(self, step, args):
+        if step % 50 == 0 or not hasattr(self, "awake"):
+            load_part(self.eye[0], "tower", args.out / "tower.pt")
+            self.awake = True
+        rng = stream("read", step)
+        scenes = draw_scenes(rng, args.batch)
+        patches, _ = draw_patches(scenes, rng, None, 256)
+        owners, turns = self.questions.sample(scenes, args.per_scene, rng)
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                rows, _ = see(self.eye[0], patches)
+            loss = answer_loss(self.decoder, turns, rows.float()[owners], self.pad)
         return loss, {"answer": loss.item()}
 
 
@@ -161,7 +193,7 @@ class Join(nn.Module):
         super().__init__()
         self.tower, self.decoder = make_tower(config), Decoder(config)
         self.codes = codebook(config["hidden_size"])
-        self.questions, self.pad = Questions(tokenizer, False), config["pad_token_id"]
+        self.questions, self.pad = Questions(tokenizer), config["pad_token_id"]
 
     def loss(self, step, args):
         rng = stream("join", step)
@@ -178,7 +210,7 @@ class Join(nn.Module):
 
 def make_stage(name, config, tokenizer):
     torch.manual_seed(SEED + STAGES[name])
-    return Tower(config) if name == "tower" else {"language": Language, "join": Join}[name](config, tokenizer)
+    return Tower(config) if name == "tower" else {"language": Language, "read": Read, "join": Join}[name](config, tokenizer)
 
 
 def optimizers(module, rate):
@@ -196,10 +228,19 @@ def rate_at(step, args):
     return min((step + 1) / 100, (args.steps - step) / max(args.steps * args.decay, 1), 1.0) * args.rate
 
 
-def begin_join(module, out):
-    for part in ("tower", "language"):
-        saved = torch.load(out / f"{part}.pt", weights_only=True)["model"]
-        module.load_state_dict({k: v for k, v in saved.items() if not k.startswith("heads")}, strict=False)
+def load_part(module, part, path):
+    """The weights that the stage stored in `path` keeps under `part`."""
+    saved = torch.load(path, weights_only=True)["model"]
+    module.load_state_dict({k.removeprefix(part + "."): v for k, v in saved.items() if k.startswith(part + ".")})
+
+
+def begin(name, module, out):
+    """Fresh weights for the first two stages, the earlier stages' for the others."""
+    if name in ("read", "join"):
+        newest = next(n for n in ("read", "language") if (out / f"{n}.pt").exists())
+        load_part(module.decoder, "decoder", out / f"{newest}.pt")
+    if name == "join":
+        load_part(module.tower, "tower", out / "tower.pt")
 
 
 def train(name, args, config, tokenizer, progress):
@@ -211,14 +252,14 @@ def train(name, args, config, tokenizer, progress):
         for tool, state in zip(tools, saved["tools"]):
             tool.load_state_dict(state)
         step = saved["step"]
-    elif name == "join":
-        begin_join(module, args.out)
+    else:
+        begin(name, module, args.out)
     bar, started, log = progress.add_task(name, total=args.steps, completed=step), time.time(), Log(args.out / f"{name}.log")
     while step < args.steps:
         advance(module, tools, step, args, log)
         step += 1
         progress.update(bar, completed=step)
-        if step % args.every == 0 or step == args.steps:
+        if RANK == 0 and (step % args.every == 0 or step == args.steps):
             log.write(step, rate_at(step, args), time.time() - started)
             keep(path, module, tools, step)
 
@@ -226,6 +267,7 @@ def train(name, args, config, tokenizer, progress):
 def advance(module, tools, step, args, log):
     loss, numbers = module.loss(step, args)
     loss.backward()
+    average_gradients(module)
     nn.utils.clip_grad_norm_(module.parameters(), 1.0)
     for tool in tools:
         for group in tool.param_groups:
@@ -233,6 +275,16 @@ def advance(module, tools, step, args, log):
         tool.step()
         tool.zero_grad()
     log.add(numbers)
+
+
+def average_gradients(module):
+    """Over the processes of torchrun: two processes with a thread each are faster than one with two."""
+    if WORLD > 1:
+        gradients = [p.grad for p in module.parameters()]
+        flat = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(flat)
+        for g, mean in zip(gradients, (flat / WORLD).split([g.numel() for g in gradients])):
+            g.copy_(mean.view_as(g))
 
 
 def keep(path, module, tools, step):
@@ -264,14 +316,15 @@ def save(out, folder, config, tokenizer):
     if (out / "join.pt").exists():
         module.load_state_dict(torch.load(out / "join.pt", weights_only=True)["model"])
     else:
-        begin_join(module, out)
+        begin("join", module, out)
     folder.mkdir(parents=True, exist_ok=True)
     save_release(folder, config, module.tower, module.decoder)
     build(folder)
 
 
-DEFAULTS = {"tower": dict(steps=5000, batch=32, rate=2e-3, decay=0.4, partial=0.75),
-            "language": dict(steps=3000, batch=16, rate=2e-3, decay=0.4, partial=0.8),
+DEFAULTS = {"tower": dict(steps=5000, batch=32, rate=2e-3, decay=0.4, partial=0.93),
+            "language": dict(steps=3000, batch=16, rate=2e-3, decay=0.4, partial=0.9),
+            "read": dict(steps=400, batch=16, rate=1e-3, decay=0.7, partial=0.0),
             "join": dict(steps=400, batch=16, rate=3e-4, decay=0.8, partial=0.0)}
 
 
@@ -289,16 +342,21 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if WORLD > 1:
+        dist.init_process_group("gloo")
     args.out.mkdir(parents=True, exist_ok=True)
-    build(args.out)
+    if RANK == 0:
+        build(args.out)
+    if WORLD > 1:
+        dist.barrier()
     tokenizer = Tokenizer(args.out)
     config = make_config(tokenizer)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns) as progress:
-        for name in STAGES if args.stage == "all" else [args.stage] if args.stage in STAGES else []:
+        for name in ("tower", "language", "read", "join") if args.stage == "all" else [args.stage] if args.stage in STAGES else []:
             given = {k: getattr(args, k) for k in ("steps", "rate", "batch") if getattr(args, k) is not None}
             train(name, argparse.Namespace(**{**vars(args), **DEFAULTS[name], **given}), config, tokenizer, progress)
-    if args.stage in ("save", "all"):
+    if args.stage in ("save", "all") and RANK == 0:
         save(args.out, args.out / "checkpoint", config, tokenizer)
 
 

@@ -1,0 +1,91 @@
+"""The external data file of an ONNX model, written as the tensors come: one tensor in, its place in the file out.
+
+Hashing and writing run in threads, one tensor behind, so that they overlap with reading the next tensor. Written data
+does not pass through the page cache where the file system can do without: gigabytes of fresh cache pages cost more than
+the disk does, above all in virtual machines, and would push out what others have cached.
+"""
+import errno
+import hashlib
+import mmap
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+
+ALIGNMENT = 4096            # of every tensor: a page, so that the file can be mapped
+STAGE_BYTES = 8 << 20
+
+
+class DataFile:
+    """Context manager; after it, `size` and `sha256` describe the file, which is then on the disk."""
+
+    def __init__(self, path: Path):
+        self.path, self.size, self._hash = path, 0, hashlib.sha256()
+
+    @property
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+    def __enter__(self):
+        self._file = _open(self.path)
+        self._stage, self._filled = mmap.mmap(-1, STAGE_BYTES), 0       # page-aligned, as direct writes must be
+        self._pool, self._pending = ThreadPoolExecutor(2), []
+        return self
+
+    def __exit__(self, kind, *rest):
+        try:
+            self._wait()
+            if kind is None:
+                self._flush()
+                os.ftruncate(self._file, self.size)
+                os.fsync(self._file)
+        finally:
+            self._pool.shutdown()
+            os.close(self._file)
+
+    def write(self, name: str, tensor: torch.Tensor) -> ir.ExternalTensor:
+        """Append a float32 tensor; the reference by which the model finds it. OSError as soon as the disk is full."""
+        array = tensor.contiguous().numpy()
+        pieces = bytes(-self.size % ALIGNMENT), memoryview(array).cast("B")
+        offset = self.size + len(pieces[0])
+        self.size = offset + array.nbytes
+        self._wait()
+        self._pending = [self._pool.submit(each, pieces) for each in (self._digest, self._append)]
+        return ir.ExternalTensor(self.path.name, offset, array.nbytes, ir.DataType.FLOAT, name=name,
+                                 shape=ir.Shape(array.shape), base_dir=self.path.parent)
+
+    def _wait(self):
+        for job in self._pending:
+            job.result()
+
+    def _digest(self, pieces):
+        for piece in pieces:
+            self._hash.update(piece)
+
+    def _append(self, pieces):
+        for piece in pieces:
+            while len(piece):
+                count = min(len(piece), STAGE_BYTES - self._filled)
+                self._stage[self._filled:self._filled + count] = piece[:count]
+                self._filled, piece = self._filled + count, piece[count:]
+                if self._filled == STAGE_BYTES:
+                    self._flush()
+
+    def _flush(self):
+        """Whole pages only; what the last write adds beyond the end is cut off again."""
+        data = memoryview(self._stage)[:-(-self._filled // ALIGNMENT) * ALIGNMENT]
+        while len(data):
+            data = data[os.write(self._file, data):]
+        self._filled = 0
+
+
+def _open(path: Path) -> int:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    try:
+        return os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o644)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.open(path, flags, 0o644)

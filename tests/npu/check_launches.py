@@ -1,0 +1,187 @@
+"""What torch_npu launches for our decoder, on stand-in CANN libraries (see run.py, which sets the environment).
+
+The real wheel's C++ runs: argument checks, output shapes, storage formats, aclnn or aclop, graph capture. No kernel
+computes, so that only the log is tested. launches_<chip>.txt holds the expected launches of every released decoder at
+full size; UPDATE=1 in the environment writes them anew.
+"""
+import json
+import os
+import re
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+import torch
+
+from models import family_of
+from models.decoder import Decoder, Step
+from runtime import Engine
+from runtime.cache import KVCache
+from runtime.loading import MATRICES
+from runtime.ops import choose
+
+ROOT = Path(__file__).resolve().parents[2]
+CHIP, LOG = os.environ["STUB_SOC"], Path(os.environ["STUB_LOG"])
+EXPECTED = Path(__file__).with_name(f"launches_{CHIP}.txt")
+DECODERS = ("visualglm-6b", "glm-4-9b-chat", "glm-edge-1.5b-chat", "glm-edge-4b-chat", "llava-1.5-7b")
+TINY = ("visualglm", "glm4", "glm4v", "glm_edge", "glm_edge_v", "llava")
+LIMITS = {"visualglm-6b": 13, "glm-4-9b-chat": 12}      # launches per layer and decoded token on 910B
+MARK = "-- layer"
+NZ, BLOCK, WIDTH = 29, 128, 2                           # tokens per block, blocks per sequence
+
+
+# steps: name -> (query lengths, lengths in the cache, causal)
+STEPS = {"context of 5 tokens": ([5], [5], False), "prompt of 5 tokens": ([5], [5], True),
+         "extension by 3 tokens": ([3], [8], True), "token of 1 sequence": ([1], [6], True),
+         "token of 3 sequences": ([1, 1, 1], [6, 130, 1], True)}
+
+
+class Launches:
+    """The log: lines that were written since the last `clear`, as short names."""
+
+    def clear(self):
+        LOG.write_text("")
+
+    def names(self) -> list[str]:
+        return [_short(line) for line in LOG.read_text().splitlines()]
+
+
+def _short(line: str) -> str:
+    """` [1,64:1:2]aclnnMm` -> `Mm`; tensors in NZ format and in host memory are counted behind the name."""
+    formats = re.findall(r"\[[\d,]*:\d+:(\d+)(:host)?\]", line)
+    name = re.sub(r"\[[^]]*\]", "", line).replace("atb infer::", "atb ").replace("Param in", "").replace(" out", "")
+    notes = {"NZ": sum(f == str(NZ) for f, _ in formats), "host": sum(bool(h) for _, h in formats)}
+    text = ", ".join(f"{count} {note}" for note, count in notes.items() if count)
+    return " ".join(name.replace("aclnn", "").split()) + (f" ({text})" if text else "")
+
+
+@pytest.fixture(scope="session")
+def ops():
+    return choose("auto", "npu:0")
+
+
+@pytest.fixture
+def launches():
+    return Launches()
+
+
+# full size, empty weights: memory that is never touched costs nothing
+
+def full_size(name: str, folder: Path, ops) -> Decoder:
+    (folder / "config.json").write_text((ROOT / "models" / "released" / f"{name}.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config.get("config", config)))
+    family, memory = family_of(folder), {}
+    targets = {part.target for weight in family.weights() for part in weight.parts}
+    c = family.decoder
+    rows = {"qkv": (c.heads + 2 * c.kv_heads) * c.head_dim, "up": c.ffn * (1 + (c.activation == "swiglu")),
+            "embed": c.vocab_size, "lm_head": c.vocab_size}
+    columns = {"out": c.heads * c.head_dim, "down": c.ffn}
+
+    def empty(target):
+        """One tensor per kind of weight, shared by all layers."""
+        kind = re.sub(r"layers\.\d+\.", "", target)
+        part, _, field = kind.partition(".")
+        shape = (rows.get(part, c.hidden),)
+        if field == "weight" and "norm" not in part:
+            shape += (columns.get(part, c.hidden),)
+        if kind not in memory:
+            tensor = torch.empty(shape, dtype=torch.float16, device="npu:0")
+            memory[kind] = ops.pack(tensor) if kind.endswith(MATRICES) else tensor
+        return memory[kind]
+
+    names = {t for t in targets if not t.startswith("vision.")} | {"lm_head.weight"}
+    return Decoder(c, {name: empty(name) for name in names}, ops)
+
+
+def run_step(decoder, q_lens, kv_lens, causal, launches) -> list[str]:
+    """Names of all launches of one step, a mark before each layer's attention."""
+    c, batch, tokens = decoder.config, len(q_lens), sum(q_lens)
+    cache = KVCache(c, batch * WIDTH, BLOCK, torch.float16, "npu:0", decoder.ops)
+    table = torch.arange(batch * WIDTH, dtype=torch.int32).view(batch, WIDTH)
+    turn = torch.zeros(tokens, c.head_dim, dtype=torch.float16)
+    step = decoder.ops.begin(Step(turn, turn, torch.arange(tokens), table, q_lens, kv_lens, causal), c, "npu:0")
+    plain, ids = decoder._attention, torch.zeros(tokens, dtype=torch.int64, device="npu:0")
+
+    def marked(*arguments):
+        with LOG.open("a") as log:
+            log.write(MARK + "\n")
+        return plain(*arguments)
+    decoder._attention = marked
+    launches.clear()
+    decoder.logits(decoder.forward(decoder.embed(ids), step, cache))
+    decoder._attention = plain
+    return launches.names()
+
+
+def parts(names: list[str], layers: int) -> tuple[list[str], list[str], list[str]]:
+    """Launches before the layers, of each layer (all alike, from its attention to the next norm), and after them."""
+    groups = [[name for name in group] for mark, group in groupby(names, MARK.__eq__) if not mark]
+    before, *repeated = groups
+    layer, last = repeated[0], repeated[-1]
+    assert len(repeated) == layers and all(group == layer for group in repeated[:-1]) and last[:len(layer)] == layer
+    return before, layer, last[len(layer):]
+
+
+def describe(name, step, before, layer, after, layers) -> str:
+    total = len(before) + layers * len(layer) + len(after)
+    lists = zip(("before", "layer ", "after "), (before, layer, after))
+    return f"{name}, {step}: {len(before)} + {layers} x {len(layer)} + {len(after)} = {total}\n" + "".join(
+        f"  {label}  {', '.join(names)}\n" for label, names in lists)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_launches_at_full_size(name, tmp_path, ops, launches):
+    decoder, text = full_size(name, tmp_path, ops), ""
+    with torch.inference_mode():
+        for step, (q_lens, kv_lens, causal) in STEPS.items():
+            before, layer, after = parts(run_step(decoder, q_lens, kv_lens, causal, launches), decoder.config.layers)
+            text += describe(name, step, before, layer, after, decoder.config.layers) + "\n"
+            assert not any("aclop" in launch for launch in before + layer + after)
+            if CHIP.startswith("Ascend910B") and step.startswith("token"):
+                assert len(layer) <= LIMITS.get(name, 13)
+    assert_expected(name, text)
+
+
+def assert_expected(name: str, text: str):
+    sections = EXPECTED.read_text() if EXPECTED.exists() else ""
+    kept = [s for s in sections.split("\n\n") if s.strip() and not s.startswith(name + ",")]
+    if os.environ.get("UPDATE"):
+        EXPECTED.write_text("\n\n".join(kept + [text.strip()]) + "\n")
+        return
+    expected = [s.strip() for s in sections.split("\n\n") if s.startswith(name + ",")]
+    assert text.strip().split("\n\n") == expected
+
+
+# whole engines on the tiny checkpoints
+
+@pytest.mark.parametrize("name", TINY)
+def test_engine_prefills_decodes_and_replays(name, launches):
+    engine = Engine(ROOT / "tests" / "golden" / name, device="npu:0", vision="torch", max_model_len=256, dtype="float16")
+    picture = [{"type": "image", "image": ROOT / "tests" / "golden" / "visualglm" / "image.png"}]
+    content = (picture if engine.family.vision else []) + [{"type": "text", "text": "hello"}]
+    prompt = engine.prompt([{"role": "user", "content": content}])
+    assert engine.prefill_logits(prompt).shape == (len(prompt.ids), engine.family.decoder.vocab_size)
+    runner, layers = engine._runner, engine.family.decoder.layers
+    sequences = [engine._sequence(prompt, 4) for _ in range(3)]
+    for sequence in sequences:
+        runner.prefill(sequence, engine._rows(prompt))
+    launches.clear()
+    runner.decode(sequences, [1, 2, 3])
+    updates = layers if CHIP.startswith("Ascend910B") else 0
+    replayed = launches.names()
+    assert replayed[0] == "graph replay" and sum("FusedInfer" in launch for launch in replayed) == updates
+    runner.graphs = None
+    launches.clear()
+    runner.decode(sequences, [1, 2, 3])
+    assert not any("aclop" in launch or launch == "graph replay" for launch in launches.names())
+
+
+def test_storage_formats(tmp_path, ops):
+    import torch_npu
+    decoder = full_size("glm-4-9b-chat", tmp_path, ops)
+    cache = KVCache(decoder.config, 2, BLOCK, torch.float16, "npu:0", ops)
+    tensors = [decoder.layers[0].qkv.weight, decoder.lm_head.weight, *cache.layers[0]]
+    wanted = NZ if CHIP.startswith("Ascend310P") else 2
+    assert [int(torch_npu.get_npu_format(tensor)) for tensor in tensors][:2] == [wanted] * 2
+    assert all((int(torch_npu.get_npu_format(t)) == NZ) == (wanted == NZ) for t in cache.layers[0])

@@ -1,0 +1,226 @@
+"""torch_npu's operators on CPU tensors: the wheel's own schemas, and behind them plain arithmetic that refuses what the
+chips refuse.
+
+`schemas.txt` holds the 462 operator schemas of torch_npu 2.13.0. They are declared in a torch without torch_npu, so that a
+wrong keyword or type in our calls is refused by torch's dispatcher; the kernels below then check layouts, contiguity and on
+which side the lengths lie, and compute. `FakeGraph` stands in for NPUGraph: it records operator calls and replays them
+on the same tensors.
+"""
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from models.layers import Norm
+from runtime.ops.reference import ReferenceOps, _attend
+
+PLAIN = ReferenceOps()
+NZ = 29
+_libraries = {}
+
+
+def declare():
+    """Declare all schemas and register the kernels; once per process."""
+    if _libraries:
+        return
+    for space in ("npu", "atb"):
+        _libraries[space] = torch.library.Library(space, "FRAGMENT")
+    for line in Path(__file__).with_name("schemas.txt").read_text(encoding="utf-8").splitlines():
+        space, schema = line.split("::", 1)
+        _libraries[space].define(schema)
+    for space, kernels in (("npu", NPU), ("atb", ATB)):
+        for name, kernel in kernels.items():
+            _libraries[space].impl(name, kernel, "CPU")
+
+
+# npu::
+
+def format_cast(x, acl_format, *, customize_dtype=None, input_dtype=None):
+    assert acl_format == NZ and x.is_contiguous()
+    return x.clone()
+
+
+def rms_norm(x, gamma, epsilon=1e-6):
+    return PLAIN.rms_norm(x, Norm(gamma), epsilon), x.new_zeros(len(x), 1)
+
+
+def add_rms_norm(x1, x2, gamma, epsilon=1e-6):
+    y, total = PLAIN.add_rms_norm(x1, x2, Norm(gamma), epsilon)
+    return y, x1.new_zeros(len(x1), 1), total
+
+
+def gelu(x, *, approximate="none"):
+    return torch.nn.functional.gelu(x, approximate=approximate)
+
+
+def apply_rotary_pos_emb(query, key, cos, sin, layout="BSND", rotary_mode="half"):
+    """In place, whatever the schema says."""
+    assert layout == "BSND" and rotary_mode == "half" and query.is_contiguous() and key.is_contiguous()
+    assert query.shape[:2] == key.shape[:2] == cos.shape[:2] == sin.shape[:2] and cos.shape[2] == sin.shape[2] == 1
+    for x, turned in zip((query, key), PLAIN.rope(query[0], key[0], cos[0, :, 0], sin[0, :, 0])):
+        x[0] = turned
+    return query, key
+
+
+def scatter_pa_kv_cache(key, value, key_cache, value_cache, slot_mapping, *, compress_lens=None,
+                        compress_seq_offsets=None, seq_lens=None, cache_mode="PA_NZ"):
+    assert cache_mode == "Norm" and key_cache.dim() == 4 and key.is_contiguous() and value.is_contiguous()
+    _check_slots(slot_mapping, key)
+    PLAIN.cache_write(key, value, key_cache, value_cache, slot_mapping.long())
+
+
+def fused_infer(query, key, value, *, atten_mask=None, actual_seq_lengths=None, actual_seq_lengths_kv=None,
+                block_table=None, num_heads=1, scale=1.0, input_layout="BSH", num_key_value_heads=0, sparse_mode=0,
+                block_size=0, **unused):
+    """Paged, packed queries; running sums of the query lengths, plain lengths of the cached sequences."""
+    assert input_layout == "TND" and sparse_mode == 3 and query.is_contiguous() and not any(unused.values())
+    assert atten_mask.dtype == torch.int8 and torch.equal(atten_mask, torch.ones_like(atten_mask).triu(1))
+    assert atten_mask.shape == (2048, 2048) and block_table.dtype == torch.int32 and key.shape[1] == block_size
+    assert actual_seq_lengths[-1] == len(query) and num_heads == query.shape[1]
+    _check_scale(scale, query)
+    key, value = (t.unflatten(2, (num_key_value_heads, -1)) for t in (key, value))
+    q_lens = [end - start for start, end in zip([0, *actual_seq_lengths], actual_seq_lengths)]
+    return _paged_attention(query, key, value, block_table, q_lens, actual_seq_lengths_kv), query.new_zeros(0)
+
+
+def fusion_attention(query, key, value, head_num, input_layout, *, scale=1.0, actual_seq_qlen=None,
+                     actual_seq_kvlen=None, atten_mask=None, sparse_mode=0, **unused):
+    """Packed, no mask: every token sees its whole sequence."""
+    assert input_layout == "TND" and atten_mask is None and sparse_mode == 0 and head_num == query.shape[1]
+    assert actual_seq_qlen == actual_seq_kvlen and actual_seq_qlen[-1] == len(query)
+    _check_scale(scale, query)
+    lens = [end - start for start, end in zip([0, *actual_seq_qlen], actual_seq_qlen)]
+    nothing = query.new_zeros(0)
+    return _packed_attention(query, key, value, lens, causal=False), nothing, nothing, nothing, 0, 0, 0
+
+
+# atb::
+
+def reshape_and_cache(key, value, key_cache, value_cache, slot_indices):
+    assert key.is_contiguous() and value.is_contiguous()
+    _check_slots(slot_indices, key)
+    for rows, cache in ((key, key_cache), (value, value_cache)):
+        assert cache.shape[3] == 16 and cache.shape[1] * 16 == rows[0].numel()
+        blocks, offsets = slot_indices.long() // cache.shape[2], slot_indices.long() % cache.shape[2]
+        cache[blocks, :, offsets] = rows.reshape(len(rows), -1, 16)
+
+
+def flash_attention(query, key, value, mask, seq_len, scale_value, num_heads, num_kv_heads, *, mask_type=3, out):
+    tiles = torch.full((2048, 2048), float("-inf"), dtype=torch.float16).triu(1).view(2048, 128, 16).transpose(0, 1)
+    assert mask_type == 3 and torch.equal(mask, tiles[None])
+    _flash(query, key, value, seq_len, scale_value, num_heads, num_kv_heads, out, causal=True)
+
+
+def flash_attention_unpad(query, key, value, seq_len, scale_value, num_heads, num_kv_heads, out):
+    _flash(query, key, value, seq_len, scale_value, num_heads, num_kv_heads, out, causal=False)
+
+
+def splitfuse(query, key_cache, value_cache, block_table, context_lens, mask, seq_len, num_kv_heads, num_heads,
+              scale_value, *, mask_type=5, out):
+    assert mask_type == 5 and torch.equal(mask, torch.full((2048, 2048), -1e4, dtype=torch.float16).triu(1))
+    _check_paged(query, block_table, context_lens, scale_value, num_heads)
+    keys, values = (_tokens_first(cache, num_kv_heads) for cache in (key_cache, value_cache))
+    out.copy_(_paged_attention(query, keys, values, block_table, seq_len.tolist(), context_lens.tolist()))
+
+
+def paged_attention(query, key_cache, value_cache, num_kv_heads, num_heads, scale_value, block_table, context_lens, out,
+                    *, workspace=None):
+    _check_paged(query, block_table, context_lens, scale_value, num_heads)
+    keys, values = (_tokens_first(cache, num_kv_heads) for cache in (key_cache, value_cache))
+    out.copy_(_paged_attention(query, keys, values, block_table, [1] * len(query), context_lens.tolist()))
+
+
+# arithmetic and checks they share
+
+def _packed_attention(q, k, v, lens, causal):
+    parts = zip(*(t.split(lens) for t in (q, k, v)))
+    return torch.cat([_attend(*part, causal=causal) for part in parts])
+
+
+def _paged_attention(q, keys, values, table, q_lens, kv_lens):
+    step = SimpleNamespace(q_lens=list(q_lens), kv_lens=list(kv_lens), block_table=table, causal=True)
+    return PLAIN.attention(q, None, None, keys, values, step)
+
+
+def _flash(q, k, v, lens, scale, heads, kv_heads, out, causal):
+    assert lens.dtype == torch.int32 and int(lens.sum()) == len(q) and len(q) % 16 == 0
+    assert q.is_contiguous() and k.is_contiguous() and v.is_contiguous() and out.is_contiguous()
+    assert q.shape[1] == heads and k.shape[1] == kv_heads
+    _check_scale(scale, q)
+    out.copy_(_packed_attention(q, k, v, lens.tolist(), causal))
+
+
+def _tokens_first(cache, kv_heads):
+    """[blocks, kv_heads * head_dim / 16, block_size, 16] -> [blocks, block_size, kv_heads, head_dim]."""
+    assert cache.shape[3] == 16
+    return cache.permute(0, 2, 1, 3).flatten(2).unflatten(2, (kv_heads, -1))
+
+
+def _check_paged(query, table, lens, scale, heads):
+    assert table.dtype == lens.dtype == torch.int32 and query.is_contiguous() and heads == query.shape[1]
+    _check_scale(scale, query)
+
+
+def _check_slots(slots, rows):
+    assert slots.dtype == torch.int32 and len(slots) == len(rows) and len(slots.unique()) == len(slots)
+
+
+def _check_scale(scale, query):
+    assert abs(scale - query.shape[-1] ** -0.5) < 1e-9
+
+
+NPU = {"npu_format_cast": format_cast, "npu_rms_norm": rms_norm, "npu_add_rms_norm": add_rms_norm, "npu_gelu": gelu,
+       "npu_swiglu": lambda x, dim=-1: PLAIN.swiglu(x), "npu_apply_rotary_pos_emb": apply_rotary_pos_emb,
+       "npu_scatter_pa_kv_cache": scatter_pa_kv_cache, "npu_fused_infer_attention_score": fused_infer,
+       "npu_fusion_attention": fusion_attention}
+ATB = {"_npu_reshape_and_cache": reshape_and_cache, "_npu_flash_attention_v3": flash_attention,
+       "_npu_flash_attention_unpad": flash_attention_unpad, "_npu_paged_attention_splitfuse_v2": splitfuse,
+       "_npu_paged_attention": paged_attention}
+
+
+# torch.npu
+
+class FakeGraph(TorchDispatchMode):
+    """Records the operator calls made inside `torch.npu.graph` and replays them on the same tensors.
+
+    With host lengths a replay waits for `update`, as the real graph's attention kernels do.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.waits_for_update, self.replays = [], False, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        out = func(*args, **kwargs)
+        self.calls.append((func, args, kwargs, out))
+        return out
+
+    def replay(self):
+        self.replays += 1
+        if not self.waits_for_update:
+            self._run()
+
+    def update(self, cpu_update_input):
+        assert self.waits_for_update
+        (new,) = cpu_update_input
+        for _, _, kwargs, _ in self.calls:
+            kwargs.update({name: value for name, value in new.items() if name in kwargs})
+        self._run()
+
+    def _run(self):
+        for func, args, kwargs, recorded in self.calls:
+            for old, new in zip(tree_leaves(recorded), tree_leaves(func(*args, **kwargs))):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+def fake_graph_context(graph, pool=None, auto_dispatch_capture=False):
+    graph.waits_for_update = auto_dispatch_capture
+    return graph
+
+
+FAKE_TORCH_NPU = SimpleNamespace(NPUGraph=FakeGraph, graph=fake_graph_context, graph_pool_handle=lambda: None,
+                                 synchronize=lambda: None, mem_get_info=lambda device: (1 << 34, 1 << 34))

@@ -1,0 +1,40 @@
+"""`make test-npu`: check_launches.py under the real torch_npu wheel, once per chip, on stand-in CANN libraries.
+
+    python tests/npu/run.py [pytest arguments]
+
+The libraries are built on the first run, beside the environment's packages.
+"""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import stand_in_cann
+
+HERE = Path(__file__).parent
+LIBRARIES = Path(sys.prefix) / "stand-in-cann"
+CHIPS = ("Ascend910B3", "Ascend310P3")
+READY = "libatb.so"         # built last
+
+
+def environment(chip: str, log: Path) -> dict:
+    """TASK_QUEUE_ENABLE=0: kernels are launched, and logged, by the calling thread."""
+    ours = {"LD_LIBRARY_PATH": str(LIBRARIES), "STUB_SOC": chip, "STUB_LOG": str(log), "TASK_QUEUE_ENABLE": "0",
+            "OMP_NUM_THREADS": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    return {name: value for name, value in os.environ.items() if not name.startswith("ASCEND_")} | ours
+
+
+def main(arguments) -> int:
+    if not (LIBRARIES / READY).is_file():
+        print(f"building stand-in CANN libraries in {LIBRARIES}")
+        stand_in_cann.build(LIBRARIES)
+    worst = 0
+    for chip in CHIPS:
+        print(f"{chip}: torch_npu on stand-in CANN libraries", flush=True)
+        command = [sys.executable, "-m", "pytest", str(HERE / "check_launches.py"), *arguments]
+        worst = max(worst, subprocess.run(command, env=environment(chip, LIBRARIES / f"{chip}.log")).returncode)
+    return worst
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,394 @@
+"""Conversion: from the tiny VisualGLM checkpoint to a verified artifact, and everything that must stop it."""
+import contextlib
+import hashlib
+import io
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from convert import __main__ as command
+from convert import atc, export, verify
+from convert.datafile import DataFile
+from convert.graph import preflight
+from convert.trace import trace
+from convert.verify import Comparison, compare, pictures
+from models import family_of
+from models.base import VisionSpec
+from models.checkpoint import Checkpoint
+from models.vision import Dense, PreNormBlock
+from runtime import artifact
+from runtime.errors import ToolkitError, run_command
+from runtime.vision import OnnxVision, TorchVision, open_session
+
+GOLDEN = Path(__file__).parent / "golden" / "visualglm"
+
+
+def convert(model, out, *more) -> tuple[int, str]:
+    """(exit code, everything printed) of `python -m convert`, run in this process."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        code = run_command(command.main, ["--model", str(model), "--out", str(out), *more])
+    return code, printed.getvalue()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ASCEND_VLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("converted")
+    code, text = convert(GOLDEN, out, "--soc_version", "Ascend310P3")
+    assert code == 0, text
+    return out, text
+
+
+@pytest.fixture
+def quick(monkeypatch, converted):
+    """Conversions without tracing (the graph of `converted` is taken) and with verification in this process."""
+    graph = (converted[0] / artifact.ONNX).read_bytes()
+
+    def copied(model, family, checkpoint, folder):
+        (folder / artifact.ONNX).write_bytes(graph)
+        shutil.copy(converted[0] / artifact.DATA, folder)
+        return artifact.load(converted[0]).files
+    monkeypatch.setattr("convert.trace.trace", lambda build, spec: None)
+    monkeypatch.setattr(export, "export", copied)
+    monkeypatch.setattr(verify, "verify", lambda family, directory, folder, need: verify.measure(directory, folder))
+    return monkeypatch
+
+
+def state(directory: Path) -> dict:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.iterdir()}
+
+
+# the artifact
+
+def test_the_exported_model(converted):
+    out, _ = converted
+    model = onnx.load(out / "vision.onnx")
+    tower = family_of(GOLDEN).vision_encoder()
+    names = {tensor.name for tensor in model.graph.initializer}
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 17)]
+    assert {name for name, _ in tower.named_parameters()} <= names
+    assert not {"Slice", "Squeeze", "Split", "Gather", "Shape", "Cast"} & {node.op_type for node in model.graph.node}
+    assert len({node.name for node in model.graph.node}) == len(model.graph.node)
+    assert "vit.blocks.2.attention.q/MatMul" in {node.name for node in model.graph.node}
+    assert preflight(out / "vision.onnx", family_of(GOLDEN).vision, 17)[0] == []
+
+
+def test_the_manifest(converted):
+    out, _ = converted
+    manifest = artifact.load(out)
+    assert manifest.input == {"name": "input", "shape": [1, 224, 224, 3], "dtype": "float32"}
+    assert manifest.output == {"name": "output", "shape": [1, 32, 64], "dtype": "float32"}
+    assert manifest.errors.keys() == {"scene", "noise"} and all(e["cosine"] > 0.99999 for e in manifest.errors.values())
+    for name, entry in manifest.files.items():
+        assert hashlib.sha256((out / name).read_bytes()).hexdigest() == entry["sha256"]
+    assert set(state(out)) == {"vision.onnx", "vision.onnx.data", "manifest.json", "atc.sh", ".lock"}
+
+
+def test_the_atc_command(converted):
+    out, text = converted
+    script = (out / "atc.sh").read_text()
+    for part in ("--model=vision.onnx", "--framework=5", "--output=vision", "--soc_version=Ascend310P3",
+                 "--input_shape=input:1,224,224,3", "--precision_mode_v2=fp16"):
+        assert part in script and part in text
+    assert text.strip().splitlines()[0].startswith("writing ") and "ONNX verified" in text
+
+
+@pytest.mark.parametrize("kind", ["torch", "onnx"])
+def test_features_equal_the_original_implementation(converted, kind):
+    golden = np.load(GOLDEN / "golden.npz")
+    session = open_session(kind, family_of(GOLDEN), Checkpoint(GOLDEN), converted[0])
+    pixels = golden["nhwc_input"].astype(np.float32)
+    features = session.encode(np.concatenate([pixels, pixels]))
+    np.testing.assert_allclose(features, np.repeat(golden["image_embeds"], 2, axis=0), atol=1e-4)
+    assert session.describe().startswith("vision: ")
+
+
+# again, and again after a kill
+
+def test_a_second_run_changes_nothing(converted):
+    before = state(converted[0])
+    code, text = convert(GOLDEN, converted[0], "--soc-version", "Ascend310P3")
+    assert code == 0 and "nothing to do" in text and state(converted[0]) == before
+
+
+def test_a_run_killed_after_the_export_is_continued(quick, converted, tmp_path):
+    with quick.context() as patch:
+        patch.setattr(verify, "verify", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert convert(GOLDEN, tmp_path)[0] == 130
+    assert not (tmp_path / "manifest.json").exists() and not (tmp_path / "vision.onnx").exists()
+    quick.setattr(export, "export", None)
+    code, text = convert(GOLDEN, tmp_path, "--soc-version", "Ascend310P3")
+    assert code == 0 and "continuing after the export" in text and state(tmp_path) == state(converted[0])
+
+
+def test_what_a_run_killed_in_the_export_left_is_thrown_away(quick, converted, tmp_path):
+    (tmp_path / command.WORK).mkdir()
+    (tmp_path / command.WORK / "vision.onnx.data").write_bytes(b"half")
+    assert convert(GOLDEN, tmp_path, "--soc-version", "Ascend310P3")[0] == 0
+    assert state(tmp_path) == state(converted[0])
+
+
+def test_an_interrupted_export_leaves_nothing(quick, tmp_path):
+    quick.setattr(export, "export", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert convert(GOLDEN, tmp_path)[0] == 130
+    assert [file.name for file in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_damaged_artifact_is_made_again(quick, converted, tmp_path):
+    assert convert(GOLDEN, tmp_path, "--soc-version", "Ascend310P3")[0] == 0
+    (tmp_path / "vision.onnx").write_bytes(b"short")
+    assert convert(GOLDEN, tmp_path, "--soc-version", "Ascend310P3")[0] == 0
+    assert state(tmp_path) == state(converted[0])
+
+
+# what must not pass
+
+def test_another_checkpoint_needs_force(quick, converted, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(GOLDEN, other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["image_encoder.glm_proj.bias"][0] += 1
+    save_file(tensors, other / "model.safetensors")
+    out = tmp_path / "out"
+    assert convert(GOLDEN, out)[0] == 0
+    before = state(out)
+    code, text = convert(other, out)
+    assert code == 2 and "another checkpoint" in text and "--force" in text and state(out) == before
+    code, text = convert(other, out, "--force")     # `quick` writes the old weights, which verification must notice
+    assert code == 1 and "disagree" in text and state(out) == before
+
+
+def test_a_failed_verification_leaves_nothing_usable(quick, tmp_path):
+    quick.setattr(verify, "verify", lambda *arguments: {"scene": Comparison(0.99, 1.0, 0.1, 2.0, 10)})
+    code, text = convert(GOLDEN, tmp_path)
+    assert code == 1 and "disagree" in text and [file.name for file in tmp_path.iterdir()] == [".lock"]
+
+
+def test_nothing_compared_is_a_failure(quick, tmp_path):
+    quick.setattr(verify, "verify", lambda *arguments: {})
+    assert convert(GOLDEN, tmp_path)[0] == 1
+
+
+@pytest.mark.parametrize("prepare, says", [
+    (lambda path: ["--model", str(path / "nothing"), "--out", str(path / "out")], "does not exist"),
+    (lambda path: ["--model", str(GOLDEN), "--out", str(GOLDEN / "config.json")], "is a file"),
+    (lambda path: ["--model", str(GOLDEN), "--out", "/proc/nothing"], "cannot be written"),
+    (lambda path: ["--model", str(GOLDEN), "--out", str(path), "--soc-version", "910B3"], "npu-smi"),
+    (lambda path: ["--model", str(GOLDEN), "--out", str(path), "--soc-version", "Ascend910B"], "Ascend910B3"),
+    (lambda path: ["--model", str(GOLDEN)], "--out"),
+])
+def test_mistakes_end_in_one_sentence(tmp_path, capsys, prepare, says):
+    assert run_command(command.main, prepare(tmp_path)) == 2
+    text = capsys.readouterr().err
+    assert says in text and text.count("\n") == 1
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(quick, tmp_path):
+    quick.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 95, 5))
+    code, text = convert(GOLDEN, tmp_path)
+    assert code == 2 and "free some space" in text and [file.name for file in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_disk_that_becomes_full_leaves_nothing(tmp_path, quick):
+    quick.undo()
+    quick.setenv("ASCEND_VLM_CACHE", str(tmp_path / "cache"))
+    quick.setattr("convert.trace.trace", lambda build, spec: None)
+
+    def full(*arguments):
+        raise OSError(28, os.strerror(28))
+    quick.setattr(export, "export", full)
+    code, text = convert(GOLDEN, tmp_path / "out")
+    assert code == 2 and "became full" in text and [file.name for file in (tmp_path / "out").iterdir()] == [".lock"]
+
+
+# verification
+
+def test_compare_measures_every_element():
+    reference = np.array([[0.0, 1.0, -2.0]])
+    result = compare(reference, reference + np.array([[1e-3, 0, 0]]))       # the error sits on a golden zero
+    assert result.max_abs == pytest.approx(1e-3) and result.mean_abs == pytest.approx(1e-3 / 3) and result.elements == 3
+    assert result.passed and not compare(reference, reference + np.array([[3e-3, 0, 0]])).passed
+
+
+@pytest.mark.parametrize("candidate", [[np.nan, 1.0], [np.inf, 1.0], [2.0, -1.0]])
+def test_compare_fails(candidate):
+    assert not compare(np.array([1.0, 2.0]), np.array(candidate)).passed
+
+
+def test_nothing_to_compare_fails():
+    assert not compare(np.zeros(0), np.zeros(0)).passed
+    with pytest.raises(ToolkitError, match="shapes differ"):
+        compare(np.zeros(2), np.zeros(3))
+
+
+def test_the_pictures_are_always_the_same_and_different():
+    first, second = pictures(), pictures()
+    assert all(np.array_equal(first[name], second[name]) for name in first) and len(first) == 2
+    assert not np.array_equal(first["scene"], first["noise"])
+
+
+# sessions
+
+def test_sessions_refuse_wrong_pixels_and_nan(converted):
+    session = OnnxVision(converted[0], family_of(GOLDEN).vision, threads=1)
+    for wrong in (np.zeros((1, 3, 224, 224), np.float32), np.zeros((1, 224, 224, 3), np.uint8)):
+        with pytest.raises(ToolkitError, match="it takes float32"):
+            session.encode(wrong)
+    with pytest.raises(ToolkitError, match="ONNX vision encoder gave NaN"):
+        session.encode(np.full((1, 224, 224, 3), np.nan, np.float32))
+
+
+def test_sessions_take_any_number_of_pictures_and_any_memory_order(converted):
+    family = family_of(GOLDEN)
+    session = TorchVision(family, Checkpoint(GOLDEN))
+    pixels = np.random.default_rng(0).uniform(0, 255, (3, 224, 224, 3)).astype(np.float32)
+    together = session.encode(pixels)
+    scattered = np.moveaxis(np.ascontiguousarray(np.moveaxis(pixels, 0, -1)), -1, 0)[1]
+    np.testing.assert_array_equal(session.encode(scattered[None])[0], together[1])
+    assert session.encode(pixels[:0]).shape == (0, 32, 64)
+
+
+def test_an_unreadable_graph_is_one_sentence(tmp_path):
+    (tmp_path / "vision.onnx").write_bytes(b"nonsense")
+    with pytest.raises(ToolkitError, match="cannot be loaded"):
+        OnnxVision(tmp_path, family_of(GOLDEN).vision)
+
+
+# trace
+
+class Tower(nn.Module):
+    """Blocks that look alike and are not: the third has other settings, the fourth another shape."""
+
+    def __init__(self):
+        super().__init__()
+        widths = [(8, 2, 16, 1e-6), (8, 2, 16, 1e-6), (8, 4, 16, 1e-1), (8, 2, 24, 1e-6)]
+        self.stem = Dense(3, 8)
+        self.blocks = nn.ModuleList(PreNormBlock(*each) for each in widths)
+
+    def forward(self, pixels):
+        x = self.stem(pixels.flatten(1, 2))
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_folded_blocks_keep_their_own_settings(tmp_path):
+    torch.manual_seed(0)
+    tower, spec = Tower(), VisionSpec((1, 2, 3, 3), (1, 6, 8))
+    weights = {name: nn.init.normal_(parameter) for name, parameter in tower.named_parameters()}
+    model = trace(Tower, spec)
+    assert {value.name for value in model.graph.inputs} == {"input", *weights}
+    with DataFile(tmp_path / artifact.DATA) as data:
+        for value in model.graph.inputs[1:]:
+            value.const_value = data.write(value.name, weights[value.name].detach())
+    export._register(model.graph)
+    export.ir.save(model, tmp_path / artifact.ONNX)
+    assert preflight(tmp_path / artifact.ONNX, spec, 17)[0] == []
+    pixels = np.random.default_rng(0).normal(size=spec.input_shape).astype(np.float32)
+    expected = tower(torch.from_numpy(pixels)).detach().numpy()
+    np.testing.assert_allclose(OnnxVision(tmp_path, spec).encode(pixels), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_operator_that_opset_17_defines_differently_is_named():
+    class Maximum(nn.Module):
+        def forward(self, pixels):
+            return pixels.amax(dim=1)
+    with pytest.raises(ToolkitError, match="ReduceMax"):
+        trace(Maximum, VisionSpec((1, 2, 3, 3), (1, 3, 3)))
+
+
+# the data file
+
+@pytest.mark.parametrize("folder", [None, "/dev/shm"], ids=["disk", "memory"])
+def test_data_file(tmp_path, folder):
+    path = Path(folder or tmp_path) / f"data-{os.getpid()}"
+    tensors = [torch.randn(3, 5), torch.zeros(0), torch.randn(3_000_000), torch.randn(4, 6).t()]
+    try:
+        with DataFile(path) as data:
+            places = [data.write(str(index), tensor) for index, tensor in enumerate(tensors)]
+        content = path.read_bytes()
+    finally:
+        path.unlink()
+    assert len(content) == data.size and hashlib.sha256(content).hexdigest() == data.sha256
+    for place, tensor in zip(places, tensors):
+        assert place.offset % 4096 == 0
+        piece = content[place.offset:place.offset + place.length]
+        assert piece == tensor.contiguous().numpy().tobytes()
+
+
+# the graph check
+
+SPEC = VisionSpec((1, 4), (1, 4))
+
+
+def graph(tmp_path, nodes, opset=17, domain="", shape=(1, 4), initializers=()):
+    """ONNX file input [1, 4] -> nodes -> output."""
+    value = helper.make_tensor_value_info
+    built = helper.make_graph(nodes, "g", [value("input", TensorProto.FLOAT, shape)],
+                              [value("output", TensorProto.FLOAT, shape)], list(initializers))
+    opsets = [helper.make_opsetid("", opset), *([helper.make_opsetid(domain, 1)] if domain else [])]
+    (tmp_path / "g.onnx").write_bytes(helper.make_model(built, opset_imports=opsets).SerializeToString())
+    return tmp_path / "g.onnx"
+
+
+def node(op, inputs=("input",), output="output", name="it", **attributes):
+    return helper.make_node(op, list(inputs), [output], name=name, **attributes)
+
+
+def constant(name, array):
+    return onnx.numpy_helper.from_array(np.asarray(array), name)
+
+
+def external(name, location):
+    tensor = constant(name, np.zeros((1, 4), np.float32))
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, text in (("location", location), ("offset", "0"), ("length", "16")):
+        tensor.external_data.add(key=key, value=text)
+    return tensor
+
+
+@pytest.mark.parametrize("arguments, where, says", [
+    ({"nodes": [node("Erf")], "opset": 18}, "opset", "expected ai.onnx 17"),
+    ({"nodes": [node("FastGelu", domain="com.microsoft")], "domain": "com.microsoft"}, "it", "com.microsoft::FastGelu"),
+    ({"nodes": [node("QuantizeLinear", ("input", "scale"), "q"), node("DequantizeLinear", ("q", "scale"), name="back")],
+      "initializers": [constant("scale", np.float32(1))]}, "it", "QuantizeLinear at opset 17 is unknown"),
+    ({"nodes": [node("Erf")], "shape": (1, "n")}, "it", "must be fixed"),
+    ({"nodes": [node("Erf")], "shape": (1, 5)}, "graph input", "expected input float[1, 4]"),
+    ({"nodes": [node("Shape", output="s"), node("Reshape", ("input", "s"), name="r")]}, "it", "index arithmetic"),
+    ({"nodes": [node("Reshape", ("input", "s"), "wide"), node("Reshape", ("wide", "t"), name="back")], "initializers": [
+        constant("s", [1, 1, 1, 1, 1, 1, 4]), constant("t", [1, 4])]}, "it", "writes 7 dimensions"),
+    ({"nodes": [node("Add", ("input", "w"))], "initializers": [constant("w", np.float32([[1, 2, np.inf, 4]]))]},
+     "w", "not finite"),
+    ({"nodes": [node("Add", ("input", "w"))], "initializers": [external("w", "elsewhere/data")]}, "w", "beside"),
+    ({"nodes": [node("Add", ("input", "w"))], "initializers": [external("w", "g.onnx.data")]}, "w", "beyond the end"),
+])
+def test_the_graph_check_names_the_place(tmp_path, arguments, where, says):
+    (tmp_path / "g.onnx.data").write_bytes(b"12345678")
+    findings, _ = preflight(graph(tmp_path, **arguments), SPEC, 17)
+    assert any(finding.where == where and says in finding.what for finding in findings), findings
+
+
+def test_a_fit_graph_passes_the_check(tmp_path):
+    findings, operators = preflight(graph(tmp_path, [node("Erf")]), SPEC, 17)
+    assert findings == [] and operators == {"Erf": 1}
+
+
+@pytest.mark.parametrize("name", ["Ascend910B3", "Ascend310P3", "Ascend910B4-1", "Ascend910_9392"])
+def test_known_chips(name):
+    atc.check_soc(name)
