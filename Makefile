@@ -4,17 +4,19 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 VENV ?= .venv
+VENV_NPU ?= .venv-npu
 PY := $(VENV)/bin/python
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
 	"$$p" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null && echo "$$p" && break; done)
 TORCH_INDEX ?=
 SOC ?= Ascend910B3
+CHECKPOINTS ?= checkpoints
 SEED ?= 7
 DEMO := examples/demo/checkpoint
 DEMO_OUT := out/demo
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-22s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9 -]+:.*## / { printf "  make %-22s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.installed  ## create .venv and install everything (TORCH_INDEX=URL: where to take torch from)
 
@@ -34,12 +36,34 @@ demo: setup  ## the main job on a small trained model: convert, ask two question
 test: setup  ## all tests
 	@$(PY) -m pytest tests
 
+test-npu: $(VENV_NPU)/.installed  ## the NPU path under the real torch_npu wheel on stand-in CANN libraries (needs gcc)
+	@$(VENV_NPU)/bin/python tests/npu/run.py
+
+$(VENV_NPU)/.installed: setup.py
+	@command -v g++ >/dev/null || { echo "make test-npu builds stand-in libraries with gcc and g++; run: apt-get install g++"; exit 3; }
+	@test -x $(VENV_NPU)/bin/python || $(PYTHON) -m venv $(VENV_NPU)
+	@echo "installing packages into $(VENV_NPU) (a few minutes the first time)"
+	@$(if $(TORCH_INDEX),$(VENV_NPU)/bin/python -m pip install --quiet --index-url "$(TORCH_INDEX)" "torch==2.13.*")
+	@$(VENV_NPU)/bin/python -m pip install --quiet --disable-pip-version-check torch_npu==2.13.0 'torch==2.13.*' -e '.[dev]'
+	@touch $@
+
 lint: setup  ## ruff
 	@$(VENV)/bin/ruff check .
 
 convert: setup  ## MODEL=checkpoint OUT=folder [SOC=Ascend910B3]: export and verify the vision encoder, prepare ATC
 	@test -n "$(MODEL)" -a -n "$(OUT)" || { echo "usage: make convert MODEL=/path/to/checkpoint OUT=/path/to/artifact [SOC=$(SOC)]"; exit 2; }
 	@$(PY) -m convert --model "$(MODEL)" --out "$(OUT)" --soc-version "$(SOC)"
+
+convert-visualglm: NAME := visualglm-6b
+convert-glm4v: NAME := glm-4v-9b
+convert-llava: NAME := llava-1.5-7b-hf
+convert-glm-edge-v: NAME := glm-edge-v-2b
+convert-visualglm convert-glm4v convert-llava convert-glm-edge-v: setup  ## make convert with MODEL=checkpoints/<name> OUT=out/<name>
+	@$(PY) -m convert --model "$(or $(MODEL),$(CHECKPOINTS)/$(NAME))" --out "$(or $(OUT),out/$(NAME))" --soc-version "$(SOC)"
+
+bench-export: setup  ## MODEL=checkpoint: time and peak memory of the vision export
+	@test -n "$(MODEL)" || { echo "usage: make bench-export MODEL=/path/to/checkpoint"; exit 2; }
+	@$(PY) benchmarks/bench_export.py --model "$(MODEL)"
 
 chat: setup  ## MODEL=checkpoint: interactive chat
 	@test -n "$(MODEL)" || { echo "usage: make chat MODEL=/path/to/checkpoint"; exit 2; }
@@ -53,4 +77,5 @@ clean:  ## remove what demo and tests wrote
 	@rm -rf out .pytest_cache .ruff_cache
 
 comma := ,
-.PHONY: help setup demo test lint convert chat compare clean
+.PHONY: help setup demo test test-npu lint convert chat compare clean bench-export \
+	convert-visualglm convert-glm4v convert-llava convert-glm-edge-v

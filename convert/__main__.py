@@ -128,7 +128,7 @@ def fresh(family, checkpoint, work: Path) -> tuple[str, dict]:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     try:
-        print(check_space(family, work), flush=True)
+        print(check_space(family, work.parent), flush=True)
         reuse_memory()
         digest = in_background(vision_digest, family, checkpoint)      # for source_hash: the cache keeps it
         with spinner("tracing the vision encoder"):

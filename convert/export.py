@@ -29,13 +29,13 @@ def bytes_needed(family: Family) -> int:
     return sum(4 * p.numel() + ALIGNMENT for p in parameters) + GRAPH_BYTES
 
 
-def check_space(family: Family, folder: Path) -> str:
-    """Says what will be written; ToolkitError if it does not fit on the disk."""
-    need, free = bytes_needed(family), shutil.disk_usage(folder).free
+def check_space(family: Family, out: Path) -> str:
+    """Says what will be written; ToolkitError if it does not fit on the disk of `out`."""
+    need, free = bytes_needed(family), shutil.disk_usage(out).free
     if need > free:
-        raise ToolkitError(f"the exported encoder needs {_size(need)} in {folder}, only {_size(free)} are free; "
+        raise ToolkitError(f"the exported encoder needs {_size(need)} in {out}, only {_size(free)} are free; "
                            "free some space or choose another --out")
-    return f"writing {_size(need)} to {folder} ({_size(free)} free)"
+    return f"writing {_size(need)} to {out} ({_size(free)} free)"
 
 
 def export(model: ir.Model, family: Family, checkpoint: Checkpoint, folder: Path) -> dict:

@@ -4,7 +4,9 @@ In flows a checkpoint and a folder with vision.onnx, out flows one Comparison pe
 shapes, dtypes, then values over all elements. Run as a process of its own (`python -m convert.verify`), because neither
 torch nor ONNX Runtime gives memory back: torch goes first and is freed before ONNX Runtime loads.
 """
+import ctypes
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -15,6 +17,7 @@ import numpy as np
 from models.base import Family
 from runtime.errors import CHECK_FAILED, ToolkitError
 
+PR_SET_PDEATHSIG = 1                    # Linux, prctl.h
 COSINE, RELATIVE = 0.99999, 1e-3        # lowest cosine; highest error, relative to the largest reference value
 
 
@@ -116,6 +119,7 @@ def check_interface(session, spec):
 
 
 def main(argv: list[str]) -> int:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)       # nothing goes on when the converter is killed
     print(json.dumps({name: asdict(result) for name, result in measure(*argv).items()}))
     return 0
 

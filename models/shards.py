@@ -161,11 +161,11 @@ class TensorReader:
     def tensor(self, name: str, entry: Entry) -> torch.Tensor:
         """The stored tensor, contiguous; ModelError if the file shrank since its header was read."""
         if entry.offset is None:
-            return self._pickled(name, entry)
+            return _raw(np.empty(entry.nbytes, np.uint8), entry).copy_(self._pickled(name, entry))
         raw = np.fromfile(entry.file, np.uint8, entry.nbytes, offset=entry.offset)
         if raw.size < entry.nbytes:
             raise ModelError(f"{entry.file} became shorter while it was read; download it again")
-        return torch.from_numpy(raw).view(entry.dtype).reshape(entry.shape)
+        return _raw(raw, entry)
 
     def _pickled(self, name: str, entry: Entry) -> torch.Tensor:
         if entry.file != self.file or self.read > REOPEN_BYTES:
@@ -175,7 +175,12 @@ class TensorReader:
             except Damaged as error:
                 raise ModelError(f"{entry.file} changed while it was read: it {error}") from None
         self.read += entry.nbytes
-        return self.state[name].clone(memory_format=torch.contiguous_format)
+        return self.state[name]
+
+
+def _raw(memory: np.ndarray, entry: Entry) -> torch.Tensor:
+    """Bytes as the entry's tensor. In numpy's memory: malloc cannot reuse the holes that torch's aligned blocks leave."""
+    return torch.from_numpy(memory).view(entry.dtype).reshape(entry.shape)
 
 
 def reason(error: Exception) -> str:

@@ -3,7 +3,7 @@ import torch
 
 
 class KVCache:
-    """Per layer a pair of tensors, keys and values, in the layout of the backend `ops`; slots and tables know no layout."""
+    """Per layer a pair of tensors, keys and values, in the layout of the backend `ops`; slots know no layout."""
 
     def __init__(self, config, blocks: int, block_size: int, dtype, device, ops):
         self.block_size = block_size

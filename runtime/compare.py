@@ -4,16 +4,17 @@ A checkpoint and a candidate's options flow in; report.json and report.html flow
 answers a few questions greedily; its tokens are fed to both sides one by one, and every step's logits are compared, as
 are the vision features. One side is in memory at a time.
 """
+from __future__ import annotations
+
 import gc
 import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from . import metrics, report
+from . import report
 from .errors import CHECK_FAILED, ToolkitError, run_command
 from .options import (
     EngineOptions,
@@ -28,6 +29,9 @@ from .options import (
 )
 from .progress import spinner
 from .questions import QUESTIONS
+
+if TYPE_CHECKING:       # `--help` does without numpy
+    import numpy as np
 
 STAGES = {"vision": "vision features", "decode": "decoder logits"}
 
@@ -96,6 +100,7 @@ def main(argv) -> int:
     from models import family_of
     family = family_of(options.model)
     check_pictures(family, options.image)
+    check_same_family(options, family)
     out = report.prepare(options.out)
     cases = choose_cases(options, family)
     reference = run_reference(options, candidate_options.max_model_len, cases)
@@ -107,6 +112,15 @@ def main(argv) -> int:
     report.write(found, [case.pictures for case in cases], out)
     report.show(found, out)
     return 0 if found["passed"] else CHECK_FAILED
+
+
+def check_same_family(options: CompareOptions, family):
+    """Before anything is loaded: answers of another model would only look like a bad candidate."""
+    from models import family_of
+    other = family_of(options.reference)
+    if other.name != family.name:
+        raise ToolkitError(f"--reference {options.reference} is a {other.name} model, --model a {family.name} model; "
+                           "give two checkpoints of one model")
 
 
 def choose_cases(options: CompareOptions, family) -> list[Case]:
@@ -186,6 +200,7 @@ def information(engine, model: str, seconds: float, digest: str | None = None) -
 
 def judge(reference: Side, candidate: Side, cases: list[Case], threshold: float) -> dict:
     """The report: summary per stage, the checks that decide, every case and token. Layout: docs of report.SCHEMA."""
+    from . import metrics
     pairs = list(zip(reference.outcomes, candidate.outcomes))
     vision = [metrics.compare_rows(a.features, b.features) for a, b in pairs]
     decode = [metrics.compare_logits(a.logits, b.logits) for a, b in pairs]
@@ -224,6 +239,7 @@ def failure(c: dict) -> str:
 
 
 def describe_case(case: Case, expected: Outcome, vision: dict, decode: dict, family) -> dict:
+    from . import metrics
     agree = decode["agree"].tolist()
     return {"question": case.question, "language": case.language, "pictures": len(case.pictures),
             "prompt_tokens": len(expected.ids), "answer": expected.answer, "same_answer": all(agree),

@@ -248,7 +248,8 @@ class Engine:
                     active = self._retire(active)
         finally:
             for request in active:
-                self._cache.release(request.sequence.table)
+                if request.sequence is not None:        # a picture that failed, or Ctrl-C before the prompt was run
+                    self._cache.release(request.sequence.table)
 
     def _has_room(self, request) -> bool:
         tokens = len(request.prompt.ids) + request.settings.max_tokens

@@ -1,7 +1,11 @@
-"""User-facing errors and exit codes: 1 a check failed, 2 a user mistake, 3 a component is missing, 130 Ctrl-C."""
+"""User-facing errors and exit codes.
+
+1 a check failed, 2 a user mistake, 3 a component is missing, 130 Ctrl-C, 141 nobody reads our output any more.
+"""
+import os
 import sys
 
-CHECK_FAILED, USER_MISTAKE, MISSING_COMPONENT, INTERRUPTED = 1, 2, 3, 130
+CHECK_FAILED, USER_MISTAKE, MISSING_COMPONENT, INTERRUPTED, READER_GONE = 1, 2, 3, 130, 141
 
 
 class ToolkitError(Exception):
@@ -17,14 +21,17 @@ def run_command(main, argv=None) -> int:
 
     `--debug` anywhere in the arguments shows the traceback instead.
     """
-    from models.base import ModelError
     arguments = sys.argv[1:] if argv is None else argv
     try:
         return main(arguments) or 0
     except KeyboardInterrupt:
         return _fail("interrupted; nothing half-written was kept, run the same command again to continue", INTERRUPTED)
-    except (ToolkitError, ModelError, OSError, MemoryError) as error:
-        if "--debug" in arguments:
+    except BrokenPipeError:         # head or less has closed our stdout: Python must not flush into it again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return READER_GONE
+    except Exception as error:
+        from models.base import ModelError  # not earlier: it brings numpy, and `--help` should answer at once
+        if "--debug" in arguments or not isinstance(error, (ToolkitError, ModelError, OSError, MemoryError)):
             raise
         return _fail(_sentence(error), getattr(error, "exit_code", USER_MISTAKE))
 

@@ -62,8 +62,9 @@ class DecodeGraphs:
         return recording.logits[:batch].clone()
 
     def _record(self, size, pool) -> Recording:
-        nobody = Step(*(torch.zeros(0, self._decoder.config.head_dim, dtype=self._decoder.embedding.dtype) for _ in "cs"),
-                      torch.zeros(0, dtype=torch.int64), torch.zeros(0, self._width, dtype=torch.int32), [], [])
+        turn = torch.zeros(0, self._decoder.config.head_dim, dtype=self._decoder.embedding.dtype)
+        slots, tables = torch.zeros(0, dtype=torch.int64), torch.zeros(0, self._width, dtype=torch.int32)
+        nobody = Step(turn, turn, slots, tables, [], [])
         ids = torch.zeros(size, dtype=torch.int64, device=self._device)
         step = self._begin(self._fill_up(nobody, size), self._device)
         self._compute(ids, step)        # warm-up: compiles kernels, makes masks

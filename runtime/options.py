@@ -101,8 +101,8 @@ class EngineOptions:
                     choices=("auto", "reference", "cpu"))
     max_model_len: int | None = flag("longest prompt + answer in tokens (default: what the model can, at most 8192)",
                                      default=None, kind=int, metavar="N")
-    block_size: int | None = flag("tokens per block of the KV cache (default: 16 on the CPU, 128 on an NPU)", default=None,
-                                  kind=int, metavar="N")
+    block_size: int | None = flag("tokens per block of the KV cache (default: 16 on the CPU, 128 on an NPU)",
+                                  default=None, kind=int, metavar="N")
     enforce_eager: bool = flag("NPU: run every decode step kernel by kernel instead of replaying recorded graphs",
                                default=False, kind=bool)
 
@@ -198,7 +198,7 @@ class Parser(argparse.ArgumentParser):
 
     def _nearest(self, argument: str) -> str:
         close = difflib.get_close_matches(argument.split("=")[0], self._option_string_actions, n=1)
-        return f", did you mean {close[0]}?" if close else ""
+        return f" (did you mean {close[0]}?)" if close else ""
 
 
 def kebab(argument: str) -> str:

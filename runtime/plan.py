@@ -38,7 +38,8 @@ def choose_dtype(name: str, family) -> torch.dtype:
 
 
 def decoder_parameters(family) -> int:
-    return sum(int(np.prod(w.shape)) for w in family.weights()
+    """Values held in memory; a matrix that serves as embedding and as output head is held twice."""
+    return sum(int(np.prod(w.shape)) * len(w.parts) for w in family.weights()
                if w.parts and not w.parts[0].target.startswith("vision."))
 
 

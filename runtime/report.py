@@ -13,7 +13,7 @@ import re
 import sys
 import tempfile
 from datetime import datetime, timezone
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
 
 from .errors import ToolkitError
@@ -71,6 +71,7 @@ def environment() -> dict:
 
 
 def version(package: str) -> str | None:
+    from importlib import metadata
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

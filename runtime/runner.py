@@ -1,4 +1,4 @@
-"""Runs the decoder over sequences: builds each step's positions, slots and lengths, splices picture rows, returns logits."""
+"""Runs the decoder over sequences: builds each step's positions, slots and lengths, splices in picture rows."""
 from dataclasses import dataclass, field
 
 import numpy as np

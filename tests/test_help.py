@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PINNED = Path(__file__).parent / "help"
 COMMANDS = ("convert", "runtime.chat", "runtime.compare")
-HEAVY = {"torch", "onnx", "onnxruntime", "transformers", "matplotlib", "jinja2", "rich", "PIL", "sentencepiece"}
+HEAVY = {"torch", "numpy", "onnx", "onnxruntime", "transformers", "matplotlib", "jinja2", "rich", "PIL"}
 SCRIPT = """
 import atexit, runpy, sys
 atexit.register(lambda: print("imported:", *sorted({heavy} & sys.modules.keys()), file=sys.stderr))

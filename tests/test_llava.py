@@ -278,7 +278,8 @@ SIZES = {
     "head_dim of its own": {"text": {"head_dim": 24, "rope_theta": 5e5, "attention_bias": True, "mlp_bias": True}},
     "last layer, class token kept": {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"},
     "third layer, other grid": {"vision_feature_layer": 3, "vision": {"image_size": 60, "patch_size": 20}},
-    "first layer, other activation": {"vision_feature_layer": 1, "vision": {"hidden_act": "gelu", "layer_norm_eps": 1e-3}},
+    "first layer, other activation": {"vision_feature_layer": 1,
+                                      "vision": {"hidden_act": "gelu", "layer_norm_eps": 1e-3}},
     "tied, no projector bias": {"tie_word_embeddings": True, "multimodal_projector_bias": False,
                                 "projector_hidden_act": "gelu_pytorch_tanh"},
 }

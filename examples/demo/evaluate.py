@@ -9,13 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-
+from batches import cut, pack, splice
 from net import ROWS, load_release, see
+from PIL import Image
 from questions import KINDS, LANGUAGES, ask
 from scenes import draw_pil, draw_sdf, sample_scene
 from tokenizer import Tokenizer
-from train import cut, pack, splice
 
 UNSEEN = 999        # the first number of every test seed; training seeds begin with train.SEED
 RENDERERS = {"sdf": draw_sdf, "pil": draw_pil, "hard": lambda scene: draw_pil(scene, scale=1)}
@@ -90,8 +89,8 @@ def write_samples(folder: Path, count=3) -> None:
     for seed in range(10_000, 10_000 + count):
         scene, turns = test_scene(seed)
         Image.fromarray(draw_pil(scene)).save(folder / f"scene{seed}.png")
-        lines += [{"image": f"scene{seed}.png", "prompt": turn.question(lang), "answer": turn.answer[lang], "lang": lang,
-                   "kind": turn.kind} for turn in turns for lang in LANGUAGES]
+        lines += [{"image": f"scene{seed}.png", "prompt": turn.question(lang), "answer": turn.answer[lang],
+                   "lang": lang, "kind": turn.kind} for turn in turns for lang in LANGUAGES]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     (folder / "questions.jsonl").write_text(text, encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""The demo network: the product's own vision encoder plus a dense trainable ChatGLM-6B decoder, and the release layout."""
+"""The demo network: the product's own vision encoder, a dense trainable ChatGLM-6B decoder, and the release layout."""
 import json
 import math
 import sys
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from models.visualglm import VisionEncoder  # noqa: E402
+from models.visualglm import VisionEncoder
 
 ALPHA = math.sqrt(2 * 28)       # the release computes it from 28 layers whatever the configuration says
 ROWS = 32
@@ -29,7 +29,8 @@ MODEL = {"architectures": ["ChatGLMModel"],
                       "AutoModelForSeq2SeqLM": "modeling_chatglm.ChatGLMForConditionalGenerationWithImage"},
          "hidden_size": 128, "inner_hidden_size": 512, "layernorm_epsilon": 1e-05, "max_sequence_length": 2048,
          "model_type": "chatglm", "num_attention_heads": 4, "num_layers": 4, "position_encoding_2d": True,
-         "torch_dtype": "float16", "use_cache": True, "image_length": ROWS, "eva_config": EVA, "qformer_config": QFORMER}
+         "torch_dtype": "float16", "use_cache": True, "image_length": ROWS,
+         "eva_config": EVA, "qformer_config": QFORMER}
 
 
 def make_config(tokenizer) -> dict:
@@ -52,7 +53,7 @@ def make_tower(config: dict) -> VisionEncoder:
 def see(tower: VisionEncoder, patches, keep=None):
     """Raw patches [B, K, 14, 14, 3] at positions keep [B, K] (None = all) -> (rows [B, 32, hidden], tokens [B, K, C]).
 
-    Training on a part of the patches is several times cheaper than the whole grid; the mathematics is the encoder's own.
+    Training on a part of the patches is several times cheaper than the whole grid; the formulas are the encoder's own.
     """
     vit = tower.vit
     flat = vit.normalize(patches.flatten(0, 1).float()).flatten(1)
@@ -106,13 +107,14 @@ class Decoder(nn.Module):
     def _start(self):
         nn.init.normal_(self.word_embeddings.weight, std=0.2)
         for layer in self.layers:       # alpha shrinks every branch against its residual: start the branches larger
-            for linear, gain in ((layer.query_key_value, 1), (layer.dense, 3), (layer.dense_h_to_4h, 1), (layer.dense_4h_to_h, 3)):
+            for name, gain in (("query_key_value", 1), ("dense", 3), ("dense_h_to_4h", 1), ("dense_4h_to_h", 3)):
+                linear = getattr(layer, name)
                 nn.init.normal_(linear.weight, std=gain / math.sqrt(linear.in_features))
                 nn.init.zeros_(linear.bias)
         nn.init.normal_(self.lm_head.weight, std=0.05)
 
-    def forward(self, x, positions, context):
-        """x [B, T, width]; positions [B, T, 2]; the first context[b] tokens see each other both ways -> hidden states."""
+    def forward(self, x, positions, context, taps=None):
+        """x [B, T, width], positions [B, T, 2] -> hidden states; the first context[b] tokens see each other."""
         angles = positions[..., None].float() * self.inv_freq               # [B, T, 2, d]
         turn = angles.cos()[:, None], angles.sin()[:, None]
         steps = torch.arange(x.shape[1])
@@ -120,6 +122,8 @@ class Decoder(nn.Module):
         mask = torch.zeros(hidden.shape).masked_fill(hidden, -1e4)
         for layer in self.layers:
             x = layer(x, turn, mask[:, None])
+            if taps is not None:
+                taps.append(x)
         return self.final_layernorm(x)
 
 
@@ -170,7 +174,8 @@ def _affine(theirs, ours, linear):
 
 def decoder_name(ours: str) -> str:
     """word_embeddings.weight -> transformer.word_embeddings.weight, layers.0.dense.. -> ..layers.0.attention.dense.."""
-    for part, group in (("query_key_value", "attention"), ("dense_h_to_4h", "mlp"), ("dense_4h_to_h", "mlp"), ("dense", "attention")):
+    groups = {"query_key_value": "attention", "dense_h_to_4h": "mlp", "dense_4h_to_h": "mlp", "dense": "attention"}
+    for part, group in groups.items():
         if f".{part}." in ours:
             ours = ours.replace(f".{part}.", f".{group}.{part}.")
             break

@@ -1,11 +1,10 @@
 """Questions about a scene and their exact answers, one wording per kind and language. README.md lists them as a table.
 
-Every kind is a function (scene, rng) -> Turn or None; None means that this scene does not allow an unambiguous question.
+Every kind has a function (scene, rng) -> slots and answer, or None where the scene allows no unambiguous question.
 """
 from dataclasses import dataclass
 
 import numpy as np
-
 from scenes import CLEAR, COLORS, SHAPES, SIZES, Scene, Thing
 
 LANGUAGES = ("en", "zh")
@@ -41,6 +40,7 @@ class Turn:
     kind: str
     slots: dict
     answer: dict
+    pair: tuple = ()        # relation only: indices of the two objects
 
     def question(self, language: str) -> str:
         return WORDING[self.kind][language].format(*self.slots[language])
@@ -50,8 +50,8 @@ def ask(scene: Scene, kind: str, rng: np.random.Generator) -> Turn | None:
     found = ASKERS[kind](scene, rng)
     if found is None:
         return None
-    slots, answer = found
-    return Turn(kind, {lang: slots(lang) for lang in LANGUAGES}, {lang: answer(lang) for lang in LANGUAGES})
+    slots, answer, *pair = found
+    return Turn(kind, {g: slots(g) for g in LANGUAGES}, {g: answer(g) for g in LANGUAGES}, tuple(pair))
 
 
 def name(thing: Thing, language: str) -> str:
@@ -130,13 +130,14 @@ def _extreme(scene, rng):
 def _relation(scene, rng):
     if len(scene.things) < 2:
         return None
-    one, two = (scene.things[i] for i in rng.choice(len(scene.things), 2, replace=False))
+    i, j = (int(k) for k in rng.choice(len(scene.things), 2, replace=False))
+    one, two = scene.things[i], scene.things[j]
     which = int(rng.integers(4))
     lead = two.x - one.x if which < 2 else two.y - one.y
     if abs(lead) < CLEAR:
         return None
     true = (lead > 0) == (which % 2 == 0)
-    return lambda g: (name(one, g), name(two, g), SIDE[g][which]), lambda g: TRUTH[g][true]
+    return lambda g: (name(one, g), name(two, g), SIDE[g][which]), lambda g: TRUTH[g][true], i, j
 
 
 def _describe(scene, rng):

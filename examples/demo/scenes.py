@@ -81,7 +81,7 @@ def _place(rng, radii, integer):
 # ---------------------------------------------------------------------------------------------------- renderers
 
 def paper(scene: Scene) -> np.ndarray:
-    """The empty background, float32 [224, 224, 3]; built of whole rows, which numpy fills ten times faster than pixels."""
+    """The empty background, float32 [224, 224, 3]; built of whole rows, which numpy fills much faster than pixels."""
     first, second = PAPER_RGB[scene.papers[0]], PAPER_RGB[scene.papers[1]]
     kind = BACKGROUNDS[scene.background]
     rows = np.empty((CANVAS, CANVAS * 3), np.float32)
@@ -151,7 +151,7 @@ def _draw_mask(draw, thing, scale, left, top):
 
 
 def draw_mixed(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """The training mix: mostly signed distance with varying softness, some PIL at several scales, colour jitter, noise."""
+    """The training mix: mostly signed distance of varying softness, some PIL at several scales, jitter, noise."""
     if rng.random() < 0.12:
         resample = (Image.Resampling.LANCZOS, Image.Resampling.BOX, Image.Resampling.BICUBIC)[rng.integers(3)]
         picture = draw_pil(scene, int(rng.integers(1, 4)), resample)

@@ -5,11 +5,10 @@ their properties. So the decoder can learn to read scenes before the tower can s
 """
 import numpy as np
 import torch
-from torch import nn
-from torch.nn import functional as F
-
 from net import ROWS
 from scenes import CANVAS, RADIUS
+from torch import nn
+from torch.nn import functional as F
 
 PATCH, GRID, MOST = 14, 16, 4
 GROUPS = {"empty": 2, "color": 8, "shape": 4, "size": 3, "rank": 4}     # one-hot groups of a row, then x and y
@@ -96,6 +95,24 @@ def patch_owner(objects) -> np.ndarray:
     area = covered(objects["y"])[..., :, None] * covered(objects["x"])[..., None, :] * objects["there"][..., None, None]
     area = area.reshape(*area.shape[:2], -1)
     return np.where(area.max(1) >= PATCH * PATCH / 4, area.argmax(1), -1)
+
+
+class PairHeads(nn.Module):
+    """Thrown away after training: the ranks of both objects of a relation question, read at <sop> before the last layer.
+
+    Without them the decoder answers relations by chance for very long: yes and no say little about the error.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.linear = nn.Linear(width, 4 * MOST)
+
+    def forward(self, taps, objects, pairs):
+        turns, scenes, one, two = np.array(pairs).reshape(-1, 4).T
+        labels = [objects[axis][scenes, k] for k in (one, two) for axis in ("across", "down")]
+        x = F.layer_norm(taps[-2][turns].float(), taps[-2].shape[-1:])
+        scores = self.linear(x).unflatten(-1, (4, MOST)).flatten(0, 1)
+        return F.cross_entropy(scores, torch.from_numpy(np.stack(labels, axis=1).ravel()))
 
 
 class PatchHeads(nn.Module):

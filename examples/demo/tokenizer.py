@@ -7,9 +7,8 @@ import json
 from pathlib import Path
 
 import sentencepiece
-from sentencepiece import sentencepiece_model_pb2 as proto
-
 from questions import COLOR, EXTREME, PLURAL, PROMPT, SHAPE, SIDE, SIZE, TRUTH, WORDING
+from sentencepiece import sentencepiece_model_pb2 as proto
 
 CONTROLS = ("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>")
 IDS = {"mask_token_id": "[MASK]", "gmask_token_id": "[gMASK]", "bos_token_id": "<sop>", "eos_token_id": "<eop>",
@@ -51,12 +50,14 @@ def _words():
 
 def _characters():
     """A sentencepiece model of single characters: all of the grammar's and printable ASCII."""
-    text = [form[g] for form in WORDING.values() for g in form] + list(PROMPT.values()) + ["圆正三十方角形红橙黄绿青蓝紫黑色小中大有没是不、"]
+    text = [form[g] for form in WORDING.values() for g in form] + list(PROMPT.values())
+    text.append("圆正三十方角形红橙黄绿青蓝紫黑色小中大有没是不、")
     text.append(" ".join(chr(c) for c in range(33, 127)))
     buffer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text * 5), model_writer=buffer, vocab_size=4000, model_type="char", character_coverage=1.0,
-        hard_vocab_limit=False, unk_id=0, bos_id=1, eos_id=2, pad_id=3, user_defined_symbols=["<n>"], minloglevel=2)
+        sentence_iterator=iter(text * 5), model_writer=buffer, vocab_size=4000, model_type="char",
+        character_coverage=1.0, hard_vocab_limit=False, unk_id=0, bos_id=1, eos_id=2, pad_id=3,
+        user_defined_symbols=["<n>"], minloglevel=2)
     model = proto.ModelProto()
     model.ParseFromString(buffer.getvalue())
     model.trainer_spec.model_type = 1               # unigram: the words below compete with the characters

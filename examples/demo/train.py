@@ -2,11 +2,13 @@
 
   tower     the encoder learns to write the scene's code into its rows (patches dropped first, whole grids at the end)
   language  the decoder learns to answer from ideal codes; needs no pictures, so it may run beside `tower`
+  relate    the same with mostly relation questions
   read      the decoder goes on with what the tower really writes about pictures (tower fixed, newest state)
   join      both together on pictures and questions
   save      weights as a released checkpoint: fp16 safetensors, config.json, tokenizer
 """
 import argparse
+import json
 import os
 import time
 from pathlib import Path
@@ -14,129 +16,25 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from batches import SEED, WEIGHTS, Questions, answer_loss, draw_patches, draw_scenes, kept, stream
+from net import Decoder, make_config, make_tower, save_release, see
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
-from torch.nn import functional as F
-
-from net import ROWS, Decoder, make_config, make_tower, save_release, see
-from questions import KINDS, LANGUAGES, ask
-from scenes import draw_mixed, sample_scene
-from targets import PATCH, PatchHeads, codebook, doubtful, patch_owner, row_features, row_labels, row_loss, table
+from targets import PairHeads, PatchHeads, codebook, doubtful, patch_owner, row_features, row_labels, row_loss, table
 from tokenizer import Tokenizer, build
+from torch import nn
 
-SEED = 1
-STAGES = {"tower": 1, "language": 2, "join": 3, "read": 4}         # the number separates the stages' random streams
-WEIGHTS = {"relation": 3.0, "extreme": 2.0, "count_shape": 2.0, "describe": 1.5, "size": 1.5, "exists": 1.5}
+STAGES = {"tower": 1, "language": 2, "join": 3, "read": 4, "relate": 5}   # numbers the random streams
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun
-FULLNESS = (0.1, 0.2, 0.3, 0.4)
 
-
-# ------------------------------------------------------------------------------------------------------------- data
-
-def stream(stage: str, step: int) -> np.random.Generator:
-    """Each step draws from its own seed, so a resumed run sees what an uninterrupted one would."""
-    return np.random.default_rng([SEED, STAGES[stage], step, RANK])
-
-
-def draw_scenes(rng, count):
-    """Fuller scenes more often than the grammar has them: sorting three or four objects is what takes longest to learn."""
-    return [sample_scene(rng, rng.random() < 0.3, int(rng.choice(4, p=FULLNESS)) + 1) for _ in range(count)]
-
-
-def cut(pictures: np.ndarray) -> np.ndarray:
-    """[B, 224, 224, 3] -> patches [B, 256, 14, 14, 3] in row-major order."""
-    grid = pictures.reshape(len(pictures), 16, PATCH, 16, PATCH, 3)
-    return grid.swapaxes(2, 3).reshape(len(pictures), 256, PATCH, PATCH, 3)
-
-
-def draw_patches(scenes, rng, owner, keep_count):
-    """Patches of the drawn scenes: all of them, or `keep_count` with those under objects first."""
-    patches = cut(np.stack([draw_mixed(scene, rng) for scene in scenes]))
-    if keep_count >= 256:
-        return torch.from_numpy(patches), None
-    urgency = rng.random(owner.shape) + 0.8 * (owner >= 0)
-    keep = np.argsort(-urgency, axis=1)[:, :keep_count]
-    return torch.from_numpy(np.take_along_axis(patches, keep[..., None, None, None], axis=1)), keep
-
-
-def kept(step, args):
-    """Few patches in most steps, the whole grid in every fourth and in all at the end: attention must not miss the paper."""
-    return 256 if step % 4 == 0 or step >= args.steps * args.partial else args.keep
-
-
-class Questions:
-    """Batches of tokenised turns."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-        self.weights = np.array([WEIGHTS.get(kind, 1.0) for kind in KINDS])
-        self.weights /= self.weights.sum()
-
-    def sample(self, scenes, per_scene, rng):
-        """-> rows' owners, and (ids, start of rows, answer ids) of each turn."""
-        owners, turns = [], []
-        for b, scene in enumerate(scenes):
-            while len(turns) < (b + 1) * per_scene:
-                turn = ask(scene, KINDS[rng.choice(len(KINDS), p=self.weights)], rng)
-                if turn is not None:
-                    owners.append(b)
-                    language = LANGUAGES[rng.integers(2)]
-                    turns.append(self.encode(turn, language, language if rng.random() < 0.4 else "zh"))
-        return torch.tensor(owners), turns
-
-    def encode(self, turn, language, wrapper):
-        """`wrapper`: English questions also stand in the release's default form, 问：…答："""
-        ids, start = self.tokenizer.prompt(turn.question(language), wrapper, ROWS)
-        return ids, start, self.tokenizer.encode(turn.answer[language]) + [self.tokenizer.ids["eos_token_id"]]
-
-
-def layout(prompt_length: int, answer_length: int) -> np.ndarray:
-    """(position, block position): <sop> and the answer stay at gMASK's position and count blocks from 1."""
-    context = prompt_length - 1
-    position = np.minimum(np.arange(prompt_length + answer_length), context - 1)
-    block = np.maximum(np.arange(prompt_length + answer_length) - context + 1, 0)
-    return np.stack((position, block), axis=1)
-
-
-def pack(turns, pad):
-    """Right-padded ids, positions, contexts and labels (-100 = not an answer token)."""
-    longest = max(len(ids) + len(answer) for ids, _, answer in turns) - 1
-    ids = torch.full((len(turns), longest), pad)
-    labels, positions = torch.full_like(ids, -100), torch.zeros(len(turns), longest, 2)
-    for b, (prompt, _, answer) in enumerate(turns):
-        row = torch.tensor(prompt + answer)
-        ids[b, :len(row) - 1], labels[b, len(prompt) - 1:len(row) - 1] = row[:-1], torch.tensor(answer)
-        positions[b, :len(row) - 1] = torch.from_numpy(layout(len(prompt), len(answer) - 1))
-    return ids, positions, torch.tensor([len(p) - 1 for p, _, _ in turns]), labels
-
-
-def splice(decoder, ids, start, rows):
-    embedded = decoder.word_embeddings(ids)
-    return torch.cat((embedded[:, :start], rows.to(embedded.dtype), embedded[:, start + ROWS:]), dim=1)
-
-
-def answer_loss(decoder, turns, rows, pad, drop=False):
-    """Cross-entropy of the answer tokens. `drop` leaves the spare rows out (positions kept): far shorter sequences."""
-    ids, positions, context, labels = pack(turns, pad)
-    start = turns[0][1]
-    x = splice(decoder, ids, start, rows)
-    if drop:
-        keep = torch.cat((torch.arange(start + 9), torch.arange(start + ROWS, ids.shape[1])))
-        x, positions, labels, context = x[:, keep], positions[:, keep], labels[:, keep], context - (ROWS - 9)
-    hidden = decoder(x, positions, context)
-    return F.cross_entropy(decoder.lm_head(hidden[labels >= 0]).float(), labels[labels >= 0])
-
-
-# ----------------------------------------------------------------------------------------------------------- stages
 
 class Tower(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, tokenizer):
         super().__init__()
         self.tower, self.heads = make_tower(config), PatchHeads(config["eva_config"]["hidden_size"])
         self.codes = codebook(config["hidden_size"])
 
     def loss(self, step, args):
-        rng = stream("tower", step)
+        rng = stream(STAGES["tower"], step, RANK)
         scenes = draw_scenes(rng, args.batch)
         objects = table(scenes)
         owner = patch_owner(objects)
@@ -150,21 +48,32 @@ class Tower(nn.Module):
 
 
 class Language(nn.Module):
+    name, weights = "language", WEIGHTS
+
     def __init__(self, config, tokenizer):
         super().__init__()
-        self.decoder, self.questions, self.pad = Decoder(config), Questions(tokenizer), config["pad_token_id"]
+        self.decoder, self.pairs = Decoder(config), PairHeads(config["hidden_size"])
+        self.questions, self.pad = Questions(tokenizer, self.weights), config["pad_token_id"]
         self.codes = codebook(config["hidden_size"])
 
     def loss(self, step, args):
-        rng = stream("language", step)
+        rng = stream(STAGES[self.name], step, RANK)
         scenes = draw_scenes(rng, args.batch)
-        labels = row_labels(table(scenes))
+        objects = table(scenes)
+        labels = row_labels(objects)
         rows = doubtful(row_features(labels), labels, rng.uniform(0.5, 4.0)) @ self.codes
         rows = rows + args.blur * torch.from_numpy(rng.standard_normal(rows.shape, np.float32))
-        owners, turns = self.questions.sample(scenes, args.per_scene, rng)
+        owners, turns, pairs = self.questions.sample(scenes, args.per_scene, rng)
+        taps, drop = [], step < args.steps * args.partial
         with torch.autocast("cpu", torch.bfloat16):
-            loss = answer_loss(self.decoder, turns, rows[owners], self.pad, drop=step < args.steps * args.partial)
-        return loss, {"answer": loss.item()}
+            loss = answer_loss(self.decoder, turns, rows[owners], self.pad, drop, taps)
+        pair = self.pairs(taps, objects, pairs) if pairs else loss.new_zeros(())
+        return loss + 0.5 * pair, {"answer": loss.item(), "pair": pair.item()}
+
+
+class Relate(Language):
+    """More of the hardest kind."""
+    name, weights = "relate", {**WEIGHTS, "relation": 15.0}
 
 
 class Read(nn.Module):
@@ -177,10 +86,10 @@ class Read(nn.Module):
         if step % 50 == 0 or not hasattr(self, "awake"):
             load_part(self.eye[0], "tower", args.out / "tower.pt")
             self.awake = True
-        rng = stream("read", step)
+        rng = stream(STAGES["read"], step, RANK)
         scenes = draw_scenes(rng, args.batch)
         patches, _ = draw_patches(scenes, rng, None, 256)
-        owners, turns = self.questions.sample(scenes, args.per_scene, rng)
+        owners, turns, _ = self.questions.sample(scenes, args.per_scene, rng)
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 rows, _ = see(self.eye[0], patches)
@@ -196,11 +105,11 @@ class Join(nn.Module):
         self.questions, self.pad = Questions(tokenizer), config["pad_token_id"]
 
     def loss(self, step, args):
-        rng = stream("join", step)
+        rng = stream(STAGES["join"], step, RANK)
         scenes = draw_scenes(rng, args.batch)
         objects = table(scenes)
         patches, _ = draw_patches(scenes, rng, None, 256)
-        owners, turns = self.questions.sample(scenes, args.per_scene, rng)
+        owners, turns, _ = self.questions.sample(scenes, args.per_scene, rng)
         with torch.autocast("cpu", torch.bfloat16):
             rows, _ = see(self.tower, patches)
             answer = answer_loss(self.decoder, turns, rows[owners], self.pad)
@@ -210,7 +119,8 @@ class Join(nn.Module):
 
 def make_stage(name, config, tokenizer):
     torch.manual_seed(SEED + STAGES[name])
-    return Tower(config) if name == "tower" else {"language": Language, "read": Read, "join": Join}[name](config, tokenizer)
+    stages = {"tower": Tower, "language": Language, "relate": Relate, "read": Read, "join": Join}
+    return stages[name](config, tokenizer)
 
 
 def optimizers(module, rate):
@@ -236,8 +146,8 @@ def load_part(module, part, path):
 
 def begin(name, module, out):
     """Fresh weights for the first two stages, the earlier stages' for the others."""
-    if name in ("read", "join"):
-        newest = next(n for n in ("read", "language") if (out / f"{n}.pt").exists())
+    if name in ("relate", "read", "join"):
+        newest = next(n for n in ("read", "relate", "language") if (out / f"{n}.pt").exists())
         load_part(module.decoder, "decoder", out / f"{newest}.pt")
     if name == "join":
         load_part(module.tower, "tower", out / "tower.pt")
@@ -254,7 +164,8 @@ def train(name, args, config, tokenizer, progress):
         step = saved["step"]
     else:
         begin(name, module, args.out)
-    bar, started, log = progress.add_task(name, total=args.steps, completed=step), time.time(), Log(args.out / f"{name}.log")
+    bar, started = progress.add_task(name, total=args.steps, completed=step), time.time()
+    log = Log(args.out / f"{name}.log")
     while step < args.steps:
         advance(module, tools, step, args, log)
         step += 1
@@ -306,7 +217,8 @@ class Log:
     def write(self, step, rate, seconds):
         means = {k: float(np.mean([r[k] for r in self.rows])) for k in self.rows[0]}
         with self.path.open("a") as file:
-            file.write(f"{step} {seconds:.0f}s lr={rate:.1e} " + " ".join(f"{k}={v:.3f}" for k, v in means.items()) + "\n")
+            numbers = " ".join(f"{k}={v:.3f}" for k, v in means.items())
+            file.write(f"{step} {seconds:.0f}s lr={rate:.1e} {numbers}\n")
         self.rows = []
 
 
@@ -320,12 +232,18 @@ def save(out, folder, config, tokenizer):
     folder.mkdir(parents=True, exist_ok=True)
     save_release(folder, config, module.tower, module.decoder)
     build(folder)
+    greedy = {"do_sample": False, "max_length": 1024, "repetition_penalty": 1.0}
+    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    (folder / "generation_config.json").write_text(json.dumps({**greedy, **ids}, indent=2))
+    for path in folder.iterdir():       # safetensors writes files that only their owner can read
+        path.chmod(0o644)
 
 
-DEFAULTS = {"tower": dict(steps=5000, batch=32, rate=2e-3, decay=0.4, partial=0.93),
-            "language": dict(steps=3000, batch=16, rate=2e-3, decay=0.4, partial=0.9),
-            "read": dict(steps=400, batch=16, rate=1e-3, decay=0.7, partial=0.0),
-            "join": dict(steps=400, batch=16, rate=3e-4, decay=0.8, partial=0.0)}
+DEFAULTS = {"tower": {"steps": 3000, "batch": 32, "rate": 2e-3, "decay": 0.5, "partial": 0.9},
+            "language": {"steps": 1500, "batch": 16, "rate": 2e-3, "decay": 0.5, "partial": 0.9},
+            "relate": {"steps": 400, "batch": 16, "rate": 1e-3, "decay": 0.5, "partial": 0.9},
+            "read": {"steps": 300, "batch": 12, "rate": 6e-4, "decay": 0.7, "partial": 0.0},
+            "join": {"steps": 300, "batch": 12, "rate": 4e-4, "decay": 0.9, "partial": 0.0}}
 
 
 def main():
@@ -353,7 +271,7 @@ def main():
     config = make_config(tokenizer)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns) as progress:
-        for name in ("tower", "language", "read", "join") if args.stage == "all" else [args.stage] if args.stage in STAGES else []:
+        for name in DEFAULTS if args.stage == "all" else [args.stage] if args.stage in DEFAULTS else []:
             given = {k: getattr(args, k) for k in ("steps", "rate", "batch") if getattr(args, k) is not None}
             train(name, argparse.Namespace(**{**vars(args), **DEFAULTS[name], **given}), config, tokenizer, progress)
     if args.stage in ("save", "all") and RANK == 0:

@@ -3,7 +3,7 @@ from ..errors import ToolkitError
 
 
 def choose(name: str, device: str):
-    """Backend object for `--ops` (auto | reference | cpu) on `device`. An explicit choice never falls back to another."""
+    """Backend for `--ops` (auto | reference | cpu) on `device`. An explicit choice never falls back to another."""
     kind = device.split(":")[0]
     if kind not in ("cpu", "cuda", "npu"):
         raise ToolkitError(f"device {device!r} is not known; use cpu or npu:N")

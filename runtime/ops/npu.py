@@ -70,8 +70,8 @@ class NpuOps(ReferenceOps):
             raise ToolkitError(f"--dtype {dtype} is not computed by {self.soc.name}; use --dtype "
                                f"{' or '.join(self.soc.dtypes)}")
         if block_size not in self.soc.block_sizes:
-            raise ToolkitError(f"--block-size {block_size} is not paged by {self.soc.name}'s attention; use --block-size "
-                               f"{' or '.join(map(str, self.soc.block_sizes))}")
+            raise ToolkitError(f"--block-size {block_size} is not paged by {self.soc.name}'s attention; use "
+                               f"--block-size {' or '.join(map(str, self.soc.block_sizes))}")
 
     def default_dtype(self, family) -> str:
         """What --dtype auto means: the dtype of the released weights if the chip computes in it."""
@@ -101,8 +101,8 @@ class NpuOps(ReferenceOps):
         q_lens = step.q_lens + [padding] * (padding > 0)
         cos, sin = (F.pad(t, (0, 0, 0, padding))[None, :, None].to(device) for t in (step.cos, step.sin))
         return NpuStep(
-            cos, sin, step.slots.to(device, torch.int32), step.block_table.to(device), q_lens, step.kv_lens, step.causal,
-            phase=kind, rows=tokens + padding, order=_heads_order(tokens, padding, config, device),
+            cos, sin, step.slots.to(device, torch.int32), step.block_table.to(device), q_lens, step.kv_lens,
+            step.causal, phase=kind, rows=tokens + padding, order=_heads_order(tokens, padding, config, device),
             q_tensor=torch.tensor(q_lens, dtype=torch.int32), q_ends=list(accumulate(q_lens)),
             kv_tensor=torch.tensor(step.kv_lens, dtype=torch.int32, device=device) if self.soc.lens_on_device else None)
 
@@ -242,8 +242,8 @@ WRITES = {"scatter": _scatter, "reshape_and_cache": _reshape_and_cache}
 
 
 def open_npu(device: str) -> NpuOps:
-    """Take the NPU `device` ("npu:N"). ToolkitError with the line that helps when torch_npu, CANN or the device is missing,
-    or the chip is not in the table."""
+    """Take the NPU `device` ("npu:N"). ToolkitError with the line that helps when torch_npu, CANN or the device is
+    missing, or the chip is not in the table."""
     try:
         import torch_npu
     except ModuleNotFoundError:

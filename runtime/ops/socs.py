@@ -16,7 +16,7 @@ class Soc:
     dtypes: what its attention kernels compute in.  weight_format, cache_format: ND or NZ.
     block_sizes: tokens per cache block its attention kernels take, the default first.
     fused_bias: one kernel does x @ w + b with weights in `weight_format` (else torch_npu launches three).
-    swiglu_multiple: width that npu_swiglu needs.  token_multiple: attention over whole prompts pads to this many tokens.
+    swiglu_multiple: width that npu_swiglu needs.  token_multiple: attention over whole prompts pads tokens to it.
     cache_write, attention: kernels; attention has one for each phase of `npu.phase`.
     lens_on_device: paged attention reads the lengths from device memory, so that a graph can be replayed after changing
     them there; else they are host arguments, which torch_npu must update inside the graph.

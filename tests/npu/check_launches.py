@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CHIP, LOG = os.environ["STUB_SOC"], Path(os.environ["STUB_LOG"])
 EXPECTED = Path(__file__).with_name(f"launches_{CHIP}.txt")
 DECODERS = ("visualglm-6b", "glm-4-9b-chat", "glm-edge-1.5b-chat", "glm-edge-4b-chat", "llava-1.5-7b")
+PREFIX_LM = ("visualglm-6b",)                           # whose prompts begin with a context that sees itself both ways
 TINY = ("visualglm", "glm4", "glm4v", "glm_edge", "glm_edge_v", "llava")
 LIMITS = {"visualglm-6b": 13, "glm-4-9b-chat": 12}      # launches per layer and decoded token on 910B
 MARK = "-- layer"
@@ -116,7 +117,7 @@ def run_step(decoder, q_lens, kv_lens, causal, launches) -> list[str]:
 
 def parts(names: list[str], layers: int) -> tuple[list[str], list[str], list[str]]:
     """Launches before the layers, of each layer (all alike, from its attention to the next norm), and after them."""
-    groups = [[name for name in group] for mark, group in groupby(names, MARK.__eq__) if not mark]
+    groups = [list(group) for mark, group in groupby(names, MARK.__eq__) if not mark]
     before, *repeated = groups
     layer, last = repeated[0], repeated[-1]
     assert len(repeated) == layers and all(group == layer for group in repeated[:-1]) and last[:len(layer)] == layer
@@ -134,7 +135,11 @@ def describe(name, step, before, layer, after, layers) -> str:
 def test_launches_at_full_size(name, tmp_path, ops, launches):
     decoder, text = full_size(name, tmp_path, ops), ""
     with torch.inference_mode():
+        for lengths in STEPS.values():
+            run_step(decoder, *lengths, launches)       # masks are made at first use
         for step, (q_lens, kv_lens, causal) in STEPS.items():
+            if not causal and name not in PREFIX_LM:
+                continue
             before, layer, after = parts(run_step(decoder, q_lens, kv_lens, causal, launches), decoder.config.layers)
             text += describe(name, step, before, layer, after, decoder.config.layers) + "\n"
             assert not any("aclop" in launch for launch in before + layer + after)
@@ -145,7 +150,7 @@ def test_launches_at_full_size(name, tmp_path, ops, launches):
 
 def assert_expected(name: str, text: str):
     sections = EXPECTED.read_text() if EXPECTED.exists() else ""
-    kept = [s for s in sections.split("\n\n") if s.strip() and not s.startswith(name + ",")]
+    kept = [s.strip() for s in sections.split("\n\n") if s.strip() and not s.startswith(name + ",")]
     if os.environ.get("UPDATE"):
         EXPECTED.write_text("\n\n".join(kept + [text.strip()]) + "\n")
         return
@@ -157,8 +162,9 @@ def assert_expected(name: str, text: str):
 
 @pytest.mark.parametrize("name", TINY)
 def test_engine_prefills_decodes_and_replays(name, launches):
-    engine = Engine(ROOT / "tests" / "golden" / name, device="npu:0", vision="torch", max_model_len=256, dtype="float16")
-    picture = [{"type": "image", "image": ROOT / "tests" / "golden" / "visualglm" / "image.png"}]
+    golden = ROOT / "tests" / "golden"
+    engine = Engine(golden / name, device="npu:0", vision="torch", max_model_len=256, dtype="float16")
+    picture = [{"type": "image", "image": golden / "visualglm" / "image.png"}]
     content = (picture if engine.family.vision else []) + [{"type": "text", "text": "hello"}]
     prompt = engine.prompt([{"role": "user", "content": content}])
     assert engine.prefill_logits(prompt).shape == (len(prompt.ids), engine.family.decoder.vocab_size)

@@ -1,10 +1,10 @@
 """torch_npu's operators on CPU tensors: the wheel's own schemas, and behind them plain arithmetic that refuses what the
 chips refuse.
 
-`schemas.txt` holds the 462 operator schemas of torch_npu 2.13.0. They are declared in a torch without torch_npu, so that a
-wrong keyword or type in our calls is refused by torch's dispatcher; the kernels below then check layouts, contiguity and on
-which side the lengths lie, and compute. `FakeGraph` stands in for NPUGraph: it records operator calls and replays them
-on the same tensors.
+`schemas.txt` holds the 462 operator schemas of torch_npu 2.13.0. They are declared in a torch without torch_npu, so
+that a wrong keyword or type in our calls is refused by torch's dispatcher; the kernels below then check layouts and
+contiguity, and compute. `FakeGraph` stands in for NPUGraph: it records operator calls and replays them on the same
+tensors.
 """
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,8 +76,8 @@ def fused_infer(query, key, value, *, atten_mask=None, actual_seq_lengths=None, 
                 block_size=0, **unused):
     """Paged, packed queries; running sums of the query lengths, plain lengths of the cached sequences."""
     assert input_layout == "TND" and sparse_mode == 3 and query.is_contiguous() and not any(unused.values())
-    assert atten_mask.dtype == torch.int8 and torch.equal(atten_mask, torch.ones_like(atten_mask).triu(1))
-    assert atten_mask.shape == (2048, 2048) and block_table.dtype == torch.int32 and key.shape[1] == block_size
+    _check_mask(atten_mask, torch.int8, 1)
+    assert block_table.dtype == torch.int32 and key.shape[1] == block_size
     assert actual_seq_lengths[-1] == len(query) and num_heads == query.shape[1]
     _check_scale(scale, query)
     key, value = (t.unflatten(2, (num_key_value_heads, -1)) for t in (key, value))
@@ -85,8 +85,9 @@ def fused_infer(query, key, value, *, atten_mask=None, actual_seq_lengths=None, 
     return _paged_attention(query, key, value, block_table, q_lens, actual_seq_lengths_kv), query.new_zeros(0)
 
 
-def fusion_attention(query, key, value, head_num, input_layout, *, scale=1.0, actual_seq_qlen=None,
-                     actual_seq_kvlen=None, atten_mask=None, sparse_mode=0, **unused):
+def fusion_attention(query, key, value, head_num, input_layout, pse=None, padding_mask=None, atten_mask=None, scale=1.0,
+                     keep_prob=1.0, pre_tockens=0, next_tockens=0, inner_precise=0, prefix=None, actual_seq_qlen=None,
+                     actual_seq_kvlen=None, sparse_mode=0, *unused):
     """Packed, no mask: every token sees its whole sequence."""
     assert input_layout == "TND" and atten_mask is None and sparse_mode == 0 and head_num == query.shape[1]
     assert actual_seq_qlen == actual_seq_kvlen and actual_seq_qlen[-1] == len(query)
@@ -108,8 +109,8 @@ def reshape_and_cache(key, value, key_cache, value_cache, slot_indices):
 
 
 def flash_attention(query, key, value, mask, seq_len, scale_value, num_heads, num_kv_heads, *, mask_type=3, out):
-    tiles = torch.full((2048, 2048), float("-inf"), dtype=torch.float16).triu(1).view(2048, 128, 16).transpose(0, 1)
-    assert mask_type == 3 and torch.equal(mask, tiles[None])
+    assert mask_type == 3 and mask.shape == (1, 128, 2048, 16)
+    _check_mask(mask[0].transpose(0, 1).flatten(1), torch.float16, float("-inf"))
     _flash(query, key, value, seq_len, scale_value, num_heads, num_kv_heads, out, causal=True)
 
 
@@ -119,7 +120,8 @@ def flash_attention_unpad(query, key, value, seq_len, scale_value, num_heads, nu
 
 def splitfuse(query, key_cache, value_cache, block_table, context_lens, mask, seq_len, num_kv_heads, num_heads,
               scale_value, *, mask_type=5, out):
-    assert mask_type == 5 and torch.equal(mask, torch.full((2048, 2048), -1e4, dtype=torch.float16).triu(1))
+    assert mask_type == 5
+    _check_mask(mask, torch.float16, -1e4)
     _check_paged(query, block_table, context_lens, scale_value, num_heads)
     keys, values = (_tokens_first(cache, num_kv_heads) for cache in (key_cache, value_cache))
     out.copy_(_paged_attention(query, keys, values, block_table, seq_len.tolist(), context_lens.tolist()))
@@ -161,6 +163,12 @@ def _tokens_first(cache, kv_heads):
 def _check_paged(query, table, lens, scale, heads):
     assert table.dtype == lens.dtype == torch.int32 and query.is_contiguous() and heads == query.shape[1]
     _check_scale(scale, query)
+
+
+def _check_mask(mask, dtype, hidden):
+    """Compressed causal mask: `hidden` above the diagonal (a corner of it is looked at)."""
+    corner = torch.full((40, 40), hidden, dtype=dtype).triu(1)
+    assert mask.shape == (2048, 2048) and mask.dtype == dtype and torch.equal(mask[:40, :40], corner)
 
 
 def _check_slots(slots, rows):

@@ -60,13 +60,15 @@ def kernels(names) -> str:
 
 
 def atb_source(needed, named) -> str:
-    types = sorted({m for n in needed for m in re.findall(r"_ZN3atb15CreateOperationINS_5infer\d+([A-Za-z]+)EEEiRKT_", n)})
+    created = re.compile(r"_ZN3atb15CreateOperationINS_5infer\d+([A-Za-z]+)EEEiRKT_")
+    types = sorted({found for name in needed for found in created.findall(name)})
     c_names = {re.sub(r"GetWorkspaceSize$", "", n) for n in named if n.startswith("Atb") and not n.endswith("Api")}
     c_text = functions(c_names) + "".join(
         functions([n + "GetWorkspaceSize"], f'stub_log("%s\\n", "{n}"); return 0;') for n in sorted(c_names))
-    return ((SOURCES / "atb.cpp").read_text().replace("PARAMETER_TYPES", "".join(f"struct {t} {{}};\n" for t in types))
-            .replace("INSTANCES", "".join(f"template int CreateOperation(const infer::{t} &, Operation **);\n" for t in types))
-            .replace("C_INTERFACE", c_text))
+    declared = "".join(f"struct {t} {{}};\n" for t in types)
+    instances = "".join(f"template int CreateOperation(const infer::{t} &, Operation **);\n" for t in types)
+    source = (SOURCES / "atb.cpp").read_text().replace("PARAMETER_TYPES", declared)
+    return source.replace("INSTANCES", instances).replace("C_INTERFACE", c_text)
 
 
 def compile_library(folder: Path, name: str, source: str, suffix: str = ".c"):
