@@ -57,14 +57,14 @@ def main(argv: list[str]) -> int:
 
 
 def prepare(out: str) -> Path:
+    """The artifact folder, made if missing; ToolkitError if nothing can be written there."""
+    from runtime.artifact import LOCK
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise ToolkitError(f"--out {out} is a file; give a folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
-        probe.touch()
-        probe.unlink()
+        (out / LOCK).touch()
     except OSError as error:
         raise ToolkitError(f"--out {out} cannot be written ({error.strerror}); give another folder") from None
     return out

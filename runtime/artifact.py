@@ -19,7 +19,7 @@ from models.checkpoint import Checkpoint
 from .errors import ToolkitError
 from .progress import spinner
 
-MANIFEST, ONNX, DATA = "manifest.json", "vision.onnx", "vision.onnx.data"
+MANIFEST, ONNX, DATA, LOCK = "manifest.json", "vision.onnx", "vision.onnx.data", ".lock"
 ONNX_VERIFIED = "onnx verified"
 EXPORTER = 1        # raise it when the exported graph changes: artifacts of older exporters are made again
 ROOT = Path(__file__).resolve().parents[1]
@@ -165,7 +165,7 @@ def ensure(family: Family, checkpoint: Checkpoint, artifact: str | Path | None =
 
 def _convert(model: Path, directory: Path):
     """The converter as a process of its own: its memory is given back, and the runtime never imports it."""
-    with start_module("convert", "--model", model.resolve(), "--out", directory.absolute(), "--force",
+    with start_module("convert", "--model", model.resolve(), "--out", directory.absolute(),
                       stdout=subprocess.DEVNULL) as process:
         code = process.wait()
     if code:
@@ -181,7 +181,7 @@ def start_module(module: str, *arguments, **options) -> subprocess.Popen:
 @contextmanager
 def locked(directory: Path):
     """One converter at a time in a directory; a second one waits and says so."""
-    with open(directory / ".lock", "w") as lock:
+    with open(directory / LOCK, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

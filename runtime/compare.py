@@ -11,6 +11,7 @@ import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,8 +40,8 @@ STAGES = {"vision": "vision features", "decode": "decoder logits"}
 @dataclass(kw_only=True)
 class CompareOptions(InputOptions):
     out: str = flag("folder that receives report.json and report.html", metavar="DIR")
-    reference: str | None = flag("checkpoint of the reference (default: the same as --model)", default=None,
-                                 metavar="DIR")
+    reference: str | None = flag("checkpoint of the reference (default: the same as --model), or `transformers`: its own "
+                                 "implementation of the model, where it has one", default=None, metavar="DIR")
     reference_dtype: str = flag("arithmetic of the reference", default="float32", metavar="DTYPE")
     prompt: tuple[str, ...] = flag("question to compare on; may be repeated (default: a small set in Chinese and "
                                    "English, with and without a picture)", default=(), metavar="TEXT", many=True)
@@ -50,7 +51,9 @@ class CompareOptions(InputOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        self.reference, self.reference_dtype = self.reference or self.model, dtype_name(self.reference_dtype)
+        self.native = self.reference == "transformers"
+        self.reference = self.model if self.native else self.reference or self.model
+        self.reference_dtype = dtype_name(self.reference_dtype)
         check_folder("reference", self.reference)
         require(self, "max_tokens", self.max_tokens >= 1, "1 or more is needed, e.g. 32")
         require(self, "threshold", 0 < self.threshold <= 1, "a cosine above 0 and up to 1 is needed, e.g. 0.9999")
@@ -134,11 +137,9 @@ def choose_cases(options: CompareOptions, family) -> list[Case]:
 
 
 def run_reference(options: CompareOptions, max_model_len: int | None, cases: list[Case]) -> Side:
-    """Greedy answers in plain torch, and the logits of every step."""
-    engine_options = EngineOptions(dtype=options.reference_dtype, vision="torch", ops="reference",
-                                   max_model_len=max_model_len)
+    """Greedy answers in plain torch (or transformers), and the logits of every step."""
     try:
-        engine, seconds = load("reference", options.reference, engine_options)
+        engine, seconds = load("reference", options.reference, reference_loader(options, max_model_len))
     except ToolkitError as error:               # its sentence names the candidate's flags
         message = str(error).replace("--dtype", "--reference-dtype").replace("--model ", "--reference ")
         raise ToolkitError(f"the reference cannot be loaded: {message}", error.exit_code) from error
@@ -155,7 +156,8 @@ def run_reference(options: CompareOptions, max_model_len: int | None, cases: lis
 
 def run_candidate(options: CompareOptions, engine_options: EngineOptions, cases: list[Case], reference: Side) -> Side:
     """The reference's tokens, fed to the candidate step by step."""
-    engine, seconds = load("candidate", options.model, engine_options)
+    from . import Engine
+    engine, seconds = load("candidate", options.model, partial(Engine, **vars(engine_options)))
     prompts, features = encode(engine, cases)
     outcomes = []
     for prompt, rows, expected in report.track("candidate", list(zip(prompts, features, reference.outcomes))):
@@ -166,12 +168,20 @@ def run_candidate(options: CompareOptions, engine_options: EngineOptions, cases:
     return Side(information(engine, options.model, seconds, known), engine.family, outcomes)
 
 
-def load(role: str, model: str, options: EngineOptions):
-    """(engine, seconds it took)."""
+def reference_loader(options: CompareOptions, max_model_len: int | None):
+    """What makes the reference of a checkpoint folder."""
+    if options.native:
+        from .hf_reference import TransformersEngine
+        return partial(TransformersEngine, dtype=options.reference_dtype)
     from . import Engine
+    return partial(Engine, dtype=options.reference_dtype, vision="torch", ops="reference", max_model_len=max_model_len)
+
+
+def load(role: str, model: str, make):
+    """(engine, seconds it took)."""
     report.say(f"{role}: loading {model}")
     start = time.perf_counter()
-    return Engine(model, **vars(options)), time.perf_counter() - start
+    return make(model), time.perf_counter() - start
 
 
 def encode(engine, cases: list[Case]):

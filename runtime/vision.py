@@ -74,7 +74,8 @@ class OnnxVision(VisionSession):
             self.session = onnxruntime.InferenceSession(str(directory / ONNX), options, ["CPUExecutionProvider"])
         except Exception as error:      # onnxruntime raises plain Exceptions of its own
             reason = str(error).strip().splitlines()[0]
-            raise ToolkitError(f"{directory / ONNX} cannot be loaded ({reason}); convert it again") from error
+            raise ToolkitError(f"{directory / ONNX} cannot be loaded ({reason}); "
+                               "convert it again with --force") from error
 
     def _encode_one(self, pixels):
         return self.session.run([self.spec.output_name], {self.spec.input_name: pixels})[0]

@@ -14,7 +14,7 @@ import torch
 import runtime.ops
 from runtime import Engine, SamplingParams
 from runtime.errors import MISSING_COMPONENT, ToolkitError
-from runtime.ops.npu import NpuOps
+from runtime.ops.npu import NpuOps, open_npu
 from runtime.ops.socs import A2, A3, P310, soc_of
 
 sys.path.insert(0, str(Path(__file__).parent / "npu"))
@@ -58,8 +58,8 @@ def soc(request):
 def engine(request, reference, soc):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runtime.ops, "choose", lambda name, device: NpuOps(soc, device))
-        yield Engine(reference.family.directory, dtype="float32", vision="torch", enforce_eager=request.param,
-                     max_model_len=256)
+        return Engine(reference.family.directory, dtype="float32", vision="torch", enforce_eager=request.param,
+                      max_model_len=256)
 
 
 def prompts(engine):
@@ -126,5 +126,5 @@ def test_dtype_auto(reference, monkeypatch, soc, released, chosen):
 
 def test_explicit_npu_without_torch_npu():
     with pytest.raises(ToolkitError, match="needs torch_npu, which is not installed; run: pip install") as caught:
-        runtime.ops.choose("auto", "npu:0")
+        open_npu("npu:0")
     assert caught.value.exit_code == MISSING_COMPONENT

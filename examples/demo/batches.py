@@ -2,7 +2,7 @@
 import numpy as np
 import torch
 from net import ROWS
-from questions import KINDS, LANGUAGES, ask
+from questions import KINDS, LANGUAGES, SHAPE, ask
 from scenes import draw_mixed, sample_scene
 from targets import PATCH
 from torch.nn import functional as F
@@ -50,6 +50,8 @@ class Questions:
         self.tokenizer = tokenizer
         self.weights = np.array([weights.get(kind, 1.0) for kind in KINDS])
         self.weights /= self.weights.sum()
+        words = [mark + word for lang, mark in (("en", "▁"), ("zh", "")) for word in SHAPE[lang]]
+        self.shapes = {tokenizer.pieces.piece_to_id(word) for word in words}
 
     def sample(self, scenes, per_scene, rng):
         """-> rows' owners; (ids, start of rows, answer ids) of each turn; (turn, scene, two objects) of relations."""
@@ -63,6 +65,15 @@ class Questions:
                     language = LANGUAGES[rng.integers(2)]
                     turns.append(self.encode(turn, language, language if rng.random() < 0.4 else "zh"))
         return torch.tensor(owners), turns, pairs
+
+    def marks(self, turns):
+        """How far before <sop> to look: 0, and for questions that name two objects the ends of both names."""
+        back = torch.zeros(len(turns), 3, dtype=torch.int64)
+        for row, (prompt, _, _) in zip(back, turns):
+            names = [len(prompt) - 1 - i for i, token in enumerate(prompt) if token in self.shapes]
+            if len(names) == 2:
+                row[1:] = torch.tensor(names)
+        return back
 
     def encode(self, turn, language, wrapper):
         """`wrapper`: English questions also stand in the release's default form, 问：…答："""
@@ -95,7 +106,7 @@ def splice(decoder, ids, start, rows):
     return torch.cat((embedded[:, :start], rows.to(embedded.dtype), embedded[:, start + ROWS:]), dim=1)
 
 
-def answer_loss(decoder, turns, rows, pad, drop=False, taps=None):
+def answer_loss(decoder, turns, rows, pad, drop=False, taps=None, marks=None):
     """Cross-entropy of the answer tokens. `drop` leaves the spare rows out (positions kept): far shorter sequences."""
     ids, positions, context, labels = pack(turns, pad)
     start = turns[0][1]
@@ -104,6 +115,6 @@ def answer_loss(decoder, turns, rows, pad, drop=False, taps=None):
         keep = torch.cat((torch.arange(start + 9), torch.arange(start + ROWS, ids.shape[1])))
         x, positions, labels, context = x[:, keep], positions[:, keep], labels[:, keep], context - (ROWS - 9)
     hidden = decoder(x, positions, context, taps)
-    if taps is not None:        # what stands at <sop> after each layer
-        taps[:] = [tap[torch.arange(len(tap)), context] for tap in taps]
+    if taps is not None:        # what stands at the marked tokens after each layer
+        taps[:] = [tap[torch.arange(len(tap))[:, None], context[:, None] - marks] for tap in taps]
     return F.cross_entropy(decoder.lm_head(hidden[labels >= 0]).float(), labels[labels >= 0])

@@ -98,21 +98,24 @@ def patch_owner(objects) -> np.ndarray:
 
 
 class PairHeads(nn.Module):
-    """Thrown away after training: the ranks of both objects of a relation question, read at <sop> before the last layer.
+    """Thrown away after training: ranks of the objects of a relation question, read in the decoder's inner layers.
 
+    At the two names (before the last two layers) the object's own ranks, at <sop> (before the last layer) all four.
     Without them the decoder answers relations by chance for very long: yes and no say little about the error.
     """
 
     def __init__(self, width: int):
         super().__init__()
-        self.linear = nn.Linear(width, 4 * MOST)
+        self.early, self.late = nn.Linear(width, 2 * MOST), nn.Linear(width, 2 * MOST)
+        self.answer = nn.Linear(width, 4 * MOST)
 
     def forward(self, taps, objects, pairs):
-        turns, scenes, one, two = np.array(pairs).reshape(-1, 4).T
-        labels = [objects[axis][scenes, k] for k in (one, two) for axis in ("across", "down")]
-        x = F.layer_norm(taps[-2][turns].float(), taps[-2].shape[-1:])
-        scores = self.linear(x).unflatten(-1, (4, MOST)).flatten(0, 1)
-        return F.cross_entropy(scores, torch.from_numpy(np.stack(labels, axis=1).ravel()))
+        turns, scenes, *both = np.array(pairs).T
+        ranks = np.stack([objects[axis][scenes, k] for k in both for axis in ("across", "down")], axis=1)
+        early, late = (F.layer_norm(tap[turns].float(), tap.shape[-1:]) for tap in taps[-3:-1])
+        scores = (self.early(early[:, 1:]), self.late(late[:, 1:]), self.answer(late[:, 0]))
+        labels = torch.from_numpy(ranks.ravel())
+        return sum(F.cross_entropy(score.reshape(-1, MOST), labels) for score in scores) / 3
 
 
 class PatchHeads(nn.Module):

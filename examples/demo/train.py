@@ -66,7 +66,7 @@ class Language(nn.Module):
         owners, turns, pairs = self.questions.sample(scenes, args.per_scene, rng)
         taps, drop = [], step < args.steps * args.partial
         with torch.autocast("cpu", torch.bfloat16):
-            loss = answer_loss(self.decoder, turns, rows[owners], self.pad, drop, taps)
+            loss = answer_loss(self.decoder, turns, rows[owners], self.pad, drop, taps, self.questions.marks(turns))
         pair = self.pairs(taps, objects, pairs) if pairs else loss.new_zeros(())
         return loss + 0.5 * pair, {"answer": loss.item(), "pair": pair.item()}
 
