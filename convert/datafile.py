@@ -16,6 +16,7 @@ import torch
 
 ALIGNMENT = 4096            # of every tensor: a page, so that the file can be mapped
 STAGE_BYTES = 8 << 20
+OVERLAP_BYTES = 64 << 20    # larger tensors are alone in memory
 
 
 class DataFile:
@@ -53,12 +54,15 @@ class DataFile:
         self.size = offset + array.nbytes
         self._wait()
         self._pending = [self._pool.submit(each, pieces) for each in (self._digest, self._append)]
+        if array.nbytes > OVERLAP_BYTES:
+            self._wait()
         return ir.ExternalTensor(self.path.name, offset, array.nbytes, ir.DataType.FLOAT, name=name,
                                  shape=ir.Shape(array.shape), base_dir=self.path.parent)
 
     def _wait(self):
         for job in self._pending:
             job.result()
+        self._pending = []
 
     def _digest(self, pieces):
         for piece in pieces:

@@ -20,6 +20,7 @@ from .datafile import ALIGNMENT, DataFile
 
 GRAPH_BYTES = 8 << 20       # generous: graph, manifest, atc.sh
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3     # glibc's malloc.h
+KEPT_BYTES = 64 << 20
 
 
 def bytes_needed(family: Family) -> int:
@@ -49,6 +50,7 @@ def export(model: ir.Model, family: Family, checkpoint: Checkpoint, folder: Path
         for target, tensor in checkpoint.assemble(family.weights(), "vision.", torch.float32, update):
             name = target.removeprefix("vision.")
             _fill(slots.pop(name, None), name, tensor, data)
+            del tensor          # or it would stay while the next one is built
     if slots:
         raise ToolkitError(f"{family.name}'s weight table leaves {len(slots)} tower weights empty, e.g. {min(slots)}")
     _register(model.graph)
@@ -57,12 +59,12 @@ def export(model: ir.Model, family: Family, checkpoint: Checkpoint, folder: Path
 
 
 def reuse_memory():
-    """Make malloc keep freed tensors' memory for the next ones: fresh pages from the system cost more than the copies
-    into them, above all in virtual machines."""
+    """Make malloc keep the memory of freed tensors (up to KEPT_BYTES each) for the next ones: fresh pages from the
+    system cost more than the copies into them, above all in virtual machines."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
+        libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+        libc.mallopt(M_TRIM_THRESHOLD, 4 * KEPT_BYTES)
 
 
 def _fill(slot: ir.Value | None, name: str, tensor: torch.Tensor, data: DataFile):

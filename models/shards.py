@@ -179,7 +179,7 @@ class TensorReader:
 
 
 def _raw(memory: np.ndarray, entry: Entry) -> torch.Tensor:
-    """Bytes as the entry's tensor. In numpy's memory: malloc cannot reuse the holes that torch's aligned blocks leave."""
+    """Bytes as the entry's tensor: numpy's, because malloc cannot fill the holes that torch's aligned blocks leave."""
     return torch.from_numpy(memory).view(entry.dtype).reshape(entry.shape)
 
 

@@ -40,8 +40,8 @@ STAGES = {"vision": "vision features", "decode": "decoder logits"}
 @dataclass(kw_only=True)
 class CompareOptions(InputOptions):
     out: str = flag("folder that receives report.json and report.html", metavar="DIR")
-    reference: str | None = flag("checkpoint of the reference (default: the same as --model), or `transformers`: its own "
-                                 "implementation of the model, where it has one", default=None, metavar="DIR")
+    reference: str | None = flag("checkpoint of the reference (default: the same as --model), or `transformers`: "
+                                 "its own implementation of the model, where it has one", default=None, metavar="DIR")
     reference_dtype: str = flag("arithmetic of the reference", default="float32", metavar="DTYPE")
     prompt: tuple[str, ...] = flag("question to compare on; may be repeated (default: a small set in Chinese and "
                                    "English, with and without a picture)", default=(), metavar="TEXT", many=True)

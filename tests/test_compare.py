@@ -196,6 +196,7 @@ def test_command_fails_below_the_threshold(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("argv", "sentence"), [
+    (("--reference", str(GOLDEN.parent / "glm_edge")), "is a glm-edge model, --model a visualglm model"),
     (("--image", "none.png"), "picture none.png does not exist"), (("--max-tokens", "999999"), "maximum length"),
     (("--image", str(GOLDEN / "config.json")), "is not a picture")])
 def test_mistakes(argv, sentence, tmp_path, capsys):
