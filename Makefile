@@ -11,7 +11,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
 TORCH_INDEX ?=
 SOC ?= Ascend910B3
 CHECKPOINTS ?= checkpoints
-SEED ?= 7
+SEED ?= 4
 DEMO := examples/demo/checkpoint
 DEMO_OUT := out/demo
 

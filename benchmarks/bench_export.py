@@ -17,18 +17,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def streamed(model: str, out: Path):
-    """Ours: identify the checkpoint (all its vision bytes are hashed), trace, stream, check the graph."""
-    from convert.export import export
+    """Ours, as `python -m convert` does it: identify the checkpoint (hash its vision bytes), trace, stream, check."""
+    from convert.__main__ import fresh
     from convert.graph import preflight
-    from convert.trace import OPSET, trace
+    from convert.trace import OPSET
     from models import family_of
     from models.checkpoint import Checkpoint
-    from runtime.artifact import ONNX, source_hash
+    from runtime.artifact import ONNX
     family, checkpoint = family_of(model), Checkpoint(model)
     checkpoint.check(family.weights())
-    source_hash(family, checkpoint)
-    export(trace(family.vision_encoder, family.vision), family, checkpoint, out)
-    findings, _ = preflight(out / ONNX, family.vision, OPSET)
+    fresh(family, checkpoint, out / "files")
+    findings, _ = preflight(out / "files" / ONNX, family.vision, OPSET)
     assert not findings, findings
 
 
@@ -42,7 +41,9 @@ def plain(model: str, out: Path):
     family = family_of(model)
     tower = TorchVision(family, Checkpoint(model)).tower
     pixels = torch.zeros(family.vision.input_shape)
-    torch.onnx.export(tower, (pixels,), out / "vision.onnx", dynamo=True, opset_version=18, external_data=True)
+    path = out / "files" / "vision.onnx"
+    path.parent.mkdir()
+    torch.onnx.export(tower, (pixels,), path, dynamo=True, opset_version=18, external_data=True)
 
 
 def measure(step: str, model: str, out: Path) -> dict:
@@ -57,7 +58,7 @@ def measure(step: str, model: str, out: Path) -> dict:
         sys.exit(f"{step} failed:\n{done.stderr}")
     result = json.loads(done.stdout.splitlines()[-1])
     result["seconds"] = time.perf_counter() - start
-    result["written"] = sum(file.stat().st_size for file in out.glob("vision.onnx*"))
+    result["written"] = sum(file.stat().st_size for file in out.glob("files/vision.onnx*"))
     shutil.rmtree(out)
     return result
 

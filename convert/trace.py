@@ -83,15 +83,15 @@ def trace(build: Callable[[], nn.Module], spec: VisionSpec) -> ir.Model:
     The tower's parameters are graph inputs without data, named as in the module; the caller gives them values. Nodes
     are named after the module they come from. ToolkitError if an operator has no opset-17 form.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), _quiet():
+    with torch.device("meta"), torch.no_grad():
         tower = build().eval().requires_grad_(False)
         pixels = torch.empty(spec.input_shape)
         calls = repeated_blocks(tower, pixels)
-        templates = list({call.signature(): call for call in reversed(calls)}.values())
-        kinds = {call.signature(): index for index, call in enumerate(templates)}
-        for index, call in enumerate(calls):
-            tower.set_submodule(call.path, Placeholder(f"call{index}", call.output))
-        model = _export(Folded(tower, templates), [pixels, *(t for call in templates for t in call.inputs)])
+    templates = list({call.signature(): call for call in reversed(calls)}.values())
+    kinds = {call.signature(): index for index, call in enumerate(templates)}
+    for index, call in enumerate(calls):
+        tower.set_submodule(call.path, Placeholder(f"call{index}", call.output))
+    model = _export(Folded(tower, templates), [pixels, *(t for call in templates for t in call.inputs)])
     weights = _weights_to_inputs(model.graph)
     _relabel(model)
     optimizer.optimize(model)
@@ -119,9 +119,12 @@ def repeated_blocks(tower: nn.Module, pixels: torch.Tensor) -> list[Call]:
 
 
 def _export(folded: Folded, inputs: list[torch.Tensor]) -> ir.Model:
-    inputs = tuple(torch.empty_like(tensor) for tensor in inputs)       # one tensor, one input: no aliases
-    return torch.onnx.export(folded.eval(), inputs, dynamo=True, opset_version=TRACE_OPSET, optimize=False,
-                             external_data=False, verbose=False).model
+    """`folded` and `inputs` are on the meta device; the exporter sees CPU tensors without memory."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), _quiet():
+        folded = folded.eval().to_empty(device="cpu")
+        inputs = tuple(torch.empty(t.shape, dtype=t.dtype) for t in inputs)     # one tensor, one input: no aliases
+        return torch.onnx.export(folded, inputs, dynamo=True, opset_version=TRACE_OPSET, optimize=False,
+                                 external_data=False, verbose=False).model
 
 
 def _weights_to_inputs(graph: ir.Graph) -> dict[str, ir.Value]:

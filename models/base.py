@@ -7,10 +7,9 @@ qkv holds the rows [q; k; v], heads in order, q and k rows permuted so that one 
 family. `up` is the fused [gate; up] for SwiGLU. Vision weights keep the tower module's own names, prefixed "vision.".
 """
 import json
-import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 
@@ -153,7 +152,6 @@ class Family:
     name: str
     vision: VisionSpec | None = None
     languages = ("zh", "en")            # prompt wordings; the first is the default
-    unstable_tail = re.compile(r"$")    # end of an answer that `clean` may still change when more text follows
 
     def __init__(self, directory: Path, config: dict):
         self.directory, self.config = Path(directory), config
@@ -174,6 +172,10 @@ class Family:
     def clean(self, answer: str) -> str:
         """The answer as the release shows it."""
         return answer
+
+    def unsettled(self, answer: str) -> int:
+        """How many characters at the end of an unfinished answer `clean` may still change when more text follows."""
+        return 0
 
     def one_picture_at_most(self, pictures: int):
         if pictures > 1:

@@ -13,7 +13,7 @@ from .hf import buffers, decoder_weights, rope_of
 from .layers import interleaved_order, permute_heads
 from .template import ChatTemplate, directory_template
 from .templated import TemplatedFamily
-from .text import JsonText, MissingTokenizer, TiktokenText
+from .text import JsonText, MissingTokenizer, TiktokenText, begun
 
 SPECIAL = ("<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>",
            "<|observation|>", "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>")
@@ -28,6 +28,9 @@ WITH_TOOLS = ("你是一个名为 GLM-4 的人工智能助手。你是基于智�
 TOOL = "\n\n## {}\n\n{}\n在调用上述函数时，请使用 Json 格式表示调用的参数。"
 
 
+TRAINED = "[[训练时间]]"        # the model's own placeholder for its date
+
+
 class Special(str):
     """A piece of a prompt that is one token of the vocabulary; other pieces are plain text, whatever they look like."""
 
@@ -36,7 +39,6 @@ class Glm4(TemplatedFamily):
     """One wording serves every language: the model answers in the language of the question."""
     name = "glm-4"
     stop_tokens = ("<|endoftext|>", "<|user|>", "<|observation|>")
-    unstable_tail = re.compile(r"\[\[?[训练时间]{0,4}\]?$")
 
     @classmethod
     def matches(cls, config):
@@ -66,7 +68,10 @@ class Glm4(TemplatedFamily):
 
     def clean(self, answer):
         """Without the line break the model begins with. A tool call keeps the tool's name, its first line."""
-        return answer.strip().replace("[[训练时间]]", "2023年")
+        return answer.strip().replace(TRAINED, "2023年")
+
+    def unsettled(self, answer):
+        return begun(TRAINED, answer)
 
     # prompts
 

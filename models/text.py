@@ -170,6 +170,11 @@ class SentencePieceText:
         return text.removeprefix(" ")
 
 
+def begun(mark: str, text: str) -> int:
+    """Length of the longest beginning of `mark`, short of all of it, that `text` ends with."""
+    return max(n for n in range(len(mark)) if text.endswith(mark[:n]))
+
+
 class StreamDecoder:
     """Token by token -> text pieces whose concatenation equals decode(all ids).
 

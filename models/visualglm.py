@@ -7,11 +7,25 @@ import numpy as np
 import torch
 from torch import nn
 
-from .base import DecoderConfig, Family, Layout, ModelError, Part, Prompt, Rope, SamplingDefaults, VisionSpec, Weight
-from .base import dense, fused_dense, pair, split_content
+from .base import (
+    DecoderConfig,
+    Family,
+    Layout,
+    ModelError,
+    Part,
+    Prompt,
+    Rope,
+    SamplingDefaults,
+    VisionSpec,
+    Weight,
+    dense,
+    fused_dense,
+    pair,
+    split_content,
+)
 from .image import CLIP_MEAN, CLIP_STD, denormalize, open_image, squash
 from .layers import permute_heads, two_halves_order
-from .text import IceText
+from .text import IceText, begun
 from .vision import Attention, Dense, Mlp, Normalize, PreNormBlock
 
 LN_VISION_EPS = 1e-5        # a plain nn.LayerNorm in the release, not the tower's 1e-6
@@ -92,12 +106,12 @@ class VisionEncoder(nn.Module):
 
 
 WORDING = {"zh": ("问：{}\n答：", "问：{}\n答：{}\n"), "en": ("Q:{}\nA:", "Q:{}\nA:{}\n")}      # question, past turn
+TRAINED = "[[训练时间]]"        # the model's own placeholder for its date
 FULL_WIDTH = str.maketrans(",!:;?", "，！：；？")
 
 
 class VisualGLM(Family):
     name = "visualglm"
-    unstable_tail = re.compile(r"(?:[,!:;?\s]|\[\[?[^\]]{0,4}\]?)+$")
 
     @classmethod
     def matches(cls, config):
@@ -135,9 +149,13 @@ class VisualGLM(Family):
         return SamplingDefaults(max_length=2048, temperature=0.95, top_p=0.7)
 
     def clean(self, answer):
-        answer = answer.strip().replace("[[训练时间]]", "2023年")
+        answer = answer.strip().replace(TRAINED, "2023年")
         beside_chinese = r"(?<=[\u4e00-\u9fff])[,!:;?]|[,!:;?](?=[\u4e00-\u9fff])"
         return re.sub(beside_chinese, lambda mark: mark[0].translate(FULL_WIDTH), answer)
+
+    def unsettled(self, answer):
+        tail = re.match(r"[\s,!:;?]*", answer[::-1])[0]
+        return max(len(tail), begun(TRAINED, answer))
 
     # pictures and prompt
 

@@ -1,5 +1,5 @@
 """Token ids of an answer -> the text the release shows, in pieces that never have to be taken back."""
-from models.text import StreamDecoder
+from models.text import StreamDecoder, begun
 
 
 class AnswerText:
@@ -35,8 +35,5 @@ class AnswerText:
 
     def _held(self, raw: str) -> int:
         """How many characters at the end may still change: the family's rule, or the beginning of a stop string."""
-        tail = self._family.unstable_tail.search(raw)
-        held = len(raw) - tail.start() if tail else 0
-        for stop in self._stop:
-            held = max(held, *(n for n in range(len(stop)) if raw.endswith(stop[:n])))
-        return held
+        held = self._family.unsettled(raw)
+        return max(held, *(begun(stop, raw) for stop in self._stop)) if self._stop else held

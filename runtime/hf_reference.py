@@ -78,6 +78,7 @@ class TransformersEngine:
     def _pictures(self, prompt):
         """Our raw NHWC pixels, normalised as the release's processor does: [n, 3, S, S]."""
         import torch
+
         from models.vision import Normalize
         normalize = next(m for m in self._tower().modules() if isinstance(m, Normalize))
         return normalize(torch.from_numpy(np.concatenate(prompt.pixels))).to(self.model.dtype)

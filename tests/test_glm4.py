@@ -198,7 +198,7 @@ def test_sampling_and_answers(family):
     sampling = family.sampling(False)
     assert (sampling.temperature, sampling.top_p, sampling.max_length) == (0.8, 0.8, 512)
     assert family.clean("\n你好 [[训练时间]]\n") == "你好 2023年"
-    assert family.unstable_tail.search("今天是[[训练").start() == 3 and not family.unstable_tail.search("a[0]")
+    assert family.unsettled("今天是[[训练") == 4 and family.unsettled("a[0]") == 0
 
 
 def test_ids_run_without_a_tokenizer_text_does_not():

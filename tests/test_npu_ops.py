@@ -54,12 +54,11 @@ def soc(request):
     return replace(request.param, dtypes=("float32",), block_sizes=SMALL_BLOCKS)
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["eager", "graphs"])
-def engine(request, reference, soc):
+@pytest.fixture(scope="module")
+def engine(reference, soc):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runtime.ops, "choose", lambda name, device: NpuOps(soc, device))
-        return Engine(reference.family.directory, dtype="float32", vision="torch", enforce_eager=request.param,
-                      max_model_len=256)
+        return Engine(reference.family.directory, dtype="float32", vision="torch", max_model_len=256)
 
 
 def prompts(engine):
@@ -76,6 +75,13 @@ def test_prefill_and_decode_logits(expected, engine):
     prefill, scores, _ = expected
     for prompt, whole, forced in zip(prompts(engine), prefill, scores):
         np.testing.assert_allclose(engine.prefill_logits(prompt), whole, atol=ATOL)
+        np.testing.assert_allclose(engine.score(prompt, TOKENS), forced, atol=ATOL)
+
+
+def test_decode_kernel_by_kernel(expected, engine, monkeypatch):
+    """What --enforce-eager does, and batches larger than any recorded one."""
+    monkeypatch.setattr(engine._runner, "graphs", None)
+    for prompt, forced in zip(prompts(engine), expected[1]):
         np.testing.assert_allclose(engine.score(prompt, TOKENS), forced, atol=ATOL)
 
 

@@ -21,8 +21,8 @@ def pose(seed: int):
     """(scene, one question per language, of different kinds) of an unseen seed."""
     rng = np.random.default_rng([UNSEEN, seed])
     scene = sample_scene(rng)
-    kinds = rng.permutation([kind for kind in KINDS if ask(scene, kind, rng)])
-    return scene, [(ask(scene, kind, rng), language) for kind, language in zip(kinds, LANGUAGES)]
+    turns = [turn for kind in rng.permutation(KINDS) if (turn := ask(scene, kind, rng))]
+    return scene, list(zip(turns, LANGUAGES))
 
 
 def main():

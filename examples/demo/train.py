@@ -241,7 +241,7 @@ def save(out, folder, config, tokenizer):
 
 DEFAULTS = {"tower": {"steps": 3000, "batch": 32, "rate": 2e-3, "decay": 0.5, "partial": 0.9},
             "language": {"steps": 1500, "batch": 16, "rate": 2e-3, "decay": 0.5, "partial": 0.9},
-            "relate": {"steps": 400, "batch": 16, "rate": 1e-3, "decay": 0.5, "partial": 0.9},
+            "relate": {"steps": 1500, "batch": 16, "rate": 4e-3, "decay": 0.5, "partial": 0.9},
             "read": {"steps": 300, "batch": 12, "rate": 6e-4, "decay": 0.7, "partial": 0.0},
             "join": {"steps": 300, "batch": 12, "rate": 4e-4, "decay": 0.9, "partial": 0.0}}
 
