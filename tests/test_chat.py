@@ -97,13 +97,19 @@ def test_undecodable_argument_is_no_traceback():
     assert chat.one_question("caf\udce9") == "caf�"
 
 
+def hear_interrupts():
+    """A test run in the background of a shell ignores Ctrl-C, and its children inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 class Terminal:
     """The command on a pseudo-terminal; `read_until` waits for text, `interrupt` is Ctrl-C."""
 
     def __init__(self, *argv):
         self._ours, theirs = pty.openpty()
         command = [sys.executable, "-m", "runtime.chat", "--model", str(GOLDEN), *FIXED, *argv]
-        self.process = subprocess.Popen(command, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs)
+        self.process = subprocess.Popen(command, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs,
+                                        preexec_fn=hear_interrupts)
         os.close(theirs)
         self.seen = ""
 
