@@ -17,16 +17,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def streamed(model: str, out: Path):
-    """Ours, as `python -m convert` does it: trace, stream, check the graph."""
+    """Ours, as `python -m convert` does it: identify the checkpoint (hash its vision bytes), trace, stream, check."""
     from convert.__main__ import fresh
     from convert.graph import preflight
     from convert.trace import OPSET
     from models import family_of
     from models.checkpoint import Checkpoint
-    from runtime.artifact import ONNX, file_states
+    from runtime.artifact import ONNX
     family, checkpoint = family_of(model), Checkpoint(model)
     checkpoint.check(family.weights())
-    fresh(family, checkpoint, out / "files", file_states(checkpoint))
+    fresh(family, checkpoint, out / "files")
     findings, _ = preflight(out / "files" / ONNX, family.vision, OPSET)
     assert not findings, findings
 

@@ -107,15 +107,16 @@ def source_hash(family: Family, checkpoint: Checkpoint) -> str:
     with torch.device("meta"):
         tower = family.vision_encoder()
     identity = [EXPORTER, family.name, asdict(family.vision), _settings(tower), table,
-                _vision_digest(family, checkpoint)]
+                vision_digest(family, checkpoint)]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def _vision_digest(family: Family, checkpoint: Checkpoint) -> str:
+def vision_digest(family: Family, checkpoint: Checkpoint) -> str:
     """Digest of the vision tensors; remembered in the cache for as long as the weight files stay untouched."""
     names = [w.source for w in _vision_weights(family) if w.source in checkpoint.shapes]
-    key = json.dumps([names, file_states(checkpoint)])
-    memo = cache_root() / "digests" / hashlib.sha256(key.encode()).hexdigest()
+    states = [(file.resolve(), file.stat()) for file in checkpoint.files]
+    key = [names, [[str(path), s.st_size, s.st_mtime_ns, s.st_ino] for path, s in states]]
+    memo = cache_root() / "digests" / hashlib.sha256(json.dumps(key).encode()).hexdigest()
     if memo.is_file():
         return memo.read_text(encoding="ascii")
     digest = checkpoint.digest(names)
@@ -125,12 +126,6 @@ def _vision_digest(family: Family, checkpoint: Checkpoint) -> str:
     except OSError:
         pass            # a cache that cannot be written only costs time
     return digest
-
-
-def file_states(checkpoint: Checkpoint) -> list:
-    """Equal for as long as nobody touches the weight files: [path, size, mtime, inode] of each."""
-    states = [(file.resolve(), file.stat()) for file in checkpoint.files]
-    return [[str(path), s.st_size, s.st_mtime_ns, s.st_ino] for path, s in states]
 
 
 def _vision_weights(family: Family) -> list[Weight]:
