@@ -7,7 +7,9 @@ from models import RELATIVES, families, family_of, relative_of
 from models.base import ModelError
 from models.synthetic import RELEASED
 
-RELEASES = {"visualglm-6b": "visualglm", "glm-4-9b-chat": "glm-4", "glm-4-9b-chat-hf": "glm-4", "glm-4v-9b": "glm-4v"}
+RELEASES = {"visualglm-6b": "visualglm", "glm-4-9b-chat": "glm-4", "glm-4-9b-chat-hf": "glm-4", "glm-4v-9b": "glm-4v",
+            "llava-1.5-7b": "llava-1.5", "glm-edge-1.5b-chat": "glm-edge", "glm-edge-4b-chat": "glm-edge",
+            "glm-edge-v-2b": "glm-edge-v", "glm-edge-v-5b": "glm-edge-v"}
 REFUSED = {
     "ChatGLM3": {"model_type": "chatglm", "padded_vocab_size": 65024, "multi_query_group_num": 2, "num_layers": 28},
     "ChatGLM-6B": {"model_type": "chatglm", "inner_hidden_size": 16384, "num_layers": 28, "vocab_size": 130528},

@@ -3,8 +3,10 @@
 Shapes: activations [T, width], q [T, heads, head_dim], k and v [T, kv_heads, head_dim], caches
 [blocks, block_size, kv_heads, head_dim]. `step` is models.decoder.Step.
 """
+import math
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -32,8 +34,11 @@ class ReferenceOps:
         return weight
 
     def cache(self, config, blocks, block_size, dtype, device):
-        """One layer's cache of keys, or of values."""
-        return torch.zeros(blocks, block_size, config.kv_heads, config.head_dim, dtype=dtype, device=device)
+        """One layer's cache of keys, or of values. On the CPU, pages that nobody has written to take no memory yet."""
+        shape = blocks, block_size, config.kv_heads, config.head_dim
+        if torch.device(device).type != "cpu":
+            return torch.zeros(shape, dtype=dtype, device=device)
+        return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
     def begin(self, step, config, device):
         """A step built on the host -> the step that the layers get: on the device, with what the backend adds to it."""
