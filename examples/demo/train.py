@@ -3,8 +3,7 @@
   tower     the encoder learns to write the scene's code into its rows (patches dropped first, whole grids at the end)
   language  the decoder learns to answer from ideal codes; needs no pictures, so it may run beside `tower`
   relate    the same with mostly relation questions
-  read      the decoder goes on with what the tower really writes about pictures (tower fixed, newest state)
-  join      both together on pictures and questions
+  read      the decoder goes on with what the tower really writes about pictures (tower fixed)
   save      weights as a released checkpoint: fp16 safetensors, config.json, tokenizer
 """
 import argparse
@@ -23,7 +22,7 @@ from targets import PairHeads, PatchHeads, codebook, doubtful, patch_owner, row_
 from tokenizer import Tokenizer, build
 from torch import nn
 
-STAGES = {"tower": 1, "language": 2, "join": 3, "read": 4, "relate": 5}   # numbers the random streams
+STAGES = {"tower": 1, "language": 2, "read": 4, "relate": 5}   # numbers the random streams
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun
 
 
@@ -80,12 +79,13 @@ class Read(nn.Module):
     def __init__(self, config, tokenizer):
         super().__init__()
         self.decoder, self.eye = Decoder(config), [make_tower(config)]      # in a list: not part of this stage's state
+        self.blind = True       # until the trained tower is loaded
         self.questions, self.pad = Questions(tokenizer), config["pad_token_id"]
 
     def loss(self, step, args):
-        if step % 50 == 0 or not hasattr(self, "awake"):
+        if self.blind:
             load_part(self.eye[0], "tower", args.out / "tower.pt")
-            self.awake = True
+            self.blind = False
         rng = stream(STAGES["read"], step, RANK)
         scenes = draw_scenes(rng, args.batch)
         patches, _ = draw_patches(scenes, rng, None, 256)
@@ -97,29 +97,9 @@ class Read(nn.Module):
         return loss, {"answer": loss.item()}
 
 
-class Join(nn.Module):
-    def __init__(self, config, tokenizer):
-        super().__init__()
-        self.tower, self.decoder = make_tower(config), Decoder(config)
-        self.codes = codebook(config["hidden_size"])
-        self.questions, self.pad = Questions(tokenizer), config["pad_token_id"]
-
-    def loss(self, step, args):
-        rng = stream(STAGES["join"], step, RANK)
-        scenes = draw_scenes(rng, args.batch)
-        objects = table(scenes)
-        patches, _ = draw_patches(scenes, rng, None, 256)
-        owners, turns, _ = self.questions.sample(scenes, args.per_scene, rng)
-        with torch.autocast("cpu", torch.bfloat16):
-            rows, _ = see(self.tower, patches)
-            answer = answer_loss(self.decoder, turns, rows[owners], self.pad)
-        code, right = row_loss(rows.float(), row_labels(objects), self.codes)
-        return answer + 0.3 * code, {"answer": answer.item(), "rows": code.item(), **right}
-
-
 def make_stage(name, config, tokenizer):
     torch.manual_seed(SEED + STAGES[name])
-    stages = {"tower": Tower, "language": Language, "relate": Relate, "read": Read, "join": Join}
+    stages = {"tower": Tower, "language": Language, "relate": Relate, "read": Read}
     return stages[name](config, tokenizer)
 
 
@@ -145,12 +125,10 @@ def load_part(module, part, path):
 
 
 def begin(name, module, out):
-    """Fresh weights for the first two stages, the earlier stages' for the others."""
-    if name in ("relate", "read", "join"):
-        newest = next(n for n in ("read", "relate", "language") if (out / f"{n}.pt").exists())
-        load_part(module.decoder, "decoder", out / f"{newest}.pt")
-    if name == "join":
-        load_part(module.tower, "tower", out / "tower.pt")
+    """Fresh weights for the first two stages; the decoder of the stage before for the others."""
+    before = {"relate": "language", "read": "relate"}.get(name)
+    if before:
+        load_part(module.decoder, "decoder", out / f"{before}.pt")
 
 
 def train(name, args, config, tokenizer, progress):
@@ -223,14 +201,12 @@ class Log:
 
 
 def save(out, folder, config, tokenizer):
-    """From `join` if it exists, else from the separate stages."""
-    module = make_stage("join", config, tokenizer)
-    if (out / "join.pt").exists():
-        module.load_state_dict(torch.load(out / "join.pt", weights_only=True)["model"])
-    else:
-        begin("join", module, out)
+    """The states of `tower` and `read` as a released checkpoint."""
+    tower, decoder = make_tower(config), Decoder(config)
+    load_part(tower, "tower", out / "tower.pt")
+    load_part(decoder, "decoder", out / "read.pt")
     folder.mkdir(parents=True, exist_ok=True)
-    save_release(folder, config, module.tower, module.decoder)
+    save_release(folder, config, tower, decoder)
     build(folder)
     greedy = {"do_sample": False, "max_length": 1024, "repetition_penalty": 1.0}
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -239,11 +215,10 @@ def save(out, folder, config, tokenizer):
         path.chmod(0o644)
 
 
-DEFAULTS = {"tower": {"steps": 3000, "batch": 32, "rate": 2e-3, "decay": 0.5, "partial": 0.9},
-            "language": {"steps": 1500, "batch": 16, "rate": 2e-3, "decay": 0.5, "partial": 0.9},
-            "relate": {"steps": 1500, "batch": 16, "rate": 4e-3, "decay": 0.5, "partial": 0.9},
-            "read": {"steps": 300, "batch": 12, "rate": 6e-4, "decay": 0.7, "partial": 0.0},
-            "join": {"steps": 300, "batch": 12, "rate": 4e-4, "decay": 0.9, "partial": 0.0}}
+DEFAULTS = {"tower": {"steps": 3000, "batch": 32, "rate": 2e-3, "decay": 0.5, "partial": 0.9, "per_scene": 0},
+            "language": {"steps": 1500, "batch": 16, "rate": 2e-3, "decay": 0.5, "partial": 0.9, "per_scene": 4},
+            "relate": {"steps": 2000, "batch": 16, "rate": 4e-3, "decay": 0.5, "partial": 0.9, "per_scene": 6},
+            "read": {"steps": 300, "batch": 12, "rate": 6e-4, "decay": 0.7, "partial": 0.0, "per_scene": 5}}
 
 
 def main():
@@ -254,7 +229,7 @@ def main():
     parser.add_argument("--rate", type=float, help="learning rate")
     parser.add_argument("--batch", type=int, help="scenes per step")
     parser.add_argument("--keep", type=int, default=96, help="patches per picture in the first part of `tower`")
-    parser.add_argument("--per-scene", type=int, default=4, help="questions per scene")
+    parser.add_argument("--per-scene", type=int, help="questions per scene")
     parser.add_argument("--blur", type=float, default=0.05, help="noise on the ideal codes in `language`")
     parser.add_argument("--every", type=int, default=50, help="steps between saves and log lines")
     parser.add_argument("--threads", type=int, default=2)
@@ -272,7 +247,7 @@ def main():
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns) as progress:
         for name in DEFAULTS if args.stage == "all" else [args.stage] if args.stage in DEFAULTS else []:
-            given = {k: getattr(args, k) for k in ("steps", "rate", "batch") if getattr(args, k) is not None}
+            given = {k: getattr(args, k) for k in ("steps", "rate", "batch", "per_scene") if getattr(args, k) is not None}
             train(name, argparse.Namespace(**{**vars(args), **DEFAULTS[name], **given}), config, tokenizer, progress)
     if args.stage in ("save", "all") and RANK == 0:
         save(args.out, args.out / "checkpoint", config, tokenizer)
