@@ -94,7 +94,7 @@ def convert(family, checkpoint, out: Path):
     work = out / WORK
     source, files = left_over(family, checkpoint, work) or fresh(family, checkpoint, work)
     try:
-        errors = prove(family, checkpoint, work, files)
+        errors = prove(family, checkpoint, work)
     except ToolkitError as error:
         if error.exit_code == CHECK_FAILED:
             shutil.rmtree(work)
@@ -161,10 +161,9 @@ def in_background(function, *arguments) -> Future:
     return future
 
 
-def prove(family, checkpoint, work: Path, files: dict) -> dict:
+def prove(family, checkpoint, work: Path) -> dict:
     """Graph check and verification of the export in `work`; measured errors per picture, or ToolkitError (exit 1)."""
-    from runtime.artifact import DATA, ONNX
-    from runtime.progress import spinner
+    from runtime.artifact import ONNX
 
     from .graph import preflight
     from .trace import OPSET
@@ -175,8 +174,7 @@ def prove(family, checkpoint, work: Path, files: dict) -> dict:
         listed = [f"\n  {finding}" for finding in findings[:SHOWN]] + ["\n  ..."] * (len(findings) > SHOWN)
         raise ToolkitError(f"the graph is not fit for ATC, {len(findings)} findings:" + "".join(listed), CHECK_FAILED)
     start = time.perf_counter()
-    with spinner("verifying: torch, then ONNX Runtime, on two pictures"):
-        results = verify(family, checkpoint.directory, work, files[DATA]["bytes"])
+    results = verify(family, checkpoint.directory, work)
     for name, result in results.items():
         print(f"verify {name}: {result}: {'pass' if result.passed else 'FAIL'}")
     if not results or not all(result.passed for result in results.values()):

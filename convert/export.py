@@ -64,7 +64,7 @@ def reuse_memory():
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
-        libc.mallopt(M_TRIM_THRESHOLD, 4 * KEPT_BYTES)
+        libc.mallopt(M_TRIM_THRESHOLD, 2 * KEPT_BYTES)
 
 
 def _fill(slot: ir.Value | None, name: str, tensor: torch.Tensor, data: DataFile):

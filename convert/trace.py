@@ -20,6 +20,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models.base import VisionSpec
+from models.vision import repeated_lists
 from runtime.errors import CHECK_FAILED, ToolkitError
 
 OPSET = 17
@@ -103,10 +104,8 @@ def trace(build: Callable[[], nn.Module], spec: VisionSpec) -> ir.Model:
 
 def repeated_blocks(tower: nn.Module, pixels: torch.Tensor) -> list[Call]:
     """Members of the tower's outermost ModuleLists that map tensors to one tensor, in the order of their calls."""
-    lists = [name for name, module in tower.named_modules() if isinstance(module, nn.ModuleList)]
-    outermost = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
     calls, hooks = [], []
-    for path in outermost:
+    for path in repeated_lists(tower):
         for index, block in enumerate(tower.get_submodule(path)):
             def record(module, inputs, output, path=f"{path}.{index}"):
                 calls.append(Call(path, module, inputs, output))

@@ -2,7 +2,7 @@
 
 In flows a checkpoint and a folder with vision.onnx, out flows one Comparison per picture. Compared in order: names,
 shapes, dtypes, then values over all elements. Run as a process of its own (`python -m convert.verify`), because neither
-torch nor ONNX Runtime gives memory back: torch goes first and is freed before ONNX Runtime loads.
+torch nor ONNX Runtime gives memory back.
 """
 import ctypes
 import json
@@ -18,6 +18,7 @@ from models.base import Family
 from runtime.errors import CHECK_FAILED, ToolkitError
 
 PR_SET_PDEATHSIG = 1                    # Linux, prctl.h
+FLOAT = 1                               # onnx.TensorProto.FLOAT
 COSINE, RELATIVE = 0.999999, 1e-4       # lowest cosine; highest error relative to the largest value (measured: 1e-6)
 
 
@@ -72,12 +73,15 @@ def pictures(size: int = 448) -> dict:
     return {"scene": Image.fromarray(np.clip(soft + texture, 0, 255).astype(np.uint8)), "noise": Image.fromarray(noise)}
 
 
-def verify(family: Family, directory: Path, folder: Path, need: int) -> dict[str, Comparison]:
-    """Run `measure` in a child process; `need` = bytes of the fp32 weights. ToolkitError when the child dies."""
+def verify(family: Family, directory: Path, folder: Path) -> dict[str, Comparison]:
+    """Run `measure` in a child process. ToolkitError when memory is short or the child dies."""
     from runtime.artifact import start_module
     from runtime.plan import available_memory, gib
-    if 1.15 * need > available_memory():
-        raise ToolkitError(f"verifying {family.name}'s encoder needs {gib(1.15 * need)} GiB of memory, only "
+
+    from .piecewise import memory_needed
+    need = memory_needed(folder)
+    if need > available_memory():
+        raise ToolkitError(f"verifying {family.name}'s encoder needs {gib(need)} GiB of memory, only "
                            f"{gib(available_memory())} are free; free some and run the same command again")
     with start_module("convert.verify", directory.resolve(), folder.resolve(), stdout=subprocess.PIPE,
                       start_new_session=True) as process:
@@ -96,24 +100,29 @@ def measure(directory: str, folder: str) -> dict[str, Comparison]:
     """Comparison of every picture. ToolkitError when names, shapes or dtypes differ already."""
     from models import family_of
     from models.checkpoint import Checkpoint
-    from runtime.vision import OnnxVision, TorchVision
+    from runtime.progress import step_progress
+
+    from .piecewise import StreamedGraph, StreamedTower
     family = family_of(directory)
     pixels = {name: family.pixels(picture) for name, picture in pictures().items()}
-    session = TorchVision(family, Checkpoint(directory))
-    references = {name: session.encode(array) for name, array in pixels.items()}
-    del session
-    session = OnnxVision(Path(folder), family.vision)
-    check_interface(session.session, family.vision)
-    return {name: compare(references[name], session.encode(array)) for name, array in pixels.items()}
+    tower, graph = StreamedTower(family, Checkpoint(directory)), StreamedGraph(Path(folder))
+    check_interface(graph.model.graph, family.vision)
+    with step_progress("verifying: torch", len(pixels) * tower.steps) as tower.advance:
+        references = [tower.run(array) for array in pixels.values()]
+    with step_progress("verifying: ONNX Runtime", graph.steps) as graph.advance:
+        candidates = graph.run(list(pixels.values()))
+    return {name: compare(*both) for name, *both in zip(pixels, references, candidates)}
 
 
-def check_interface(session, spec):
-    """Names, then shapes, then dtypes of the loaded graph against the family's spec; ToolkitError names the first."""
-    found = {"input": session.get_inputs(), "output": session.get_outputs()}
+def check_interface(graph, spec):
+    """Names, then shapes, then dtypes of the ONNX graph against the family's spec; ToolkitError names the first."""
+    found = {"input": graph.input, "output": graph.output}
     wanted = {"input": (spec.input_name, spec.input_shape), "output": (spec.output_name, spec.output_shape)}
-    for what, value in (("names", lambda v: v.name), ("shapes", lambda v: list(v.shape)), ("dtypes", lambda v: v.type)):
+    getters = {"names": lambda v: v.name, "shapes": lambda v: [d.dim_value for d in v.type.tensor_type.shape.dim],
+               "dtypes": lambda v: v.type.tensor_type.elem_type}
+    for what, value in getters.items():
         for side, (name, shape) in wanted.items():
-            expected = [{"names": name, "shapes": list(shape), "dtypes": "tensor(float)"}[what]]
+            expected = [{"names": name, "shapes": list(shape), "dtypes": FLOAT}[what]]
             if (there := [value(v) for v in found[side]]) != expected:
                 raise ToolkitError(f"{side} {what} differ: the graph has {there}, the family {expected}", CHECK_FAILED)
 

@@ -81,9 +81,11 @@ class Checkpoint:
         for name, parts in rows:
             source = self.tensor(name)
             for part in parts:
-                if _place(part, source, dtype, pending):
+                complete = _place(part, source, dtype, pending)
+                if part is parts[-1]:
+                    del source          # not in memory while the caller works on the target
+                if complete:
                     yield part.target, pending.pop(part.target)[0]
-            del source
             done += self.nbytes(name)
             if progress:
                 progress(done, total)

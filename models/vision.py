@@ -12,6 +12,12 @@ from torch.nn import functional as F
 from .base import Part, Weight, dense, pair
 
 
+def repeated_lists(tower: nn.Module) -> list[str]:
+    """Paths of the outermost ModuleLists: their members are the blocks that make up nearly all of a tower."""
+    lists = [name for name, module in tower.named_modules() if isinstance(module, nn.ModuleList)]
+    return [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
+
+
 class Dense(nn.Module):
     """y = x @ weight + bias with weight [in, out]."""
 

@@ -1,4 +1,4 @@
-"""A progress bar on stderr for work counted in bytes; silent where stderr is not a terminal."""
+"""Progress bars on stderr for work counted in bytes or steps; silent where stderr is not a terminal."""
 from contextlib import contextmanager
 
 
@@ -12,6 +12,18 @@ def byte_progress(title: str):
     with Progress(*columns, transient=True, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("")
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def step_progress(title: str, steps: int):
+    """Yields advance(), to be called after each of `steps` steps."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    console = Console(stderr=True)
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=steps)
+        yield lambda: bar.advance(task)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from convert import __main__ as command
 from convert import export, verify
 from convert.graph import preflight
+from convert.piecewise import StreamedGraph, StreamedTower
 from convert.verify import Comparison, compare, pictures
 from models import family_of
 from models.checkpoint import Checkpoint
@@ -58,7 +59,7 @@ def quick(monkeypatch, converted):
         return artifact.load(converted[0]).files
     monkeypatch.setattr("convert.trace.trace", lambda build, spec: None)
     monkeypatch.setattr(export, "export", copied)
-    monkeypatch.setattr(verify, "verify", lambda family, directory, folder, need: verify.measure(directory, folder))
+    monkeypatch.setattr(verify, "verify", lambda family, directory, folder: verify.measure(directory, folder))
     return monkeypatch
 
 
@@ -109,6 +110,22 @@ def test_features_equal_the_original_implementation(converted, kind):
     features = session.encode(np.concatenate([pixels, pixels]))
     np.testing.assert_allclose(features, np.repeat(golden["image_embeds"], 2, axis=0), atol=1e-4)
     assert session.describe().startswith("vision: ")
+
+
+def test_verification_in_pieces_computes_the_same(converted):
+    family = family_of(GOLDEN)
+    checkpoint = Checkpoint(GOLDEN)
+    pixels = [family.pixels(picture) for picture in verify.pictures().values()]
+    tower = StreamedTower(family, checkpoint)
+    whole = TorchVision(family, checkpoint).encode(np.concatenate(pixels))
+    np.testing.assert_array_equal(np.concatenate([tower.run(each) for each in pixels]), whole)
+    assert all(p.is_meta for name, p in tower.tower.named_parameters() if ".blocks." in name), "weights are given back"
+    graph = StreamedGraph(converted[0], limit=50_000)
+    assert graph.steps > 4 and StreamedGraph(converted[0]).steps == 1
+    cut_up = np.concatenate(graph.run(pixels))
+    (converted[0] / "piece.onnx").unlink()
+    np.testing.assert_allclose(cut_up, np.concatenate(StreamedGraph(converted[0]).run(pixels)), atol=1e-5)
+    np.testing.assert_allclose(cut_up, whole, atol=1e-5)
 
 
 # again, and again after a kill
