@@ -44,7 +44,7 @@ $(VENV_NPU)/.installed: setup.py
 	@test -x $(VENV_NPU)/bin/python || $(PYTHON) -m venv $(VENV_NPU)
 	@echo "installing packages into $(VENV_NPU) (a few minutes the first time)"
 	@$(if $(TORCH_INDEX),$(VENV_NPU)/bin/python -m pip install --quiet --index-url "$(TORCH_INDEX)" "torch==2.13.*")
-	@$(VENV_NPU)/bin/python -m pip install --quiet --disable-pip-version-check torch_npu==2.13.0 'torch==2.13.*' -e '.[dev]'
+	@$(VENV_NPU)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check torch_npu==2.13.0 'torch==2.13.*' -e '.[dev]'
 	@touch $@
 
 lint: setup  ## ruff
