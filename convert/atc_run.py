@@ -103,8 +103,8 @@ def _reason(code: int, text: str, made: list) -> str:
 def advice(text: str) -> list[str]:
     """For every error code and known phrase in atc's output: code, meaning and what to do, in the user's language."""
     table = json.loads(Path(__file__).with_name("atc_errors.json").read_text(encoding="utf-8"))
-    found = {code: _entry(table, code) for code in CODE.findall(text) if code.startswith("E")}
-    found |= {phrase: entry for phrase, entry in table["phrases"].items() if phrase in text}
+    found = {phrase: entry for phrase, entry in table["phrases"].items() if phrase in text}
+    found |= {code: _entry(table, code) for code in CODE.findall(text) if code.startswith("E")}
     return [_sentence(name, entry, text) for name, entry in found.items() if entry]
 
 

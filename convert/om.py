@@ -16,7 +16,7 @@ import numpy as np
 
 from models.base import Family
 from runtime import artifact
-from runtime.artifact import OM_COMPILED, OM_VERIFIED, ONNX_VERIFIED, Manifest, write_atomically
+from runtime.artifact import OM_COMPILED, OM_VERIFIED, ONNX, ONNX_VERIFIED, Manifest, write_atomically
 from runtime.errors import CHECK_FAILED, MISSING_COMPONENT, ToolkitError
 from runtime.metrics import compare_rows
 
@@ -71,7 +71,8 @@ def prepare(family: Family, out: Path, request: Request):
         write_atomically(out / AIPP, variant.aipp_config(family))
     if request.graph == VARIANT:
         _prepare_graph(family, out, request)
-    write_atomically(out / MIXLIST, atc.mixlist())
+    if any(mode.startswith(atc_options.MIXED) for mode in request.modes):
+        write_atomically(out / MIXLIST, atc.mixlist())
     write_atomically(out / "atc.sh", atc.script(atc.command(request, family, request.modes[0])))
 
 
@@ -81,8 +82,8 @@ def _prepare_graph(family, out, request):
         variant.write(family, out, request, candidate)
         if (out / VARIANT).is_file() and candidate.read_bytes() == (out / VARIANT).read_bytes():
             return
-        found = reference.features(family, out, candidate, out / AIPP if request.aipp else None)
-        result = compare(found["plain"], found["variant"])
+        found = reference.features(family, candidate, out / AIPP if request.aipp else None)
+        result = compare(reference.features(family, out / ONNX), found)
         print(f"verify {VARIANT}: {result}: {'pass' if result.passed else 'FAIL'}")
         if not result.passed:
             raise ToolkitError(f"{VARIANT} and vision.onnx disagree; report this with the line above", CHECK_FAILED)
@@ -163,7 +164,7 @@ class Build:
 
     @functools.cached_property
     def _golden(self) -> np.ndarray:
-        return reference.features(self.family, self.out)["plain"]
+        return reference.features(self.family, self.out / ONNX)
 
     def _publish(self, made: Path, mode: str, status: str) -> Path:
         """Move the .om and its weights out of the work folder, and record them; the manifest comes last."""

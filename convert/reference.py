@@ -1,7 +1,6 @@
 """Features of the verification pictures by ONNX Runtime, in a process of its own (it does not give memory back).
 
-In flows an artifact folder, out flow arrays: `plain` from vision.onnx, what an .om is measured against, and, for a
-graph made for ATC, `variant` from it.
+In flows a graph (vision.onnx, or what was made of it for ATC), out flow the features that an .om is measured against.
 """
 import ctypes
 import io
@@ -23,10 +22,10 @@ def pixels(family: Family) -> np.ndarray:
     return np.concatenate([family.pixels(picture) for picture in pictures().values()])
 
 
-def features(family: Family, out: Path, variant: Path | None = None, aipp: Path | None = None) -> dict[str, np.ndarray]:
-    """{"plain", "variant"}: float32 [pictures, rows, hidden]; `aipp` = config of the arithmetic in front of `variant`."""
+def features(family: Family, graph: Path, aipp: Path | None = None) -> np.ndarray:
+    """float32 [pictures, rows, hidden]; `aipp` = file of the arithmetic in front of `graph`, if there is any."""
     from runtime.artifact import start_module
-    arguments = [family.directory.resolve(), out.resolve(), *(path.resolve() for path in (variant, aipp) if path)]
+    arguments = [path.resolve() for path in (family.directory, graph, aipp) if path]
     with start_module("convert.reference", *arguments, stdout=subprocess.PIPE, start_new_session=True) as process:
         try:
             output, _ = process.communicate()
@@ -34,35 +33,32 @@ def features(family: Family, out: Path, variant: Path | None = None, aipp: Path 
             process.kill()
             raise
     if process.returncode:
-        raise ToolkitError(f"ONNX Runtime could not compute the reference features of {out} (see above); free some memory "
-                           "and run the same command again", CHECK_FAILED)
-    with np.load(io.BytesIO(output)) as arrays:
-        return dict(arrays)
+        raise ToolkitError(f"ONNX Runtime could not run {graph}; free some memory and run the same command again",
+                           CHECK_FAILED)
+    return np.load(io.BytesIO(output))
 
 
-def compute(directory: str, out: str, variant: str | None = None, aipp: str | None = None) -> dict[str, np.ndarray]:
+def compute(directory: str, graph: str, aipp: str | None = None) -> np.ndarray:
     import onnxruntime
 
     from models import family_of
-    from runtime.vision import OnnxVision
 
     from .variant import apply_aipp
     family = family_of(directory)
-    raw = pixels(family)
-    result = {"plain": OnnxVision(Path(out), family.vision).encode(raw)}
-    if variant:
-        session = onnxruntime.InferenceSession(variant, providers=["CPUExecutionProvider"])
-        values = apply_aipp(Path(aipp).read_text(encoding="ascii"), raw) if aipp else raw
-        fixed = isinstance(session.get_inputs()[0].shape[0], int)
-        batches = [value[None] for value in values] if fixed else [values]
-        result["variant"] = np.concatenate([session.run(None, {family.vision.input_name: b})[0] for b in batches])
-    return result
+    values = pixels(family)
+    if aipp:
+        values = apply_aipp(Path(aipp).read_text(encoding="ascii"), values)
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    batches = [values[i:i + 1] for i in range(len(values))]
+    if not isinstance(session.get_inputs()[0].shape[0], int):       # a free batch is tried with all pictures at once
+        batches = [values]
+    return np.concatenate([session.run(None, {family.vision.input_name: batch})[0] for batch in batches])
 
 
 def main(argv: list[str]) -> int:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)       # nothing goes on when the converter is killed
     stream = io.BytesIO()
-    np.savez(stream, **compute(*argv))
+    np.save(stream, compute(*argv))
     sys.stdout.buffer.write(stream.getvalue())
     return 0
 

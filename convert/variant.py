@@ -97,7 +97,7 @@ def free_batch(graph: ir.Graph):
             _free_reshape(graph, node)
         elif node.op_type == "Concat" and not batched.issuperset(node.inputs):
             _sum_of_pads(graph, node, batched)
-        elif node.op_type in ("Expand", "Slice", "Gather", "Squeeze", "Unsqueeze") or _moves_batch(node):
+        elif _touches_batch(node):
             raise ToolkitError(f"--dynamic-batch does not fit this graph: {node.name} fixes the batch", CHECK_FAILED)
     if graph.outputs[0] not in batched:
         raise ToolkitError("--dynamic-batch does not fit this graph: its output ignores the picture", CHECK_FAILED)
@@ -107,8 +107,12 @@ def free_batch(graph: ir.Graph):
     picture.shape = ir.Shape((BATCH, *picture.shape[1:]))
 
 
-def _moves_batch(node: ir.Node) -> bool:
-    return node.op_type == "Transpose" and node.attributes["perm"].as_ints()[0] != 0
+def _touches_batch(node: ir.Node) -> bool:
+    if node.op_type == "Transpose":
+        return node.attributes["perm"].as_ints()[0] != 0
+    if node.op_type == "Slice":
+        return bool({0, -len(node.inputs[0].shape)}.intersection(node.inputs[3].const_value.numpy().tolist()))
+    return node.op_type in ("Expand", "Gather", "Squeeze", "Unsqueeze")
 
 
 def _free_reshape(graph, node):
