@@ -64,7 +64,8 @@ def run(toolkit: Toolkit, arguments: list[str], work: Path, log: Path) -> Path:
         stream.flush()
         code = _execute([str(toolkit.atc), *arguments[1:]], work, stream)
         stream.write(f"# exit status {code}\n")
-    text = log.read_text(encoding="utf-8", errors="replace")
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    text = "\n".join(line for line in lines if not line.startswith("# "))       # atc's own words
     made = sorted([*work.glob(f"{NAME}.om"), *work.glob(f"{NAME}_*_*.om")])
     if code == 0 and SUCCESS in text and len(made) == 1 and made[0].stat().st_size:
         return made[0]

@@ -296,7 +296,7 @@ def test_other_files_that_mean_success(out, cann, monkeypatch, behaviour, files)
     ("disk full", "the disk is full"),
     ("no permission", "may not be read or written"),
     ("library", "set_env.sh"),
-    ("E16002 No parser is registered for Op [ai.onnx::17::Attention]", "[ai.onnx::17::Attention].): use CANN 7.0 or newer"),
+    ("E16002 No parser is registered for Op [ai.onnx::17::Attention]", "[ai.onnx::17::Attention]): use CANN 7.0 or newer"),
     ("EZ3003 No supported Ops kernel and engine are found for [Erf]", "install the ops (kernels) package"),
     ("E20007 Failed to run graph fusion pass", "fusion engine"),
     ("E10501 IR for Op [x] is not registered", "source CANN's set_env.sh"),
