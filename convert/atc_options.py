@@ -17,6 +17,7 @@ CHINESE = re.compile("[\u4e00-\u9fa5]")
 MAX_PATH = 4096
 MAX_GEARS = 100
 BF16 = ("bf16", "bfloat16")
+BF16_CHIPS = re.compile(r"Ascend(910B\d|910_93|310B|950)")
 IMPLEMENTATIONS = ("high_precision", "high_performance")
 MIXED = ("mixed_", "allow_mix_precision")
 
@@ -69,15 +70,15 @@ def _check_foreign(name: str):
 
 def parse_gears(text: str) -> tuple[int, ...]:
     """"1,2,4" -> (1, 2, 4), sorted; ToolkitError for what ATC or a single picture cannot use."""
-    pieces = [piece.strip() for piece in text.split(",")]
+    pieces, shown = [piece.strip() for piece in text.split(",")], text[:40]
     if not all(piece.isascii() and piece.isdigit() for piece in pieces):
-        raise ToolkitError(f"--dynamic-batch is {text!r}: give batch sizes with commas, e.g. 1,2,4,8")
+        raise ToolkitError(f"--dynamic-batch is {shown!r}: give batch sizes with commas, e.g. 1,2,4,8")
     gears = tuple(sorted(map(int, pieces)))
     if not 2 <= len(gears) <= MAX_GEARS or len(set(gears)) < len(gears) or gears[0] < 1:
-        raise ToolkitError(f"--dynamic-batch is {text!r}: 2 to {MAX_GEARS} different sizes above 0 are needed, "
+        raise ToolkitError(f"--dynamic-batch is {shown!r}: 2 to {MAX_GEARS} different sizes above 0 are needed, "
                            "e.g. 1,2,4,8")
     if gears[0] != 1:
-        raise ToolkitError(f"--dynamic-batch is {text!r}: 1 must be among the sizes, for a single picture")
+        raise ToolkitError(f"--dynamic-batch is {shown!r}: 1 must be among the sizes, for a single picture")
     return gears
 
 
@@ -141,6 +142,8 @@ def _check_together(options):
     if "optypelist_for_implmode" in options and options.get("op_select_implmode") not in IMPLEMENTATIONS:
         raise ToolkitError("atc option optypelist_for_implmode needs op_select_implmode="
                            f"{' or '.join(IMPLEMENTATIONS)} beside it")
+    if "insert_op_conf" in options and options["input_format"] != "NCHW":
+        raise ToolkitError(f"--aipp works on NCHW inputs only, not on input_format={options['input_format']}")
     levels = [int(options.get(name, 0)) > 0 for name in ("deterministic", "deterministic_level")]
     if "deterministic_level" in options and levels[0] != levels[1]:
         raise ToolkitError("atc options deterministic and deterministic_level must both be 0 or both be above 0")
@@ -149,7 +152,7 @@ def _check_together(options):
 def _check_precision(options):
     mode = options.get("precision_mode_v2") or options.get("precision_mode", "")
     soc = options["soc_version"]
-    if mode.endswith(BF16) and soc.startswith("Ascend310P"):
+    if mode.endswith(BF16) and not BF16_CHIPS.match(soc):
         raise ToolkitError(f"--precision-mode {mode} needs bfloat16, which {soc} does not have; use fp16, "
                            "mixed_float16 or origin")
     if mode.endswith("hif8") and not soc.startswith("Ascend950"):

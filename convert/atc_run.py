@@ -4,7 +4,6 @@ atc is a bash wrapper around atc.bin. Every failure exits with 255 and names its
 things: exit status 0, the success line, and the file, `vision.om` or (with code for the host) `vision_<os>_<arch>.om`.
 """
 import json
-import locale
 import os
 import re
 import shlex
@@ -123,4 +122,4 @@ def _sentence(name: str, entry: dict, text: str) -> str:
 def language() -> str:
     """"zh" in a Chinese locale, else "en"."""
     name = next(filter(None, (os.environ.get(n) for n in ("LC_ALL", "LC_MESSAGES", "LANG"))), "")
-    return "zh" if (locale.normalize(name) or name).startswith("zh") else "en"
+    return "zh" if name.startswith("zh") else "en"

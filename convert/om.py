@@ -104,12 +104,12 @@ class Build:
     def run(self):
         """Compile in the request's precision modes until one is good enough; ToolkitError (exit 1) if none is."""
         manifest = artifact.load(self.out)
-        kept = manifest.precision_mode if self._is_current(manifest) else None
+        kept = self._current(manifest)
         if kept and manifest.status == OM_VERIFIED:
-            return print(f"{self._kept(manifest)} is verified already; nothing to do")
+            return print(f"{kept} is verified already; nothing to do")
         try:
             for mode in self.request.modes:
-                made = self._kept(manifest) if mode == kept else self._compile(mode)
+                made = kept if kept and mode == manifest.precision_mode else self._compile(mode)
                 if made and self._settle(made, mode):
                     return None
         finally:
@@ -117,18 +117,11 @@ class Build:
         raise ToolkitError(f"no .om was kept: none of {', '.join(self.request.modes)} is as close to ONNX Runtime as "
                            f"{self.family.name} needs; use --vision onnx, and report the lines above", CHECK_FAILED)
 
-    def _is_current(self, manifest: Manifest) -> bool:
-        """Whether the artifact holds an intact .om that this very request would make."""
-        if not manifest.om or manifest.precision_mode not in self.request.modes:
-            return False
-        sizes = {name: (self.out / name).stat().st_size if (self.out / name).is_file() else None
-                 for name in manifest.om["files"]}
-        return (manifest.om["command"] == self._command(manifest.precision_mode)
-                and manifest.om["cann"] == self.toolkit.cann
-                and sizes == {name: entry["bytes"] for name, entry in manifest.om["files"].items()})
-
-    def _kept(self, manifest: Manifest) -> Path:
-        return self.out / next(iter(manifest.om["files"]))
+    def _current(self, manifest: Manifest) -> Path | None:
+        """The intact .om of the artifact, if it is one that this very request would make."""
+        mode = manifest.precision_mode
+        same = manifest.om and mode in self.request.modes and manifest.om["command"] == self._command(mode)
+        return artifact.om_file(manifest, self.out) if same and manifest.om["cann"] == self.toolkit.cann else None
 
     def _command(self, mode: str) -> list[str]:
         return atc.command(self.request, self.family, mode)
@@ -155,7 +148,10 @@ class Build:
             print(f"compiled, not verified: {made} ({error})\nto verify it, run the same command where ais_bench and the "
                   "NPU are")
             return True
-        self.attempts.append(measure(self.family, session, self._golden, mode))
+        try:
+            self.attempts.append(measure(self.family, session, self._golden, mode))
+        finally:
+            session.close()
         if not self.attempts[-1]["passed"]:
             discard(self.out, made)
             return False

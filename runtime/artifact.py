@@ -95,6 +95,16 @@ def write_atomically(path: Path, text: str):
         temporary.unlink(missing_ok=True)
 
 
+def om_file(manifest: Manifest, directory: str | Path) -> Path | None:
+    """The .om that the manifest describes; None when there is none, or it or its weights are not as recorded any more."""
+    files = (manifest.om or {}).get("files", {})
+    for name, entry in files.items():
+        path = Path(directory) / name
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            return None
+    return Path(directory) / next(iter(files)) if files else None
+
+
 def check_fits(manifest: Manifest, family: Family, checkpoint: Checkpoint, directory: str | Path):
     """ToolkitError unless the artifact was made from this checkpoint's vision weights, by this exporter."""
     if manifest.exporter != EXPORTER:

@@ -151,6 +151,8 @@ BAD = [
     ("--atc-arg output=/tmp/x", "--out"),
     ("--atc-arg input_shape=input:2,224,224,3", "the family's"),
     ("--atc-arg input_format=NHWC", "only a label"),
+    ("--aipp --atc-arg input_format=ND", "NCHW inputs only"),
+    ("--soc-version Ascend910A --precision-mode mixed_bfloat16", "bfloat16"),
     ("--atc-arg output_type=INT8", "FP32, FP16"),
     ("--atc-arg external_weight=yes", "0, 1, 2"),
     ("--atc-arg auto_tune_mode=RL", "AOE"),
@@ -165,6 +167,11 @@ BAD = [
     ("--precision-mode origin --atc-arg compression_optimize_conf={file}", "compression_optimize_conf"),
     ("--atc-arg", "expected one argument"),
 ]
+
+
+TABLE_HEAD = ("Written by tests/test_atc.py, which also runs every good line on a stand-in for atc and checks that a bad one "
+              "ends\nwith exit code 2. All for VisualGLM's tiny test checkpoint, without CANN, as "
+              "`python -m convert --model DIR --out DIR\n--dry-run FLAGS` answers.")
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +210,31 @@ def test_bad_invocations(tmp_path, flags, says):
     code, text = convert(tmp_path / "out", "--dry-run", *shlex.split(flags.format(file=file).replace(";", "\\;")))
     assert code == 2 and text.startswith("error: ") and text.count("\n") == 1, text
     assert any(each in text for each in says.split("|")), text
+
+
+def test_the_table_in_docs(tmp_path, monkeypatch):
+    """docs/atc-invocations.md shows what the two lists above give; REFRESH_DOCS=1 writes it anew."""
+    monkeypatch.chdir(tmp_path)
+    Path("list.json").write_text("{}")
+
+    def run(flags):
+        code, text = convert(tmp_path / "out", "--dry-run", *shlex.split(flags.replace(";", "\\;")))
+        return code, text.splitlines()[-1].strip().replace(str(tmp_path), "DIR").replace("|", "\\|")
+    usual = run("")[1].split()
+    lines = ["# What convert makes of its flags", "", TABLE_HEAD, "", "No flags: `" + " ".join(usual) + "`", "",
+             "| flags | options of atc that differ |", "|---|---|"]
+    for flags, _ in GOOD[1:]:
+        words = run(flags.format(file="list.json"))[1].split()
+        lines.append(f"| `{flags.format(file='list.json')}` | `{' '.join(w for w in words if w not in usual)}` |")
+    lines += ["", "| flags | refusal |", "|---|---|"]
+    for flags, _ in BAD:
+        shown = flags.format(file="list.json")
+        lines.append(f"| `{shown if len(shown) < 90 else shown[:50] + '...'}` | {run(shown)[1].removeprefix('error: ')} |")
+    page = Path(__file__).parents[1] / "docs" / "atc-invocations.md"
+    text = "\n".join(lines) + "\n"
+    if os.environ.get("REFRESH_DOCS"):
+        page.write_text(text, encoding="utf-8")
+    assert page.read_text(encoding="utf-8") == text, "REFRESH_DOCS=1 python -m pytest tests/test_atc.py, then read the diff"
 
 
 # which CANN
@@ -262,6 +294,14 @@ def test_a_second_run_compiles_only_what_changed(out, cann, monkeypatch):
     assert code == 1 and "E19999" in text and artifact.load(out).soc_version == "Ascend910B3"
     monkeypatch.delenv("STAND_IN_ATC")
     assert convert(out, "--soc-version", "Ascend310P3")[0] == 0 and artifact.load(out).soc_version == "Ascend310P3"
+
+
+def test_an_om_replaced_by_hand_is_made_again(out, cann):
+    assert convert(out)[0] == 0
+    assert artifact.om_file(artifact.load(out), out) == out / "vision.om"
+    (out / "vision.om").write_bytes(b"another")
+    assert artifact.om_file(artifact.load(out), out) is None
+    assert convert(out)[0] == 0 and artifact.om_file(artifact.load(out), out) == out / "vision.om"
 
 
 def test_onnx_only_leaves_atc_alone(out, cann):
@@ -372,7 +412,7 @@ def device(monkeypatch):
                 raise ToolkitError("OM gave NaN or Inf", 1)
             features = np.concatenate([session.run(None, {"input": raw[i:i + 1]})[0] for i in range(len(raw))])
             return features + errors[mode] * np.random.default_rng(0).normal(size=features.shape) * features.std()
-        return SimpleNamespace(encode=encode)
+        return SimpleNamespace(encode=encode, close=lambda: None)
     monkeypatch.setattr(om, "open_om", open_om)
     return errors
 
