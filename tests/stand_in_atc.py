@@ -1,8 +1,9 @@
 """A stand-in for CANN's `atc`: the documented option grammar and exit protocol; it compiles nothing.
 
-Success: the success line, status 0, and an .om-like file: the ONNX with its weights inside and the options in its
-metadata. Failure: status 255 always, error codes on stdout; wrong flag syntax on stderr. Written from the documentation
-of ATC, not from convert's tables. STAND_IN_ATC in the environment makes it misbehave (see `MISBEHAVE`).
+Success: the success line, status 0, and an .om-like file: the ONNX with its weights inside, input and output of the types
+that the options ask for (AIPP's arithmetic included), and the options in its metadata. Failure: status 255 always, error
+codes on stdout; wrong flag syntax on stderr. Written from the documentation of ATC, not from convert's tables.
+STAND_IN_ATC in the environment makes it misbehave (see `MISBEHAVE`).
 """
 import json
 import os
@@ -174,13 +175,17 @@ def check_gears(options, shapes, declared):
     "0" in sizes and refuse("E10038", "Gears must be positive.")
 
 
+def aipp_values(options):
+    text = Path(options["insert_op_conf"]).read_text()
+    body = re.fullmatch(r"\s*aipp_op\s*\{(.*)\}\s*", text, re.DOTALL) or refuse("E10052", "AIPP config cannot be parsed.")
+    return dict(line.strip().split(": ") for line in body[1].strip().splitlines())
+
+
 def check_aipp(options, shapes):
     options.get("input_format", "NCHW") == "NCHW" or refuse("E10001", "AIPP needs [--input_format] NCHW.")
     "input_fp16_nodes" in options and refuse("E10034", "An AIPP input cannot be in [--input_fp16_nodes].")
     "dynamic_dims" in options and refuse("E10001", "[--insert_op_conf] with [--dynamic_dims].")
-    text = Path(options["insert_op_conf"]).read_text()
-    body = re.fullmatch(r"\s*aipp_op\s*\{(.*)\}\s*", text, re.DOTALL) or refuse("E10052", "AIPP config cannot be parsed.")
-    values = dict(line.strip().split(": ") for line in body[1].strip().splitlines())
+    values = aipp_values(options)
     [shape] = shapes.values()
     wrong = [key for key in values if not AIPP_KEYS.fullmatch(key)]
     wrong += [key for key in values if key.startswith("mean") and not re.fullmatch(r"\d{1,3}", values[key])]
@@ -188,6 +193,43 @@ def check_aipp(options, shapes):
         refuse("E10052", f"AIPP config is invalid: {wrong}")
     if shape[1:] != [3, int(values["src_image_size_h"]), int(values["src_image_size_w"])]:
         refuse("E10052", f"AIPP picture does not fit the NCHW input {shape}.")
+
+
+def dress(model, options):
+    """The .om's own input and output types around the ONNX graph."""
+    import numpy as np
+    from onnx import TensorProto, helper, numpy_helper
+    graph, picture, result = model.graph, model.graph.input[0], model.graph.output[0]
+    rename(graph, picture.name, "inner_input")
+    rename(graph, result.name, "inner_output")
+    if "insert_op_conf" in options:
+        dims = picture.type.tensor_type.shape.dim
+        batch = dims[0].dim_value or "batch"
+        picture.CopyFrom(helper.make_tensor_value_info(
+            picture.name, TensorProto.UINT8, [batch, dims[2].dim_value, dims[3].dim_value, 3]))
+        values, steps = aipp_values(options), [helper.make_node("Cast", [picture.name], ["aipp"], to=TensorProto.FLOAT)]
+        for op, key in (("Sub", "mean_chn"), ("Sub", "min_chn"), ("Mul", "var_reci_chn")):
+            table = [float(values[f"{key}_{c}"]) for c in range(3)]
+            graph.initializer.append(numpy_helper.from_array(np.array(table, np.float32), key))
+            steps.append(helper.make_node(op, [steps[-1].output[0], key], [f"aipp_{key}"]))
+        steps.append(helper.make_node("Transpose", [steps[-1].output[0]], ["inner_input"], perm=[0, 3, 1, 2]))
+    else:
+        half = "input_fp16_nodes" in options
+        picture.type.tensor_type.elem_type = TensorProto.FLOAT16 if half else TensorProto.FLOAT
+        steps = [helper.make_node("Cast", [picture.name], ["inner_input"], to=TensorProto.FLOAT)]
+    for step in reversed(steps):
+        graph.node.insert(0, step)
+    kind = TensorProto.FLOAT16 if options.get("output_type") == "FP16" else TensorProto.FLOAT
+    result.type.tensor_type.elem_type = kind
+    graph.node.append(helper.make_node("Cast", ["inner_output"], [result.name], to=kind))
+
+
+def rename(graph, old, new):
+    for node in graph.node:
+        for names in (node.input, node.output):
+            for index, name in enumerate(names):
+                if name == old:
+                    names[index] = new
 
 
 def compile_(options, path, behaviour):
@@ -198,8 +240,8 @@ def compile_(options, path, behaviour):
         raise PermissionError(13, "Permission denied", options["output"])
     model = onnx.load(path)
     onnx.external_data_helper.convert_model_from_external_data(model)
-    for name, value in options.items():
-        model.metadata_props.add(key=f"atc.{name}", value=value)
+    dress(model, options)
+    onnx.helper.set_model_props(model, options)
     suffix = "_linux_x86_64" if behaviour == "suffix" else ""
     Path("fusion_result.json").write_text("{}")
     for name in ([] if behaviour == "no file" else [suffix, "_linux_aarch64"] if behaviour == "two files" else [suffix]):

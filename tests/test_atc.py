@@ -404,13 +404,15 @@ def device(monkeypatch):
 
     def open_om(path, spec, device):
         model = onnx.load(path)
-        mode = {p.key: p.value for p in model.metadata_props}["atc.precision_mode_v2"]
+        mode = {p.key: p.value for p in model.metadata_props}["precision_mode_v2"]
         session = onnxruntime.InferenceSession(model.SerializeToString())
 
         def encode(raw):
             if errors[mode] is None:
                 raise ToolkitError("OM gave NaN or Inf", 1)
-            features = np.concatenate([session.run(None, {"input": raw[i:i + 1]})[0] for i in range(len(raw))])
+            kind = {"tensor(uint8)": np.uint8, "tensor(float16)": np.float16}[session.get_inputs()[0].type]
+            pictures = raw.astype(kind)
+            features = np.concatenate([session.run(None, {"input": p[None]})[0].astype(np.float32) for p in pictures])
             return features + errors[mode] * np.random.default_rng(0).normal(size=features.shape) * features.std()
         return SimpleNamespace(encode=encode, close=lambda: None)
     monkeypatch.setattr(om, "open_om", open_om)
@@ -443,6 +445,15 @@ def test_a_failing_om_is_never_kept(out, cann, device):
     assert artifact.load(out).om is None and not list(out.glob("*.om"))
 
 
+@pytest.mark.parametrize("flags", ["--aipp", "--dynamic-batch 1,2", "--aipp --dynamic-batch 1,2"])
+def test_variants_pass_on_the_device(out, cann, device, flags):
+    """The stand-in's .om holds the arithmetic of the AIPP file that convert wrote."""
+    device["fp16"] = 1e-4
+    assert convert(out, *flags.split())[0] == 0
+    [attempt] = artifact.load(out).om["attempts"]
+    assert attempt["cosine"] > 0.99999 and attempt["distance"] < 2e-3
+
+
 def test_nan_climbs_too(out, cann, device):
     device["fp16"] = None
     assert convert(out)[0] == 0
@@ -471,34 +482,21 @@ def test_an_om_that_turns_out_bad_is_taken_back(out, cann, device, monkeypatch):
 # graphs made for ATC
 
 @pytest.mark.parametrize("name", VISION_MODELS)
-@pytest.mark.parametrize("aipp, gears", [(True, ()), (False, (1, 2)), (True, (1, 2))])
-def test_graphs_for_atc_compute_the_same(exported, tmp_path, name, aipp, gears):
-    family, folder = exported(name)
-    request = Request("Ascend310P3", aipp=aipp, gears=gears)
-    om.prepare(family, folder, request)         # compares; a difference raises
+def test_graphs_for_atc_compute_the_same(converted, tmp_path, name):
+    """Both changes at once; each alone is in `prepared`."""
+    family, folder = family_of(GOLDEN / name), shutil.copytree(converted, tmp_path / "out")
+    if family.directory != MODEL:
+        code, text = convert(folder, "--force", model=family.directory)
+        assert code == 0, text
+    om.prepare(family, folder, Request("Ascend310P3", aipp=True, gears=(1, 2)))         # compares; a difference raises
     model = onnx.load(folder / atc.VARIANT, load_external_data=False)
     onnx.checker.check_model(str(folder / atc.VARIANT), full_check=True)
     known = json.loads(Path(atc.__file__).with_name("onnx_ops_cann.json").read_text())
     assert {node.op_type for node in model.graph.node} <= set(known) and "Shape" not in str(model.graph.node)
     [value] = model.graph.input
-    batch, height, width, channels = family.vision.input_shape
+    _, height, width, channels = family.vision.input_shape
     shape = [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
-    assert shape == ["batch" if gears else 1, *((channels, height, width) if aipp else (height, width, channels))]
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """name -> (family, folder with the exported graph), exported once."""
-    done = {}
-
-    def get(name):
-        if name not in done:
-            folder = tmp_path_factory.mktemp(name)
-            code, text = convert(folder, model=GOLDEN / name)
-            assert code == 0, text
-            done[name] = family_of(GOLDEN / name), folder
-        return done[name]
-    return get
+    assert shape == ["batch", channels, height, width]
 
 
 @pytest.mark.parametrize("name", VISION_MODELS)
