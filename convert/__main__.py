@@ -82,7 +82,7 @@ def main(argv: list[str]) -> int:
         if toolkit:
             om.Build(family, out, request, toolkit).run()
         else:
-            print(om.advice(family, out, request))
+            print(om.next_step(family, out, request))
     return 0
 
 

@@ -56,7 +56,8 @@ def plan(family: Family, out: Path, request: Request, toolkit: atc_run.Toolkit |
     return f"{who}\nconvert would write {' and '.join(files)} to {out}, then run " + _shown(family, out, request)
 
 
-def advice(family: Family, out: Path, request: Request) -> str:
+def next_step(family: Family, out: Path, request: Request) -> str:
+    """For a user without CANN."""
     return (f"where CANN is installed, run the same command, or `sh {out / 'atc.sh'}`, which runs "
             + _shown(family, out, request))
 

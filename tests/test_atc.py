@@ -356,6 +356,20 @@ def test_advice_in_chinese(out, cann, monkeypatch):
     assert "安装与 --soc-version 匹配的算子包" in convert(out)[1]
 
 
+def test_every_entry_of_the_error_table():
+    table = json.loads(Path(atc_run.__file__).with_name("atc_errors.json").read_text(encoding="utf-8"))
+    assert all(atc_run.CODE.fullmatch(code) for code in table["codes"]) and len(table["codes"]) > 40
+    for entry in (entry for part in table.values() for entry in part.values()):
+        assert all(len(entry[language]) == 2 and all(entry[language]) for language in ("en", "zh"))
+        assert all("\u4e00" <= max(text) for text in entry["zh"] if not text.startswith("pip"))
+
+
+def test_codes_without_an_entry_of_their_own_have_their_family():
+    [said] = atc_run.advice("E20123: no such pass [x]")
+    assert said.startswith("E20123: the fusion engine stopped") and "no such pass" in said
+    assert atc_run.advice("all went wrong") == [] and atc_run.advice("W11001: slow") == []
+
+
 def test_an_interrupted_atc_is_ended(out, cann, monkeypatch):
     monkeypatch.setenv("STAND_IN_ATC", "slow")
     ended = []
@@ -452,6 +466,18 @@ def test_variants_pass_on_the_device(out, cann, device, flags):
     assert convert(out, *flags.split())[0] == 0
     [attempt] = artifact.load(out).om["attempts"]
     assert attempt["cosine"] > 0.99999 and attempt["distance"] < 2e-3
+
+
+@pytest.mark.parametrize("flags", ["", "--aipp --dynamic-batch 1,2"])
+def test_through_the_runtime(out, cann, monkeypatch, flags):
+    """The runtime's own session over the stand-in aclruntime (tests/ascend)."""
+    pytest.importorskip("runtime.om")
+    for folder in ("ascend", "ascend/2026"):
+        monkeypatch.syspath_prepend(GOLDEN.parent / folder)
+    code, text = convert(out, *flags.split())
+    for name in [name for name in sys.modules if name.split(".")[0] in ("aclruntime", "ais_bench", "stand_in_aclruntime")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert code == 0 and "OM verified" in text, text
 
 
 def test_nan_climbs_too(out, cann, device):
