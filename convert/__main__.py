@@ -62,12 +62,14 @@ def main(argv: list[str]) -> int:
     from runtime.artifact import ONNX, locked
 
     from . import atc_run, om
+    from .atc_options import check_path
     family = family_of(options.model)
     if family.vision is None:
         raise ToolkitError(f"{options.model} is a {family.name} model without a vision encoder: nothing to convert")
     request, toolkit = options.request(), None if options.onnx_only else atc_run.find()
+    om.check(family, request, toolkit)
     if options.dry_run or toolkit:
-        om.check(family, Path(options.out), request, toolkit and toolkit.cann)
+        check_path(Path(options.out).resolve())
     if options.dry_run:
         print(om.plan(family, Path(options.out), request, toolkit))
         return 0

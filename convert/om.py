@@ -40,12 +40,11 @@ def open_om(path: Path, spec, device: int):
     return open_om(path, spec, device)
 
 
-def check(family: Family, out: Path, request: Request, cann: str | None):
-    """ToolkitError, before anything slow begins, for what atc would refuse."""
-    atc.check(request, family, cann)
-    atc_options.check_path(out.resolve())
+def check(family: Family, request: Request, toolkit: atc_run.Toolkit | None):
+    """ToolkitError, before anything slow begins, for what atc (without one: of any CANN version) would refuse."""
+    atc.check(request, family, toolkit and toolkit.cann)
     if request.aipp:
-        variant.aipp_config(family)
+        variant.normalization(family)
 
 
 def plan(family: Family, out: Path, request: Request, toolkit: atc_run.Toolkit | None) -> str:

@@ -304,6 +304,11 @@ def test_an_om_replaced_by_hand_is_made_again(out, cann):
     assert convert(out)[0] == 0 and artifact.om_file(artifact.load(out), out) == out / "vision.om"
 
 
+def test_mistakes_are_found_without_cann_too(tmp_path):
+    code, text = convert(tmp_path / "out", "--soc-version", "Ascend310P3", "--precision-mode", "mixed_bfloat16")
+    assert code == 2 and "bfloat16" in text and not (tmp_path / "out").exists()
+
+
 def test_onnx_only_leaves_atc_alone(out, cann):
     code, text = convert(out, "--onnx-only")
     assert code == 0 and "where CANN is installed" in text and artifact.load(out).om is None
@@ -361,7 +366,7 @@ def test_every_entry_of_the_error_table():
     assert all(atc_run.CODE.fullmatch(code) for code in table["codes"]) and len(table["codes"]) > 40
     for entry in (entry for part in table.values() for entry in part.values()):
         assert all(len(entry[language]) == 2 and all(entry[language]) for language in ("en", "zh"))
-        assert all("\u4e00" <= max(text) for text in entry["zh"] if not text.startswith("pip"))
+        assert all(max(text) >= "\u4e00" for text in entry["zh"] if not text.startswith("pip"))
 
 
 def test_codes_without_an_entry_of_their_own_have_their_family():
@@ -444,6 +449,16 @@ def test_the_ladder_climbs_until_the_threshold_holds(out, cann, device):
     assert "--modify_mixlist=../vision_mixlist.json" in (out / "atc_mixed_float16.log").read_text()
     code, text = convert(out)
     assert code == 0 and "verified already" in text
+
+
+def test_a_later_mode_that_does_not_compile_is_passed_over(out, cann, device, monkeypatch):
+    def run(toolkit, arguments, work, log, real=atc_run.run):
+        if "--precision_mode_v2=mixed_float16" in arguments:
+            raise ToolkitError("atc failed (exit status 255)", 1)
+        return real(toolkit, arguments, work, log)
+    monkeypatch.setattr(atc_run, "run", run)
+    code, text = convert(out)
+    assert code == 0 and "mixed_float16: atc failed" in text and artifact.load(out).precision_mode == "origin"
 
 
 def test_a_good_first_mode_is_kept(out, cann, device):
