@@ -1,11 +1,10 @@
 """`python -m convert`: a checkpoint directory in, an artifact directory with a verified vision encoder out.
 
-Steps: identify, export, graph check, verify, publish. Idempotent; a killed run leaves nothing that looks whole, and the
-next run continues after the last step that was completed.
+Steps: identify, export, graph check, verify, publish; then, where CANN is installed, atc and the proof of its .om.
+Idempotent; a killed run leaves nothing that looks whole, and the next run continues after the last completed step.
 """
 import errno
 import json
-import shlex
 import shutil
 import sys
 import time
@@ -25,34 +24,67 @@ SHOWN = 10              # findings of the graph check on screen
 class ConvertOptions:
     model: str = flag("folder of a downloaded checkpoint", "-m", "--model-path", metavar="DIR")
     out: str = flag("artifact folder to write (made if missing)", "-o", "--output", metavar="DIR")
-    soc_version: str = flag("chip the atc command is written for, as `npu-smi info` names it", default="Ascend910B3",
+    soc_version: str = flag("chip to compile for: Ascend and the name that `npu-smi info` shows", default="Ascend910B3",
                             metavar="NAME")
+    precision_mode: str = flag("precision mode of atc; auto takes fp16 and, where an NPU shows that it is not close "
+                               "enough, mixed_float16, then origin (fp32)", default="auto", metavar="MODE")
+    dynamic_batch: str | None = flag("compile for several batch sizes, e.g. 1,2,4,8 (default: one picture)", default=None,
+                                     metavar="SIZES")
+    aipp: bool = flag("take uint8 pictures and normalise them in the NPU's AIPP unit", default=False, kind=bool)
+    atc_arg: tuple[str, ...] = flag("further option of atc, repeatable: --atc-arg log=info", default=(),
+                                    metavar="KEY=VALUE", many=True)
+    onnx_only: bool = flag("stop at the verified ONNX, also where atc is installed", default=False, kind=bool)
+    dry_run: bool = flag("print the atc command and stop; needs config.json only", default=False, kind=bool)
     force: bool = flag("replace an artifact in OUT, also one of another checkpoint", default=False, kind=bool)
 
     def __post_init__(self):
-        from .atc import check_soc
+        from .atc_options import check_soc, parse_extra, parse_gears, precision_option
         check_folder("model", self.model)
         check_soc(self.soc_version)
+        if self.precision_mode != "auto":
+            precision_option(self.precision_mode)
+        self.gears = parse_gears(self.dynamic_batch) if self.dynamic_batch is not None else ()
+        self.extra = parse_extra(self.atc_arg)
+
+    def request(self):
+        from .atc import Request
+        return Request(self.soc_version, self.precision_mode, self.aipp, self.gears, self.extra)
 
 
 def main(argv: list[str]) -> int:
     parser = Parser("python -m convert", "--model DIR --out DIR [options]",
-                    "Exports the vision encoder of a checkpoint to ONNX, verifies it, and writes the atc command.",
+                    "Exports the vision encoder of a checkpoint to ONNX, verifies it, and compiles it where CANN is "
+                    "installed.",
                     {"conversion": ConvertOptions})
     [options] = parser.parse(argv)
     from models import family_of
     from models.checkpoint import Checkpoint
-    from runtime.artifact import locked
+    from runtime.artifact import ONNX, locked
+
+    from . import atc_run, om
+    from .atc_options import check_path
     family = family_of(options.model)
     if family.vision is None:
         raise ToolkitError(f"{options.model} is a {family.name} model without a vision encoder: nothing to convert")
+    request, toolkit = options.request(), None if options.onnx_only else atc_run.find()
+    om.check(family, request, toolkit)
+    if options.dry_run or toolkit:
+        check_path(Path(options.out).resolve())
+    if options.dry_run:
+        print(om.plan(family, Path(options.out), request, toolkit))
+        return 0
     checkpoint = Checkpoint(options.model)
     checkpoint.check(family.weights())
     out = prepare(options.out)
     with locked(out):
         if options.force or not is_current(family, checkpoint, out):
             convert(family, checkpoint, out)
-        finish(family, out, options.soc_version)
+        print(f"ONNX verified: {out / ONNX}", flush=True)
+        om.prepare(family, out, request)
+        if toolkit:
+            om.Build(family, out, request, toolkit).run()
+        else:
+            print(om.next_step(family, out, request))
     return 0
 
 
@@ -182,15 +214,6 @@ def prove(family, checkpoint, work: Path) -> dict:
                            CHECK_FAILED)
     print(f"verified in {time.perf_counter() - start:.1f} s")
     return {name: asdict(result) for name, result in results.items()}
-
-
-def finish(family, out: Path, soc_version: str):
-    from runtime.artifact import ONNX, write_atomically
-
-    from .atc import command, script
-    write_atomically(out / "atc.sh", script(family.vision, soc_version))
-    print(f"ONNX verified: {out / ONNX}\nwhere CANN is installed, run `sh {out / 'atc.sh'}`, which is, in {out}:\n  "
-          + shlex.join(command(family.vision, soc_version)))
 
 
 def _interface(name: str, shape: tuple) -> dict:

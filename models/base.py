@@ -151,6 +151,7 @@ class Family:
     """
     name: str
     vision: VisionSpec | None = None
+    encoder_cosine = 0.999              # of every feature row, below which a compiled encoder is not used
     languages = ("zh", "en")            # prompt wordings; the first is the default
 
     def __init__(self, directory: Path, config: dict):

@@ -11,7 +11,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import nn
 
-from convert import atc, export
+from convert import atc_options, export
 from convert.datafile import DataFile
 from convert.graph import preflight
 from convert.trace import trace
@@ -143,4 +143,4 @@ def test_a_fit_graph_passes_the_check(tmp_path):
 
 @pytest.mark.parametrize("name", ["Ascend910B3", "Ascend310P3", "Ascend910B4-1", "Ascend910_9392"])
 def test_known_chips(name):
-    atc.check_soc(name)
+    atc_options.check_soc(name)
