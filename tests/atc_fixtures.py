@@ -15,7 +15,7 @@ def surroundings(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ASCEND_VLM_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(reference, "features", in_process)
-        patch.setattr(verify, "verify", lambda family, directory, folder, need: verify.measure(directory, folder))
+        patch.setattr(verify, "verify", lambda family, directory, folder: verify.measure(directory, folder))
         for name in (*atc_run.HOMES, "LC_ALL", "LC_MESSAGES", "STAND_IN_ATC"):
             patch.delenv(name, raising=False)
         patch.setenv("LANG", "en_US.UTF-8")
