@@ -20,7 +20,7 @@ from .errors import ToolkitError
 from .progress import spinner
 
 MANIFEST, ONNX, DATA, LOCK = "manifest.json", "vision.onnx", "vision.onnx.data", ".lock"
-ONNX_VERIFIED = "onnx verified"
+ONNX_VERIFIED, OM_VERIFIED = "onnx verified", "om verified"     # Manifest.status
 EXPORTER = 1        # raise it when the exported graph changes: artifacts of older exporters are made again
 ROOT = Path(__file__).resolve().parents[1]
 
