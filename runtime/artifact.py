@@ -20,7 +20,7 @@ from .errors import ToolkitError
 from .progress import spinner
 
 MANIFEST, ONNX, DATA, LOCK = "manifest.json", "vision.onnx", "vision.onnx.data", ".lock"
-ONNX_VERIFIED, OM_VERIFIED = "onnx verified", "om verified"     # Manifest.status
+ONNX_VERIFIED, OM_COMPILED, OM_VERIFIED = "onnx verified", "om compiled, not verified", "om verified"
 EXPORTER = 1        # raise it when the exported graph changes: artifacts of older exporters are made again
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,7 +28,11 @@ ROOT = Path(__file__).resolve().parents[1]
 @dataclass
 class Manifest:
     """manifest.json. `input` and `output` are {name, shape, dtype}; `files` is {name: {bytes, sha256}}; `errors` maps
-    each verification picture to what was measured against torch fp32."""
+    each verification picture to what was measured against torch fp32.
+
+    With an .om, `soc_version` and `precision_mode` are its own, and `om` says the rest: files {name: {bytes, sha256}}
+    (the .om first), input {dtype, shape}, gears (batch sizes), command, cann (version), log, attempts (precision mode,
+    cosine, distance, latency_ms of each .om measured on a device, the kept one last)."""
     source: str
     family: str
     opset: int
@@ -41,6 +45,7 @@ class Manifest:
     precision_mode: str = "fp32"
     status: str = ONNX_VERIFIED
     exporter: int = EXPORTER
+    om: dict | None = None
 
 
 def load(directory: str | Path) -> Manifest:
@@ -70,6 +75,10 @@ def publish(work: Path, directory: Path, manifest: Manifest):
     (directory / MANIFEST).unlink(missing_ok=True)
     for name in manifest.files:
         os.replace(work / name, directory / name)
+    save(directory, manifest)
+
+
+def save(directory: Path, manifest: Manifest):
     write_atomically(directory / MANIFEST, json.dumps(asdict(manifest), indent=2) + "\n")
 
 
@@ -84,6 +93,16 @@ def write_atomically(path: Path, text: str):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def om_file(manifest: Manifest, directory: str | Path) -> Path | None:
+    """The .om that the manifest describes; None when there is none, or it or its weights are not as recorded any more."""
+    files = (manifest.om or {}).get("files", {})
+    for name, entry in files.items():
+        path = Path(directory) / name
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            return None
+    return Path(directory) / next(iter(files)) if files else None
 
 
 def check_fits(manifest: Manifest, family: Family, checkpoint: Checkpoint, directory: str | Path):

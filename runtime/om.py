@@ -14,6 +14,7 @@ from models.checkpoint import Checkpoint
 from . import artifact
 from .acl import OmModel
 from .errors import ToolkitError
+from .host import Host, parse_npu_smi
 from .vision import VisionSession
 
 LARGEST_HALF = 65504.0
@@ -21,9 +22,10 @@ LARGEST_HALF = 65504.0
 
 @dataclass(frozen=True)
 class OmFile:
-    """An .om, and whether a manifest of this very checkpoint says that it was verified."""
+    """An .om; whether a manifest of this very checkpoint says that it was verified, and the chip it was built for."""
     path: Path
-    verified: bool
+    verified: bool = False
+    soc: str | None = None
 
     @property
     def note(self) -> str:
@@ -87,16 +89,28 @@ def find_om(family: Family, checkpoint: Checkpoint, given: str | Path | None = N
 
 def _om_of(place: Path, family, checkpoint) -> OmFile | None:
     if place.suffix == ".om":
-        return OmFile(place, False)
+        return OmFile(place)
+    if (place / artifact.MANIFEST).is_file():
+        manifest = artifact.load(place)
+        artifact.check_fits(manifest, family, checkpoint, place)
+        path = artifact.om_file(manifest, place)
+        if path is not None:
+            return OmFile(path, manifest.status == artifact.OM_VERIFIED, manifest.soc_version)
     files = sorted(place.glob("*.om"))
     if len(files) > 1:
         raise ToolkitError(f"{place} holds {len(files)} .om files ({', '.join(file.name for file in files)}); name one with "
                            "--artifact")
-    if not (place / artifact.MANIFEST).is_file():
-        return OmFile(files[0], False) if files else None
-    manifest = artifact.load(place)
-    artifact.check_fits(manifest, family, checkpoint, place)
-    return OmFile(files[0], manifest.status == artifact.OM_VERIFIED and files[0].name in manifest.files) if files else None
+    return OmFile(files[0]) if files else None
+
+
+def check_chip(om: OmFile):
+    """ToolkitError when the manifest says another chip than all that `npu-smi` lists; what it does not list is not known."""
+    if om.soc is None:
+        return
+    here = {device.soc for device in parse_npu_smi(Host().run("npu-smi", "info", timeout=10)[1])} - {"Ascend910"}
+    if here and om.soc not in here:
+        raise ToolkitError(f"{om.path} was built for {om.soc}, this machine has {', '.join(sorted(here))}; run `python -m "
+                           f"convert` again with --soc-version {min(here)}")
 
 
 def _check_interface(model: OmModel, spec: VisionSpec):

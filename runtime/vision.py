@@ -102,7 +102,8 @@ def open_session(kind: str, family: Family, checkpoint: Checkpoint, artifact=Non
     om = _wanted_om(kind, family, checkpoint, artifact)
     if om is None:
         return OnnxVision(ensure(family, checkpoint, artifact), family.vision, threads)
-    from .om import OmVision
+    from .om import OmVision, check_chip
+    check_chip(om)
     if om.note:
         print(om.note, file=sys.stderr)
     return OmVision(om.path, family.vision, int(device.partition(":")[2] or 0), om.verified)

@@ -1,4 +1,5 @@
 """OM vision over stand-ins for three generations of ais_bench and aclruntime (tests/ascend): an .om here is an ONNX file."""
+import contextlib
 import os
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from models.checkpoint import Checkpoint
 from runtime import artifact, vision
 from runtime.acl import OmModel, install_command
 from runtime.errors import ToolkitError
-from runtime.om import find_om, open_om
+from runtime.host import Host
+from runtime.om import check_chip, find_om, open_om
 from runtime.vision import open_session
 
 HERE = Path(__file__).parent
@@ -247,14 +249,13 @@ def checkpoint(tmp_path, monkeypatch):
     return Checkpoint(folder)
 
 
-def manifest(folder, checkpoint, status, listed=True, source=None):
+def manifest(folder, checkpoint, status, source=None, bytes=2, soc=None):
     """An artifact folder with an OM whose contents do not matter."""
     folder.mkdir(parents=True)
     (folder / "vision.om").write_bytes(b"om")
-    files = {"vision.om": {"bytes": 2, "sha256": ""}} if listed else {}
     family = family_of(checkpoint.directory)
-    record = artifact.Manifest(source or artifact.source_hash(family, checkpoint), family.name, 17, {}, {}, files, {},
-                               status=status)
+    record = artifact.Manifest(source or artifact.source_hash(family, checkpoint), family.name, 17, {}, {}, {}, {},
+                               status=status, soc_version=soc, om={"files": {"vision.om": {"bytes": bytes}}})
     artifact.publish(folder, folder, record)
     return folder
 
@@ -274,10 +275,23 @@ def test_which_om_is_taken(checkpoint, tmp_path):
     assert find_om(family, checkpoint, given / "vision.om").path == given / "vision.om"
 
 
-@pytest.mark.parametrize(("status", "listed"), [(artifact.ONNX_VERIFIED, True), (artifact.OM_VERIFIED, False)])
-def test_only_the_manifest_calls_an_om_verified(checkpoint, tmp_path, status, listed):
-    folder = manifest(tmp_path / "a", checkpoint, status, listed)
+@pytest.mark.parametrize(("status", "size"), [(artifact.ONNX_VERIFIED, 2), (artifact.OM_COMPILED, 2),
+                                              (artifact.OM_VERIFIED, 3)])
+def test_only_the_manifest_calls_an_om_verified(checkpoint, tmp_path, status, size):
+    folder = manifest(tmp_path / "a", checkpoint, status, bytes=size)
     assert not find_om(family_of(checkpoint.directory), checkpoint, folder).verified
+
+
+def test_an_om_of_another_chip(checkpoint, tmp_path, monkeypatch):
+    folder = manifest(tmp_path / "a", checkpoint, artifact.OM_VERIFIED, soc="Ascend310P3")
+    found = find_om(family_of(checkpoint.directory), checkpoint, folder)
+    check_chip(found)                                       # no npu-smi here: nothing is known
+    for name, refused in (("310P3", False), ("910B4", True)):
+        table = f"| 0 {name} | OK | 88.2 30 0 / 0 |\n| 0 | 0000:C1:00.0 | 0 0 / 0 26838/ 32768 |"
+        monkeypatch.setattr(Host, "run", lambda self, *command, timeout, table=table: (0, table))
+        with pytest.raises(ToolkitError, match="for Ascend310P3, .* has Ascend910B4; .*--soc-version Ascend910B4") \
+                if refused else contextlib.nullcontext():
+            check_chip(found)
 
 
 def test_an_om_of_another_checkpoint_and_two_oms(checkpoint, tmp_path):
