@@ -8,7 +8,6 @@ way round.
 """
 import ctypes
 import os
-import platform
 import re
 import sys
 import tempfile
@@ -22,11 +21,9 @@ from threading import Thread
 import numpy as np
 
 from .errors import CHECK_FAILED, MISSING_COMPONENT, ToolkitError
+from .host import install_ais_bench
 
 DTYPES = {0: np.dtype(np.float32), 1: np.dtype(np.float16), 4: np.dtype(np.uint8)}      # aclDataType -> what we feed
-WHEELS = "https://aisbench.obs.myhuaweicloud.com/packet/ais_bench_infer/0.0.2/ait/"
-SOURCES = "git+https://gitee.com/ascend/tools.git#egg={}&subdirectory=ais-bench_workload/tool/ais_bench{}"
-NEWEST_WHEEL = (3, 10)
 
 
 class OmModel:
@@ -217,20 +214,11 @@ def infer_session() -> type:
             from ais_bench.infer.interface import InferSession
     except ModuleNotFoundError as error:
         raise ToolkitError(f"vision om needs {error.name}, which is not installed and not on PyPI; run "
-                           f"{install_command()}, or use --vision onnx", MISSING_COMPONENT) from None
+                           f"`{install_ais_bench()}`, or use --vision onnx", MISSING_COMPONENT) from None
     except (ImportError, OSError) as error:
         raise ToolkitError(f"aclruntime cannot be imported ({error}); run `source set_env.sh` of the CANN toolkit in this "
                            "shell, `python -m runtime.doctor` shows where it is", MISSING_COMPONENT) from None
     return InferSession
-
-
-def install_command() -> str:
-    """The pip line for this Python and machine: Huawei's wheels, or the sources where there is none."""
-    if sys.version_info[:2] > NEWEST_WHEEL:
-        return f"`pip install '{SOURCES.format('aclruntime', '/backend')}' '{SOURCES.format('ais_bench', '')}'`"
-    tag = "cp{}{}".format(*sys.version_info[:2])
-    return (f"`pip install {WHEELS}aclruntime-0.0.2-{tag}-{tag}-linux_{platform.machine()}.whl "
-            f"{WHEELS}ais_bench-0.0.2-py3-none-any.whl`")
 
 
 def _tensors(descriptions) -> dict[str, tuple]:

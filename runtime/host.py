@@ -4,8 +4,10 @@ Paths, environment and commands go through a Host, so that a test can stand a di
 """
 import glob
 import os
+import platform
 import re
 import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -17,6 +19,10 @@ HUAWEI, ACCELERATOR = "0x19e5", "0x1200"        # PCI vendor; class of processin
 TOOLKITS = ("usr/local/Ascend/ascend-toolkit/latest", "usr/local/Ascend/ascend-toolkit/*.*", "usr/local/Ascend/cann",
             "usr/local/Ascend/cann-*")
 HOMES = ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME")
+
+WHEELS = "https://aisbench.obs.myhuaweicloud.com/packet/ais_bench_infer/0.0.2/ait/"
+SOURCES = "git+https://gitee.com/ascend/tools.git#egg={}&subdirectory=ais-bench_workload/tool/ais_bench{}"
+NEWEST_WHEEL = (3, 10)
 
 
 def npu_nodes(root: str | Path = "/") -> list[str]:
@@ -113,6 +119,15 @@ class Host:
         except metadata.PackageNotFoundError:
             return None
 
+    @property
+    def python(self) -> str:
+        return platform.python_version()
+
+    def memory(self) -> tuple[int, int]:
+        """(free, total) bytes of the host."""
+        info = self.info("/proc/meminfo")
+        return tuple(int(info[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
+
     def cards(self) -> int:
         """Ascend cards on the PCI bus, with or without a driver."""
         found = 0
@@ -137,3 +152,12 @@ def numbers(version: str) -> tuple[int, ...]:
     """"8.3.RC1" -> (8, 3), "7.7.0.1.231" -> (7, 7, 0, 1, 231): the leading numbers, to compare versions."""
     leading = re.match(r"\d+(\.\d+)*", version or "")
     return tuple(map(int, leading[0].split("."))) if leading else ()
+
+
+def install_ais_bench() -> str:
+    """The pip line for this Python and machine: Huawei's wheels, or the sources where there is none."""
+    if sys.version_info[:2] > NEWEST_WHEEL:
+        return f"pip install '{SOURCES.format('aclruntime', '/backend')}' '{SOURCES.format('ais_bench', '')}'"
+    tag = "cp{}{}".format(*sys.version_info[:2])
+    return (f"pip install {WHEELS}aclruntime-0.0.2-{tag}-{tag}-linux_{platform.machine()}.whl "
+            f"{WHEELS}ais_bench-0.0.2-py3-none-any.whl")

@@ -14,9 +14,9 @@ from models import family_of
 from models.base import VisionSpec
 from models.checkpoint import Checkpoint
 from runtime import artifact, vision
-from runtime.acl import OmModel, install_command
+from runtime.acl import OmModel
 from runtime.errors import ToolkitError
-from runtime.host import Host
+from runtime.host import Host, install_ais_bench
 from runtime.om import check_chip, find_om, open_om
 from runtime.vision import open_session
 
@@ -331,7 +331,7 @@ def test_without_ais_bench(tmp_path):
     forget()
     with pytest.raises(ToolkitError, match="needs ais_bench, which is not installed and not on PyPI; run `pip install ") as e:
         OmModel(om(tmp_path / "a.om"))
-    assert e.value.exit_code == 3 and install_command() in str(e.value)
+    assert e.value.exit_code == 3 and install_ais_bench() in str(e.value)
 
 
 def test_without_cann(tmp_path, monkeypatch):
