@@ -165,7 +165,7 @@ def answer(conversation: Conversation, question: str):
     print(flush=True)
     result = conversation.engine.last_result
     if result.metrics["vision_seconds"] > 0.0005:       # not when the features were remembered
-        tell(f"picture process time: {result.metrics['vision_seconds']:.3f} s")
+        tell(f"picture process time: {result.metrics['vision_seconds']:.3f} s ({conversation.engine.describe()[-1]})")
     tell(cost(result.metrics))
     if result.finish_reason == "length":
         tell(why_it_ended(result.metrics, conversation.sampling.max_tokens))

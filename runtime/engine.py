@@ -92,6 +92,9 @@ class Engine:
         check_memory(self.plan, self._ops.free_memory())
         self.checkpoint = Checkpoint(self.family.directory)
         self.checkpoint.check(self.family.weights())
+        if self.options.vision == "om" and self.family.vision:
+            from .vision import check_om
+            check_om(self.family, self.checkpoint, self.options.artifact)       # before the weights are read
         self._runner = self._load()
         self._vision, self._features = None, OrderedDict()
         self.last_result = None

@@ -109,6 +109,13 @@ def open_session(kind: str, family: Family, checkpoint: Checkpoint, artifact=Non
     return OmVision(om.path, family.vision, int(device.partition(":")[2] or 0), om.verified)
 
 
+def check_om(family: Family, checkpoint: Checkpoint, artifact=None):
+    """ToolkitError for what `--vision om` lacks: the package (exit 3), the file, a manifest that fits."""
+    from .acl import infer_session
+    infer_session()
+    _wanted_om("om", family, checkpoint, artifact)
+
+
 def _wanted_om(kind, family, checkpoint, artifact):
     """The OmFile to run, None for ONNX. "auto" takes one only where an NPU is, and unnamed only one that was verified."""
     from .om import find_om

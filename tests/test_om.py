@@ -15,6 +15,7 @@ from models.base import VisionSpec
 from models.checkpoint import Checkpoint
 from runtime import artifact, vision
 from runtime.acl import OmModel
+from runtime.engine import Engine
 from runtime.errors import ToolkitError
 from runtime.host import Host, install_ais_bench
 from runtime.om import check_chip, find_om, open_om
@@ -334,6 +335,20 @@ def test_without_ais_bench(tmp_path):
     assert e.value.exit_code == 3 and install_ais_bench() in str(e.value)
 
 
+def test_what_lacks_is_told_before_the_decoder_is_loaded(checkpoint, monkeypatch):
+    forget()
+    monkeypatch.setattr(Engine, "_load", None)
+    with pytest.raises(ToolkitError, match="needs ais_bench") as error:
+        Engine(checkpoint.directory, vision="om")
+    assert error.value.exit_code == 3
+
+
+def test_no_om_is_told_before_the_decoder_is_loaded(acl, checkpoint, monkeypatch):
+    monkeypatch.setattr(Engine, "_load", None)
+    with pytest.raises(ToolkitError, match="no .om in the cache"):
+        Engine(checkpoint.directory, vision="om")
+
+
 def test_without_cann(tmp_path, monkeypatch):
     (tmp_path / "ais_bench" / "infer").mkdir(parents=True)
     text = "raise ImportError('libascendcl.so: cannot open shared object file')"
@@ -390,5 +405,6 @@ def answer():
 def test_chat_with_an_om(generation, blip2, answer):
     done = run(CHAT, generation, *ASKED, "--vision", "om", "--artifact", blip2)
     assert done.returncode == 0, done.stderr
-    assert "picture process time: 0." in done.stderr and "is not verified against this checkpoint" in done.stderr
+    assert "picture process time: 0." in done.stderr and f"s (vision: om {blip2} on npu:0, float16 in" in done.stderr
+    assert "is not verified against this checkpoint" in done.stderr
     assert "INFO" not in done.stdout + done.stderr and done.stdout == answer
