@@ -142,7 +142,7 @@ class Engine:
         """float32 [pictures * rows, hidden], as spliced into the sequence."""
         if not prompt.pixels:
             return np.zeros((0, self.family.decoder.hidden), np.float32)
-        return np.concatenate([self._encode(pixels) for pixels in prompt.pixels])
+        return np.concatenate(self._rows(prompt))
 
     def prefill_logits(self, prompt: Prompt) -> np.ndarray:
         """float32 [T, vocab]: the logits of every prompt position."""
@@ -219,17 +219,16 @@ class Engine:
         from .runner import Sequence
         return Sequence(prompt, self._cache.allocate(len(prompt.ids) + new_tokens))
 
-    def _rows(self, prompt):
-        return [self._encode(pixels) for pixels in prompt.pixels]
-
-    def _encode(self, pixels) -> np.ndarray:
-        """[rows, hidden] of one picture, computed once per picture."""
-        key = hashlib.sha256(pixels.tobytes()).digest()
-        if key not in self._features:
-            self._features[key] = self._session().encode(pixels)[0]
-            if len(self._features) > FEATURES_KEPT:
-                self._features.popitem(last=False)
-        return self._features[key]
+    def _rows(self, prompt) -> list[np.ndarray]:
+        """[rows, hidden] per picture, computed once per picture: those not seen before in one call."""
+        keys = [hashlib.sha256(pixels.tobytes()).digest() for pixels in prompt.pixels]
+        fresh = {key: pixels for key, pixels in zip(keys, prompt.pixels) if key not in self._features}
+        if fresh:
+            self._features.update(zip(fresh, self._session().encode(np.concatenate(list(fresh.values())))))
+        rows = [self._features[key] for key in keys]
+        while len(self._features) > FEATURES_KEPT:
+            self._features.popitem(last=False)
+        return rows
 
     def _session(self):
         if self._vision is None:

@@ -37,6 +37,9 @@ class VisionSession:
                                "`python -m convert`", CHECK_FAILED)
         return features
 
+    def close(self):
+        """Give back what the session holds outside this process."""
+
     def _encode(self, pixels: np.ndarray) -> np.ndarray:
         raise NotImplementedError
 
