@@ -13,7 +13,7 @@ import sys
 import tempfile
 import weakref
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -167,16 +167,18 @@ class AclThread:
 
     def _work(self):
         while job := self._jobs.get():
-            future, function, arguments = job
-            try:
-                with captured_stdout() as printed:
-                    result = function(*arguments)
-                future.set_result(result)
-            except BaseException as error:
-                self._printed = printed.text
-                future.set_exception(error)
-            del job, future, function, arguments        # or the queue would keep a released session alive
-            result = None
+            self._do(*job)
+            del job                     # or it would keep a released session alive
+
+    def _do(self, future, function, arguments):
+        printed = Printed()
+        try:
+            with captured_stdout(printed):
+                result = function(*arguments)
+            future.set_result(result)
+        except BaseException as error:
+            self._printed = printed.text
+            future.set_exception(error)
 
 
 class Printed:
@@ -184,15 +186,19 @@ class Printed:
 
 
 @contextmanager
-def captured_stdout():
-    """File descriptor 1 goes to a file for a while, C's buffers included; yields an object with the `text` at the end."""
-    libc, printed = ctypes.CDLL(None), Printed()
+def captured_stdout(printed: Printed):
+    """File descriptor 1 goes to a file for a while, C's buffers included; at the end `printed.text` is what came."""
+    try:
+        stdout = os.dup(1)
+    except OSError:             # closed: nothing can be printed
+        yield
+        return
+    libc = ctypes.CDLL(None)
     _flush(libc)
-    stdout = os.dup(1)
     with tempfile.TemporaryFile() as file:
         os.dup2(file.fileno(), 1)
         try:
-            yield printed
+            yield
         finally:
             _flush(libc)
             os.dup2(stdout, 1)
@@ -202,7 +208,7 @@ def captured_stdout():
 
 
 def _flush(libc):
-    if sys.stdout is not None:
+    with suppress(OSError, ValueError, AttributeError):     # a reader that is gone, a closed or missing stdout
         sys.stdout.flush()
     libc.fflush(None)
 
@@ -210,7 +216,7 @@ def _flush(libc):
 def infer_session() -> type:
     """ais_bench's InferSession. ToolkitError (exit 3) with the line to install what is missing."""
     try:
-        with captured_stdout():
+        with captured_stdout(Printed()):
             from ais_bench.infer.interface import InferSession
     except ModuleNotFoundError as error:
         raise ToolkitError(f"vision om needs {error.name}, which is not installed and not on PyPI; run "

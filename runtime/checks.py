@@ -122,7 +122,7 @@ def _torch_npu(host, toolkit) -> Check:
     if code:
         return Check("torch_npu", MISMATCH, f"{version} cannot open the NPU: {_last_line(output)}",
                      _fix_import(output, toolkit))
-    seen = json.loads(_last_line(output))
+    seen = json.loads(next(line for line in output.splitlines() if line.startswith("{")))       # among warnings
     found = f"{version}: {seen['devices']} x {seen['name']}, {seen['free'] / 2**30:.1f} GiB free"
     if apart and numbers(toolkit.version)[:2] != numbers(cann):
         return Check("torch_npu", WARNING, found + apart)

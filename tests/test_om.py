@@ -142,6 +142,13 @@ def test_a_batch_without_a_gear_is_refused(opened):
         model.run(pictures(3))
 
 
+def test_a_size_that_the_library_would_refuse(opened):
+    model = opened(takes=np.float16).model
+    model._session.get_inputs()[0].realsize = 512       # e.g. of an OM with dynamic AIPP
+    with pytest.raises(ToolkitError, match="it wants 512 bytes, 384 were given"):
+        model.run(pictures(1).astype(np.float16))
+
+
 def test_pictures_of_any_strides_are_read_right(opened):
     turned = pictures(2).transpose(0, 2, 1, 3)
     np.testing.assert_allclose(opened().encode(turned), expected(np.ascontiguousarray(turned)), atol=1e-4)
@@ -204,6 +211,16 @@ def test_contexts_do_not_meet(acl, opened):
 def test_nothing_of_the_library_reaches_stdout(opened, capfd):
     opened(batch="n", gears="2,3").encode(pictures(1))
     assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize("redirect", [">&-", "2>&1 | cat"])
+def test_any_stdout(redirect, tmp_path):
+    code = "import sys; from runtime.acl import OmModel; sys.stderr.write(str(OmModel(sys.argv[1]).gears))"
+    path = os.pathsep.join(map(str, (HERE / "ascend" / "2024", HERE / "ascend")))
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", f'"$@" {redirect}', "bash", sys.executable, "-c", code,
+                           str(om(tmp_path / "a.om"))], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": path}, timeout=60)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "(1,)")
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -122,5 +122,5 @@ def machine(root: Path, cann: str = "9.1.0", chip: str = "910B4", driver: str = 
     home = toolkit(root, cann, kernels)
     seen = {"devices": 2, "name": f"Ascend{chip}", "free": 60 << 30}
     answers = {"smi": (0, table.format(chip=chip, health="OK", driver=driver)), "torch": (0, '{"torch": "2.13.0"}'),
-               "npu": (0, "a warning\n" + json.dumps(seen)), "om": (0, "{}")}
+               "npu": (0, f"a warning\n{json.dumps(seen)}\nanother\n"), "om": (0, "{}")}
     return StandIn(root, sourced(home), dict(GOOD), answers)
