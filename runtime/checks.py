@@ -102,7 +102,7 @@ def _torch(host, toolkit) -> Check:
     if code:
         fix = _fix_import(output, toolkit) if toolkit or not host.version("torch_npu") else \
             "export TORCH_DEVICE_BACKEND_AUTOLOAD=0   # torch_npu is installed, CANN is not"
-        return Check("torch", MISSING, f"{version} cannot be imported: {_last_line(output)}", fix)
+        return Check("torch", MISSING, f"{version} cannot be imported: {_reason(output)}", fix)
     fits = numbers(version)[:2] == numbers(VERSIONS["torch"])
     return Check("torch", OK if fits else MISMATCH, version, "" if fits else f"pip install 'torch=={VERSIONS['torch']}.*'")
 
@@ -120,7 +120,7 @@ def _torch_npu(host, toolkit) -> Check:
         return Check("torch_npu", MISMATCH, version + apart, _toolkit_install(cann + ".<x>"))
     code, output = host.run(sys.executable, "-c", PROBE_NPU, timeout=PROBE_SECONDS)
     if code:
-        return Check("torch_npu", MISMATCH, f"{version} cannot open the NPU: {_last_line(output)}",
+        return Check("torch_npu", MISMATCH, f"{version} cannot open the NPU: {_reason(output)}",
                      _fix_import(output, toolkit))
     seen = json.loads(next(line for line in output.splitlines() if line.startswith("{")))       # among warnings
     found = f"{version}: {seen['devices']} x {seen['name']}, {seen['free'] / 2**30:.1f} GiB free"
@@ -136,7 +136,7 @@ def _ais_bench(host, toolkit) -> Check:
         return Check("ais_bench", MISSING, f"{', '.join(versions)} (vision om needs both)", install)
     code, output = host.run(sys.executable, "-c", PROBE_OM, timeout=PROBE_SECONDS)
     if code:
-        return Check("ais_bench", MISMATCH, f"{', '.join(versions)}: {_last_line(output)}",
+        return Check("ais_bench", MISMATCH, f"{', '.join(versions)}: {_reason(output)}",
                      install if "No module named" in output else _fix_import(output, toolkit))
     return Check("ais_bench", OK, ", ".join(versions))
 
@@ -156,8 +156,10 @@ def _fix_import(output: str, toolkit: Toolkit | None) -> str:
     return (found[0] if found else "source {set_env}").format(**values)
 
 
-def _last_line(output: str) -> str:
-    return next((line.strip() for line in reversed(output.splitlines()) if line.strip()), "no output")
+def _reason(output: str) -> str:
+    """The line that says why: one about a library, else the last one."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return next((line for line in lines if re.search(r"Error: .*\.so", line)), lines[-1] if lines else "no output")
 
 
 # driver and devices
@@ -205,7 +207,7 @@ def _smi(host) -> tuple[list[Device], Check]:
     fix = ("docker run -v /usr/local/bin/npu-smi:/usr/local/bin/npu-smi -v /usr/local/dcmi:/usr/local/dcmi ...   # in a "
            "container; else install the driver" if code == 127 else
            "sudo npu-smi info   # if that works: sudo usermod -aG HwHiAiUser $USER; else restart the machine")
-    return [], Check("npu-smi", MISSING, _last_line(output), fix)
+    return [], Check("npu-smi", MISSING, _reason(output), fix)
 
 
 def _health(device: Device) -> Check:

@@ -52,10 +52,12 @@ def test_a_build_machine_has_cann_and_no_npu(tmp_path):
 
 
 def test_torch_npu_without_cann_breaks_torch_on_a_laptop(tmp_path):
-    error = "ImportError: libhccl.so: cannot open shared object file: No such file or directory"
+    error = ("ImportError: libhccl.so: cannot open shared object file: No such file or directory\n"
+             "RuntimeError: Failed to load the backend extension: torch_npu.")      # as torch 2.13 says it
     laptop = machines.StandIn(tmp_path, {}, {"torch": "2.13.0", "torch_npu": "2.13.0"},
                               {"smi": (127, ""), "torch": (1, error)})
     assert broken(laptop)["torch"].startswith("export TORCH_DEVICE_BACKEND_AUTOLOAD=0")
+    assert "cannot be imported: ImportError: libhccl.so" in checks.examine(laptop).checks[-1].found
 
 
 # npu-smi
