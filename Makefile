@@ -73,9 +73,12 @@ compare: setup  ## MODEL=checkpoint OUT=folder: precision report against the ref
 	@test -n "$(MODEL)" -a -n "$(OUT)" || { echo "usage: make compare MODEL=/path/to/checkpoint OUT=/path/to/report"; exit 2; }
 	@$(PY) -m runtime.compare --model "$(MODEL)" --out "$(OUT)"
 
+doctor: setup  ## is everything here for this machine's CPU or NPUs, and what to run if not
+	@$(PY) -m runtime.doctor
+
 clean:  ## remove what demo and tests wrote
 	@rm -rf out .pytest_cache .ruff_cache
 
 comma := ,
-.PHONY: help setup demo test test-npu lint convert chat compare clean bench-export \
+.PHONY: help setup demo test test-npu lint convert chat compare doctor clean bench-export \
 	convert-visualglm convert-glm4v convert-llava convert-glm-edge-v

@@ -164,6 +164,8 @@ def answer(conversation: Conversation, question: str):
         print(piece, end="", flush=True)
     print(flush=True)
     result = conversation.engine.last_result
+    if result.metrics["vision_seconds"] > 0.0005:       # not when the features were remembered
+        tell(f"picture process time: {result.metrics['vision_seconds']:.3f} s ({conversation.engine.describe()[-1]})")
     tell(cost(result.metrics))
     if result.finish_reason == "length":
         tell(why_it_ended(result.metrics, conversation.sampling.max_tokens))
@@ -171,9 +173,8 @@ def answer(conversation: Conversation, question: str):
 
 def cost(metrics: dict) -> str:
     tokens, seconds = metrics["output_tokens"], metrics["decode_seconds"]
-    vision = f"vision {metrics['vision_seconds']:.2f} s, " if metrics["vision_seconds"] > 0.005 else ""
     speed = f" at {(tokens - 1) / seconds:.1f} tokens/s" if tokens > 1 and seconds else ""
-    return (f"({vision}prompt {metrics['prompt_tokens']} tokens in {metrics['prefill_seconds']:.2f} s, "
+    return (f"(prompt {metrics['prompt_tokens']} tokens in {metrics['prefill_seconds']:.2f} s, "
             f"answer {tokens} tokens{speed})")
 
 

@@ -92,6 +92,9 @@ class Engine:
         check_memory(self.plan, self._ops.free_memory())
         self.checkpoint = Checkpoint(self.family.directory)
         self.checkpoint.check(self.family.weights())
+        if self.options.vision == "om" and self.family.vision:
+            from .vision import check_om
+            check_om(self.family, self.checkpoint, self.options.artifact)       # before the weights are read
         self._runner = self._load()
         self._vision, self._features = None, OrderedDict()
         self.last_result = None
@@ -139,7 +142,7 @@ class Engine:
         """float32 [pictures * rows, hidden], as spliced into the sequence."""
         if not prompt.pixels:
             return np.zeros((0, self.family.decoder.hidden), np.float32)
-        return np.concatenate([self._encode(pixels) for pixels in prompt.pixels])
+        return np.concatenate(self._rows(prompt))
 
     def prefill_logits(self, prompt: Prompt) -> np.ndarray:
         """float32 [T, vocab]: the logits of every prompt position."""
@@ -216,22 +219,22 @@ class Engine:
         from .runner import Sequence
         return Sequence(prompt, self._cache.allocate(len(prompt.ids) + new_tokens))
 
-    def _rows(self, prompt):
-        return [self._encode(pixels) for pixels in prompt.pixels]
-
-    def _encode(self, pixels) -> np.ndarray:
-        """[rows, hidden] of one picture, computed once per picture."""
-        key = hashlib.sha256(pixels.tobytes()).digest()
-        if key not in self._features:
-            self._features[key] = self._session().encode(pixels)[0]
-            if len(self._features) > FEATURES_KEPT:
-                self._features.popitem(last=False)
-        return self._features[key]
+    def _rows(self, prompt) -> list[np.ndarray]:
+        """[rows, hidden] per picture, computed once per picture: those not seen before in one call."""
+        keys = [hashlib.sha256(pixels.tobytes()).digest() for pixels in prompt.pixels]
+        fresh = {key: pixels for key, pixels in zip(keys, prompt.pixels) if key not in self._features}
+        if fresh:
+            self._features.update(zip(fresh, self._session().encode(np.concatenate(list(fresh.values())))))
+        rows = [self._features[key] for key in keys]
+        while len(self._features) > FEATURES_KEPT:
+            self._features.popitem(last=False)
+        return rows
 
     def _session(self):
         if self._vision is None:
             from .vision import open_session
-            self._vision = open_session(self.options.vision, self.family, self.checkpoint, self.options.artifact)
+            self._vision = open_session(self.options.vision, self.family, self.checkpoint, self.options.artifact,
+                                        device=self.options.device)
         return self._vision
 
     def _run(self, requests):
@@ -256,6 +259,8 @@ class Engine:
         return self._cache.blocks_for(tokens) <= self._cache.free_blocks
 
     def _admit(self, request) -> str:
+        if request.prompt.pixels:
+            self._session()             # opening it is not part of the picture's time
         start = time.perf_counter()
         rows = self._rows(request.prompt)
         encoded = time.perf_counter()

@@ -95,8 +95,8 @@ class EngineOptions:
     dtype: str = flag("weights and arithmetic of the decoder: auto, float32 (fp32), bfloat16 (bf16), float16 (fp16)",
                       default="auto", metavar="DTYPE")
     vision: str = flag("what runs the vision encoder", default="auto", choices=("auto", "onnx", "torch", "om"))
-    artifact: str | None = flag("folder written by `python -m convert`; without it the model is looked up in the cache "
-                                "and converted once", default=None, metavar="DIR")
+    artifact: str | None = flag("folder written by `python -m convert`, or an .om file; without it the model is looked up "
+                                "in the cache and converted once", default=None, metavar="PATH")
     ops: str = flag("decoder operators: reference is plain torch, the yardstick of the others", default="auto",
                     choices=("auto", "reference", "cpu"))
     max_model_len: int | None = flag("longest prompt + answer in tokens (default: what the model can, at most 8192)",

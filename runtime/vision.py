@@ -1,19 +1,23 @@
 """Vision sessions: pictures in the family's input layout in, rows to splice out. One interface, several machines.
 
-encode(pixels [n, ...] float32) -> features [n, rows, hidden] float32, for any n; the exported graph has batch 1.
+encode(pixels [n, ...] float32) -> features [n, rows, hidden] float32, for any n, however many a machine takes at once.
 """
+import sys
+
 import numpy as np
 
 from models.base import Family, VisionSpec
 from models.checkpoint import Checkpoint
 
 from .artifact import ONNX, ensure
-from .errors import CHECK_FAILED, MISSING_COMPONENT, ToolkitError
+from .errors import CHECK_FAILED, ToolkitError
+from .host import npu_nodes
 
 
 class VisionSession:
-    """What every session does around `_encode_one`: check the pictures going in and the features coming out."""
+    """What every session does around `_encode`: check the pictures going in and the features coming out."""
     stage: str
+    batch = 1           # pictures `_encode` takes at most
 
     def __init__(self, spec: VisionSpec):
         self.spec = spec
@@ -25,14 +29,18 @@ class VisionSession:
             raise ToolkitError(f"{self.stage} got pixels {pixels.dtype} {list(pixels.shape)}, it takes float32 "
                                f"[n, {', '.join(map(str, wanted))}]; prepare pictures with the family's `pixels`")
         features = np.empty((len(pixels), *self.spec.output_shape[1:]), np.float32)
-        for index, picture in enumerate(np.ascontiguousarray(pixels)):
-            features[index] = self._encode_one(picture[None])[0]
+        pixels = np.ascontiguousarray(pixels)
+        for start in range(0, len(pixels), self.batch):
+            features[start:start + self.batch] = self._encode(pixels[start:start + self.batch])
         if not np.isfinite(features).all():
             raise ToolkitError(f"{self.stage} gave NaN or Inf; check the checkpoint's vision weights with "
                                "`python -m convert`", CHECK_FAILED)
         return features
 
-    def _encode_one(self, pixels: np.ndarray) -> np.ndarray:
+    def close(self):
+        """Give back what the session holds outside this process."""
+
+    def _encode(self, pixels: np.ndarray) -> np.ndarray:
         raise NotImplementedError
 
     def describe(self) -> str:
@@ -51,7 +59,7 @@ class TorchVision(VisionSession):
             self.tower = family.vision_encoder().eval().requires_grad_(False)
         self.tower.load_state_dict(_tower_weights(family, checkpoint, self.dtype), assign=True)
 
-    def _encode_one(self, pixels):
+    def _encode(self, pixels):
         with self.torch.inference_mode():
             return self.tower(self.torch.from_numpy(pixels).to(self.dtype)).float().numpy()
 
@@ -77,7 +85,7 @@ class OnnxVision(VisionSession):
             raise ToolkitError(f"{directory / ONNX} cannot be loaded ({reason}); "
                                "convert it again with --force") from error
 
-    def _encode_one(self, pixels):
+    def _encode(self, pixels):
         return self.session.run([self.spec.output_name], {self.spec.input_name: pixels})[0]
 
     def describe(self):
@@ -85,15 +93,45 @@ class OnnxVision(VisionSession):
 
 
 def open_session(kind: str, family: Family, checkpoint: Checkpoint, artifact=None,
-                 threads: int | None = None) -> VisionSession:
-    """Session of `kind`: "torch", "onnx", "om" or "auto" (here: onnx). Without `artifact` the cached one is used."""
+                 threads: int | None = None, device: str = "cpu") -> VisionSession:
+    """Session of `kind`: "torch", "onnx", "om" or "auto" (om where an NPU and a fitting .om are, else onnx).
+
+    Without `artifact` the cached one is used. An om runs on the NPU of `device`, with the decoder on the CPU on npu:0.
+    """
     if family.vision is None:
         raise ToolkitError(f"{family.name} takes no pictures; leave the picture out")
-    if kind == "om":
-        raise ToolkitError("vision om needs an Ascend NPU with ais_bench; use --vision onnx here", MISSING_COMPONENT)
     if kind == "torch":
         return TorchVision(family, checkpoint)
-    return OnnxVision(ensure(family, checkpoint, artifact), family.vision, threads)
+    om = _wanted_om(kind, family, checkpoint, artifact)
+    if om is None:
+        return OnnxVision(ensure(family, checkpoint, artifact), family.vision, threads)
+    from .om import OmVision, check_chip
+    check_chip(om)
+    if om.note:
+        print(om.note, file=sys.stderr)
+    return OmVision(om.path, family.vision, int(device.partition(":")[2] or 0), om.verified)
+
+
+def check_om(family: Family, checkpoint: Checkpoint, artifact=None):
+    """ToolkitError for what `--vision om` lacks: the package (exit 3), the file, a manifest that fits."""
+    from .acl import infer_session
+    infer_session()
+    _wanted_om("om", family, checkpoint, artifact)
+
+
+def _wanted_om(kind, family, checkpoint, artifact):
+    """The OmFile to run, None for ONNX. "auto" takes one only where an NPU is, and unnamed only one that was verified."""
+    from .om import find_om
+    named = str(artifact or "").endswith(".om")
+    if kind == "onnx" and named:
+        raise ToolkitError(f"--artifact {artifact} is an .om, which --vision onnx cannot run; use --vision om")
+    if kind == "auto" and not named and not npu_nodes() or kind == "onnx":
+        return None
+    om = find_om(family, checkpoint, artifact)
+    if om is None and kind == "om":
+        raise ToolkitError(f"no .om in {artifact or f'the cache, nor in {checkpoint.directory}'}; give one with --artifact "
+                           "FILE.om, or make one with `python -m convert`")
+    return om if kind == "om" or om and (om.verified or named) else None
 
 
 def _tower_weights(family: Family, checkpoint: Checkpoint, dtype) -> dict:
