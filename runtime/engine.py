@@ -80,18 +80,23 @@ class Engine:
         from models.checkpoint import Checkpoint
 
         from .ops import choose
-        from .plan import check_memory, make_plan
+        from .parallel import open_team
+        from .plan import make_plan
+        from .split import Split, check_split
         self.options = EngineOptions(**options)
         self.family = family_of(model_dir)
+        check_split(self.family, self.options.tensor_parallel_size)
         self.max_model_len = self._longest()
         self._ops = choose(self.options.ops, self.options.device)
         self._block_size = self.options.block_size or self._ops.default_block_size
         dtype = self._ops.default_dtype(self.family) if self.options.dtype == "auto" else self.options.dtype
         self._ops.check(dtype, self._block_size)
-        self.plan = make_plan(self.family, dtype, SEQUENCES * self.max_model_len)
-        check_memory(self.plan, self._ops.free_memory())
+        self.plan = make_plan(self.family, dtype, SEQUENCES * self.max_model_len, self.options.tensor_parallel_size)
+        self._check_memory()
         self.checkpoint = Checkpoint(self.family.directory)
         self.checkpoint.check(self.family.weights())
+        self._team = self._ops.team = open_team(model_dir, self.options)
+        self._split = Split(self.family.decoder, self.options.tensor_parallel_size, self._team.rank if self._team else 0)
         self._runner = self._load()
         self._vision, self._features = None, OrderedDict()
         self.last_result = None
@@ -184,7 +189,27 @@ class Engine:
                  self.plan.describe()]
         return lines + ([self._vision.describe()] if self._vision else [])
 
+    def close(self):
+        """Give the decoder's memory back, and end the processes it was split over. The engine is of no use afterwards."""
+        from .parallel import close_team
+        self._runner = self._cache = None
+        if self._team:
+            close_team()
+
+    def follow(self, *work):
+        """On ranks other than 0: this device's part of what rank 0 computes."""
+        self._runner.compute(*work)
+
     # inside
+
+    def _check_memory(self):
+        """The ranks of a decoder split over CPU processes share the memory that rank 0 looks at."""
+        from .parallel import rank_and_size
+        from .plan import check_memory
+        if self.options.device != "cpu":
+            check_memory(self.plan, self._ops.free_memory())
+        elif not rank_and_size()[0]:
+            check_memory(self.plan, self._ops.free_memory() // self.plan.devices)
 
     def _longest(self) -> int:
         most, asked = self.family.decoder.max_length, self.options.max_model_len
@@ -198,13 +223,15 @@ class Engine:
         from .cache import KVCache
         from .loading import decoder_weights
         from .runner import Runner
-        weights = decoder_weights(self.checkpoint, self.family, self.plan.dtype, self.options.device, self._ops)
-        decoder = Decoder(self.family.decoder, weights, self._ops)
+        if self._team:
+            self._team.connect(self.options.device)
+        weights = decoder_weights(self.checkpoint, self.family, self.plan.dtype, self.options.device, self._ops, self._split)
+        decoder = Decoder(self._split.config, weights, self._ops)
         longest = -(-self.max_model_len // self._block_size)
         graphs = self._ops.records_graphs and not self.options.enforce_eager
-        self._cache = KVCache(self.family.decoder, SEQUENCES * longest + graphs, self._block_size, self.plan.dtype,
+        self._cache = KVCache(decoder.config, SEQUENCES * longest + graphs, self._block_size, self.plan.dtype,
                               self.options.device, self._ops)
-        return Runner(decoder, self._cache, self._graphs(decoder, longest) if graphs else None)
+        return Runner(decoder, self._cache, self._graphs(decoder, longest) if graphs else None, self._team)
 
     def _graphs(self, decoder, longest):
         from .graph import DecodeGraphs

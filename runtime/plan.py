@@ -6,6 +6,7 @@ import torch
 
 from .cache import KVCache
 from .errors import ToolkitError
+from .split import Split
 
 SMALL = 2 << 30         # decoders up to this many fp32 bytes run in float32 on the CPU; larger ones in bfloat16
 
@@ -17,6 +18,7 @@ class Plan:
     cache: int
     dtype: torch.dtype
     cache_tokens: int
+    devices: int = 1
 
     @property
     def total(self) -> int:
@@ -37,16 +39,18 @@ def choose_dtype(name: str, family) -> torch.dtype:
     return torch.float32 if 4 * decoder_parameters(family) <= SMALL else torch.bfloat16
 
 
-def decoder_parameters(family) -> int:
-    """Values held in memory; a matrix that serves as embedding and as output head is held twice."""
-    return sum(int(np.prod(w.shape)) * len(w.parts) for w in family.weights()
-               if w.parts and not w.parts[0].target.startswith("vision."))
+def decoder_parameters(family, split=None) -> int:
+    """Values in memory, of the whole decoder or on the first device of `split`; a matrix that serves as embedding and as
+    output head is held twice."""
+    split = split or Split(family.decoder)
+    return sum(int(np.prod(w.shape) * split.share(part.target)) for w in family.weights() for part in w.parts
+               if not part.target.startswith("vision."))
 
 
-def make_plan(family, dtype_name: str, cache_tokens: int) -> Plan:
-    dtype = choose_dtype(dtype_name, family)
-    cache = KVCache.bytes_per_token(family.decoder, dtype) * cache_tokens
-    return Plan(decoder_parameters(family) * dtype.itemsize, cache, dtype, cache_tokens)
+def make_plan(family, dtype_name: str, cache_tokens: int, devices: int = 1) -> Plan:
+    dtype, split = choose_dtype(dtype_name, family), Split(family.decoder, devices)
+    cache = KVCache.bytes_per_token(split.config, dtype) * cache_tokens
+    return Plan(decoder_parameters(family, split) * dtype.itemsize, cache, dtype, cache_tokens, devices)
 
 
 def check_memory(plan: Plan, free: int):
