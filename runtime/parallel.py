@@ -24,7 +24,7 @@ from pathlib import Path
 from .errors import CHECK_FAILED, USER_MISTAKE, ToolkitError, run_command
 
 PATIENCE = timedelta(days=30)       # a user may think that long before the next question
-REPORT_SECONDS = 10                 # a lost connection waits so long for the thread that knows which process died
+REPORT_SECONDS = 10                 # a lost connection waits so long for the thread of rank 0 that knows which one died
 PR_SET_PDEATHSIG = 1
 PORT = "ASCEND_VLM_PORT"            # tells a process we started where rank 0 listens
 
@@ -61,11 +61,17 @@ class Team:
         where = {"store": store} if store else {"init_method": "env://"}
         dist.init_process_group("gloo", rank=rank, world_size=size, timeout=PATIENCE, **where)
         self._out_of_step = False
+        atexit.register(_leave)
 
     def connect(self, device: str):
         """Every rank calls this once its device is open: sums on NPUs go from device to device."""
         if device.startswith("npu") and self._sums is None:
             self._sums = self._dist.new_group(backend="hccl", timeout=PATIENCE)
+
+    def wait_for_all(self):
+        """Every rank calls this once it has loaded its part."""
+        with self._alive():
+            self._dist.barrier()
 
     def send(self, message):
         """Rank 0: tell all others."""
@@ -78,7 +84,7 @@ class Team:
     def receive(self):
         """Other ranks: the next message, or None when rank 0 is gone."""
         message = [None]
-        with suppress(RuntimeError):
+        with suppress(ToolkitError), self._alive():
             self._dist.broadcast_object_list(message)
         return message[0]
 
@@ -112,7 +118,8 @@ class Team:
         try:
             yield
         except RuntimeError as error:
-            threading.Event().wait(REPORT_SECONDS if _workers else 0)       # the thread that watches it ends us
+            if _workers or PORT in os.environ:      # who watches the process that died ends us
+                threading.Event().wait(REPORT_SECONDS)
             raise ToolkitError(f"rank {self.rank} lost its connection to another process ({str(error).splitlines()[0]}); "
                                "run the same command again", CHECK_FAILED) from error
 
@@ -158,13 +165,13 @@ def _start(size: int) -> Team:
     """Start the other ranks on this machine and wait for them."""
     from torch.distributed import TCPStore
     store = TCPStore("127.0.0.1", 0, world_size=size, is_master=True, wait_for_workers=False, timeout=PATIENCE)
-    atexit.register(close_team)
     for rank in range(1, size):
         threading.Thread(target=_watch, args=(rank, size, store.port, _terminal()), daemon=True).start()
     return Team(0, size, store)
 
 
 _workers: list[subprocess.Popen] = []
+_ending = threading.Lock()
 
 
 def _watch(rank: int, size: int, port: int, terminal):
@@ -184,6 +191,7 @@ def _watch(rank: int, size: int, port: int, terminal):
 
 
 def _end_all(rank: int, size: int, code: int, said: str, terminal):
+    _ending.acquire()                   # for good: one message is enough
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     if said and code > 0:
         how = f"failed: {said if '--debug' in sys.argv else said.splitlines()[-1].removeprefix('error: ')}"
@@ -201,17 +209,23 @@ def _terminal():
 
 def close_team():
     """End the ranks we started; those of torchrun wait for another model."""
-    global _team
-    if _team is None:
-        return
-    _team.free = True
     if _workers:
-        ended, _workers[:] = _workers[:], []
-        for worker in ended:
-            worker.kill()
-            worker.wait()
-        _team._dist.destroy_process_group()
-        _team = None
+        _leave()
+    elif _team:
+        _team.free = True
+
+
+def _leave():
+    """Also at exit: torch aborts a process that still has its connections then."""
+    global _team
+    import torch.distributed as dist
+    ended, _workers[:] = _workers[:], []
+    for worker in ended:
+        worker.kill()
+        worker.wait()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    _team = None
 
 
 # the other ranks

@@ -1,7 +1,7 @@
 """What a model will need in memory, worked out from its tables before anything is read."""
+import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from .cache import KVCache
@@ -43,8 +43,8 @@ def decoder_parameters(family, split=None) -> int:
     """Values in memory, of the whole decoder or on the first device of `split`; a matrix that serves as embedding and as
     output head is held twice."""
     split = split or Split(family.decoder)
-    return sum(int(np.prod(w.shape) * split.share(part.target)) for w in family.weights() for part in w.parts
-               if not part.target.startswith("vision."))
+    return int(sum(math.prod(w.shape) * split.share(part.target) for w in family.weights() for part in w.parts
+                   if not part.target.startswith("vision.")))
 
 
 def make_plan(family, dtype_name: str, cache_tokens: int, devices: int = 1) -> Plan:

@@ -6,6 +6,7 @@ held by all. Devices beyond the number of key/value heads share one: each holds 
 """
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from itertools import accumulate
 
 import torch
@@ -28,7 +29,7 @@ def check_split(family, size: int):
     if wrong:
         fitting = [str(s) for s in SIZES if not _misfit(c, s)]
         raise ToolkitError(f"--tensor-parallel-size {size} does not divide {family.name}'s {', '.join(wrong)}; use "
-                           f"{' or '.join(fitting)}")
+                           f"{', '.join(fitting)}")
     if size > 1 and (family.directory / "quant_model_description.json").is_file():
         raise ToolkitError(f"--tensor-parallel-size {size}: a quantised checkpoint runs on one device only; leave the flag "
                            "out, or give the float checkpoint")
@@ -56,14 +57,14 @@ class Split:
         c = self.whole
         return replace(c, heads=c.heads // self.size, kv_heads=max(1, c.kv_heads // self.size), ffn=c.ffn // self.size)
 
-    def share(self, target: str) -> float:
+    def share(self, target: str) -> Fraction:
         """The fraction of a weight that the first device, which has the most, holds."""
         kind = layer_kind(target)
         if kind == "qkv":
             c, local = self.whole, self.config
-            return (local.heads + 2 * local.kv_heads) / (c.heads + 2 * c.kv_heads)
+            return Fraction(local.heads + 2 * local.kv_heads, c.heads + 2 * c.kv_heads)
         split = kind in ROWS or (kind in COLUMNS and target.endswith("weight"))
-        return 1 / self.size if split else 1.0
+        return Fraction(1, self.size if split else 1)
 
     def weights(self, table: Iterable[Weight]) -> Iterator[Weight]:
         """The weight table with every part narrowed to what this device holds."""
