@@ -152,6 +152,7 @@ class Family:
     """
     name: str
     vision: VisionSpec | None = None
+    prefix_lm = False                   # a prompt's tokens, but for its last, see each other both ways
     languages = ("zh", "en")            # prompt wordings; the first is the default
 
     def __init__(self, directory: Path, config: dict):

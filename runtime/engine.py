@@ -1,5 +1,6 @@
 """Engine: one model, loaded once; prompts in, answers (or features, or logits) out. The public Python API."""
 import hashlib
+import sys
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -35,6 +36,14 @@ class Settings:
     top_k: int
     repetition_penalty: float
     max_tokens: int
+
+
+def longest_of(family, asked: int | None) -> int:
+    """Tokens of the longest sequence when --max-model-len is `asked`."""
+    most = family.decoder.max_length
+    if asked is not None and asked > most:
+        raise ToolkitError(f"--max-model-len {asked} is more than the {most} tokens of {family.name}; lower it")
+    return min(most, MOST_TOKENS) if asked is None else asked
 
 
 class Request:
@@ -81,17 +90,17 @@ class Engine:
 
         from .ops import choose
         from .parallel import open_team
-        from .plan import make_plan
         from .split import Split, check_split
         self.options = EngineOptions(**options)
         self.family = family_of(model_dir)
         check_split(self.family, self.options.tensor_parallel_size)
-        self.max_model_len = self._longest()
+        self.max_model_len = longest_of(self.family, self.options.max_model_len)
         self._ops = choose(self.options.ops, self.options.device)
         self._block_size = self.options.block_size or self._ops.default_block_size
         dtype = self._ops.default_dtype(self.family) if self.options.dtype == "auto" else self.options.dtype
         self._ops.check(dtype, self._block_size)
-        self.plan = make_plan(self.family, dtype, SEQUENCES * self.max_model_len, self.options.tensor_parallel_size)
+        self.plan = self._plan(dtype)
+        print(self.plan.describe(), file=sys.stderr)
         self._check_memory()
         self.checkpoint = Checkpoint(self.family.directory)
         self.checkpoint.check(self.family.weights())
@@ -187,8 +196,7 @@ class Engine:
     def describe(self) -> list[str]:
         """One line per stage: what runs where."""
         lines = [f"model: {self.family.name} ({self.family.rule})",
-                 f"decoder: {self._ops.name} ops on {self.options.device}, {str(self.plan.dtype).split('.')[1]}",
-                 self.plan.describe()]
+                 f"decoder: {self._ops.name} ops on {self._devices()}, {str(self.plan.dtype).split('.')[1]}"]
         return lines + ([self._vision.describe()] if self._vision else [])
 
     def close(self):
@@ -204,6 +212,17 @@ class Engine:
 
     # inside
 
+    def _devices(self) -> str:
+        size = self.options.tensor_parallel_size
+        return self.options.device if size == 1 else f"{self.options.device} and {size - 1} more (tensor parallel)"
+
+    def _plan(self, dtype: str):
+        from .plan import make_plan, on_npu
+        plan = make_plan(self.family, dtype, SEQUENCES * self.max_model_len, self.options.tensor_parallel_size)
+        if self.options.device == "cpu":
+            return plan
+        return on_npu(plan, self.family, self.max_model_len, vision=self.options.vision in ("auto", "om"))
+
     def _check_memory(self):
         """The ranks of a decoder split over CPU processes share the memory that rank 0 looks at."""
         from .parallel import rank_and_size
@@ -212,12 +231,6 @@ class Engine:
             check_memory(self.plan, self._ops.free_memory())
         elif not rank_and_size()[0]:
             check_memory(self.plan, self._ops.free_memory() // self.plan.devices)
-
-    def _longest(self) -> int:
-        most, asked = self.family.decoder.max_length, self.options.max_model_len
-        if asked is not None and asked > most:
-            raise ToolkitError(f"--max-model-len {asked} is more than the {most} tokens of {self.family.name}; lower it")
-        return min(most, MOST_TOKENS) if asked is None else asked
 
     def _load(self):
         from models.decoder import Decoder

@@ -150,7 +150,8 @@ def test_rows_of_a_tensor_that_many_parts_take(tmp_path, suffix):
     else:
         from safetensors.torch import save_file
         save_file({"other": torch.ones(3), "x": tensor}, tmp_path / "model.safetensors")
-    table = [Weight("x", (6, 4), (Part("a", take=(1, 3)), Part("b", take=(4, 6), at=(0, 4)), Part("b", take=(0, 2), at=(2, 4))))]
+    parts = (Part("a", take=(1, 3)), Part("b", take=(4, 6), at=(0, 4)), Part("b", take=(0, 2), at=(2, 4)))
+    table = [Weight("x", (6, 4), parts)]
     counted = []
     found = dict(Checkpoint(tmp_path).assemble(table, progress=lambda *bytes_: counted.append(bytes_)))
     assert torch.equal(found["a"], tensor[1:3]) and torch.equal(found["b"], torch.cat((tensor[4:], tensor[:2])))
@@ -340,7 +341,8 @@ def one_token(family, soc, team):
     weights = decoder_weights(Checkpoint(family.directory), family, torch.float32, "cpu", ops, split)
     decoder, cache = Decoder(split.config, weights, ops), KVCache(split.config, 2, 16, torch.float32, "cpu", ops)
     turn = torch.zeros(1, split.config.head_dim)
-    step = ops.begin(Step(turn, turn, torch.tensor([0]), torch.tensor([[0]], dtype=torch.int32), [1], [1]), split.config, "cpu")
+    table = torch.tensor([[0]], dtype=torch.int32)
+    step = ops.begin(Step(turn, turn, torch.tensor([0]), table, [1], [1]), split.config, "cpu")
     with torch.inference_mode(), Launched() as launched:
         decoder.logits(decoder.forward(decoder.embed(torch.tensor([3])), step, cache))
     return launched.names
