@@ -14,7 +14,6 @@ from .answer import AnswerText
 from .errors import ToolkitError
 from .options import EngineOptions, SamplingParams
 
-MOST_TOKENS = 8192      # longest sequence when --max-model-len is not given, whatever the model could
 SEQUENCES = 8           # the cache holds this many sequences of full length
 FEATURES_KEPT = 16      # pictures whose features are remembered
 
@@ -36,14 +35,6 @@ class Settings:
     top_k: int
     repetition_penalty: float
     max_tokens: int
-
-
-def longest_of(family, asked: int | None) -> int:
-    """Tokens of the longest sequence when --max-model-len is `asked`."""
-    most = family.decoder.max_length
-    if asked is not None and asked > most:
-        raise ToolkitError(f"--max-model-len {asked} is more than the {most} tokens of {family.name}; lower it")
-    return min(most, MOST_TOKENS) if asked is None else asked
 
 
 class Request:
@@ -90,6 +81,7 @@ class Engine:
 
         from .ops import choose
         from .parallel import open_team
+        from .plan import longest_of
         from .split import Split, check_split
         self.options = EngineOptions(**options)
         self.family = family_of(model_dir)

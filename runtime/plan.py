@@ -22,6 +22,7 @@ if TYPE_CHECKING:       # `--help` does without torch
 
     from models.base import Family
 
+MOST_TOKENS = 8192      # longest sequence when --max-model-len is not given, whatever the model could
 SMALL = 2 << 30         # decoders up to this many fp32 bytes run in float32 on the CPU; larger ones in bfloat16
 RELEASED = Path(__file__).parents[1] / "models" / "released"
 
@@ -47,6 +48,14 @@ class Plan:
         where = f" on each of {self.devices} devices" if self.devices > 1 else ""
         return (f"memory: weights {gib(self.weights)} + cache {gib(self.cache)} for {self.cache_tokens} tokens{text} = "
                 f"{gib(self.total)} GiB{where}")
+
+
+def longest_of(family, asked: int | None) -> int:
+    """Tokens of the longest sequence when --max-model-len is `asked`."""
+    most = family.decoder.max_length
+    if asked is not None and asked > most:
+        raise ToolkitError(f"--max-model-len {asked} is more than the {most} tokens of {family.name}; lower it")
+    return min(most, MOST_TOKENS) if asked is None else asked
 
 
 def gib(size: int) -> str:
@@ -165,7 +174,6 @@ def find_family(model: str) -> Family:
 
 def estimate(family: Family, options: PlanOptions) -> dict:
     """Bytes per device and milliseconds. ToolkitError for what the model or the chip cannot do."""
-    from .engine import longest_of
     from .ops.npu import NpuOps
     from .split import check_split
     chip, devices, longest = CHIPS[options.soc], options.tensor_parallel_size, longest_of(family, options.max_model_len)
