@@ -64,7 +64,8 @@ class VisionSpec:
 class Part:
     """Where (a piece of) a checkpoint tensor goes. `take` = rows of the source, `at` = (row offset, total rows) in the target.
 
-    `transform` is applied to the piece (fp tensors of any dtype) before it is stored.
+    `transform` is applied to the piece (fp tensors of any dtype) before it is stored; one on q rows alone, or on k rows
+    alone, works head by head, so that it also serves for some of the heads.
     """
     target: str
     take: tuple[int, int] | None = None
@@ -152,6 +153,7 @@ class Family:
     name: str
     vision: VisionSpec | None = None
     encoder_cosine = 0.999              # of every feature row, below which a compiled encoder is not used
+    prefix_lm = False                   # a prompt's tokens, but for its last, see each other both ways
     languages = ("zh", "en")            # prompt wordings; the first is the default
 
     def __init__(self, directory: Path, config: dict):

@@ -72,21 +72,25 @@ class Checkpoint:
         """Yield every target that starts with `prefix` as soon as it is complete: (name, tensor in its own memory).
 
         Floating-point targets are converted to `dtype` (None: as stored). At most one source is in memory beside the
-        targets; large sources come first, so the peak is about the sum of the targets the caller keeps.
+        targets; large sources come first, so the peak is about the sum of the targets the caller keeps. Of a source whose
+        parts all `take` some of its rows, only those rows are read.
         `progress(done, total)` counts source bytes. Raises ModelError if a target stays incomplete.
         """
         rows = [(w.source, [p for p in w.parts if p.target.startswith(prefix)]) for w in weights]
         rows = sorted([row for row in rows if row[1] and row[0] in self._entries], key=lambda row: self._order(row[0]))
-        total, done, pending = sum(self.nbytes(name) for name, _ in rows), 0, {}
+        total, done, pending = sum(self._bytes_read(*row) for row in rows), 0, {}
         for name, parts in rows:
-            source = self.tensor(name)
+            whole = None if all(part.take for part in parts) else self.tensor(name)
             for part in parts:
-                complete = _place(part, source, dtype, pending)
-                if part is parts[-1]:
-                    del source          # not in memory while the caller works on the target
+                piece = self._piece(name, part, whole)
+                done += piece.nbytes if whole is None else 0
+                complete = _place(part, piece, dtype, pending)
+                if whole is not None and part is parts[-1]:
+                    done += whole.nbytes
+                    whole = None
+                del piece               # not in memory while the caller works on the target
                 if complete:
                     yield part.target, pending.pop(part.target)[0]
-            done += self.nbytes(name)
             if progress:
                 progress(done, total)
         if pending:
@@ -101,6 +105,16 @@ class Checkpoint:
             hasher.update(f"{name} {entry.dtype} {list(entry.shape)}\n".encode())
             hasher.update(self.tensor(name).reshape(-1).view(torch.uint8).numpy())
         return hasher.hexdigest()
+
+    def _piece(self, name: str, part: Part, whole: torch.Tensor | None) -> torch.Tensor:
+        if whole is None:
+            return self._reader.tensor(name, self._entries[name].rows(*part.take))
+        return whole if part.take is None else whole[slice(*part.take)]
+
+    def _bytes_read(self, name: str, parts: list[Part]) -> int:
+        if all(part.take for part in parts):
+            return sum(self._entries[name].rows(*part.take).nbytes for part in parts)
+        return self.nbytes(name)
 
     def _order(self, name: str) -> tuple:
         entry = self._entries[name]
@@ -136,9 +150,8 @@ def _contradictions(file: str, stored: dict[str, Entry], index: dict[str, str]) 
             + _listing(f"in {file}, not named by the index", sorted(stored.keys() - named)))
 
 
-def _place(part: Part, source: torch.Tensor, dtype: torch.dtype | None, pending: dict) -> bool:
+def _place(part: Part, piece: torch.Tensor, dtype: torch.dtype | None, pending: dict) -> bool:
     """Copy one part into its target in `pending` ({name: [tensor, rows filled]}); True when the target is complete."""
-    piece = source if part.take is None else source[slice(*part.take)]
     piece = part.transform(piece) if part.transform else piece
     dtype = dtype if dtype and piece.is_floating_point() else piece.dtype
     if part.at is None:

@@ -64,16 +64,16 @@ class Decoder:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [T, hidden] -> float32 [T, vocab]."""
-        return self.ops.linear(hidden, self.lm_head).float()
+        return self.ops.gather(self.ops.linear(hidden, self.lm_head)).float()
 
     def _plain_layers(self, residual, step, cache):
         """Pre-norm: each branch's output joins the residual inside the next norm."""
         next_norms = [layer.attention_norm for layer in self.layers[1:]] + [self.final_norm]
         x = self._norm(residual, self.layers[0].attention_norm)
         for i, (layer, next_norm) in enumerate(zip(self.layers, next_norms)):
-            x, residual = self.ops.add_rms_norm(self._attention(x, layer, i, step, cache), residual, layer.mlp_norm,
-                                                self.config.eps)
-            x, residual = self.ops.add_rms_norm(self._mlp(x, layer), residual, next_norm, self.config.eps)
+            x, residual = self.ops.add_rms_norm(self.ops.all_reduce(self._attention(x, layer, i, step, cache)), residual,
+                                                layer.mlp_norm, self.config.eps)
+            x, residual = self.ops.add_rms_norm(self.ops.all_reduce(self._mlp(x, layer)), residual, next_norm, self.config.eps)
         return x
 
     def _alpha_layers(self, x, step, cache):
@@ -81,9 +81,9 @@ class Decoder:
         alpha = self.config.residual_alpha
         for i, layer in enumerate(self.layers):
             normed = self._norm(x, layer.attention_norm)
-            x = self.ops.scaled_add(self._attention(normed, layer, i, step, cache), normed, alpha)
+            x = self.ops.scaled_add(self.ops.all_reduce(self._attention(normed, layer, i, step, cache)), normed, alpha)
             normed = self._norm(x, layer.mlp_norm)
-            x = self.ops.scaled_add(self._mlp(normed, layer), normed, alpha)
+            x = self.ops.scaled_add(self.ops.all_reduce(self._mlp(normed, layer)), normed, alpha)
         return self._norm(x, self.final_norm)
 
     def _norm(self, x, norm):

@@ -9,7 +9,7 @@ import os
 import pickle
 import re
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,15 +29,23 @@ REOPEN_BYTES = 256 << 20        # a mapped .bin is reopened after this much was 
 
 @dataclass(frozen=True)
 class Entry:
-    """One stored tensor; `offset` is its first byte in a safetensors file (pickled files have None)."""
+    """One stored tensor, or the rows of it from `first`; `offset` is its first byte in a safetensors file (pickled files
+    have None)."""
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int | None = None
+    first: int = 0
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def rows(self, first: int, last: int) -> "Entry":
+        """The entry of rows [first, last)."""
+        part = replace(self, shape=(last - first, *self.shape[1:]), first=first)
+        skipped = first * self.nbytes // self.shape[0]
+        return part if self.offset is None else replace(part, offset=self.offset + skipped)
 
 
 class Damaged(Exception):
@@ -175,7 +183,7 @@ class TensorReader:
             except Damaged as error:
                 raise ModelError(f"{entry.file} changed while it was read: it {error}") from None
         self.read += entry.nbytes
-        return self.state[name]
+        return self.state[name][entry.first:entry.first + entry.shape[0]] if entry.shape else self.state[name]
 
 
 def _raw(memory: np.ndarray, entry: Entry) -> torch.Tensor:

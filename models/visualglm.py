@@ -112,6 +112,7 @@ FULL_WIDTH = str.maketrans(",!:;?", "，！：；？")
 
 class VisualGLM(Family):
     name = "visualglm"
+    prefix_lm = True
 
     @classmethod
     def matches(cls, config):

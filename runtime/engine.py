@@ -1,5 +1,6 @@
 """Engine: one model, loaded once; prompts in, answers (or features, or logits) out. The public Python API."""
 import hashlib
+import sys
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -13,7 +14,6 @@ from .answer import AnswerText
 from .errors import ToolkitError
 from .options import EngineOptions, SamplingParams
 
-MOST_TOKENS = 8192      # longest sequence when --max-model-len is not given, whatever the model could
 SEQUENCES = 8           # the cache holds this many sequences of full length
 FEATURES_KEPT = 16      # pictures whose features are remembered
 
@@ -80,22 +80,30 @@ class Engine:
         from models.checkpoint import Checkpoint
 
         from .ops import choose
-        from .plan import check_memory, make_plan
+        from .parallel import open_team
+        from .plan import longest_of
+        from .split import Split, check_split
         self.options = EngineOptions(**options)
         self.family = family_of(model_dir)
-        self.max_model_len = self._longest()
+        check_split(self.family, self.options.tensor_parallel_size)
+        self.max_model_len = longest_of(self.family, self.options.max_model_len)
         self._ops = choose(self.options.ops, self.options.device)
         self._block_size = self.options.block_size or self._ops.default_block_size
         dtype = self._ops.default_dtype(self.family) if self.options.dtype == "auto" else self.options.dtype
         self._ops.check(dtype, self._block_size)
-        self.plan = make_plan(self.family, dtype, SEQUENCES * self.max_model_len)
-        check_memory(self.plan, self._ops.free_memory())
+        self.plan = self._plan(dtype)
+        print(self.plan.describe(), file=sys.stderr)
+        self._check_memory()
         self.checkpoint = Checkpoint(self.family.directory)
         self.checkpoint.check(self.family.weights())
         if self.options.vision == "om" and self.family.vision:
             from .vision import check_om
             check_om(self.family, self.checkpoint, self.options.artifact)       # before the weights are read
+        self._team = self._ops.team = open_team(model_dir, self.options)
+        self._split = Split(self.family.decoder, self.options.tensor_parallel_size, self._team.rank if self._team else 0)
         self._runner = self._load()
+        if self._team:
+            self._team.wait_for_all()
         self._vision, self._features = None, OrderedDict()
         self.last_result = None
 
@@ -183,17 +191,43 @@ class Engine:
     def describe(self) -> list[str]:
         """One line per stage: what runs where."""
         lines = [f"model: {self.family.name} ({self.family.rule})",
-                 f"decoder: {self._ops.name} ops on {self.options.device}, {str(self.plan.dtype).split('.')[1]}",
-                 self.plan.describe()]
+                 f"decoder: {self._ops.name} ops on {self._devices()}, {str(self.plan.dtype).split('.')[1]}"]
         return lines + ([self._vision.describe()] if self._vision else [])
+
+    def close(self):
+        """Give the decoder's memory back, and end the processes it was split over. The engine is of no use afterwards."""
+        from .parallel import close_team
+        self._runner = self._cache = None
+        if self._vision:
+            self._vision.close()
+        if self._team:
+            close_team()
+
+    def follow(self, *work):
+        """On ranks other than 0: this device's part of what rank 0 computes."""
+        self._runner.compute(*work)
 
     # inside
 
-    def _longest(self) -> int:
-        most, asked = self.family.decoder.max_length, self.options.max_model_len
-        if asked is not None and asked > most:
-            raise ToolkitError(f"--max-model-len {asked} is more than the {most} tokens of {self.family.name}; lower it")
-        return min(most, MOST_TOKENS) if asked is None else asked
+    def _devices(self) -> str:
+        size = self.options.tensor_parallel_size
+        return self.options.device if size == 1 else f"{self.options.device} and {size - 1} more (tensor parallel)"
+
+    def _plan(self, dtype: str):
+        from .plan import make_plan, on_npu
+        plan = make_plan(self.family, dtype, SEQUENCES * self.max_model_len, self.options.tensor_parallel_size)
+        if self.options.device == "cpu":
+            return plan
+        return on_npu(plan, self.family, self.max_model_len, vision=self.options.vision in ("auto", "om"))
+
+    def _check_memory(self):
+        """The ranks of a decoder split over CPU processes share the memory that rank 0 looks at."""
+        from .parallel import rank_and_size
+        from .plan import check_memory
+        if self.options.device != "cpu":
+            check_memory(self.plan, self._ops.free_memory())
+        elif not rank_and_size()[0]:
+            check_memory(self.plan, self._ops.free_memory() // self.plan.devices)
 
     def _load(self):
         from models.decoder import Decoder
@@ -201,13 +235,15 @@ class Engine:
         from .cache import KVCache
         from .loading import decoder_weights
         from .runner import Runner
-        weights = decoder_weights(self.checkpoint, self.family, self.plan.dtype, self.options.device, self._ops)
-        decoder = Decoder(self.family.decoder, weights, self._ops)
+        if self._team:
+            self._team.connect(self.options.device)
+        weights = decoder_weights(self.checkpoint, self.family, self.plan.dtype, self.options.device, self._ops, self._split)
+        decoder = Decoder(self._split.config, weights, self._ops)
         longest = -(-self.max_model_len // self._block_size)
         graphs = self._ops.records_graphs and not self.options.enforce_eager
-        self._cache = KVCache(self.family.decoder, SEQUENCES * longest + graphs, self._block_size, self.plan.dtype,
+        self._cache = KVCache(decoder.config, SEQUENCES * longest + graphs, self._block_size, self.plan.dtype,
                               self.options.device, self._ops)
-        return Runner(decoder, self._cache, self._graphs(decoder, longest) if graphs else None)
+        return Runner(decoder, self._cache, self._graphs(decoder, longest) if graphs else None, self._team)
 
     def _graphs(self, decoder, longest):
         from .graph import DecodeGraphs

@@ -103,6 +103,8 @@ class EngineOptions:
                                      default=None, kind=int, metavar="N")
     block_size: int | None = flag("tokens per block of the KV cache (default: 16 on the CPU, 128 on an NPU)",
                                   default=None, kind=int, metavar="N")
+    tensor_parallel_size: int = flag("devices the decoder is split over: 1, 2, 4 or 8; started here, or by torchrun",
+                                     "-tp", "--tp", default=1, kind=int, metavar="N")
     enforce_eager: bool = flag("NPU: run every decode step kernel by kernel instead of replaying recorded graphs",
                                default=False, kind=bool)
 
@@ -115,6 +117,7 @@ class EngineOptions:
                 "1 or more is needed, e.g. 16")
         require(self, "max_model_len", self.max_model_len is None or self.max_model_len >= 1,
                 "1 or more is needed, e.g. 2048")
+        require(self, "tensor_parallel_size", self.tensor_parallel_size in (1, 2, 4, 8), "use 1, 2, 4 or 8")
 
 
 @dataclass
@@ -184,8 +187,13 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unknown argument {unknown[0]}" + self._nearest(unknown[0]))
         if values.trust_remote_code:
             print("note: --trust-remote-code is ignored; no code of a checkpoint is ever run", file=sys.stderr)
-        return [options(**{f.name: getattr(values, f.name) for f in fields(options) if hasattr(values, f.name)})
-                for options in self._classes]
+        parsed = [options(**{f.name: getattr(values, f.name) for f in fields(options) if hasattr(values, f.name)})
+                  for options in self._classes]
+        for options in parsed:
+            if isinstance(options, EngineOptions):
+                from .parallel import join_torchrun
+                join_torchrun(options.tensor_parallel_size)
+        return parsed
 
     def error(self, message):
         raise ToolkitError(f"{message}; see {self.prog} --help", USER_MISTAKE)
@@ -210,7 +218,7 @@ def kebab(argument: str) -> str:
 def _add(group, f):
     """Add the flag of dataclass field `f` to an argparse group; what is not given is left to the dataclass."""
     meta, aliases = f.metadata, f.metadata["aliases"]
-    names = [*(a for a in aliases if len(a) == 2), spelled(f.name), *(a for a in aliases if len(a) > 2)]
+    names = [*(a for a in aliases if a[1] != "-"), spelled(f.name), *(a for a in aliases if a[1] == "-")]
     default = f" (default: {f.default})" if f.default not in (MISSING, None, (), False) else ""
     settings = {"dest": f.name, "help": meta["help"] + default, "required": f.default is MISSING,
                 "default": argparse.SUPPRESS}

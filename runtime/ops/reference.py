@@ -17,6 +17,7 @@ class ReferenceOps:
     name = "reference"
     default_block_size = 16
     records_graphs = False      # decode can be recorded as device graphs
+    team = None                 # parallel.Team when the decoder is split over several devices
 
     def check(self, dtype: str, block_size: int):
         """ToolkitError when the backend cannot compute in `dtype` or page by `block_size`."""
@@ -55,6 +56,14 @@ class ReferenceOps:
 
     def linear(self, x, linear):
         return F.linear(x, linear.weight, linear.bias)
+
+    def all_reduce(self, x):
+        """The sum of x over the devices."""
+        return x if self.team is None else self.team.all_reduce(x)
+
+    def gather(self, x):
+        """[T, n] of every device -> [T, n * devices]."""
+        return x if self.team is None else self.team.gather(x)
 
     def layer_norm(self, x, norm, eps):
         y = F.layer_norm(x.float(), x.shape[-1:], norm.weight.float(), norm.bias.float(), eps)

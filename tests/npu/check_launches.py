@@ -12,13 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 from models import family_of
 from models.decoder import Decoder, Step
 from runtime import Engine
 from runtime.cache import KVCache
+from runtime.graph import BATCH_SIZES, DecodeGraphs
 from runtime.loading import MATRICES
 from runtime.ops import choose
+from runtime.parallel import Team, _leave
 
 ROOT = Path(__file__).resolve().parents[2]
 CHIP, LOG = os.environ["STUB_SOC"], Path(os.environ["STUB_LOG"])
@@ -191,3 +194,37 @@ def test_storage_formats(tmp_path, ops):
     wanted = NZ if CHIP.startswith("Ascend310P") else 2
     assert [int(torch_npu.get_npu_format(tensor)) for tensor in tensors][:2] == [wanted] * 2
     assert all((int(torch_npu.get_npu_format(t)) == NZ) == (wanted == NZ) for t in cache.layers[0])
+
+
+@pytest.fixture
+def team(ops):
+    """A group of one device over the wheel's hccl."""
+    team = Team(0, 1, TCPStore("127.0.0.1", 0, world_size=1, is_master=True))
+    team.connect("npu:0")
+    yield team
+    ops.team = None
+    _leave()
+
+
+def test_collectives_are_all_that_the_launches_gain(tmp_path, ops, launches, team):
+    decoder = full_size("glm-4-9b-chat", tmp_path, ops)
+    with torch.inference_mode():
+        for lengths in STEPS.values():
+            ops.team = None
+            run_step(decoder, *lengths, launches)
+            alone = run_step(decoder, *lengths, launches)
+            ops.team = team
+            together = run_step(decoder, *lengths, launches)
+            assert [name for name in together if not name.startswith("hccl")] == alone
+            assert together.count("hccl AllReduce") == 2 * decoder.config.layers
+            assert together.count("hccl AllGather") == 1
+
+
+def test_collectives_inside_recorded_graphs(tmp_path, ops, launches, team):
+    decoder = full_size("glm-4-9b-chat", tmp_path, ops)
+    cache, ops.team = KVCache(decoder.config, 3, BLOCK, torch.float16, "npu:0", ops), team
+    graphs = DecodeGraphs(decoder, cache, WIDTH, "npu:0")
+    launches.clear()
+    graphs.record()
+    passes = 2 * len(BATCH_SIZES)                       # warm-up and recording
+    assert launches.names().count("hccl AllReduce") == passes * 2 * decoder.config.layers

@@ -2,7 +2,7 @@
 
     python tests/npu/run.py [pytest arguments]
 
-The libraries are built on the first run, beside the environment's packages.
+The libraries are built when their sources change, beside the environment's packages.
 """
 import os
 import subprocess
@@ -24,8 +24,14 @@ def environment(chip: str, log: Path) -> dict:
     return {name: value for name, value in os.environ.items() if not name.startswith("ASCEND_")} | ours
 
 
+def up_to_date() -> bool:
+    sources = [*(HERE / "cann").iterdir(), HERE / "stand_in_cann.py"]
+    built = LIBRARIES / READY
+    return built.is_file() and built.stat().st_mtime > max(source.stat().st_mtime for source in sources)
+
+
 def main(arguments) -> int:
-    if not (LIBRARIES / READY).is_file():
+    if not up_to_date():
         print(f"building stand-in CANN libraries in {LIBRARIES}")
         stand_in_cann.build(LIBRARIES)
     worst = 0

@@ -1,0 +1,168 @@
+"""Which part of a decoder each device holds: weights, plan, refusals, and where the NPU operators' collectives stand."""
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from models import family_of
+from models.base import Part, Weight
+from models.checkpoint import Checkpoint
+from models.decoder import Decoder, Step
+from runtime.cache import KVCache
+from runtime.errors import ToolkitError
+from runtime.loading import decoder_weights
+from runtime.ops.npu import NpuOps
+from runtime.ops.reference import ReferenceOps
+from runtime.ops.socs import A2, P310
+from runtime.plan import make_plan
+from runtime.split import Split, check_split
+
+sys.path.insert(0, str(Path(__file__).parent / "npu"))
+import cpu_kernels
+
+GOLDEN = Path(__file__).parent / "golden"
+FAMILIES = ("visualglm", "glm4", "llava")
+
+
+# weights
+
+class Sum:
+    """Stands in for a team inside one process: remembers what would be summed or gathered."""
+    def __init__(self):
+        self.calls = Counter()
+
+    def all_reduce(self, x):
+        self.calls["all_reduce"] += 1
+        return x
+
+    def gather(self, x):
+        self.calls["gather"] += 1
+        return x
+
+
+def loaded(family, split):
+    checkpoint = Checkpoint(family.directory)
+    return decoder_weights(checkpoint, family, torch.float32, "cpu", ReferenceOps(), split)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "glm_edge", "glm4v", "glm4/hf"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_weights_of_all_ranks_are_those_of_one(name, size):
+    """Products of the parts, summed or laid side by side, are the product of the whole."""
+    family = family_of(GOLDEN / name)
+    whole, parts = loaded(family, Split(family.decoder)), [loaded(family, Split(family.decoder, size, r)) for r in range(size)]
+    assert torch.equal(torch.cat([p["lm_head.weight"] for p in parts]), whole["lm_head.weight"])
+    for layer in range(family.decoder.layers):
+        for kind in ("out", "down"):
+            name = f"layers.{layer}.{kind}"
+            assert torch.equal(torch.cat([p[name + ".weight"] for p in parts], 1), whole[name + ".weight"])
+            assert [name + ".bias" in p for p in parts] == [name + ".bias" in whole] + [False] * (size - 1)
+    c, d = family.decoder, family.decoder.head_dim
+    q, k, v = whole["layers.0.qkv.weight"].split([c.heads * d, c.kv_heads * d, c.kv_heads * d])
+    for rank, part in enumerate(parts):
+        local = Split(c, size, rank).config
+        mine = part["layers.0.qkv.weight"].split([local.heads * d, local.kv_heads * d, local.kv_heads * d])
+        head = rank * c.heads // size * c.kv_heads // c.heads       # key/value head that this rank's first query uses
+        rows = slice(head * d, (head + local.kv_heads) * d)
+        assert torch.equal(mine[0], q.chunk(size)[rank]) and torch.equal(mine[1], k[rows]) and torch.equal(mine[2], v[rows])
+
+
+@pytest.mark.parametrize("name", ["visualglm", "glm4", "llava", "glm_edge"])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_plan_counts_what_the_first_device_loads(name, size):
+    family = family_of(GOLDEN / name)
+    split = Split(family.decoder, size)
+    plan = make_plan(family, "float32", 128, size)
+    assert plan.weights == sum(tensor.nbytes for tensor in loaded(family, split).values())
+    cache = KVCache(split.config, 8, 16, torch.float32, "cpu", ReferenceOps())
+    assert plan.cache == sum(tensor.nbytes for pair in cache.layers for tensor in pair)
+
+
+def test_a_rank_reads_only_its_rows(monkeypatch):
+    family, read = family_of(GOLDEN / "llava"), Counter()
+    checkpoint = Checkpoint(family.directory)
+    plain = checkpoint._reader.tensor
+    monkeypatch.setattr(checkpoint._reader, "tensor",
+                        lambda name, entry: read.update({name.split("model.")[-1]: entry.nbytes}) or plain(name, entry))
+    decoder_weights(checkpoint, family, torch.float32, "cpu", ReferenceOps(), Split(family.decoder, 4, 3))
+    sizes = {name.split("model.")[-1]: checkpoint.nbytes(name) for name in checkpoint.names}
+    narrowed = {name for name in read if name.endswith(("q_proj.weight", "gate_proj.weight", "lm_head.weight"))}
+    assert len(narrowed) == 2 * family.decoder.layers + 1
+    assert all(read[name] * 4 == sizes[name] for name in narrowed)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_rows_of_a_tensor_that_many_parts_take(tmp_path, suffix):
+    tensor = torch.arange(24.0).view(6, 4)
+    if suffix == ".bin":
+        torch.save({"x": tensor}, tmp_path / "pytorch_model.bin")
+    else:
+        from safetensors.torch import save_file
+        save_file({"other": torch.ones(3), "x": tensor}, tmp_path / "model.safetensors")
+    parts = (Part("a", take=(1, 3)), Part("b", take=(4, 6), at=(0, 4)), Part("b", take=(0, 2), at=(2, 4)))
+    table = [Weight("x", (6, 4), parts)]
+    counted = []
+    found = dict(Checkpoint(tmp_path).assemble(table, progress=lambda *bytes_: counted.append(bytes_)))
+    assert torch.equal(found["a"], tensor[1:3]) and torch.equal(found["b"], torch.cat((tensor[4:], tensor[:2])))
+    assert counted[-1] == (96, 96)
+
+
+# what cannot be split
+
+@pytest.mark.parametrize("changes, size, wrong", [
+    ({"heads": 6}, 4, "6 attention heads"), ({"ffn": 98}, 4, "98 feed-forward channels"),
+    ({"vocab_size": 321}, 2, "321 vocabulary rows"), ({"heads": 24, "kv_heads": 6}, 4, "6 key/value heads")])
+def test_refusals(changes, size, wrong):
+    family = family_of(GOLDEN / "glm4")
+    family.decoder = replace(family.decoder, **changes)
+    with pytest.raises(ToolkitError, match=f"--tensor-parallel-size {size} does not divide glm-4's {wrong}; use 1"):
+        check_split(family, size)
+
+
+def test_quantised_checkpoint_is_refused(tmp_path):
+    family = family_of(GOLDEN / "glm4")
+    family.directory = tmp_path
+    (tmp_path / "quant_model_description.json").write_text("{}")
+    with pytest.raises(ToolkitError, match="a quantised checkpoint runs on one device only"):
+        check_split(family, 2)
+    check_split(family, 1)
+
+
+# the places of the collectives on the NPU operators
+
+class Launched(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def one_token(family, soc, team):
+    cpu_kernels.declare()
+    size = 2 if team else 1
+    ops, split = NpuOps(soc, "cpu"), Split(family.decoder, size)
+    ops.team = team
+    weights = decoder_weights(Checkpoint(family.directory), family, torch.float32, "cpu", ops, split)
+    decoder, cache = Decoder(split.config, weights, ops), KVCache(split.config, 2, 16, torch.float32, "cpu", ops)
+    turn = torch.zeros(1, split.config.head_dim)
+    table = torch.tensor([[0]], dtype=torch.int32)
+    step = ops.begin(Step(turn, turn, torch.tensor([0]), table, [1], [1]), split.config, "cpu")
+    with torch.inference_mode(), Launched() as launched:
+        decoder.logits(decoder.forward(decoder.embed(torch.tensor([3])), step, cache))
+    return launched.names
+
+
+@pytest.mark.parametrize("soc", [A2, P310], ids=lambda soc: soc.name.split()[1])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_collectives_are_all_that_the_launches_gain(name, soc):
+    family, team = family_of(GOLDEN / name), Sum()
+    soc = replace(soc, dtypes=("float32",), block_sizes=(16,), swiglu_multiple=2)     # half of a tiny layer is no 32
+    assert one_token(family, soc, team) == one_token(family, soc, None)
+    assert team.calls == {"all_reduce": 2 * family.decoder.layers, "gather": 1}
