@@ -96,13 +96,16 @@ class Engine:
         self._check_memory()
         self.checkpoint = Checkpoint(self.family.directory)
         self.checkpoint.check(self.family.weights())
+        self._vision, self._features, self.last_result = None, OrderedDict(), None
         self._team = self._ops.team = open_team(model_dir, self.options)
         self._split = Split(self.family.decoder, self.options.tensor_parallel_size, self._team.rank if self._team else 0)
-        self._runner = self._load()
-        if self._team:
-            self._team.wait_for_all()
-        self._vision, self._features = None, OrderedDict()
-        self.last_result = None
+        try:
+            self._runner = self._load()
+            if self._team:
+                self._team.wait_for_all()
+        except BaseException:
+            self.close()
+            raise
 
     # prompts
 
