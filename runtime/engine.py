@@ -99,13 +99,16 @@ class Engine:
         if self.options.vision == "om" and self.family.vision:
             from .vision import check_om
             check_om(self.family, self.checkpoint, self.options.artifact)       # before the weights are read
+        self._vision, self._features, self.last_result = None, OrderedDict(), None
         self._team = self._ops.team = open_team(model_dir, self.options)
         self._split = Split(self.family.decoder, self.options.tensor_parallel_size, self._team.rank if self._team else 0)
-        self._runner = self._load()
-        if self._team:
-            self._team.wait_for_all()
-        self._vision, self._features = None, OrderedDict()
-        self.last_result = None
+        try:
+            self._runner = self._load()
+            if self._team:
+                self._team.wait_for_all()
+        except BaseException:
+            self.close()
+            raise
 
     # prompts
 

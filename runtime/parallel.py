@@ -181,8 +181,11 @@ def _watch(rank: int, size: int, port: int, terminal):
     environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), PORT: str(port),
                    "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // size)), "PYTHONPATH": path}
     with tempfile.TemporaryFile() as said:
-        worker = subprocess.Popen([sys.executable, "-m", "runtime.parallel", str(os.getpid())], env=environment,
-                                  stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True)
+        try:
+            worker = subprocess.Popen([sys.executable, "-m", "runtime.parallel", str(os.getpid())], env=environment,
+                                      stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True)
+        except OSError as error:        # rank 0 would wait for it
+            _end_all(rank, size, CHECK_FAILED, str(error), terminal)
         _workers.append(worker)
         code = worker.wait()
         if worker in _workers:          # not closed by us

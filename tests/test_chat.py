@@ -136,6 +136,7 @@ def test_terminal_interrupts():
     terminal.interrupt()
     terminal.read_until("已中止")
     terminal.read_until("> ")
+    time.sleep(0.3)             # readline shows its prompt a moment before it hears Ctrl-C
     terminal.interrupt()
     terminal.read_until("bye")
     assert terminal.process.wait(30) == 130
