@@ -250,15 +250,18 @@ class Engine:
         return self._vision
 
     def _run(self, requests):
-        """Step until all are finished, and yield after each step; others make progress too. Raises what ended one."""
+        """Step until all are finished, and yield in between; others make progress too. Raises what ended one."""
         for request in requests:
             self._scheduler.add(request)
         try:
-            while not all(request.finished for request in requests):
-                self._scheduler.step()
+            while True:
                 for failed in (r for r in requests if r.error):
                     raise failed.error
+                finished = all(request.finished for request in requests)
                 yield
+                if finished:
+                    return
+                self._scheduler.step()
         finally:
             for request in requests:
                 self._scheduler.cancel(request)
