@@ -158,8 +158,9 @@ class Engine:
 
     def describe(self) -> list[str]:
         """One line per stage: what runs where."""
+        packed = "" if self.options.cpu_weights == "float" else f", weights packed to {self.options.cpu_weights}"
         lines = [f"model: {self.family.name} ({self.family.rule})",
-                 f"decoder: {self._ops.name} ops on {self._devices()}, {str(self.plan.dtype).split('.')[1]}"]
+                 f"decoder: {self._ops.name} ops on {self._devices()}, {str(self.plan.dtype).split('.')[1]}{packed}"]
         return lines + ([self._vision.describe()] if self._vision else [])
 
     def close(self):
@@ -198,7 +199,12 @@ class Engine:
         from .runner import Runner
         if self._team:
             self._team.connect(self.options.device)
-        weights = decoder_weights(self.checkpoint, self.family, self.plan.dtype, self.options.device, self._ops, self._split)
+        if self.options.cpu_weights == "float":
+            weights = decoder_weights(self.checkpoint, self.family, self.plan.dtype, self.options.device, self._ops,
+                                      self._split)
+        else:
+            from .packing import packed_weights
+            weights = packed_weights(self.checkpoint, self.family, self.plan.dtype, self.options.cpu_weights, self._split)
         decoder = Decoder(self._split.config, weights, self._ops)
         longest = -(-self.max_model_len // self._block_size)
         graphs = self._ops.records_graphs and not self.options.enforce_eager

@@ -99,6 +99,8 @@ class EngineOptions:
                                 "in the cache and converted once", default=None, metavar="PATH")
     ops: str = flag("decoder operators: reference is plain torch, the yardstick of the others", default="auto",
                     choices=("auto", "reference", "cpu"))
+    cpu_weights: str = flag("CPU: pack the decoder's linear layers to 8 or 4 bits, once; less memory, faster, not exact",
+                            default="float", choices=("float", "int8", "int4"))
     max_model_len: int | None = flag("longest prompt + answer in tokens (default: what the model can, at most 8192)",
                                      default=None, kind=int, metavar="N")
     max_num_seqs: int | None = flag("sequences decoded together (default: 8; 1 in commands that answer one question at a "
@@ -120,6 +122,8 @@ class EngineOptions:
         self.dtype = dtype_name(self.dtype)
         check_choices(self)
         require(self, "device", bool(re.fullmatch(r"cpu|npu:\d+", self.device)), "use cpu, npu or npu:N")
+        require(self, "cpu_weights", self.cpu_weights == "float" or (self.device == "cpu" and self.ops != "reference"),
+                "it needs --device cpu, and --ops auto or cpu")
         require(self, "block_size", self.block_size is None or self.block_size >= 1,
                 "1 or more is needed, e.g. 16")
         for name in ("max_num_seqs", "max_num_batched_tokens"):

@@ -82,6 +82,15 @@ def decoder_parameters(family, split=None) -> int:
                    if not part.target.startswith("vision.")))
 
 
+def decoder_bytes(family, plan: Plan, cpu_weights: str) -> int:
+    """Of the weights as --cpu-weights packs them. Scales are counted for int4 only, where they are more than a trifle."""
+    from .packing import bits
+    from .split import Split
+    split = Split(family.decoder, plan.devices)
+    return int(sum(math.prod(w.shape) * split.share(p.target) * bits(p.target, cpu_weights, plan.dtype) / 8
+                   for w in family.weights() for p in w.parts if not p.target.startswith("vision.")))
+
+
 def vision_parameters(family) -> int:
     return sum(math.prod(w.shape) for w in family.weights() if w.parts and w.parts[0].target.startswith("vision."))
 
@@ -115,7 +124,8 @@ def plan_engine(family, dtype: str, longest: int, options, free: int | None) -> 
     wanted = options.cache_tokens or max(longest, (options.max_num_seqs or SEQUENCES) * longest)
     plan = make_plan(family, dtype, wanted, options.tensor_parallel_size)
     if options.device == "cpu":
-        plan = replace(plan, vision=4 * vision_parameters(family) * (options.vision != "om"))
+        plan = replace(plan, weights=decoder_bytes(family, plan, options.cpu_weights),
+                       vision=4 * vision_parameters(family) * (options.vision != "om"))
     else:
         plan = on_npu(plan, family, longest, vision=options.vision in ("auto", "om"))
     if free is None:
@@ -129,8 +139,9 @@ def plan_engine(family, dtype: str, longest: int, options, free: int | None) -> 
 
 def refuse(plan: Plan, free: int, options, room: int):
     """ToolkitError that says what fits: `room` tokens in the cache, or none."""
-    advice = (f"the most that fits is one sequence of {room} tokens: --max-num-seqs 1 --max-model-len {room}" if room > 0 else
-              "the weights alone do not fit: use --dtype bfloat16 or a machine with more memory")
+    smaller = "--dtype bfloat16, --cpu-weights int8 or int4," if options.device == "cpu" else "--tensor-parallel-size 2"
+    advice = (f"the most that fits is one sequence of {room} tokens: --max-num-seqs 1 --max-model-len {room}" if room > 0
+              else f"weights and encoder alone do not fit: use {smaller} or a machine with more memory")
     raise ToolkitError(f"{plan.describe()}, but only {gib(free)} GiB are free, of which --memory-utilization "
                        f"{options.memory_utilization:g} may be taken; {advice}")
 

@@ -15,6 +15,8 @@ class CpuOps(ReferenceOps):
         return torch.ops.mkldnn._reorder_linear_weight(weight)
 
     def linear(self, x, linear):
+        if not isinstance(linear.weight, torch.Tensor):     # packed.Int8Weight, packed.Int4Weight
+            return linear.weight(x, linear.bias)
         if not linear.weight.is_mkldnn:
             return super().linear(x, linear)
         return torch.ops.mkldnn._linear_pointwise(x, linear.weight, linear.bias, "none", [], "")
