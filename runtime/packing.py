@@ -74,7 +74,7 @@ def _read(folder: Path, dtype) -> dict:
 def _loaded(stored: dict, dtype):
     if "float" in stored:
         return stored["float"].to(dtype)
-    return next(form for name, form in FORMS.items() if name in stored).from_tensors(stored, dtype)
+    return next(form for name, form in FORMS.items() if name in stored).from_tensors(stored)
 
 
 def bits(target: str, kind: str, dtype: torch.dtype) -> float:

@@ -1,7 +1,8 @@
 """Linear weights of 8 or 4 bits for the CPU, made from float ones (--cpu-weights); each stands in `Linear.weight`.
 
 int8: one scale per output row; activations are rounded to 8 bits with one scale per token, sums are exact integers
-(W8A8 dynamic; oneDNN). int4: scale and zero per row and group of 128 inputs, activations stay float (torch's own kernel).
+(W8A8 dynamic; oneDNN). int4: scale and zero per row and group of 128 inputs, activations in bfloat16 (torch's own kernel,
+which is slow in float32).
 `tensors` of a packed weight are what is stored of it, the same on every machine; `from_tensors` packs them for this one.
 """
 import torch
@@ -28,7 +29,7 @@ class Int8Weight:
         return {"int8": (weight / scale[:, None]).round_().to(torch.int8), "scale": scale}
 
     @classmethod
-    def from_tensors(cls, stored: dict, dtype: torch.dtype):
+    def from_tensors(cls, stored: dict):
         return cls(stored["int8"], stored["scale"])
 
     def __call__(self, x, bias):
@@ -64,10 +65,11 @@ class Int4Weight:
         return {"int4": q[:, ::2] | q[:, 1::2] << 4, "scales": torch.stack((scale, zero), -1).transpose(0, 1).contiguous()}
 
     @classmethod
-    def from_tensors(cls, stored: dict, dtype: torch.dtype):
-        return cls(stored["int4"], stored["scales"].to(dtype))
+    def from_tensors(cls, stored: dict):
+        return cls(stored["int4"], stored["scales"])
 
     def __call__(self, x, bias):
         """x [T, k] -> [T, n] in its dtype."""
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), self._packed, GROUP, self._scales)
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16().contiguous(), self._packed, GROUP, self._scales)
+        y = y.to(x.dtype)
         return y if bias is None else y.add_(bias)
