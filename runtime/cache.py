@@ -34,11 +34,14 @@ class KVCache:
         return [self._take() for _ in range(self.blocks_for(tokens))]
 
     def release(self, blocks: list[int]):
-        """A sequence no longer needs `blocks`; its last ones are overwritten first."""
+        """A sequence no longer needs `blocks`; those that nobody can find are given away first, so that the blocks of
+        one sequence after another tend to lie in a row, and of the others its last ones."""
         for block in reversed(blocks):
             self._users[block] -= 1
             if not self._users[block]:
                 self._free[block] = None
+                if block not in self._key_of:
+                    self._free.move_to_end(block, last=False)
 
     def remember(self, block: int, key: bytes):
         """`block` is full; the first block of a key stays the one that is found."""
