@@ -120,7 +120,7 @@ def test_engine_prints_the_plan_before_it_loads(capsys, monkeypatch, tmp_path):
         file.unlink()
     with pytest.raises(Exception, match="holds no weights"):
         Engine(tmp_path / "model", max_model_len=64)
-    assert capsys.readouterr().err == "memory: weights 0.00 + cache 0.00 for 512 tokens = 0.00 GiB\n"
+    assert capsys.readouterr().err == "memory: weights 0.00 + cache 0.00 for 512 tokens + vision 0.00 = 0.00 GiB\n"
 
 
 def test_plan_of_an_npu_says_what_it_counts(family):

@@ -1,6 +1,10 @@
 """Fast torch kernels on the CPU: fused norms, scaled-dot-product attention with grouped heads, in-place cache writes."""
+from dataclasses import dataclass
+
 import torch
 from torch.nn import functional as F
+
+from models.decoder import Step
 
 from .reference import ReferenceOps
 
@@ -15,6 +19,8 @@ class CpuOps(ReferenceOps):
         return torch.ops.mkldnn._reorder_linear_weight(weight)
 
     def linear(self, x, linear):
+        if not isinstance(linear.weight, torch.Tensor):     # packed.Int8Weight, packed.Int4Weight
+            return linear.weight(x, linear.bias)
         if not linear.weight.is_mkldnn:
             return super().linear(x, linear)
         return torch.ops.mkldnn._linear_pointwise(x, linear.weight, linear.bias, "none", [], "")
@@ -29,27 +35,51 @@ class CpuOps(ReferenceOps):
         keys.view(-1, *keys.shape[2:]).index_copy_(0, slots, k)
         values.view(-1, *values.shape[2:]).index_copy_(0, slots, v)
 
+    def begin(self, step, config, device):
+        return CpuStep(**vars(super().begin(step, config, device)))
+
     def attention(self, q, k, v, keys, values, step):
+        if step.places is None:         # the same for every layer
+            step.places = [_places(*row, keys.shape[1]) for row in zip(step.block_table, step.kv_lens)]
         outputs, start = [], 0
-        for b, (rows, length) in enumerate(zip(step.q_lens, step.kv_lens)):
+        for places, rows, length in zip(step.places, step.q_lens, step.kv_lens):
             own = slice(start, start + rows)
             fresh = rows == length      # a whole prompt: its keys and values are at hand, no need to read the cache
-            context = (k[own], v[own]) if fresh else _gather(keys, values, step.block_table[b], length)
+            context = (k[own], v[own]) if fresh else (_read(keys, places, length), _read(values, places, length))
             outputs.append(_attend(q[own], *context, causal=step.causal))
             start += rows
-        return torch.cat(outputs)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _gather(keys, values, blocks, length):
-    used = blocks[:-(-length // keys.shape[1])]
-    return (cache.index_select(0, used).flatten(0, 1)[:length] for cache in (keys, values))
+@dataclass
+class CpuStep(Step):
+    """places: per sequence the index of its first block when its blocks lie in a row, else the blocks' indices."""
+    places: list | None = None
+
+
+def _places(table, length, block_size):
+    blocks = table[:-(-length // block_size)]
+    first = int(blocks[0])
+    in_a_row = torch.equal(blocks, torch.arange(first, first + len(blocks), dtype=blocks.dtype))
+    return first if in_a_row else blocks
+
+
+def _read(cache, places, length):
+    """[length, kv_heads, head_dim] of one sequence; without a copy where its blocks lie in a row."""
+    if isinstance(places, int):
+        start = places * cache.shape[1]
+        return cache.flatten(0, 1)[start:start + length]
+    return cache.index_select(0, places).flatten(0, 1)[:length]
 
 
 def _attend(q, k, v, causal):
     """[rows, heads, head_dim] against [length, kv_heads, head_dim]."""
     rows, length = len(q), len(k)
+    if rows == 1:           # the queries of a head group as rows: no copies of its keys
+        k, v = (t.transpose(0, 1).unsqueeze(0) for t in (k, v))
+        return F.scaled_dot_product_attention(q.view(1, k.shape[1], -1, q.shape[2]), k, v).view(q.shape)
     mask = None
-    if causal and 1 < rows < length:
+    if causal and rows < length:
         mask = torch.ones(rows, length, dtype=torch.bool).tril(length - rows)
     q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
     mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and rows == length,
