@@ -69,6 +69,10 @@ chat: setup  ## MODEL=checkpoint: interactive chat
 	@test -n "$(MODEL)" || { echo "usage: make chat MODEL=/path/to/checkpoint"; exit 2; }
 	@$(PY) -m runtime.chat --model "$(MODEL)"
 
+bench: setup  ## MODEL=checkpoint [OUT=folder]: the grid of batch sizes and lengths as tables
+	@test -n "$(MODEL)" || { echo "usage: make bench MODEL=/path/to/checkpoint [OUT=/path/to/tables]"; exit 2; }
+	@$(PY) -m runtime.bench --model "$(MODEL)" --batch-size 1,2,4,8 --out "$(or $(OUT),out/bench)"
+
 compare: setup  ## MODEL=checkpoint OUT=folder: precision report against the reference
 	@test -n "$(MODEL)" -a -n "$(OUT)" || { echo "usage: make compare MODEL=/path/to/checkpoint OUT=/path/to/report"; exit 2; }
 	@$(PY) -m runtime.compare --model "$(MODEL)" --out "$(OUT)"
