@@ -9,6 +9,7 @@ import torch
 
 from .base import DecoderConfig
 from .layers import Linear, Norm, rotary_angles
+from .quantized import Stacked
 
 
 @dataclass
@@ -39,14 +40,17 @@ class Layer:
 
 
 class Decoder:
-    """Weights by canonical name (see base.py), already in the wanted dtype; 2-D ones are packed by the backend."""
+    """Weights by canonical name (see base.py), already in the wanted dtype; 2-D ones are packed by the backend.
+
+    A quantised linear layer stands under its name without suffix ("layers.0.qkv"), as the backend's `pack_quantized` made it.
+    """
 
     def __init__(self, config: DecoderConfig, weights: dict, ops):
         self.config, self.ops = config, ops
         self.embedding = weights["embed.weight"]
         self.layers = [_layer(weights, f"layers.{i}.") for i in range(config.layers)]
-        self.final_norm = Norm(weights["final_norm.weight"], weights.get("final_norm.bias"))
-        self.lm_head = Linear(weights["lm_head.weight"])
+        self.final_norm = _norm(weights, "final_norm")
+        self.lm_head = _linear(weights, "lm_head")
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """ids int64 [T] -> [T, hidden]."""
@@ -64,7 +68,7 @@ class Decoder:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [T, hidden] -> float32 [T, vocab]."""
-        return self.ops.linear(hidden, self.lm_head).float()
+        return self._linear(hidden, self.lm_head).float()
 
     def _plain_layers(self, residual, step, cache):
         """Pre-norm: each branch's output joins the residual inside the next norm."""
@@ -92,19 +96,33 @@ class Decoder:
 
     def _attention(self, x, layer, index, step, cache):
         c = self.config
-        q, k, v = self.ops.heads(self.ops.linear(x, layer.qkv), c, step)
+        q, k, v = self.ops.heads(self._linear(x, layer.qkv), c, step)
         q, k = self.ops.rope(q, k, step.cos, step.sin)
         keys, values = cache.layers[index]
         self.ops.cache_write(k, v, keys, values, step.slots)
-        return self.ops.linear(self.ops.attention(q, k, v, keys, values, step).flatten(1), layer.out)
+        return self._linear(self.ops.attention(q, k, v, keys, values, step).flatten(1), layer.out)
 
     def _mlp(self, x, layer):
         activation = self.ops.swiglu if self.config.activation == "swiglu" else self.ops.gelu_tanh
-        return self.ops.linear(activation(self.ops.linear(x, layer.up)), layer.down)
+        return self._linear(activation(self._linear(x, layer.up)), layer.down)
+
+    def _linear(self, x, linear):
+        if isinstance(linear, Linear):
+            return self.ops.linear(x, linear)
+        if isinstance(linear, Stacked):
+            return torch.cat([self._linear(x, part) for part in linear.parts], -1)
+        return self.ops.quantized_linear(x, linear)
+
+
+def _linear(weights: dict, name: str):
+    return weights[name] if name in weights else Linear(weights[name + ".weight"], weights.get(name + ".bias"))
+
+
+def _norm(weights: dict, name: str) -> Norm:
+    return Norm(weights[name + ".weight"], weights.get(name + ".bias"))
 
 
 def _layer(weights: dict, prefix: str) -> Layer:
-    def pick(kind, name):
-        return kind(weights[prefix + name + ".weight"], weights.get(prefix + name + ".bias"))
-    return Layer(pick(Norm, "attention_norm"), pick(Linear, "qkv"), pick(Linear, "out"),
-                 pick(Norm, "mlp_norm"), pick(Linear, "up"), pick(Linear, "down"))
+    norms, linears = ("attention_norm", "mlp_norm"), ("qkv", "out", "up", "down")
+    return Layer(**{name: _norm(weights, prefix + name) for name in norms},
+                 **{name: _linear(weights, prefix + name) for name in linears})

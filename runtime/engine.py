@@ -78,6 +78,7 @@ class Engine:
 
     def __init__(self, model_dir, **options):
         from models.checkpoint import Checkpoint
+        from models.quantized import check_stored, find_description, stored_weights
 
         from .ops import choose
         from .plan import check_memory, make_plan
@@ -91,7 +92,9 @@ class Engine:
         self.plan = make_plan(self.family, dtype, SEQUENCES * self.max_model_len)
         check_memory(self.plan, self._ops.free_memory())
         self.checkpoint = Checkpoint(self.family.directory)
-        self.checkpoint.check(self.family.weights())
+        self.checkpoint.check(stored_weights(self.family))
+        if description := find_description(self.family.directory):
+            check_stored(description, self.checkpoint)
         self._runner = self._load()
         self._vision, self._features = None, OrderedDict()
         self.last_result = None

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from models.quantized import PIECE, stored_weights
+
 from .cache import KVCache
 from .errors import ToolkitError
 
@@ -39,14 +41,29 @@ def choose_dtype(name: str, family) -> torch.dtype:
 
 def decoder_parameters(family) -> int:
     """Values held in memory; a matrix that serves as embedding and as output head is held twice."""
-    return sum(int(np.prod(w.shape)) * len(w.parts) for w in family.weights()
-               if w.parts and not w.parts[0].target.startswith("vision."))
+    return sum(int(np.prod(w.shape)) for w, _ in _decoder_parts(family.weights()))
+
+
+def decoder_bytes(family, dtype: torch.dtype) -> int:
+    """Bytes of the directory's decoder weights in memory: int8 stays int8, except in W8A16 layers."""
+    return sum(int(np.prod(w.shape)) * _itemsize(part.target, dtype) for w, part in _decoder_parts(stored_weights(family)))
+
+
+def _decoder_parts(weights):
+    return ((w, part) for w in weights for part in w.parts if not part.target.startswith("vision."))
+
+
+def _itemsize(target: str, dtype: torch.dtype) -> int:
+    piece = PIECE.fullmatch(target)
+    if piece and piece[3] not in ("FLOAT", "W8A16"):
+        return 1 if piece[4] == "weight" else 4
+    return dtype.itemsize
 
 
 def make_plan(family, dtype_name: str, cache_tokens: int) -> Plan:
     dtype = choose_dtype(dtype_name, family)
     cache = KVCache.bytes_per_token(family.decoder, dtype) * cache_tokens
-    return Plan(decoder_parameters(family) * dtype.itemsize, cache, dtype, cache_tokens)
+    return Plan(decoder_bytes(family, dtype), cache, dtype, cache_tokens)
 
 
 def check_memory(plan: Plan, free: int):
