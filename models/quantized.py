@@ -94,7 +94,8 @@ class Description:
     def kind(self, layer: str) -> str:
         """Kind of the linear layer's weight; "FLOAT" if it is not quantised (or is no linear layer)."""
         kind = self.kinds.get(layer + ".weight", "FLOAT")
-        return kind if kind in KINDS or kind in COMPRESSED else "FLOAT"
+        twin = layer.endswith(".module")        # the older layout's second copy of a norm
+        return kind if (kind in KINDS or kind in COMPRESSED) and not twin else "FLOAT"
 
 
 def find_description(directory) -> Description | None:

@@ -105,7 +105,8 @@ class NpuOps(ReferenceOps):
                                "quantise with --scheme w8a8")
         if not layer.static:
             bias = None if layer.bias is None else layer.bias.to(dtype)
-            return NpuInt8(layer.kind, self._int8(layer.weight), layer.scale.to(dtype), bias)
+            scale = layer.scale.to(dtype) if layer.kind == "W8A16" else layer.scale
+            return NpuInt8(layer.kind, self._int8(layer.weight), scale, bias)
         inverse, offset = (torch.full((layer.weight.shape[1],), value, dtype=dtype, device=layer.weight.device)
                            for value in (1 / layer.input_scale, layer.input_offset))
         scale = layer.scale
