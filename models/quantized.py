@@ -81,15 +81,12 @@ class Stacked:
     parts: list
 
 
+@dataclass
 class Description:
-    """`quant_model_description.json` of a directory, or the older quant_model_description_<kind>.json."""
-
-    def __init__(self, file: Path):
-        entries = read_json(file)
-        if not isinstance(entries, dict) or not isinstance(entries.get("model_quant_type"), str):
-            raise ModelError(f"{file} has no model_quant_type; it is not a description that msmodelslim wrote")
-        self.file, self.type, self.version = file, entries["model_quant_type"], entries.get("version")
-        self.kinds = {name: kind for name, kind in entries.items() if name not in NOT_TENSORS}
+    """What `quant_model_description.json` says: kind of every tensor, and the directory's type (as MindIE calls it)."""
+    file: Path
+    type: str
+    kinds: dict[str, str]
 
     def kind(self, layer: str) -> str:
         """Kind of the linear layer's weight; "FLOAT" if it is not quantised (or is no linear layer)."""
@@ -98,11 +95,18 @@ class Description:
         return kind if (kind in KINDS or kind in COMPRESSED) and not twin else "FLOAT"
 
 
+def read_description(file: Path) -> Description:
+    entries = read_json(file)
+    if not isinstance(entries, dict) or not isinstance(entries.get("model_quant_type"), str):
+        raise ModelError(f"{file} has no model_quant_type; it is not a description that msmodelslim wrote")
+    return Description(file, entries["model_quant_type"], {k: v for k, v in entries.items() if k not in NOT_TENSORS})
+
+
 def find_description(directory) -> Description | None:
-    """The directory's description; None for a float checkpoint."""
+    """The directory's description, also under its older name quant_model_description_<kind>.json; None: a float checkpoint."""
     directory = Path(directory)
     files = [directory / FILE, *sorted(directory.glob("quant_model_description_*.json"))]
-    return next((Description(file) for file in files if file.is_file()), None)
+    return next((read_description(file) for file in files if file.is_file()), None)
 
 
 def stored_weights(family: Family) -> list[Weight]:

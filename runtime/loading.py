@@ -3,6 +3,7 @@ from collections import Counter, defaultdict
 
 import torch
 
+from models.base import Weight
 from models.layers import Linear
 from models.quantized import PIECE, Stacked, layer_of, stored_weights
 
@@ -17,6 +18,14 @@ def decoder_weights(checkpoint, family, dtype: torch.dtype, device: str, ops) ->
     Quantised layers stand under the layer's name, their int8 tensors as stored, packed by `ops` too.
     """
     rows = [w for w in stored_weights(family) if w.parts and not w.parts[0].target.startswith("vision.")]
+    weights = load_rows(checkpoint, rows, dtype, device, ops)
+    if family.decoder.norm == "rms":        # anti-outlier methods write biases, most of them zero
+        weights = {name: w for name, w in weights.items() if not name.endswith("norm.bias") or w.any()}
+    return weights
+
+
+def load_rows(checkpoint, rows: list[Weight], dtype: torch.dtype, device: str, ops) -> dict:
+    """The targets of table rows, as in `decoder_weights`."""
     plain = [row for row in rows if not PIECE.fullmatch(row.parts[0].target)]
     pieces = [row for row in rows if PIECE.fullmatch(row.parts[0].target)]
     total = sum(checkpoint.nbytes(row.source) for row in rows if row.source in checkpoint.shapes)
@@ -27,8 +36,6 @@ def decoder_weights(checkpoint, family, dtype: torch.dtype, device: str, ops) ->
         tensors = checkpoint.assemble(pieces, progress=lambda done, _: update(before + done, total))
         for name, layer in _layers(tensors, pieces, dtype):
             weights[name] = _packed(layer, dtype, device, ops)
-    if family.decoder.norm == "rms":        # anti-outlier methods write biases, most of them zero
-        weights = {name: w for name, w in weights.items() if not name.endswith("norm.bias") or w.any()}
     return weights
 
 

@@ -1,0 +1,136 @@
+"""Is the quantised model still the model? Next-token KL and top-1 agreement on held-out samples decide; where they do not
+hold, the linear layers that hurt most go back to float, as few as will do.
+
+A finished work folder flows in; the groups of linear layers that stay float, and the figures, flow out. The quantised side
+is computed with the engine's integer arithmetic, layer by layer.
+"""
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from models.decoder import norm_of
+from runtime import metrics
+from runtime.errors import CHECK_FAILED, ToolkitError
+from runtime.loading import load_rows
+from runtime.ops.cpu import CpuOps
+
+from .run import Job, Work, integer_layer, run, with_floats
+
+ROWS = 1 << 14          # rows of the output matrix multiplied at a time
+
+
+@dataclass
+class Figures:
+    """kl: mean KL(float || quantised) of the next token in nats; top1: share of tokens whose most likely successor is the
+    same; tokens: how many were judged."""
+    kl: float
+    top1: float
+    tokens: int
+
+    def hold(self, max_kl: float, min_top1: float) -> bool:
+        return self.kl <= max_kl and self.top1 >= min_top1
+
+
+@dataclass
+class Verdict:
+    """`kept`: groups (layer, group) that went back to float, worst first; `tried`: {number of groups: figures}."""
+    kept: list[tuple[int, str]]
+    figures: Figures
+    tried: dict[int, Figures]
+
+    def report(self) -> dict:
+        return {"kept_float": [f"layers.{i}.{group}" for i, group in self.kept], **asdict(self.figures),
+                "tried": {str(n): asdict(f) for n, f in self.tried.items()}}
+
+
+def pass_gate(job: Job, work: Work, max_kl: float, min_top1: float, say) -> Verdict:
+    """The smallest number of groups, worst first, with which the figures hold; ToolkitError if none does."""
+    streams, held = work.load_streams(job.layers), range(job.calibrating, len(job.samples))
+    head = Head(job)
+    expected = head.logits([streams["float"][i] for i in held])
+    ranking = worst_first(job, work)
+    tried = {}
+
+    def holds(count: int) -> bool:
+        found = [streams["quantised"][i] for i in held] if count == 0 else replay(job, work, ranking[:count])
+        tried[count] = figures(expected, head.logits(found))
+        say(count, tried[count])
+        return tried[count].hold(max_kl, min_top1)
+
+    count = fewest(holds, len(ranking))
+    if count is None:
+        best = min(tried.values(), key=lambda f: f.kl)
+        raise ToolkitError(f"the quality gate cannot be reached: KL {best.kl:.3g} (limit {max_kl:g}), top-1 {best.top1:.1%} "
+                           f"(at least {min_top1:.1%}); calibrate on text like yours with --calib, try --anti m2, or set "
+                           "--max-kl and --min-top1", CHECK_FAILED)
+    return Verdict(ranking[:count], tried[count], tried)
+
+
+def fewest(holds, limit: int) -> int | None:
+    """Smallest count at which `holds`, which is assumed to stay so above it: doubling, then halving."""
+    low, high = -1, 0
+    while not holds(high):
+        if high >= limit:
+            return None
+        low, high = high, min(max(1, 2 * high), limit)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
+
+
+def worst_first(job: Job, work: Work) -> list[tuple[int, str]]:
+    """Groups that are quantised, by the error that each alone causes in its layer."""
+    errors = {}
+    for index in range(job.layers):
+        record = work.record(index)
+        for group, names in record.groups.items():
+            if any(record.kinds[f"{name}.weight"] != "FLOAT" for name in names):
+                errors[index, group] = record.errors[group]
+    return sorted(errors, key=errors.get, reverse=True)
+
+
+def replay(job: Job, work: Work, kept: list[tuple[int, str]]) -> list[torch.Tensor]:
+    """Held-out streams behind the last layer, with the groups `kept` in float."""
+    numbers = range(job.calibrating, len(job.samples))
+    streams = [job.samples[i].stream for i in numbers]
+    for index in range(job.layers):
+        layer = integer_layer(job.family, index, *layer_parts(job, work, index, kept))
+        streams = [run(job, layer, x, i) for x, i in zip(streams, numbers)]
+    return streams
+
+
+def layer_parts(job: Job, work: Work, index: int, kept) -> tuple[dict, dict]:
+    """(tensors, kinds) of a finished layer, the groups `kept` in float."""
+    record = work.record(index)
+    names = [name for i, group in kept if i == index for name in record.groups[group]]
+    return with_floats(job, work, index, load_file(work.weights(index)), record.kinds, names)
+
+
+class Head:
+    """Final norm and output matrix, multiplied piece by piece."""
+
+    def __init__(self, job: Job):
+        family, self.checkpoint = job.family, job.checkpoint
+        rows = [row for row in family.weights() if any(part.target.startswith("final_norm") for part in row.parts)]
+        self.norm = norm_of(load_rows(self.checkpoint, rows, torch.float32, "cpu", CpuOps()), "final_norm")
+        self.eps, self.layer_norm = family.decoder.eps, family.decoder.norm == "layer"
+        self.source = next(row.source for row in family.weights()
+                           if any(part.target == "lm_head.weight" for part in row.parts))
+
+    @torch.inference_mode()
+    def logits(self, streams: list[torch.Tensor]) -> np.ndarray:
+        """float32 [tokens, vocab] of residual streams behind the last layer."""
+        ops = CpuOps()
+        x = (ops.layer_norm if self.layer_norm else ops.rms_norm)(torch.cat(streams), self.norm, self.eps)
+        matrix = self.checkpoint.tensor(self.source)
+        return torch.cat([x @ rows.float().t() for rows in matrix.split(ROWS)], 1).numpy()
+
+
+def figures(expected: np.ndarray, found: np.ndarray) -> Figures:
+    measured = metrics.compare_logits(expected, found)
+    if measured["nonfinite"].any():
+        return Figures(float("inf"), 0.0, len(expected))
+    return Figures(float(measured["kl"].mean()), float(measured["agree"].mean()), len(expected))
