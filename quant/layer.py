@@ -162,3 +162,14 @@ def _order(row: Weight) -> torch.Tensor | None:
     """Which checkpoint row stands at each of the runtime's rows; None: they stand alike."""
     transform = row.parts[0].transform
     return None if transform is None else transform(torch.arange(row.shape[0]))
+
+
+def linear_groups(family) -> dict[tuple[int, str], list[str]]:
+    """(layer, one of LINEARS) -> the checkpoint's names of the linear layers that become it, in the order of its rows."""
+    groups = defaultdict(list)
+    for row in sorted(family.weights(), key=lambda row: (row.parts[0].at or (0, 0)) if row.parts else (0, 0)):
+        if row.parts and row.parts[0].target.startswith("layers."):
+            _, index, group, tensor = row.parts[0].target.split(".")
+            if group in LINEARS and tensor == "weight":
+                groups[int(index), group].append(row.source.removesuffix(".weight"))
+    return dict(groups)

@@ -4,6 +4,8 @@ A LayerModule and its samples flow in; the tensors and kinds that msmodelslim sa
 guards: docs/quant.md, "Traps".
 """
 import contextlib
+import functools
+import importlib
 import importlib.util
 import json
 import logging
@@ -41,6 +43,7 @@ SCHEMES = {
 }
 
 
+@functools.cache
 def open_slim():
     """Import msmodelslim; ToolkitError with the line that helps. It brings binaries for Python up to 3.12 only."""
     if sys.version_info >= (3, 13):
@@ -48,14 +51,15 @@ def open_slim():
                            "environment with python3.12", MISSING_COMPONENT)
     if importlib.util.find_spec("msmodelslim") is None:
         raise ToolkitError(f"msmodelslim is not installed; run: {INSTALL}", MISSING_COMPONENT)
-    os.environ.setdefault("TQDM_DISABLE", "1")              # one bar of ours instead of several per layer
-    try:
-        import msmodelslim.pytorch.llm_ptq.llm_ptq_tools    # first: other parts fail when they are imported before it
-        import msmodelslim.pytorch.llm_ptq.anti_outlier     # noqa: F401
+    try:                # llm_ptq_tools first: other parts fail when they are imported before it
+        importlib.import_module("msmodelslim.pytorch.llm_ptq.llm_ptq_tools")
+        importlib.import_module("msmodelslim.pytorch.llm_ptq.anti_outlier")
     except ImportError as error:
         raise ToolkitError(f"msmodelslim cannot be imported ({error}); run: {INSTALL}", MISSING_COMPONENT) from None
+    from tqdm import tqdm
     for name in ("msmodelslim", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)    # several bars per layer
     _register_pairs()
 
 
