@@ -85,7 +85,8 @@ class LayerModule(nn.Module):
             if kind != "weight":
                 continue
             target = row.parts[0].target.split(".")[2]
-            tensors = [checkpoint.tensor(name + end).float() for end in (".weight", ".bias") if name + end in checkpoint.shapes]
+            stored = [name + end for end in (".weight", ".bias") if name + end in checkpoint.shapes]
+            tensors = [checkpoint.tensor(tensor).float() for tensor in stored]
             if target in NORMS:
                 norms[target] = name
                 self._put(name, self._norm(*tensors))

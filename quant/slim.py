@@ -51,11 +51,14 @@ def open_slim():
                            "environment with python3.12", MISSING_COMPONENT)
     if importlib.util.find_spec("msmodelslim") is None:
         raise ToolkitError(f"msmodelslim is not installed; run: {INSTALL}", MISSING_COMPONENT)
-    try:                # llm_ptq_tools first: other parts fail when they are imported before it
+    logging.disable(logging.WARNING)        # it complains that there is no NPU
+    try:                                    # llm_ptq_tools first: other parts fail when they are imported before it
         importlib.import_module("msmodelslim.pytorch.llm_ptq.llm_ptq_tools")
         importlib.import_module("msmodelslim.pytorch.llm_ptq.anti_outlier")
     except ImportError as error:
         raise ToolkitError(f"msmodelslim cannot be imported ({error}); run: {INSTALL}", MISSING_COMPONENT) from None
+    finally:
+        logging.disable(logging.NOTSET)
     from tqdm import tqdm
     for name in ("msmodelslim", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
