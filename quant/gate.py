@@ -59,7 +59,7 @@ def pass_gate(job: Job, work: Work, max_kl: float, min_top1: float, say) -> Verd
         say(count, tried[count])
         return tried[count].hold(max_kl, min_top1)
 
-    count = fewest(holds, len(ranking))
+    count = fewest(holds, len(ranking) - 1)         # at least one stays quantised
     if count is None:
         best = min(tried.values(), key=lambda f: f.kl)
         raise ToolkitError(f"the quality gate cannot be reached: KL {best.kl:.3g} (limit {max_kl:g}), top-1 {best.top1:.1%} "
