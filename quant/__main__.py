@@ -6,10 +6,13 @@ nothing that looks finished is written unless the quality gate holds. `python -m
 import sys
 from dataclasses import dataclass
 
-from runtime.errors import ToolkitError, run_command
+from runtime.errors import MISSING_COMPONENT, ToolkitError, run_command
 from runtime.options import Parser, check_choices, check_folder, flag, require
 
 SCHEMES = ("w8a8", "w8a8s", "w8a8-dynamic", "w8a16")
+COMPRESSED = ("w8a8sc is made from w8a8s on the machine with the 310P, where CANN builds msmodelslim's compressor: run here "
+              "python -m quant --scheme w8a8s, and there MindIE's examples/convert/model_slim/sparse_compressor.py under "
+              "torchrun, one process per 310P chip")
 ANTI = ("m1", "m2", "m3", "m4", "m5", "m6", "none")
 
 
@@ -23,6 +26,8 @@ class QuantOptions:
                       default="auto", choices=("auto", "float16", "bfloat16"))
 
     def __post_init__(self):
+        if self.scheme == "w8a8sc":
+            raise ToolkitError(COMPRESSED, MISSING_COMPONENT)
         check_choices(self)
         check_folder("model", self.model)
 

@@ -18,7 +18,7 @@ from runtime.ops.cpu import CpuOps
 
 from .run import Job, Work, integer_layer, run, with_floats
 
-ROWS = 1 << 14          # rows of the output matrix multiplied at a time
+ROWS, TOKENS = 1 << 14, 32      # rows of the output matrix and tokens multiplied at a time
 
 
 @dataclass
@@ -49,13 +49,13 @@ def pass_gate(job: Job, work: Work, max_kl: float, min_top1: float, say) -> Verd
     """The smallest number of groups, worst first, with which the figures hold; ToolkitError if none does."""
     streams, held = work.load_streams(job.layers), range(job.calibrating, len(job.samples))
     head = Head(job)
-    expected = head.logits([streams["float"][i] for i in held])
+    expected = head.normed([streams["float"][i] for i in held])
     ranking = worst_first(job, work)
     tried = {}
 
     def holds(count: int) -> bool:
         found = [streams["quantised"][i] for i in held] if count == 0 else replay(job, work, ranking[:count])
-        tried[count] = figures(expected, head.logits(found))
+        tried[count] = head.figures(expected, head.normed(found))
         say(count, tried[count])
         return tried[count].hold(max_kl, min_top1)
 
@@ -121,16 +121,26 @@ class Head:
                            if any(part.target == "lm_head.weight" for part in row.parts))
 
     @torch.inference_mode()
-    def logits(self, streams: list[torch.Tensor]) -> np.ndarray:
-        """float32 [tokens, vocab] of residual streams behind the last layer."""
-        ops = CpuOps()
-        x = (ops.layer_norm if self.layer_norm else ops.rms_norm)(torch.cat(streams), self.norm, self.eps)
+    def normed(self, streams: list[torch.Tensor]) -> torch.Tensor:
+        """[tokens, hidden] behind the final norm, of residual streams behind the last layer."""
+        norm = CpuOps().layer_norm if self.layer_norm else CpuOps().rms_norm
+        return norm(torch.cat(streams), self.norm, self.eps)
+
+    def figures(self, expected: torch.Tensor, found: torch.Tensor) -> Figures:
+        """Of hidden states [tokens, hidden]. Whole logits of a large vocabulary would not fit beside each other."""
         matrix = self.checkpoint.tensor(self.source)
+        parts = [metrics.compare_logits(*(self._logits(x, matrix) for x in pair))
+                 for pair in zip(expected.split(TOKENS), found.split(TOKENS))]
+        return figures({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+
+    @staticmethod
+    @torch.inference_mode()
+    def _logits(x, matrix) -> np.ndarray:
         return torch.cat([x @ rows.float().t() for rows in matrix.split(ROWS)], 1).numpy()
 
 
-def figures(expected: np.ndarray, found: np.ndarray) -> Figures:
-    measured = metrics.compare_logits(expected, found)
+def figures(measured: dict[str, np.ndarray]) -> Figures:
+    """Of metrics.compare_logits."""
     if measured["nonfinite"].any():
-        return Figures(float("inf"), 0.0, len(expected))
-    return Figures(float(measured["kl"].mean()), float(measured["agree"].mean()), len(expected))
+        return Figures(float("inf"), 0.0, len(measured["kl"]))
+    return Figures(float(measured["kl"].mean()), float(measured["agree"].mean()), len(measured["kl"]))

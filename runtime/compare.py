@@ -58,7 +58,8 @@ class CompareOptions(InputOptions):
         self.reference_dtype = dtype_name(self.reference_dtype)
         check_folder("reference", self.reference)
         require(self, "max_tokens", self.max_tokens >= 1, "1 or more is needed, e.g. 32")
-        require(self, "threshold", self.threshold is None or 0 < self.threshold <= 1, "a cosine above 0 and up to 1 is needed, e.g. 0.9999")
+        require(self, "threshold", self.threshold is None or 0 < self.threshold <= 1,
+                "a cosine above 0 and up to 1 is needed, e.g. 0.9999")
         require(self, "prompt", all(p.strip() for p in self.prompt), "the prompt is empty; give it some text")
 
 

@@ -16,7 +16,7 @@ from quant.__main__ import main
 from quant.layer import linear_groups
 from quant.recipe import kept_by_range, whole_groups
 from quant.run import Work
-from runtime import Engine
+from runtime import Engine, metrics
 from runtime.errors import CHECK_FAILED, MISSING_COMPONENT, ToolkitError
 
 slow = pytest.importorskip("msmodelslim", reason="needs msmodelslim: pip install 'ascend-vlm[quant]'")
@@ -257,7 +257,7 @@ def test_gate_judges_what_the_engine_computes(lines, tmp_path):
     held = [engines[0].prompt_from_ids(line) for line in ids[3::4]]
     logits = [np.concatenate([engine.prefill_logits(prompt) for prompt in held]) for engine in engines]
     report = json.loads((tmp_path / "quant_report.json").read_text())["gate"]
-    assert gate.figures(*logits).kl == pytest.approx(report["kl"], rel=0.02)
+    assert gate.figures(metrics.compare_logits(*logits)).kl == pytest.approx(report["kl"], rel=0.02)
 
 
 # interruptions
@@ -318,6 +318,7 @@ def test_published_recipe_of_glm4():
     (["--keep-float", "layers.0.nothing"], "--keep-float layers.0.nothing names no linear layer; they are called like"),
     (["--disable-level", "25"], "--disable-level is '25': use L and a number"),
     (["--act-method", "4"], "use 1, 2 or 3"),
+    (["--scheme", "w8a8sc"], "w8a8sc is made from w8a8s on the machine with the 310P"),
     (["--scheme", "w4a4"], "--scheme is 'w4a4': use one of w8a8"),
     (["--scheme", "w8a8s", "--act-method", "3"], "--act-method 3 is not possible with --scheme w8a8s"),
     (["--fraction", "0.5"], "from 0.01 to 0.1 is possible"),
