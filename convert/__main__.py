@@ -42,12 +42,13 @@ def main(argv: list[str]) -> int:
     [options] = parser.parse(argv)
     from models import family_of
     from models.checkpoint import Checkpoint
+    from models.quantized import stored_weights
     from runtime.artifact import locked
     family = family_of(options.model)
     if family.vision is None:
         raise ToolkitError(f"{options.model} is a {family.name} model without a vision encoder: nothing to convert")
     checkpoint = Checkpoint(options.model)
-    checkpoint.check(family.weights())
+    checkpoint.check(stored_weights(family))
     out = prepare(options.out)
     with locked(out):
         if options.force or not is_current(family, checkpoint, out):

@@ -23,6 +23,7 @@ from models.quantized import KINDS, Quantized, Stacked, find_description, float_
 from models.templated import TemplatedFamily
 from models.text import JsonText
 from runtime import Engine
+from runtime.artifact import source_hash
 from runtime.loading import decoder_weights
 from runtime.ops.cpu import CpuOps, PackedInt8
 from runtime.ops.reference import ReferenceOps
@@ -30,6 +31,7 @@ from runtime.ops.reference import ReferenceOps
 GOLDEN = Path(__file__).parent / "golden" / "msmodelslim"
 CASES = ("glm_f16_w8a8", "glm_bf16_w8a8", "glm_f16_w8a8_m4", "glm_f16_w8a8s", "glm_f16_w8a8_dynamic",
          "glm_f16_cli_v1_w8a8_static", "llama_f16_w8a8_m4")
+MATRICES = ("qkv.weight", "out.weight", "up.weight", "down.weight")
 SAME_ARITHMETIC = 1e-5          # float32 against float32: nothing is rounded to another step
 
 
@@ -209,16 +211,13 @@ def test_scales_stored_as_int64():
     assert torch.equal(float_scale(scales), scales)
 
 
-@pytest.mark.parametrize("family", ["visualglm", "glm4", "glm4v", "glm_edge", "llava"])
-def test_every_family_s_rows_are_permuted_with_their_scales(family, tmp_path):
-    """Random int8 layers under the names of each family: the engine equals the float engine on dequantised weights."""
+def weight_only(family, folder):
+    """Two folders: the golden checkpoint of `family` with random int8 layers as W8A16, and those layers dequantised."""
     source = Path(__file__).parent / "golden" / family
     table, checkpoint = family_of(source).weights(), Checkpoint(source)
-    targets = ("qkv.weight", "out.weight", "up.weight", "down.weight")
     layers = {w.source[:-7] for w in table if w.parts and w.parts[0].target.startswith("layers.")
-              and w.parts[0].target.endswith(targets)}
-    plain, quantised = ({}, {})
-    torch.manual_seed(0)
+              and w.parts[0].target.endswith(MATRICES)}
+    plain, quantised = {}, {}
     for name in checkpoint.names:
         tensor, layer = checkpoint.tensor(name), name.removesuffix(".weight")
         if layer not in layers:
@@ -229,16 +228,35 @@ def test_every_family_s_rows_are_permuted_with_their_scales(family, tmp_path):
         plain[name], quantised[name] = values * scale, values.to(torch.int8)
         quantised |= {layer + ".weight_scale": scale, layer + ".weight_offset": torch.zeros_like(scale)}
     kinds = {n: "W8A16" if n.rpartition(".")[0] in layers and not n.endswith("bias") else "FLOAT" for n in quantised}
-    for folder, tensors in ((tmp_path / "plain", plain), (tmp_path / "quantised", quantised)):
-        shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin*", "hf", "sharded"))
-        save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors")
-    (tmp_path / "quantised" / "quant_model_description.json").write_text(json.dumps({"model_quant_type": "W8A16", **kinds}))
-    expected, found = (weights_of(tmp_path / which) for which in ("plain", "quantised"))
-    for name in {n for n in expected if n.endswith(targets)}:
+    for which, tensors in (("plain", plain), ("quantised", quantised)):
+        shutil.copytree(source, folder / which, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin*", "hf", "sharded"))
+        save_file({name: t.contiguous() for name, t in tensors.items()}, folder / which / "model.safetensors")
+    description = {"model_quant_type": "W8A16", **kinds}
+    (folder / "quantised" / "quant_model_description.json").write_text(json.dumps(description))
+    return folder / "plain", folder / "quantised"
+
+
+@pytest.mark.parametrize("family", ["visualglm", "glm4", "glm4v", "glm_edge", "llava"])
+def test_every_family_s_rows_are_permuted_with_their_scales(family, tmp_path):
+    """Under the names of each family: the quantised folder's layers are the dequantised folder's."""
+    expected, found = map(weights_of, weight_only(family, tmp_path))
+    for name in {n for n in expected if n.endswith(MATRICES)}:
         layer = found[name.removesuffix(".weight")]
         torch.testing.assert_close(layer.weight * layer.scale[:, None], expected[name])
         bias = expected.get(name.removesuffix("weight") + "bias")
         assert (bias is None) == (layer.bias is None) and (bias is None or torch.equal(bias.float(), layer.bias))
+
+
+def test_pictures(tmp_path):
+    """The vision tower of a quantised folder is the float one, and exports to the same artifact."""
+    plain, quantised = weight_only("visualglm", tmp_path)
+    families = [family_of(folder) for folder in (plain, quantised)]
+    assert len({source_hash(family, Checkpoint(family.directory)) for family in families}) == 1
+    Checkpoint(quantised).check(stored_weights(families[1]))
+    picture = {"type": "image", "image": Path(__file__).parent / "golden" / "visualglm" / "image.png"}
+    chat = [{"role": "user", "content": [picture, {"type": "text", "text": "描述这张图片。"}]}]
+    logits = [(e := open_engine(folder, vision="torch")).prefill_logits(e.prompt(chat)) for folder in (plain, quantised)]
+    assert relative(*logits) < 1e-4
 
 
 def weights_of(directory):
