@@ -57,9 +57,11 @@ class CpuOps(ReferenceOps):
             q, token_scale = quantize(x, layer)
             return dequantize(torch._int_mm(q.to(torch.int8), layer.weight.t()), token_scale, layer).to(x.dtype)
         q, token_scale = quantize(x, layer.layer)
+        unsigned = q.to(torch.int8).view(torch.uint8).bitwise_xor_(ZERO)        # q + 128
+        direct = token_scale is None and x.dtype in (torch.float32, torch.bfloat16)
         y = torch.ops.onednn.qlinear_pointwise(
-            q.add_(ZERO).to(torch.uint8), 1.0, layer.zero_point, layer.weight, layer.layer.scale, layer.weight_zeros,
-            layer.bias, 1.0, 0, torch.float32, "none", [], "")
+            unsigned, 1.0, layer.zero_point, layer.weight, layer.layer.scale, layer.weight_zeros, layer.bias, 1.0, 0,
+            x.dtype if direct else torch.float32, "none", [], "")
         if token_scale is not None:
             y = y.mul_(token_scale)
             y = y if layer.layer.bias is None else y.add_(layer.layer.bias)
