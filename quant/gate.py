@@ -64,7 +64,7 @@ def pass_gate(job: Job, work: Work, max_kl: float, min_top1: float, say) -> Verd
         best = min(tried.values(), key=lambda f: f.kl)
         raise ToolkitError(f"the quality gate cannot be reached: KL {best.kl:.3g} (limit {max_kl:g}), top-1 {best.top1:.1%} "
                            f"(at least {min_top1:.1%}); calibrate on text like yours with --calib, try --anti m2, or set "
-                           "--max-kl and --min-top1", CHECK_FAILED)
+                           "--max-kl and --min-top1 (the layers are kept for that)", CHECK_FAILED)
     return Verdict(ranking[:count], tried[count], tried)
 
 

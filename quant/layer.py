@@ -4,6 +4,7 @@ A family, its checkpoint and the residual streams of some samples flow in; msmod
 linear layers, and the residual streams behind the layer flow out. The arithmetic is the runtime's own (models/decoder.py);
 rows stand as in the checkpoint and are brought into the runtime's order behind each linear layer.
 """
+import ctypes
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
@@ -174,3 +175,9 @@ def linear_groups(family) -> dict[tuple[int, str], list[str]]:
             if group in LINEARS and tensor == "weight":
                 groups[int(index), group].append(row.source.removesuffix(".weight"))
     return dict(groups)
+
+
+def release_memory():
+    """glibc keeps the holes that large tensors leave; msmodelslim's runs grow to several times the model without this."""
+    if hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -31,6 +31,7 @@ def produce(options, calibration, recipe_options, gate_options) -> int:
     slim.open_slim()
     with locked(out):
         job, ranges = plan(family, checkpoint, options, calibration, recipe_options, out / WORK)
+        check_disk(job, out)
         work = Work(out / WORK / "layers", job)
         for index, record in quantise_layers(job, work):
             print(f"layer {index + 1}/{job.layers}: cosine {record.cosine:.6f}, {record.snr:.1f} dB", flush=True)
@@ -133,6 +134,17 @@ def digest(value) -> str:
 
 def say_figures(count: int, found: gate.Figures):
     print(f"gate: {count} layer groups put back to float: KL {found.kl:.3g}, top-1 {found.top1:.1%}", flush=True)
+
+
+def check_disk(job: Job, out: Path):
+    """The layers' work files and the result lie on the disk of `out`; anti-outlier keeps float weights besides."""
+    stored = sum(job.checkpoint.nbytes(name) for name in job.checkpoint.names)
+    need, free = stored * (2 if job.anti else 1), shutil.disk_usage(out).free
+    print(f"{job.layers} layers, {stored / 1e9:.1f} GB of weights; up to "
+          f"{need / 1e9:.1f} GB of disk for {out}, {free / 1e9:.1f} GB free", flush=True)
+    if need > free:
+        raise ToolkitError(f"--out {out} needs up to {need / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free; free some "
+                           "space or give another folder")
 
 
 def finish(job: Job, work: Work, verdict: gate.Verdict, ranges: dict, out: Path):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from runtime.errors import ToolkitError
 
 from . import slim
-from .layer import LayerModule, linear_groups
+from .layer import LayerModule, linear_groups, release_memory
 
 SHARE = 25 / 160        # disable_level L25 of the 160 linear layers of GLM-4-9B
 
@@ -76,5 +76,7 @@ def input_ranges(family, checkpoint, samples, progress) -> dict[str, float]:
             found = get_features(layer, slim.numbers(len(samples)), "features.npy", False)
         ranges |= {name: (max(abs(f["t_max"]), abs(f["t_min"])) / f["std"]).item() for name, f in found.items()}
         stream = [layer.outputs[i] for i in range(len(samples))]
+        del layer
+        release_memory()
         progress(index + 1, family.decoder.layers)
     return ranges

@@ -4,7 +4,6 @@ A Job flows in; a work folder with one file per layer flows out, and what the fl
 held-out samples. At any time one layer is in memory. msmodelslim's whole-model run gives the same numbers: its statistics
 of a layer depend on the samples' residual streams in front of it, and those are handed from layer to layer.
 """
-import ctypes
 import json
 import shutil
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from runtime.loading import load_rows
 
 from . import slim
 from .calibrate import Sample
-from .layer import LINEARS, NO_CACHE, LayerModule, LayerOps
+from .layer import LINEARS, NO_CACHE, LayerModule, LayerOps, release_memory
 
 STREAMS = ("float", "quantised")
 
@@ -129,10 +128,11 @@ class Work:
 def quantise_layers(job: Job, work: Work) -> Iterator[tuple[int, Record]]:
     """Every layer that is not finished yet; afterwards work.load_streams(job.layers) is behind the last."""
     start = work.finished()
+    release_memory()
     streams = work.load_streams(start) if start else {kind: [s.stream for s in job.samples] for kind in STREAMS}
     for index in range(start, job.layers):
         record, streams = _one_layer(job, work, index, streams)
-        _release_memory()
+        release_memory()
         yield index, record
 
 
@@ -222,9 +222,3 @@ def _measure(job, work, index, parts, quantised, stream, after) -> Record:
 def _relative(expected, found, before) -> float:
     """Error of what the layer adds to the residual stream."""
     return ((found - expected).norm() / (expected - before).norm().clamp(min=1e-30)).item()
-
-
-def _release_memory():
-    """glibc keeps the holes that large tensors leave; msmodelslim's runs grow to several times the model without this."""
-    if hasattr(ctypes.CDLL(None), "malloc_trim"):
-        ctypes.CDLL(None).malloc_trim(0)
