@@ -159,6 +159,7 @@ def _one_layer(job: Job, work: Work, index: int, streams: dict) -> tuple[Record,
                    for name, t in tensors.items()}
         outputs = layer.outputs
     del layer
+    release_memory()
     quantised = integer_layer(job.family, index, tensors, kinds)
     behind = {"float": after, "quantised": [outputs[i] if i in outputs else run(job, quantised, x, i)
                                             for i, x in enumerate(streams["quantised"])]}
