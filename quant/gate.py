@@ -18,7 +18,8 @@ from runtime.ops.cpu import CpuOps
 
 from .run import Job, Work, integer_layer, run, with_floats
 
-ROWS, TOKENS = 1 << 14, 32      # rows of the output matrix and tokens multiplied at a time
+ROWS = 1 << 14          # rows of the output matrix multiplied at a time
+TOKENS = 32             # logits compared at a time, in float64
 
 
 @dataclass
@@ -49,13 +50,13 @@ def pass_gate(job: Job, work: Work, max_kl: float, min_top1: float, say) -> Verd
     """The smallest number of groups, worst first, with which the figures hold; ToolkitError if none does."""
     streams, held = work.load_streams(job.layers), range(job.calibrating, len(job.samples))
     head = Head(job)
-    expected = head.normed([streams["float"][i] for i in held])
+    expected = head.logits([streams["float"][i] for i in held])
     ranking = worst_first(job, work)
     tried = {}
 
     def holds(count: int) -> bool:
         found = [streams["quantised"][i] for i in held] if count == 0 else replay(job, work, ranking[:count])
-        tried[count] = head.figures(expected, head.normed(found))
+        tried[count] = figures(expected, head.logits(found))
         say(count, tried[count])
         return tried[count].hold(max_kl, min_top1)
 
@@ -121,26 +122,20 @@ class Head:
                            if any(part.target == "lm_head.weight" for part in row.parts))
 
     @torch.inference_mode()
-    def normed(self, streams: list[torch.Tensor]) -> torch.Tensor:
-        """[tokens, hidden] behind the final norm, of residual streams behind the last layer."""
-        norm = CpuOps().layer_norm if self.layer_norm else CpuOps().rms_norm
-        return norm(torch.cat(streams), self.norm, self.eps)
-
-    def figures(self, expected: torch.Tensor, found: torch.Tensor) -> Figures:
-        """Of hidden states [tokens, hidden]. Whole logits of a large vocabulary would not fit beside each other."""
-        matrix = self.checkpoint.tensor(self.source)
-        parts = [metrics.compare_logits(*(self._logits(x, matrix) for x in pair))
-                 for pair in zip(expected.split(TOKENS), found.split(TOKENS))]
-        return figures({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
-
-    @staticmethod
-    @torch.inference_mode()
-    def _logits(x, matrix) -> np.ndarray:
-        return torch.cat([x @ rows.float().t() for rows in matrix.split(ROWS)], 1).numpy()
+    def logits(self, streams: list[torch.Tensor]) -> np.ndarray:
+        """float32 [tokens, vocab] of residual streams behind the last layer."""
+        norm, matrix = CpuOps().layer_norm if self.layer_norm else CpuOps().rms_norm, self.checkpoint.tensor(self.source)
+        x = norm(torch.cat(streams), self.norm, self.eps)
+        logits = np.empty((len(x), len(matrix)), np.float32)
+        for start in range(0, len(matrix), ROWS):
+            logits[:, start:start + ROWS] = (x @ matrix[start:start + ROWS].float().t()).numpy()
+        return logits
 
 
-def figures(measured: dict[str, np.ndarray]) -> Figures:
-    """Of metrics.compare_logits."""
-    if measured["nonfinite"].any():
-        return Figures(float("inf"), 0.0, len(measured["kl"]))
-    return Figures(float(measured["kl"].mean()), float(measured["agree"].mean()), len(measured["kl"]))
+def figures(expected: np.ndarray, found: np.ndarray) -> Figures:
+    """Of logits [tokens, vocab]."""
+    parts = [metrics.compare_logits(expected[i:i + TOKENS], found[i:i + TOKENS]) for i in range(0, len(expected), TOKENS)]
+    kl, agree, bad = (np.concatenate([part[name] for part in parts]) for name in ("kl", "agree", "nonfinite"))
+    if bad.any():
+        return Figures(float("inf"), 0.0, len(kl))
+    return Figures(float(kl.mean()), float(agree.mean()), len(kl))

@@ -30,13 +30,13 @@ def produce(options, calibration, recipe_options, gate_options) -> int:
     out = prepare(options.out, options.model)
     slim.open_slim()
     with locked(out):
-        job, ranges = plan(family, checkpoint, options, calibration, recipe_options, out / WORK)
+        job, statistics = plan(family, checkpoint, options, calibration, recipe_options, out / WORK)
         check_disk(job, out)
         work = Work(out / WORK / "layers", job)
         for index, record in quantise_layers(job, work):
             print(f"layer {index + 1}/{job.layers}: cosine {record.cosine:.6f}, {record.snr:.1f} dB", flush=True)
         verdict = gate.pass_gate(job, work, gate_options.max_kl, gate_options.min_top1, say_figures)
-        finish(job, work, verdict, ranges, out)
+        finish(job, work, verdict, statistics, out)
     print(f"{out}: {job.scheme.kind}, KL {verdict.figures.kl:.3g}, top-1 {verdict.figures.top1:.1%} on "
           f"{verdict.figures.tokens} held-out tokens, {len(verdict.kept)} layer groups put back to float")
     print(f"next: python -m runtime.chat --model {out}")
@@ -78,10 +78,10 @@ def plan(family, checkpoint, options, calibration, recipe_options, work: Path) -
               len(lines), set(), anti, act_method, recipe_options.fraction)
     job.keep = kept_by_group(family, recipe.keep) | kept_by_name(family, recipe_options.keep_float)
     level = wanted_level(recipe_options.disable_level, recipe.share, family)
-    ranges = measured(job, lines, work) if level else {}
-    job.keep |= kept_by_range(family, ranges, level, job.keep)
+    statistics = measured(job, lines, work) if level else {}
+    job.keep |= kept_by_range(family, statistics.get("ranges", {}), level, job.keep)
     job.identity = identity(job, lines + held)
-    return job, ranges
+    return job, statistics
 
 
 def chosen_lines(family, calibration) -> tuple[list, list]:
@@ -97,16 +97,18 @@ def wanted_level(given: str | None, share: float, family) -> int:
     return round(share * len(linear_groups(family)))
 
 
-def measured(job: Job, lines, work: Path) -> dict[str, float]:
-    """Input ranges of the float model, kept for later runs on the same samples."""
+def measured(job: Job, lines, work: Path) -> dict:
+    """Input ranges of the float model; those of an earlier run on the same samples into the same folder are taken."""
     file, key = work / "statistics.json", digest([str(lines), stamp(job.checkpoint)])
-    if file.is_file() and (stored := read_json(file)).get("key") == key:
-        return stored["ranges"]
+    for earlier in (file, work.parent / REPORT):
+        if earlier.is_file() and (stored := read_json(earlier).get("statistics", {})).get("key") == key:
+            return stored
     with byte_progress("measuring inputs") as update:
         ranges = input_ranges(job.family, job.checkpoint, job.samples[:job.calibrating], update)
     work.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps({"key": key, "ranges": ranges}))
-    return ranges
+    statistics = {"key": key, "ranges": ranges}
+    write_atomically(file, json.dumps({"statistics": statistics}))
+    return statistics
 
 
 def target_dtype(family, checkpoint, wanted: str) -> torch.dtype:
@@ -147,7 +149,7 @@ def check_disk(job: Job, out: Path):
                            "space or give another folder")
 
 
-def finish(job: Job, work: Work, verdict: gate.Verdict, ranges: dict, out: Path):
+def finish(job: Job, work: Work, verdict: gate.Verdict, statistics: dict, out: Path):
     """Write everything into a work folder, validate it, publish it."""
     from .validate import validate
     folder = out / WORK / "result"
@@ -156,7 +158,7 @@ def finish(job: Job, work: Work, verdict: gate.Verdict, ranges: dict, out: Path)
     entries, kind = all_entries(job, work, verdict.kept), job.scheme.kind
     with byte_progress("writing") as update:
         names = write.write_weights(entries, folder, kind, update)
-    texts = {FILE: write.write_description(entries, kind), REPORT: report(job, verdict, ranges, work),
+    texts = {FILE: write.write_description(entries, kind), REPORT: report(job, verdict, statistics, work),
              "config.json": write.write_config(read_json(Path(job.checkpoint.directory) / "config.json"), kind, job.dtype)}
     names += write.copy_small_files(Path(job.checkpoint.directory), folder)
     for name, text in texts.items():
@@ -203,9 +205,9 @@ class LayerReader:
         return self.layer(index)[0][name]
 
 
-def report(job: Job, verdict: gate.Verdict, ranges: dict, work: Work) -> str:
+def report(job: Job, verdict: gate.Verdict, statistics: dict, work: Work) -> str:
     """quant_report.json: settings, every decision, every layer's figures."""
     records = [work.record(index) for index in range(job.layers)]
     layers = [{"cosine": r.cosine, "snr_db": r.snr, "errors": r.errors} for r in records]
     return json.dumps({"settings": job.identity | {"model": str(job.checkpoint.directory)}, "gate": verdict.report(),
-                       "kept_float_by_recipe": sorted(job.keep), "layers": layers, "input_ranges": ranges}, indent=2) + "\n"
+                       "kept_float_by_recipe": sorted(job.keep), "layers": layers, "statistics": statistics}, indent=2) + "\n"

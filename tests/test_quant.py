@@ -13,7 +13,7 @@ from quant import gate, produce, slim
 from quant.__main__ import main
 from quant.layer import linear_groups
 from quant.run import Work
-from runtime import Engine, metrics
+from runtime import Engine
 from runtime.errors import CHECK_FAILED, MISSING_COMPONENT, ToolkitError
 
 slow = pytest.importorskip("msmodelslim", reason="needs msmodelslim: pip install 'ascend-vlm[quant]'")
@@ -254,7 +254,7 @@ def test_gate_judges_what_the_engine_computes(lines, tmp_path):
     held = [engines[0].prompt_from_ids(line) for line in ids[3::4]]
     logits = [np.concatenate([engine.prefill_logits(prompt) for prompt in held]) for engine in engines]
     report = json.loads((tmp_path / "quant_report.json").read_text())["gate"]
-    assert gate.figures(metrics.compare_logits(*logits)).kl == pytest.approx(report["kl"], rel=0.02)
+    assert gate.figures(*logits).kl == pytest.approx(report["kl"], rel=0.02)
 
 
 # interruptions
@@ -288,3 +288,11 @@ def test_other_settings_start_afresh(lines, tmp_path, monkeypatch):
     again, _ = quantise(tmp_path, "--act-method", "2", lines=lines)
     fresh, _ = quantise(tmp_path / "fresh", "--act-method", "2", lines=lines)
     assert all(torch.equal(again[n], fresh[n]) for n in fresh)
+
+
+def test_statistics_are_measured_once(lines, tmp_path, monkeypatch):
+    first, _ = quantise(tmp_path, "--disable-level", "L2", lines=lines)
+    monkeypatch.setattr(produce, "input_ranges", lambda *rest: pytest.fail("measured again"))
+    second, kinds = quantise(tmp_path, "--disable-level", "L2", "--scheme", "w8a16", lines=lines)
+    floats = {n for n in kinds if n.endswith("_proj.weight") and kinds[n] == "FLOAT"}
+    assert floats == {n for n in first if n.endswith("_proj.weight") and first[n].dtype != torch.int8} and len(floats) >= 2
