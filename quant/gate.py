@@ -4,6 +4,7 @@ hold, the linear layers that hurt most go back to float, as few as will do.
 A finished work folder flows in; the groups of linear layers that stay float, and the figures, flow out. The quantised side
 is computed with the engine's integer arithmetic, layer by layer.
 """
+import functools
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -16,7 +17,8 @@ from runtime.errors import CHECK_FAILED, ToolkitError
 from runtime.loading import load_rows
 from runtime.ops.cpu import CpuOps
 
-from .run import Job, Work, integer_layer, run, with_floats
+from .layer import release_memory
+from .run import Job, Work, integer_layer, relative_error, run, with_floats
 
 ROWS = 1 << 14          # rows of the output matrix multiplied at a time
 TOKENS = 32             # logits compared at a time, in float64
@@ -49,24 +51,22 @@ class Verdict:
 def pass_gate(job: Job, work: Work, max_kl: float, min_top1: float, say) -> Verdict:
     """The smallest number of groups, worst first, with which the figures hold; ToolkitError if none does."""
     streams, held = work.load_streams(job.layers), range(job.calibrating, len(job.samples))
-    head = Head(job)
+    head, ranking, tried = Head(job), Ranking(job, work), {}
     expected = head.logits([streams["float"][i] for i in held])
-    ranking = worst_first(job, work)
-    tried = {}
 
     def holds(count: int) -> bool:
-        found = [streams["quantised"][i] for i in held] if count == 0 else replay(job, work, ranking[:count])
+        found = [streams["quantised"][i] for i in held] if count == 0 else replay(job, work, ranking.worst(count))
         tried[count] = figures(expected, head.logits(found))
         say(count, tried[count])
         return tried[count].hold(max_kl, min_top1)
 
-    count = fewest(holds, len(ranking) - 1)         # at least one stays quantised
+    count = fewest(holds, len(ranking.quantised) - 1)       # at least one stays quantised
     if count is None:
         best = min(tried.values(), key=lambda f: f.kl)
         raise ToolkitError(f"the quality gate cannot be reached: KL {best.kl:.3g} (limit {max_kl:g}), top-1 {best.top1:.1%} "
                            f"(at least {min_top1:.1%}); calibrate on text like yours with --calib, try --anti m2, or set "
                            "--max-kl and --min-top1 (the layers are kept for that)", CHECK_FAILED)
-    return Verdict(ranking[:count], tried[count], tried)
+    return Verdict(ranking.worst(count), tried[count], tried)
 
 
 def fewest(holds, limit: int) -> int | None:
@@ -82,15 +82,45 @@ def fewest(holds, limit: int) -> int | None:
     return high
 
 
-def worst_first(job: Job, work: Work) -> list[tuple[int, str]]:
-    """Groups that are quantised, by the error that each alone causes in its layer."""
-    errors = {}
-    for index in range(job.layers):
-        record = work.record(index)
-        for group, names in record.groups.items():
-            if any(record.kinds[f"{name}.weight"] != "FLOAT" for name in names):
-                errors[index, group] = record.errors[group]
-    return sorted(errors, key=errors.get, reverse=True)
+class Ranking:
+    """Groups of linear layers that are quantised, by the error that each alone causes in its layer; measured when asked."""
+
+    def __init__(self, job: Job, work: Work):
+        self._job, self._work = job, work
+        self.quantised = [(index, group) for index in range(job.layers) for group in quantised_groups(work.record(index))]
+
+    def worst(self, count: int) -> list[tuple[int, str]]:
+        return self._ranked[:count] if count else []
+
+    @functools.cached_property
+    def _ranked(self):
+        errors = self._errors()
+        return sorted(self.quantised, key=errors.get, reverse=True)
+
+    @torch.inference_mode()
+    def _errors(self) -> dict[tuple[int, str], float]:
+        """One pass of the held-out samples over the float model."""
+        job, errors = self._job, {}
+        numbers = range(job.calibrating, len(job.samples))
+        stream = [job.samples[i].stream for i in numbers]
+
+        def outputs(index, kept):
+            layer = integer_layer(job.family, index, *layer_parts(job, self._work, index, kept))
+            return [run(job, layer, x, i) for x, i in zip(stream, numbers)]
+        for index in range(job.layers):
+            groups = [place for place in self.quantised if place[0] == index]
+            after = outputs(index, groups)
+            for place in groups:
+                found = outputs(index, [other for other in groups if other != place])
+                errors[place] = relative_error(*map(torch.cat, (after, found, stream)))
+            stream = after
+            release_memory()
+        return errors
+
+
+def quantised_groups(record) -> list[str]:
+    return [group for group, names in record.groups.items()
+            if any(record.kinds[f"{name}.weight"] != "FLOAT" for name in names)]
 
 
 def replay(job: Job, work: Work, kept: list[tuple[int, str]]) -> list[torch.Tensor]:
@@ -106,7 +136,7 @@ def replay(job: Job, work: Work, kept: list[tuple[int, str]]) -> list[torch.Tens
 def layer_parts(job: Job, work: Work, index: int, kept) -> tuple[dict, dict]:
     """(tensors, kinds) of a finished layer, the groups `kept` in float."""
     record = work.record(index)
-    names = [name for i, group in kept if i == index for name in record.groups[group]]
+    names = {name for i, group in kept if i == index for name in record.groups[group]}
     return with_floats(job, work, index, load_file(work.weights(index)), record.kinds, names)
 
 

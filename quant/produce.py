@@ -208,6 +208,6 @@ class LayerReader:
 def report(job: Job, verdict: gate.Verdict, statistics: dict, work: Work) -> str:
     """quant_report.json: settings, every decision, every layer's figures."""
     records = [work.record(index) for index in range(job.layers)]
-    layers = [{"cosine": r.cosine, "snr_db": r.snr, "errors": r.errors} for r in records]
+    layers = [{"cosine": r.cosine, "snr_db": r.snr} for r in records]
     return json.dumps({"settings": job.identity | {"model": str(job.checkpoint.directory)}, "gate": verdict.report(),
                        "kept_float_by_recipe": sorted(job.keep), "layers": layers, "statistics": statistics}, indent=2) + "\n"

@@ -5,6 +5,7 @@ held-out samples. At any time one layer is in memory. msmodelslim's whole-model 
 of a layer depend on the samples' residual streams in front of it, and those are handed from layer to layer.
 """
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from runtime.loading import load_rows
 
 from . import slim
 from .calibrate import Sample
-from .layer import LINEARS, NO_CACHE, LayerModule, LayerOps, release_memory
+from .layer import NO_CACHE, LayerModule, LayerOps, release_memory
 
 STREAMS = ("float", "quantised")
 
@@ -63,11 +64,10 @@ class MemoryCheckpoint(Checkpoint):
 
 @dataclass
 class Record:
-    """A finished layer: tensor kinds; linear layers per group; relative error of the layer's output on held-out samples
-    with only that group quantised; cosine and signal-to-noise ratio (dB) with all of them."""
+    """A finished layer: tensor kinds; linear layers per group; cosine and signal-to-noise ratio (dB) of what it adds to the
+    residual streams of the held-out samples, fed as the float model feeds it."""
     kinds: dict[str, str]
     groups: dict[str, list[str]]
-    errors: dict[str, float]
     cosine: float
     snr: float
 
@@ -163,7 +163,7 @@ def _one_layer(job: Job, work: Work, index: int, streams: dict) -> tuple[Record,
     quantised = integer_layer(job.family, index, tensors, kinds)
     behind = {"float": after, "quantised": [outputs[i] if i in outputs else run(job, quantised, x, i)
                                             for i, x in enumerate(streams["quantised"])]}
-    record = _measure(job, work, index, (tensors, kinds, groups, floats), quantised, streams["float"], after)
+    record = Record(kinds, groups, *_measure(job, quantised, streams["float"], after))
     work.keep(index, tensors, floats, record, behind)
     return record, behind
 
@@ -188,38 +188,27 @@ def run(job: Job, layer, x, number: int):
     return LayerArithmetic(job.family.decoder, LayerOps()).layer(x, layer, 0, job.samples[number].step, NO_CACHE)
 
 
-def with_floats(job: Job, work: Work, index: int, tensors: dict, kinds: dict, names, floats: dict | None = None):
+def with_floats(job: Job, work: Work, index: int, tensors: dict, kinds: dict, names: set[str]) -> tuple[dict, dict]:
     """(tensors, kinds) of a layer with the linear layers `names` as they were before quantisation."""
-    if floats is None:
-        floats = load_file(work.floats(index)) if work.floats(index).is_file() else {}
-    names = set(names)
+    floats = load_file(work.floats(index)) if names and work.floats(index).is_file() else {}
     kept = {n: t for n, t in tensors.items() if n.rpartition(".")[0] not in names}
     for name in names:
         for tensor in (f"{name}.weight", f"{name}.bias"):
             if tensor in job.checkpoint.shapes:
                 kept[tensor] = floats[tensor] if tensor in floats else job.checkpoint.tensor(tensor).to(job.dtype)
-    return kept, {name: kinds.get(name, "FLOAT") if name.rpartition(".")[0] not in names else "FLOAT" for name in kept}
+    return kept, {name: "FLOAT" if name.rpartition(".")[0] in names else kinds[name] for name in kept}
 
 
-def _measure(job, work, index, parts, quantised, stream, after) -> Record:
-    """On the held-out samples as the float model feeds them."""
-    tensors, kinds, groups, floats = parts
+def _measure(job: Job, quantised, stream, after) -> tuple[float, float]:
+    """(cosine, signal-to-noise ratio in dB) on the held-out samples."""
     held = range(job.calibrating, len(job.samples))
-
-    def outputs(layer):
-        return torch.cat([run(job, layer, stream[i], i) for i in held])
     expected, before = (torch.cat([s[i] for i in held]) for s in (after, stream))
-    errors = {}
-    for group in LINEARS:
-        others = [name for other in LINEARS if other != group for name in groups[other]]
-        alone = integer_layer(job.family, index, *with_floats(job, work, index, tensors, kinds, others, floats))
-        errors[group] = _relative(expected, outputs(alone), before)
-    found = outputs(quantised)
-    noise = max(_relative(expected, found, before), 1e-9)
+    found = torch.cat([run(job, quantised, stream[i], i) for i in held])
+    noise = max(relative_error(expected, found, before), 1e-9)
     cosine = torch.nn.functional.cosine_similarity((expected - before).flatten(), (found - before).flatten(), 0)
-    return Record(kinds, groups, errors, cosine.item(), -20 * torch.tensor(noise).log10().item())
+    return cosine.item(), -20 * math.log10(noise)
 
 
-def _relative(expected, found, before) -> float:
-    """Error of what the layer adds to the residual stream."""
+def relative_error(expected, found, before) -> float:
+    """Of what the layer adds to the residual stream."""
     return ((found - expected).norm() / (expected - before).norm().clamp(min=1e-30)).item()
