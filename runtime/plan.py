@@ -82,13 +82,23 @@ def decoder_parameters(family, split=None) -> int:
                    if not part.target.startswith("vision.")))
 
 
-def decoder_bytes(family, plan: Plan, cpu_weights: str) -> int:
-    """Of the weights as --cpu-weights packs them. Scales are counted for int4 only, where they are more than a trifle."""
+def decoder_bytes(family, dtype: torch.dtype, split, cpu_weights: str = "float") -> int:
+    """Of the directory's decoder weights on the first device of `split`, as --cpu-weights packs them. Scales are counted
+    where they are stored, and for int4."""
+    from models.quantized import stored_weights
+    return int(sum(math.prod(w.shape) * split.share(p.target) * _bits(p.target, dtype, cpu_weights) / 8
+                   for w in stored_weights(family) for p in w.parts if not p.target.startswith("vision.")))
+
+
+def _bits(target: str, dtype: torch.dtype, cpu_weights: str) -> float:
+    """int8 stays int8, except in W8A16 layers."""
+    from models.quantized import PIECE
+
     from .packing import bits
-    from .split import Split
-    split = Split(family.decoder, plan.devices)
-    return int(sum(math.prod(w.shape) * split.share(p.target) * bits(p.target, cpu_weights, plan.dtype) / 8
-                   for w in family.weights() for p in w.parts if not p.target.startswith("vision.")))
+    piece = PIECE.fullmatch(target)
+    if piece and piece[3] not in ("FLOAT", "W8A16"):
+        return 8 if piece[4] == "weight" else 32
+    return bits(target, cpu_weights, dtype)
 
 
 def vision_parameters(family) -> int:
@@ -101,7 +111,7 @@ def make_plan(family, dtype_name: str, cache_tokens: int, devices: int = 1) -> P
     from .split import Split
     dtype, split = choose_dtype(dtype_name, family), Split(family.decoder, devices)
     cache = KVCache.bytes_per_token(split.config, dtype) * cache_tokens
-    return Plan(decoder_parameters(family, split) * dtype.itemsize, cache, dtype, cache_tokens, devices)
+    return Plan(decoder_bytes(family, dtype, split), cache, dtype, cache_tokens, devices)
 
 
 def on_npu(plan: Plan, family, longest: int, vision: bool = True) -> Plan:
@@ -121,10 +131,12 @@ def plan_engine(family, dtype: str, longest: int, options, free: int | None) -> 
 
     ToolkitError when not even one sequence fits. free None: not checked.
     """
+    from .split import Split
     wanted = options.cache_tokens or max(longest, (options.max_num_seqs or SEQUENCES) * longest)
     plan = make_plan(family, dtype, wanted, options.tensor_parallel_size)
     if options.device == "cpu":
-        plan = replace(plan, weights=decoder_bytes(family, plan, options.cpu_weights),
+        split = Split(family.decoder, plan.devices)
+        plan = replace(plan, weights=decoder_bytes(family, plan.dtype, split, options.cpu_weights),
                        vision=4 * vision_parameters(family) * (options.vision != "om"))
     else:
         plan = on_npu(plan, family, longest, vision=options.vision in ("auto", "om"))

@@ -88,7 +88,7 @@ def found_with(a, b, threshold=0.9999, features=None):
     pictures = [] if features is None else [questions.shapes()]
     sides = [compare.Side(dict(INFO), FAMILY, [compare.Outcome([1, 2], f, list(range(len(x))), "你 <b>", x)])
              for x, f in zip((a, b), features or [np.zeros((0, 8), np.float32)] * 2)]
-    found = compare.judge(*sides, [compare.Case("<i>什么？", None, pictures)], threshold)
+    found = compare.judge(*sides, [compare.Case("<i>什么？", None, pictures)], dict.fromkeys(compare.STAGES, threshold))
     return {**found, "command": "c", "environment": {"python": "3"},
             "options": {"threshold": threshold, "max_tokens": 4}}
 

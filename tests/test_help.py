@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PINNED = Path(__file__).parent / "help"
-COMMANDS = ("convert", "runtime.bench", "runtime.chat", "runtime.compare", "runtime.doctor", "runtime.plan")
-HEAVY = {"torch", "numpy", "onnx", "onnxruntime", "transformers", "matplotlib", "jinja2", "rich", "PIL"}
+COMMANDS = ("convert", "quant", "runtime.bench", "runtime.chat", "runtime.compare", "runtime.doctor", "runtime.plan")
+HEAVY = {"msmodelslim", "torch", "numpy", "onnx", "onnxruntime", "transformers", "matplotlib", "jinja2", "rich", "PIL"}
 SCRIPT = """
 import atexit, runpy, sys
 atexit.register(lambda: print("imported:", *sorted({heavy} & sys.modules.keys()), file=sys.stderr))
