@@ -27,6 +27,7 @@ from runtime.artifact import source_hash
 from runtime.loading import decoder_weights
 from runtime.ops.cpu import CpuOps, PackedInt8
 from runtime.ops.reference import ReferenceOps
+from runtime.split import Split
 
 GOLDEN = Path(__file__).parent / "golden" / "msmodelslim"
 CASES = ("glm_f16_w8a8", "glm_bf16_w8a8", "glm_f16_w8a8_m4", "glm_f16_w8a8s", "glm_f16_w8a8_dynamic",
@@ -260,7 +261,8 @@ def test_pictures(tmp_path):
 
 
 def weights_of(directory):
-    return decoder_weights(Checkpoint(directory), family_of(directory), torch.float32, "cpu", ReferenceOps())
+    family = family_of(directory)
+    return decoder_weights(Checkpoint(directory), family, torch.float32, "cpu", ReferenceOps(), Split(family.decoder))
 
 
 # directories that do not fit together
