@@ -210,3 +210,16 @@ def test_scores_beside_requests_that_fill_the_cache():
         engine.score(prompt, [1, 2])
     engine.cancel(request)
     assert engine.score(prompt, [1, 2]).shape[0] == 2 and engine._cache.used_blocks == 0
+
+
+def test_split_over_two_devices_with_a_small_cache(tmp_path, monkeypatch):
+    """Packed weights and a cache that rank 0 decided on, in every process."""
+    monkeypatch.setenv("ASCEND_VLM_CACHE", str(tmp_path))
+    engine = small("glm4", tensor_parallel_size=2, cpu_weights="int8")
+    try:
+        cases = [(engine.prompt_from_ids(np.arange(5, 5 + n)), replace(GREEDY, max_tokens=60)) for n in (1, 90, 40, 120)]
+        together = engine.generate(*map(list, zip(*cases)))
+        assert [engine.generate([p], s)[0].token_ids for p, s in cases] == [result.token_ids for result in together]
+        assert engine._cache.used_blocks == 0
+    finally:
+        engine.close()
