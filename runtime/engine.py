@@ -1,6 +1,7 @@
 """Engine: one model, loaded once; prompts in, answers (or features, or logits) out. The public Python API."""
 import hashlib
 import sys
+import time
 from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,6 +28,7 @@ class Engine:
         from models.quantized import check_stored, find_description, stored_weights
 
         from .ops import choose
+        from .packing import check_packable
         from .parallel import open_team
         from .plan import SEQUENCES, longest_of
         from .scheduler import Scheduler
@@ -34,6 +36,7 @@ class Engine:
         self.options = EngineOptions(**options)
         self.family = family_of(model_dir)
         check_split(self.family, self.options.tensor_parallel_size)
+        check_packable(self.family, self.options.cpu_weights)
         self.max_model_len = longest_of(self.family, self.options.max_model_len)
         self._ops = choose(self.options.ops, self.options.device)
         self._block_size = self.options.block_size or self._ops.default_block_size
@@ -54,7 +57,7 @@ class Engine:
         self._split = Split(self.family.decoder, self.options.tensor_parallel_size, self._team.rank if self._team else 0)
         try:
             self._runner = self._load()
-            self._scheduler = Scheduler(self._runner, self._rows, self.options.max_num_seqs or SEQUENCES,
+            self._scheduler = Scheduler(self._runner, self._look_at, self.options.max_num_seqs or SEQUENCES,
                                         self.options.max_num_batched_tokens)
             if self._team:
                 self._team.wait_for_all()
@@ -256,6 +259,12 @@ class Engine:
         while len(self._features) > FEATURES_KEPT:
             self._features.popitem(last=False)
         return rows
+
+    def _look_at(self, prompt):
+        """Rows of each picture, and the seconds that took; opening the session is not part of a picture's time."""
+        self._session()
+        start = time.perf_counter()
+        return self._rows(prompt), time.perf_counter() - start
 
     def _session(self):
         if self._vision is None:

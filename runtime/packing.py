@@ -22,6 +22,13 @@ PACKER = 1              # raise it when other numbers are stored: folders of old
 FORMS = {"int8": Int8Weight, "int4": Int4Weight}
 
 
+def check_packable(family, kind: str):
+    """ToolkitError for a checkpoint that is quantised already."""
+    if kind != "float" and (family.directory / "quant_model_description.json").is_file():
+        raise ToolkitError(f"--cpu-weights {kind} packs float checkpoints, {family.directory} is quantised already; leave the "
+                           "flag out, or give the float checkpoint")
+
+
 def packed_weights(checkpoint, family, dtype: torch.dtype, kind: str, split) -> dict:
     """Canonical name -> tensor of `dtype`, or packed matrix; packs the checkpoint first if that was never done."""
     folder = packed_folder(checkpoint, family, kind, split)

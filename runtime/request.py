@@ -97,7 +97,7 @@ class Request:
             digest.update(self.sequence.ids(a, b).tobytes() + np.asarray(self.sequence.positions(a, b), np.int64).tobytes())
             for first, picture in zip(self.prompt.layout.image_starts, self._pictures):
                 if first < b:
-                    digest.update(picture + first.to_bytes(8, "little"))
+                    digest.update(picture + int(first).to_bytes(8, "little"))
             self._keys.append(digest.digest())
         return self._keys[:blocks]
 

@@ -12,11 +12,12 @@ from .runner import Chunk
 
 
 class Scheduler:
-    """features(prompt) -> picture rows of a prompt. max_requests: computed together. budget: tokens per step, which only
-    a prefix-LM context may exceed, because it is computed in one piece. The cache holds one longest sequence at least."""
+    """look_at(prompt) -> (rows of each of its pictures, seconds it took). max_requests: computed together. budget: tokens
+    per step, which only a prefix-LM context may exceed, because it is computed in one piece. The cache holds at least one
+    longest sequence."""
 
-    def __init__(self, runner, features, max_requests: int, budget: int):
-        self._runner, self._cache, self._features = runner, runner.cache, features
+    def __init__(self, runner, look_at, max_requests: int, budget: int):
+        self._runner, self._cache, self._look_at = runner, runner.cache, look_at
         self._max_requests, self._budget = max_requests, budget
         self.waiting, self.active = deque(), []         # both in the order of arrival
 
@@ -109,13 +110,13 @@ class Scheduler:
 
     def _look(self, request) -> bool:
         """Its pictures' features, unless they fail."""
-        start = time.perf_counter()
-        try:
-            request.features = self._features(request.prompt) if request.prompt.pixels else None
-        except Exception as error:      # whatever it is, it is this request's alone
-            request.fail(error)
-            return False
-        request.result.metrics["vision_seconds"] += time.perf_counter() - start
+        if request.prompt.pixels:
+            try:
+                request.features, seconds = self._look_at(request.prompt)
+            except Exception as error:      # whatever it is, it is this request's alone
+                request.fail(error)
+                return False
+            request.result.metrics["vision_seconds"] += seconds
         return True
 
     def _start(self, request, known, budget, first) -> int:

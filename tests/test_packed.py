@@ -154,3 +154,10 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setenv("ASCEND_VLM_CACHE", str(tmp_path / "file"))
     with pytest.raises(ToolkitError, match="set ASCEND_VLM_CACHE to another folder"):
         Engine(GOLDEN / "glm4", cpu_weights="int8", **SETTINGS)
+
+
+def test_a_quantised_checkpoint_is_not_packed_again(tmp_path):
+    model = synthetic(tmp_path / "model")
+    (model / "quant_model_description.json").write_text("{}")
+    with pytest.raises(ToolkitError, match="--cpu-weights int4 packs float checkpoints"):
+        Engine(model, cpu_weights="int4")
