@@ -47,7 +47,6 @@ class Engine:
         self.checkpoint = Checkpoint(self.family.directory)
         self.checkpoint.check(stored_weights(self.family))
         if description := find_description(self.family.directory):
-            self._check_packing()
             check_stored(description, self.checkpoint)
         if self.options.vision == "om" and self.family.vision:
             from .vision import check_om
@@ -197,11 +196,6 @@ class Engine:
             free //= self.options.tensor_parallel_size
         follows = self.options.device == "cpu" and rank_and_size()[0] > 0       # what rank 0 planned, it has checked
         return plan_engine(self.family, dtype, self.max_model_len, self.options, None if follows else free)
-
-    def _check_packing(self):
-        if self.options.cpu_weights != "float":
-            raise ToolkitError(f"{self.family.directory} is quantised already; leave out --cpu-weights "
-                               f"{self.options.cpu_weights}")
 
     def _load(self):
         from models.decoder import Decoder

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from models.quantized import find_description
+
 from .artifact import cache_root, locked, tensors_digest
 from .errors import ToolkitError
 from .loading import MATRICES, decoder_rows
@@ -24,7 +26,7 @@ FORMS = {"int8": Int8Weight, "int4": Int4Weight}
 
 def check_packable(family, kind: str):
     """ToolkitError for a checkpoint that is quantised already."""
-    if kind != "float" and (family.directory / "quant_model_description.json").is_file():
+    if kind != "float" and find_description(family.directory):
         raise ToolkitError(f"--cpu-weights {kind} packs float checkpoints, {family.directory} is quantised already; leave the "
                            "flag out, or give the float checkpoint")
 
