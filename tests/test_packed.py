@@ -158,6 +158,6 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
 
 def test_a_quantised_checkpoint_is_not_packed_again(tmp_path):
     model = synthetic(tmp_path / "model")
-    (model / "quant_model_description.json").write_text("{}")
+    (model / "quant_model_description.json").write_text('{"model_quant_type": "W8A8"}')
     with pytest.raises(ToolkitError, match="--cpu-weights int4 packs float checkpoints"):
         Engine(model, cpu_weights="int4")
