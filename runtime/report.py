@@ -148,8 +148,8 @@ def html(found: dict, pictures: list[list]) -> str:
     environment.filters |= {"cosine": cosine, "number": number, "percent": percent, "visible": visible}
     page = environment.from_string((templates / "compare.html").read_text(encoding="utf-8"))
     labels = json.loads((templates / "labels.json").read_text(encoding="utf-8"))
-    return page.render(report=found, t=labels["en"], colours=COLOURS, plots=plots(found, labels["en"]),
-                       pictures=[[thumbnail(p) for p in some] for some in pictures])
+    return page.render(report=found, t=labels["en"], limit=cosine_limit(found) or 0, colours=COLOURS,
+                       plots=plots(found, labels["en"]), pictures=[[thumbnail(p) for p in some] for some in pictures])
 
 
 def visible(text: str) -> str:
@@ -170,12 +170,17 @@ def thumbnail(picture) -> str:
 
 def plots(found: dict, labels: dict) -> list[dict]:
     """[{title, svg}]: every measure over the tokens of all questions."""
-    limit = next((c["limit"] for c in found["checks"] if c["stage"] == "decode"), None)
+    limit = cosine_limit(found)
     distance = [[None if t["cosine"] is None else 1 - t["cosine"] for t in case["tokens"]] for case in found["cases"]]
     drawn = [(labels["plot_cosine"], distance, None if limit is None else 1 - limit)]
     drawn += [(labels[f"plot_{name}"], [[t[name] for t in case["tokens"]] for case in found["cases"]], None)
               for name in ("kl", "max_abs", "mean_abs")]
     return [{"title": title, "svg": svg(series, limit, labels)} for title, series, limit in drawn]
+
+
+def cosine_limit(found: dict) -> float | None:
+    """Of the logits."""
+    return next((c["limit"] for c in found["checks"] if (c["stage"], c["measure"]) == ("decode", "cosine_min")), None)
 
 
 def svg(series: list[list], limit: float | None, labels: dict) -> str:
