@@ -26,7 +26,8 @@ def judge(reference, candidate, cases: list, limits: dict[str, dict[str, float]]
               for limit in limits[name].items()]
     checks += [layer_check(found)] if found else []
     passed = bool(stages["decode"]["rows"]) and all(c["passed"] for c in checks)
-    return {"schema": report.SCHEMA, "passed": passed, "verdict": verdict(passed, checks), "checks": checks,
+    return {"schema": report.SCHEMA, "passed": passed, "verdict": verdict(passed, checks),
+            "verdict_zh": chinese(passed, checks), "checks": checks, "histogram": histogram(pairs),
             "stages": stages, "layers": found, "layers_note": candidate.note, "reference": reference.info,
             "candidate": candidate.info,
             "cases": [describe_case(*four, candidate.family)
@@ -76,6 +77,44 @@ def verdict(passed: bool, checks: list[dict]) -> str:
         return f"PASSED: no cosine is below {limits}; smallest: {smallest}{clean}"
     failed = sorted((c for c in checks if not c["passed"]), key=lambda c: c["stage"] != "layers")
     return "FAILED: " + "; ".join(layer_failure(c) if c["stage"] == "layers" else failure(c) for c in failed)
+
+
+CHINESE = {"vision": "视觉特征", "decode": "解码器 logits"}
+
+
+def chinese(passed: bool, checks: list[dict]) -> str:
+    """The same sentence for the page in Chinese."""
+    if not any(c["stage"] == "decode" for c in checks):
+        return "没有可比较的内容"
+    if passed:
+        return "；".join(f"{CHINESE[c['stage']]}的最小余弦为 {report.cosine(c['value'])}（限值 {c['limit']:.6g}）"
+                        for c in checks if c["measure"] == "cosine_min")
+    failed = sorted((c for c in checks if not c["passed"]), key=lambda c: c["stage"] != "layers")
+    return "；".join(chinese_failure(c) for c in failed)
+
+
+def chinese_failure(c: dict) -> str:
+    value = report.cosine(c["value"]) if c["measure"] == "cosine_min" else report.number(c["value"])
+    if c["stage"] == "layers":
+        what = "首先出现 NaN 或 Inf" if c["nonfinite"] else \
+            f"首先偏离：{'增益' if c['measure'] == 'gain' else '误差'}为 {c['value']:.4g}，限值 {c['limit']:.4g}"
+        return f"{c['worst']['stage']} {what}（共 {len(c['failed'])} 个阶段偏离）"
+    place = f"问题 {c['worst']['case'] + 1} 第 {c['worst']['row'] + 1} {'个词元' if c['stage'] == 'decode' else '行'}"
+    if c["nonfinite"]:
+        return f"{CHINESE[c['stage']]}含 {c['nonfinite']} 个 NaN 或 Inf，首个位于{place}"
+    return f"{CHINESE[c['stage']]}的 {c['measure']} 为 {value}（{place}），限值 {c['limit']:.6g}"
+
+
+def histogram(pairs) -> dict:
+    """How many logits are off by which power of ten: {"edges" [n + 1], "counts" [n]}; equal ones are left out."""
+    import numpy as np
+    edges = np.arange(-9, 3.01, 0.5)
+    counts = np.zeros(len(edges) - 1, np.int64)
+    for a, b in pairs:
+        error = np.abs(a.logits.astype(np.float64) - b.logits)
+        error = error[np.isfinite(error) & (error > 0)]
+        counts += np.histogram(np.clip(np.log10(error), edges[0], edges[-1]), edges)[0]
+    return {"edges": edges.tolist(), "counts": counts.tolist()}
 
 
 def layer_failure(c: dict) -> str:

@@ -91,11 +91,12 @@ def test_killed_at_random_moments(tmp_path):
     """200 lines, kill -9 again and again; the file is the one of an undisturbed run."""
     file = written(tmp_path, [{"prompt": f"What is {i}?", "id": i} for i in range(200)])
     assert run(file, tmp_path / "whole.jsonl", "--batch-size", "3") == 0
+    step = (tmp_path / "whole.jsonl").stat().st_size // KILLS // 2
     out, partial, moments = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial", random.Random(3)
     for kill in range(KILLS):
         process = subprocess.Popen([sys.executable, "-m", "runtime.predict", *argv(file, out, "--batch-size", "3")],
                                    cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        goal = (partial.stat().st_size if partial.exists() else 0) + moments.randrange(1, 3000)
+        goal = (partial.stat().st_size if partial.exists() else 0) + moments.randrange(1, step)
         while process.poll() is None and (not partial.exists() or partial.stat().st_size < goal):
             time.sleep(moments.random() / 50)
         process.send_signal(signal.SIGKILL)
