@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from . import report
 from .errors import CHECK_FAILED, ToolkitError, run_command
+from .limits import all_limits, is_quantised, read_limit
 from .options import (
     EngineOptions,
     InputOptions,
@@ -35,7 +36,6 @@ from .questions import QUESTIONS
 if TYPE_CHECKING:       # `--help` does without numpy
     import numpy as np
 
-QUANTISED = 0.99        # smallest cosine of a quantised model's logits
 
 
 @dataclass(kw_only=True)
@@ -54,6 +54,8 @@ class CompareOptions(InputOptions):
     limit: tuple[str, ...] = flag("another limit, e.g. vision.relative_euclidean=0.05, decode.kl_max=0.005 or "
                                   "layers.relative=0.01 (a layer's error, of what it adds); may be repeated", default=(),
                                   metavar="STAGE.MEASURE=X", many=True)
+    search: bool = flag("if the logits fail: put the decoder's layers back to the reference's weights until they pass, and "
+                        "name the smallest set found (loads both models)", default=False, kind=bool)
 
     def __post_init__(self):
         super().__post_init__()
@@ -65,6 +67,7 @@ class CompareOptions(InputOptions):
         require(self, "threshold", self.threshold is None or 0 < self.threshold <= 1,
                 "a cosine above 0 and up to 1 is needed, e.g. 0.9999")
         require(self, "prompt", all(p.strip() for p in self.prompt), "the prompt is empty; give it some text")
+        require(self, "search", not (self.search and self.native), "it needs a reference checkpoint; leave --reference out")
         self.limit = [read_limit(text) for text in self.limit]
 
 
@@ -143,43 +146,24 @@ def findings(options: CompareOptions, candidate_options: EngineOptions, out: Pat
         gc.collect()                            # one model in memory at a time
         candidate = run_candidate(options, candidate_options, cases, reference)
     found = judge(reference, candidate, cases, all_limits(options))
+    found["culprit"] = find_culprit(options, candidate_options, cases, reference, found) if options.search else None
     return {**found, "options": {"max_tokens": options.max_tokens}}, [case.pictures for case in cases]
 
 
-def read_limit(text: str) -> tuple[str, str, float]:
-    """"decode.kl_max=0.005" -> ("decode", "kl_max", 0.005)."""
-    from .verdict import KNOWN
-    name, _, value = text.partition("=")
-    stage, _, measure = name.partition(".")
-    measure = measure.replace("-", "_")
-    if measure not in KNOWN.get(stage, ()):
-        known = "; ".join(f"{stage}: {', '.join(measures)}" for stage, measures in KNOWN.items())
-        raise ToolkitError(f"--limit {text} names no measure of a stage; there are {known}")
-    try:
-        return stage, measure, float(value)
-    except ValueError:
-        raise ToolkitError(f"--limit {text} has no number; write it like {name}=0.01") from None
-
-
-def all_limits(options: CompareOptions) -> dict[str, dict[str, float]]:
-    """Stage -> measure -> limit. Rounding to 8 bits moves logits by more than any kernel does; what it may cost is judged by
-    `python -m quant`, here a broken scale shows."""
-    from .layers import QUANTISED as QUANTISED_LAYERS
-    from .verdict import EXACT
-    rounded = is_quantised(options.model) and (options.native or not is_quantised(options.reference))
-    limits = {"vision": {"cosine_min": options.threshold or EXACT},
-              "decode": {"cosine_min": QUANTISED} if rounded else {},
-              "layers": dict(QUANTISED_LAYERS) if rounded else {}}
-    if options.threshold:
-        limits["decode"]["cosine_min"] = options.threshold
-    for stage, measure, value in options.limit:
-        limits[stage][measure] = value
-    return limits
-
-
-def is_quantised(model: str) -> bool:
-    """msmodelslim describes what it did beside the weights."""
-    return any(Path(model).glob("quant_model_description*.json"))
+def find_culprit(options, candidate_options, cases: list[Case], reference: Side, found: dict) -> dict | None:
+    """What culprit.report tells; None where the logits pass or no layers were compared."""
+    from . import Engine, culprit
+    limits = {c["measure"]: c["limit"] for c in found["checks"] if c["stage"] == "decode"}
+    if not found["layers"] or all(c["passed"] for c in found["checks"] if c["stage"] == "decode"):
+        return None
+    gc.collect()
+    engine, _ = load("search: candidate", options.model, partial(Engine, **vars(candidate_options)))
+    given = vars(candidate_options) | {"dtype": str(engine.plan.dtype).split(".")[1]}
+    floats, _ = load("search: reference", options.reference, partial(Engine, **given))
+    prompts, _ = encode(engine, cases)
+    with spinner("searching"):
+        search = culprit.Search(engine, floats, prompts, reference.outcomes, limits)
+        return culprit.report(engine.family, search.run(culprit.ranked(found["layers"])), search.trials)
 
 
 def check_same_family(options: CompareOptions, family):

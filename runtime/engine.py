@@ -214,6 +214,10 @@ class Engine:
         self._runner.decoder.tap = tap
         return self._runner.decoder.stages()
 
+    def layers(self) -> list:
+        """The decoder's layers (models.decoder.Layer); what is put into the list is what runs."""
+        return self._runner.decoder.layers
+
     def follow(self, *work):
         """On ranks other than 0: this device's part of what rank 0 computes."""
         self._runner.compute(*work)

@@ -18,7 +18,6 @@ SINGLE = 24 * 2.0 ** -24    # fp32 roundings in one stage: sums of products in a
 NOISE = 1.5                 # a candidate's error against that of plain torch in the same dtype (measured: 0.99 to 1.02)
 GAIN = 0.002                # rounding has no direction (measured: within 0.0001 of plain torch in the same dtype)
 SINGLE_GAIN = 5e-7          # the same in fp32 (measured: 2e-8)
-QUANTISED = {"relative": 0.5, "gain": 0.2}      # 8 bits; what they may cost is judged by `python -m quant`
 
 
 class Recorder:

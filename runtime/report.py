@@ -140,6 +140,8 @@ def show(found: dict, out: Path):
     for name, stage in found["stages"].items():
         table.add_row(name, *stage_cells(stage))
     console.print(table)
+    if found["culprit"]:
+        console.print(f"search: {found['culprit']['sentence']}", soft_wrap=True, markup=False, highlight=False)
     for line in (f"report: {out / 'report.html'}", found["verdict"]):
         console.print(line, soft_wrap=True, markup=False, highlight=False,
                       style="" if line.startswith("report") else "bold green" if found["passed"] else "bold red")

@@ -90,7 +90,8 @@ def found_with(a, b, threshold=0.9999, features=None):
              for x, f in zip((a, b), features or [np.zeros((0, 8), np.float32)] * 2)]
     limits = dict.fromkeys(("vision", "decode"), {"cosine_min": threshold}) | {"layers": {}}
     found = verdict.judge(*sides, [compare.Case("<i>什么？", None, pictures)], limits)
-    return {**found, "command": "c", "environment": {"python": "3"}, "options": {"max_tokens": 4}}
+    return {**found, "command": "c", "environment": {"python": "3"}, "options": {"max_tokens": 4},
+            "culprit": None}
 
 
 def test_passes_and_fails_by_the_smallest_cosine():
@@ -107,7 +108,7 @@ def test_a_difference_in_the_pictures_fails_too():
     a, rows = logits(), logits(2, 8)
     found = found_with(a, a, features=(rows, rows[::-1]))
     assert not found["passed"] and "vision features" in found["verdict"]
-    assert [c["passed"] for c in found["checks"]] == [False, True]
+    assert [(c["stage"], c["passed"]) for c in found["checks"]] == [("vision", False), ("vision", False), ("decode", True)]
 
 
 def test_nan_fails_and_is_null_in_json(tmp_path):

@@ -134,6 +134,41 @@ def test_fp16_overflow(tmp_path):
     assert departed(found) == "layers.1.mlp" and "NaN or Inf" in found["verdict"]
 
 
+def rounded(tensor, bits):
+    """To a grid, as a bad quantisation does."""
+    step = tensor.float().abs().max() / 2 ** (bits - 1)
+    return ((tensor.float() / step).round() * step).to(tensor.dtype)
+
+
+@pytest.mark.parametrize("family", ["glm_edge", "visualglm"])
+def test_search_names_the_layers_that_must_stay_float(family, tmp_path, capsys):
+    """All layers rounded to 11 bits, which passes, two linear layers to 3 bits, which does not."""
+    model = GOLDEN / family
+    table = family_of(model)
+    coarse = [sources(table, f"layers.{target}.weight")[0] for target in ("0.down", "1.out")]
+    fine = [sources(table, f"layers.{i}.up.weight")[0] for i in (0, 1)]
+
+    def edit(tensors):
+        for name in tensors.keys() & {*coarse, *fine}:
+            tensors[name] = rounded(tensors[name], 3 if name in coarse else 11)
+    argv = ["--model", str(edited(model, tmp_path, edit)), "--reference", str(model), "--out", str(tmp_path / "out"),
+            "--vision", "torch", "--prompt", "What is this?", "--max-tokens", "4", "--threshold", "0.9999", "--search"]
+    assert compare.main(argv) == 1
+    culprit = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))["culprit"]
+    assert sorted(culprit["stages"]) == ["layers.0.mlp", "layers.1.attention"]
+    assert all(f"--keep-float {name.removesuffix('.weight')}" in culprit["flags"] for name in coarse)
+    assert "search: it passes with" in capsys.readouterr().out
+
+
+def test_search_without_a_set_that_helps(tmp_path):
+    model = GOLDEN / "glm4v"
+    bad = edited(model, tmp_path, scale(sources(family_of(model), "lm_head.weight")[0], -1.0))
+    options = compare.CompareOptions(model=str(bad), reference=str(model), out=str(tmp_path), prompt=["x"], max_tokens=2,
+                                     search=True)
+    found = compare.findings(options, EngineOptions(dtype="float32", vision="torch", max_model_len=256), tmp_path)[0]
+    assert found["culprit"]["stages"] == [] and "no set of layers helps" in found["culprit"]["sentence"]
+
+
 def test_headroom_is_the_distance_to_the_largest_half(tmp_path):
     for stage in compared(GOLDEN / "glm4", tmp_path)["layers"]:
         assert stage["headroom"] == pytest.approx(layers.HALF_MAX / stage["largest"])
