@@ -26,6 +26,7 @@ class Recorder:
     def __init__(self, path: Path, stages: list[str], tokens: int, hidden: int):
         self.stages = {stage: index for index, stage in enumerate(stages)}
         self.values = np.lib.format.open_memmap(path, "w+", np.float32, (len(stages), tokens, hidden))
+        path.unlink()       # lives on as long as it is mapped, and not a moment longer
         self.done = Counter()
 
     def __call__(self, stage, x):
