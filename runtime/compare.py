@@ -11,12 +11,15 @@ import shlex
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import report
+from .dataset import answers
+from .dataset import read as read_dataset
+from .dataset import summary as dataset_summary
 from .errors import CHECK_FAILED, ToolkitError, run_command
 from .limits import all_limits, is_quantised, read_limit
 from .options import (
@@ -54,6 +57,8 @@ class CompareOptions(InputOptions):
     limit: tuple[str, ...] = flag("another limit, e.g. vision.relative_euclidean=0.05, decode.kl_max=0.005 or "
                                   "layers.relative=0.01 (a layer's error, of what it adds); may be repeated", default=(),
                                   metavar="STAGE.MEASURE=X", many=True)
+    dataset: str | None = flag("questions with answers, as of runtime.predict with `answer` and perhaps `choices`: both "
+                               "sides' share of right ones", default=None, metavar="FILE.jsonl")
     search: bool = flag("if the logits fail: put the decoder's layers back to the reference's weights until they pass, and "
                         "name the smallest set found (loads both models)", default=False, kind=bool)
 
@@ -68,6 +73,7 @@ class CompareOptions(InputOptions):
                 "a cosine above 0 and up to 1 is needed, e.g. 0.9999")
         require(self, "prompt", all(p.strip() for p in self.prompt), "the prompt is empty; give it some text")
         require(self, "search", not (self.search and self.native), "it needs a reference checkpoint; leave --reference out")
+        self.questions = read_dataset(self.dataset) if self.dataset else []
         self.limit = [read_limit(text) for text in self.limit]
 
 
@@ -112,6 +118,7 @@ class Side:
     layers: dict | None = None
     noise: Noise | None = None
     note: str | None = None
+    answers: list[str] = field(default_factory=list)        # to the data set
 
 
 def parser() -> Parser:
@@ -146,6 +153,8 @@ def findings(options: CompareOptions, candidate_options: EngineOptions, out: Pat
         gc.collect()                            # one model in memory at a time
         candidate = run_candidate(options, candidate_options, cases, reference)
     found = judge(reference, candidate, cases, all_limits(options))
+    found["dataset"] = dataset_summary(options.dataset, options.questions, reference.answers, candidate.answers) \
+        if options.questions else None
     found["culprit"] = find_culprit(options, candidate_options, cases, reference, found) if options.search else None
     return {**found, "options": {"max_tokens": options.max_tokens}}, [case.pictures for case in cases]
 
@@ -205,7 +214,8 @@ def run_reference(options: CompareOptions, max_model_len: int | None, cases: lis
         else:
             logits, streams = record(engine, prompt, tokens, work / f"{len(outcomes)}.npy")
         outcomes.append(Outcome(prompt.ids.tolist(), rows, tokens, result.text, logits, streams))
-    return Side(information(engine, options.reference, seconds), engine.family, outcomes)
+    return Side(information(engine, options.reference, seconds), engine.family, outcomes,
+                answers=answer_dataset(engine, options))
 
 
 def run_candidate(options: CompareOptions, engine_options: EngineOptions, cases: list[Case], reference: Side) -> Side:
@@ -219,11 +229,16 @@ def run_candidate(options: CompareOptions, engine_options: EngineOptions, cases:
         logits = engine.score(prompt, expected.token_ids)
         outcomes.append(Outcome(prompt.ids.tolist(), rows, expected.token_ids, expected.answer, logits))
     known = reference.info["sha256"] if Path(options.model).samefile(options.reference) else None
-    side = Side(information(engine, options.model, seconds, known), engine.family, outcomes, note=note)
+    side = Side(information(engine, options.model, seconds, known), engine.family, outcomes, note=note,
+                answers=answer_dataset(engine, options))
     if not note:
         side.layers = run_layers("candidate: layers", engine, prompts, reference)
         side.noise = run_noise(options, engine, prompts, reference)
     return side
+
+
+def answer_dataset(engine, options: CompareOptions) -> list[str]:
+    return answers(engine, options.questions, options.dataset or "", options.language, options.max_tokens)
 
 
 def why_no_layers(options: CompareOptions, engine_options: EngineOptions) -> str | None:

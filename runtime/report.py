@@ -140,6 +140,10 @@ def show(found: dict, out: Path):
     for name, stage in found["stages"].items():
         table.add_row(name, *stage_cells(stage))
     console.print(table)
+    if found["dataset"]:
+        d = found["dataset"]
+        console.print(f"dataset: {d['questions']} questions, right: reference {percent(d['reference'])}, candidate "
+                      f"{percent(d['candidate'])}; same answer: {percent(d['same'])}", highlight=False)
     if found["culprit"]:
         console.print(f"search: {found['culprit']['sentence']}", soft_wrap=True, markup=False, highlight=False)
     for line in (f"report: {out / 'report.html'}", found["verdict"]):
