@@ -20,6 +20,7 @@ from runtime.artifact import ONNX
 
 PIECE_BYTES = 1 << 30       # of weights; a smaller graph stays whole
 ACTIVATIONS = 4             # values of the largest size at a time: scores, softmax, and what the arena keeps
+PIECE_FILE = "piece.onnx"
 ALIVE = 2                   # values that may cross a cut: a tower's and a Q-Former's residual stream
 
 
@@ -81,11 +82,24 @@ class StreamedGraph:
             self.advance()
         return [state[graph.output[0].name] for state in states]
 
+    def values(self, pixels: np.ndarray, names: list[str]):
+        """Yields (name, value) of these values inside the graph, on the way through it."""
+        wanted, state = set(names), {self.model.graph.input[0].name: pixels}
+        try:
+            for piece in self.pieces:
+                inner = [name for node in piece.nodes for name in node.output if name in wanted and name not in piece.outputs]
+                state, = self._run(Piece(piece.nodes, piece.inputs, piece.outputs + inner), [state])
+                yield from ((name, state[name]) for name in state if name in wanted)
+                self.advance()
+        finally:
+            (self.folder / PIECE_FILE).unlink(missing_ok=True)
+
     def _run(self, piece, states):
         import onnxruntime
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        path = self.folder / ONNX if self.steps == 1 else self._write(piece)
+        whole = self.steps == 1 and piece is self.pieces[0]
+        path = self.folder / ONNX if whole else self._write(piece)
         session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
         return [dict(zip(piece.outputs, session.run(piece.outputs, {name: state[name] for name in piece.inputs})))
                 for state in states]
@@ -94,7 +108,7 @@ class StreamedGraph:
         used = {name for node in piece.nodes for name in node.input}
         graph = helper.make_graph(piece.nodes, "piece", _infos(piece.inputs), _infos(piece.outputs),
                                   [tensor for tensor in self.model.graph.initializer if tensor.name in used])
-        path = self.folder / "piece.onnx"
+        path = self.folder / PIECE_FILE
         path.write_bytes(helper.make_model(graph, opset_imports=self.model.opset_import,
                                            ir_version=self.model.ir_version).SerializeToString())
         return path

@@ -93,6 +93,7 @@ class Decoder(LayerArithmetic):
         self.layers = [layer_of(weights, f"layers.{i}.") for i in range(config.layers)]
         self.final_norm = norm_of(weights, "final_norm")
         self.lm_head = _linear(weights, "lm_head")
+        self.tap = None         # callable(stage, residual stream [T, hidden]) -> the stream to go on with
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """ids int64 [T] -> [T, hidden]."""
@@ -106,7 +107,12 @@ class Decoder(LayerArithmetic):
     def forward(self, x: torch.Tensor, step: Step, cache) -> torch.Tensor:
         """x [T, hidden] -> normalised hidden states [T, hidden]; writes this step's keys and values into `cache`."""
         run = self._plain_layers if self.config.residual_alpha is None else self._alpha_layers
-        return run(x, step, cache)
+        return self._tapped("final_norm", run(self._tapped("embed", x), step, cache))
+
+    def stages(self) -> list[str]:
+        """Where `tap` is called, in order."""
+        layers = (f"layers.{i}.{branch}" for i in range(len(self.layers)) for branch in ("attention", "mlp"))
+        return ["embed", *layers, "final_norm"]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [T, hidden] -> float32 [T, vocab]."""
@@ -119,13 +125,31 @@ class Decoder(LayerArithmetic):
         for i, (layer, next_norm) in enumerate(zip(self.layers, next_norms)):
             x, residual = self.ops.add_rms_norm(self.ops.all_reduce(self._attention(x, layer, i, step, cache)), residual,
                                                 layer.mlp_norm, self.config.eps)
+            x, residual = self._tapped_norm(f"layers.{i}.attention", x, residual, layer.mlp_norm)
             x, residual = self.ops.add_rms_norm(self.ops.all_reduce(self._mlp(x, layer)), residual, next_norm, self.config.eps)
+            x, residual = self._tapped_norm(f"layers.{i}.mlp", x, residual, next_norm)
         return x
 
     def _alpha_layers(self, x, step, cache):
+        alpha = self.config.residual_alpha
         for i, layer in enumerate(self.layers):
-            x = self.layer(x, layer, i, step, cache)
+            normed = self._norm(x, layer.attention_norm)
+            x = self.ops.scaled_add(self.ops.all_reduce(self._attention(normed, layer, i, step, cache)), normed, alpha)
+            x = self._tapped(f"layers.{i}.attention", x)
+            normed = self._norm(x, layer.mlp_norm)
+            x = self.ops.scaled_add(self.ops.all_reduce(self._mlp(normed, layer)), normed, alpha)
+            x = self._tapped(f"layers.{i}.mlp", x)
         return self._norm(x, self.final_norm)
+
+    def _tapped(self, stage, x):
+        return x if self.tap is None else self.tap(stage, x)
+
+    def _tapped_norm(self, stage, x, residual, norm):
+        """(normalised stream, stream); what the tap put in place of the stream is normalised anew."""
+        if self.tap is None:
+            return x, residual
+        residual = self.tap(stage, residual)
+        return self._norm(residual, norm), residual
 
 
 def _linear(weights: dict, name: str):

@@ -2,21 +2,26 @@
 
 A checkpoint and a candidate's options flow in; report.json and report.html flow out. The reference (plain torch, fp32)
 answers a few questions greedily; its tokens are fed to both sides one by one, and every step's logits are compared, as
-are the vision features. One side is in memory at a time.
+are the vision features, and every layer on the reference's own input (layers.py). One side is in memory at a time.
 """
 from __future__ import annotations
 
 import gc
 import shlex
 import sys
+import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import report
+from .dataset import answers
+from .dataset import read as read_dataset
+from .dataset import summary as dataset_summary
 from .errors import CHECK_FAILED, ToolkitError, run_command
+from .limits import all_limits, is_quantised, read_limit
 from .options import (
     EngineOptions,
     InputOptions,
@@ -35,8 +40,6 @@ from .questions import QUESTIONS
 if TYPE_CHECKING:       # `--help` does without numpy
     import numpy as np
 
-EXACT, QUANTISED = 0.9999, 0.99     # smallest cosine, unless --threshold says otherwise
-STAGES = {"vision": "vision features", "decode": "decoder logits"}
 
 
 @dataclass(kw_only=True)
@@ -49,8 +52,16 @@ class CompareOptions(InputOptions):
                                    "English, with and without a picture)", default=(), metavar="TEXT", many=True)
     max_tokens: int = flag("tokens compared per question", default=32, kind=int, metavar="N")
     threshold: float | None = flag("smallest cosine that passes, of every token's logits and every picture row (default: "
-                                   "0.9999; 0.99 for the logits of a quantised --model against a float --reference)",
+                                   "0.9999; for the logits less where the dtype's rounding alone costs more, and 0.99 for a "
+                                   "quantised --model against a float --reference)",
                                    default=None, kind=float, metavar="C")
+    limit: tuple[str, ...] = flag("another limit, e.g. vision.relative_euclidean=0.05, decode.kl_max=0.005 or "
+                                  "layers.relative=0.01 (a layer's error, of what it adds); may be repeated", default=(),
+                                  metavar="STAGE.MEASURE=X", many=True)
+    dataset: str | None = flag("questions with answers, as of runtime.predict with `answer` and perhaps `choices`: both "
+                               "sides' share of right ones", default=None, metavar="FILE.jsonl")
+    search: bool = flag("if the logits fail: put the decoder's layers back to the reference's weights until they pass, and "
+                        "name the smallest set found (loads both models)", default=False, kind=bool)
 
     def __post_init__(self):
         super().__post_init__()
@@ -62,6 +73,9 @@ class CompareOptions(InputOptions):
         require(self, "threshold", self.threshold is None or 0 < self.threshold <= 1,
                 "a cosine above 0 and up to 1 is needed, e.g. 0.9999")
         require(self, "prompt", all(p.strip() for p in self.prompt), "the prompt is empty; give it some text")
+        require(self, "search", not (self.search and self.native), "it needs a reference checkpoint; leave --reference out")
+        self.questions = read_dataset(self.dataset) if self.dataset else []
+        self.limit = [read_limit(text) for text in self.limit]
 
 
 @dataclass
@@ -85,14 +99,27 @@ class Outcome:
     token_ids: list[int]
     answer: str
     logits: np.ndarray
+    streams: object = None              # layers.Recorder, of the reference
+
+
+@dataclass
+class Noise:
+    """What rounding alone does: the reference in the candidate's dtype, its layers as Side's, its logits of every question."""
+    layers: dict
+    logits: list[np.ndarray]
 
 
 @dataclass
 class Side:
-    """One model's outcomes, its family (for token texts) and what the report tells about it."""
+    """One model's outcomes, its family (for token texts) and what the report tells about it; layers as
+    layers.judge takes them, or a note why there are none."""
     info: dict
     family: object
     outcomes: list[Outcome]
+    layers: dict | None = None
+    noise: Noise | None = None
+    note: str | None = None
+    answers: list[str] = field(default_factory=list)        # to the data set
 
 
 def parser() -> Parser:
@@ -109,25 +136,44 @@ def main(argv) -> int:
     check_pictures(family, options.image)
     check_same_family(options, family)
     out = report.prepare(options.out)
-    cases = choose_cases(options, family)
-    reference = run_reference(options, candidate_options.max_model_len, cases)
-    gc.collect()                                # one model in memory at a time
-    candidate = run_candidate(options, candidate_options, cases, reference)
-    limits = thresholds(options)
-    found = judge(reference, candidate, cases, limits)
-    found |= {"command": shlex.join(["python", "-m", "runtime.compare", *argv]), "environment": report.environment(),
-              "options": {"threshold": limits["decode"], "max_tokens": options.max_tokens}}
-    report.write(found, [case.pictures for case in cases], out)
+    found, pictures = findings(options, candidate_options, out)
+    found |= {"command": shlex.join(["python", "-m", "runtime.compare", *argv]), "environment": report.environment()}
+    report.write(found, pictures, out)
     report.show(found, out)
     return 0 if found["passed"] else CHECK_FAILED
 
 
-def thresholds(options: CompareOptions) -> dict[str, float]:
-    """Limit of every stage. Rounding to 8 bits moves logits by more than any kernel does; what it may cost is judged by
-    `python -m quant`, here a broken scale shows."""
-    from models.quantized import find_description
-    rounded = find_description(options.model) and (options.native or not find_description(options.reference))
-    return {stage: options.threshold or (QUANTISED if rounded and stage == "decode" else EXACT) for stage in STAGES}
+def findings(options: CompareOptions, candidate_options: EngineOptions, out: Path) -> tuple[dict, list[list]]:
+    """What the report says, and the pictures of every question; `out` receives work files for the time being."""
+    from models import family_of
+
+    from .verdict import judge
+    cases = choose_cases(options, family_of(options.model))
+    with tempfile.TemporaryDirectory(prefix=".streams-", dir=out) as work:
+        reference = run_reference(options, candidate_options.max_model_len, cases, Path(work))
+        gc.collect()                            # one model in memory at a time
+        candidate = run_candidate(options, candidate_options, cases, reference)
+    found = judge(reference, candidate, cases, all_limits(options))
+    found["dataset"] = dataset_summary(options.dataset, options.questions, reference.answers, candidate.answers) \
+        if options.questions else None
+    found["culprit"] = find_culprit(options, candidate_options, cases, reference, found) if options.search else None
+    return {**found, "options": {"max_tokens": options.max_tokens}}, [case.pictures for case in cases]
+
+
+def find_culprit(options, candidate_options, cases: list[Case], reference: Side, found: dict) -> dict | None:
+    """What culprit.report tells; None where the logits pass or no layers were compared."""
+    from . import Engine, culprit
+    limits = {c["measure"]: c["limit"] for c in found["checks"] if c["stage"] == "decode"}
+    if not found["layers"] or all(c["passed"] for c in found["checks"] if c["stage"] == "decode"):
+        return None
+    gc.collect()
+    engine, _ = load("search: candidate", options.model, partial(Engine, **vars(candidate_options)))
+    given = vars(candidate_options) | {"dtype": str(engine.plan.dtype).split(".")[1]}
+    floats, _ = load("search: reference", options.reference, partial(Engine, **given))
+    prompts, _ = encode(engine, cases)
+    with spinner("searching"):
+        search = culprit.Search(engine, floats, prompts, reference.outcomes, limits)
+        return culprit.report(engine.family, search.run(culprit.ranked(found["layers"])), search.trials)
 
 
 def check_same_family(options: CompareOptions, family):
@@ -149,8 +195,8 @@ def choose_cases(options: CompareOptions, family) -> list[Case]:
                  given or ([q.scene()] if q.scene else [])) for q in chosen]
 
 
-def run_reference(options: CompareOptions, max_model_len: int | None, cases: list[Case]) -> Side:
-    """Greedy answers in plain torch (or transformers), and the logits of every step."""
+def run_reference(options: CompareOptions, max_model_len: int | None, cases: list[Case], work: Path) -> Side:
+    """Greedy answers in plain torch (or transformers), the logits of every step, and in `work` the streams of every layer."""
     try:
         engine, seconds = load("reference", options.reference, reference_loader(options, max_model_len))
     except ToolkitError as error:               # its sentence names the candidate's flags
@@ -158,27 +204,73 @@ def run_reference(options: CompareOptions, max_model_len: int | None, cases: lis
         raise ToolkitError(f"the reference cannot be loaded: {message}", error.exit_code) from error
     greedy = SamplingParams(temperature=0, repetition_penalty=1, max_tokens=options.max_tokens)
     prompts, features = encode(engine, cases)
+    from .layers import record
     outcomes = []
     for prompt, rows in report.track("reference", list(zip(prompts, features))):
         result = engine.generate([prompt], greedy)[0]
         # a stopped answer also has a step that predicted the stop; the id itself is never fed
         tokens = result.token_ids + list(engine.family.stop_ids[:1] if result.finish_reason == "stop" else ())
-        outcomes.append(Outcome(prompt.ids.tolist(), rows, tokens, result.text, engine.score(prompt, tokens)))
-    return Side(information(engine, options.reference, seconds), engine.family, outcomes)
+        if options.native or options.reference_dtype != "float32":
+            logits, streams = engine.score(prompt, tokens), None
+        else:
+            logits, streams = record(engine, prompt, tokens, work / f"{len(outcomes)}.npy")
+        outcomes.append(Outcome(prompt.ids.tolist(), rows, tokens, result.text, logits, streams))
+    return Side(information(engine, options.reference, seconds), engine.family, outcomes,
+                answers=answer_dataset(engine, options))
 
 
 def run_candidate(options: CompareOptions, engine_options: EngineOptions, cases: list[Case], reference: Side) -> Side:
-    """The reference's tokens, fed to the candidate step by step."""
+    """The reference's tokens, fed to the candidate step by step; then every layer on the reference's streams."""
     from . import Engine
     engine, seconds = load("candidate", options.model, partial(Engine, **vars(one_at_a_time(engine_options))))
     prompts, features = encode(engine, cases)
-    outcomes = []
+    outcomes, note = [], why_no_layers(options, engine_options)
     for prompt, rows, expected in report.track("candidate", list(zip(prompts, features, reference.outcomes))):
         check_same_model(engine.family, prompt.ids.tolist(), rows, expected)
         logits = engine.score(prompt, expected.token_ids)
         outcomes.append(Outcome(prompt.ids.tolist(), rows, expected.token_ids, expected.answer, logits))
     known = reference.info["sha256"] if Path(options.model).samefile(options.reference) else None
-    return Side(information(engine, options.model, seconds, known), engine.family, outcomes)
+    side = Side(information(engine, options.model, seconds, known), engine.family, outcomes, note=note,
+                answers=answer_dataset(engine, options))
+    if not note:
+        side.layers = run_layers("candidate: layers", engine, prompts, reference)
+        side.noise = run_noise(options, engine, prompts, reference)
+    return side
+
+
+def answer_dataset(engine, options: CompareOptions) -> list[str]:
+    return answers(engine, options.questions, options.dataset or "", options.language, options.max_tokens)
+
+
+def why_no_layers(options: CompareOptions, engine_options: EngineOptions) -> str | None:
+    if options.reference_dtype != "float32":
+        return "layers are compared with a float32 reference; leave --reference-dtype out"
+    if options.native:
+        return "transformers' own implementation shows features and logits; leave --reference out to compare layers"
+    if engine_options.tensor_parallel_size > 1:
+        return "a decoder split over several devices shows features and logits; use one device to compare layers"
+    return None
+
+
+def run_layers(role: str, engine, prompts: list, reference: Side) -> dict[str, dict]:
+    from .layers import merge, prompt_stages
+    pairs = list(zip(prompts, reference.outcomes))
+    return merge([prompt_stages(engine, prompt, outcome.token_ids, outcome.streams, outcome.logits)
+                  for prompt, outcome in report.track(role, pairs)])
+
+
+def run_noise(options: CompareOptions, candidate, prompts: list, reference: Side) -> Noise | None:
+    """None in fp32, and for 8 bits, whose limits are fixed."""
+    from . import Engine
+    dtype = str(candidate.plan.dtype).split(".")[1]
+    if dtype == "float32" or is_quantised(options.model):
+        return None
+    candidate.close()
+    gc.collect()
+    engine, _ = load("rounding of " + dtype, options.reference, partial(
+        Engine, dtype=dtype, vision="torch", ops="reference", max_model_len=candidate.options.max_model_len))
+    logits = [engine.score(prompt, outcome.token_ids) for prompt, outcome in zip(prompts, reference.outcomes)]
+    return Noise(run_layers("rounding: layers", engine, prompts, reference), logits)
 
 
 def reference_loader(options: CompareOptions, max_model_len: int | None):
@@ -220,66 +312,6 @@ def information(engine, model: str, seconds: float, digest: str | None = None) -
             digest = engine.checkpoint.digest(engine.checkpoint.names)
     return {"model": str(Path(model).resolve()), "sha256": digest, "family": engine.family.name,
             "stages": engine.describe(), "options": asdict(engine.options), "load_seconds": round(seconds, 2)}
-
-
-def judge(reference: Side, candidate: Side, cases: list[Case], limits: dict[str, float]) -> dict:
-    """The report: summary per stage, the checks that decide, every case and token. Layout: docs of report.SCHEMA."""
-    from . import metrics
-    pairs = list(zip(reference.outcomes, candidate.outcomes))
-    vision = [metrics.compare_rows(a.features, b.features) for a, b in pairs]
-    decode = [metrics.compare_logits(a.logits, b.logits) for a, b in pairs]
-    stages = {"vision": metrics.summarize(vision), "decode": metrics.summarize(decode)}
-    checks = [check(name, stage, limits[name]) for name, stage in stages.items() if stage["rows"]]
-    passed = bool(stages["decode"]["rows"]) and all(c["passed"] for c in checks)
-    return {"schema": report.SCHEMA, "passed": passed, "verdict": verdict(passed, checks), "checks": checks,
-            "stages": stages, "reference": reference.info, "candidate": candidate.info,
-            "cases": [describe_case(*four, candidate.family)
-                      for four in zip(cases, reference.outcomes, vision, decode)]}
-
-
-def check(name: str, stage: dict, threshold: float) -> dict:
-    """NaN is never within a threshold."""
-    value = stage["cosine_min"]
-    return {"stage": name, "measure": "cosine_min", "value": value, "limit": threshold, "passed": value >= threshold,
-            "nonfinite": stage["nonfinite"], "worst": stage["worst"]}
-
-
-def verdict(passed: bool, checks: list[dict]) -> str:
-    """One sentence: the smallest cosine of every stage, or what failed where."""
-    if not checks:
-        return "FAILED: nothing was compared"
-    if passed:
-        smallest = ", ".join(f"{STAGES[c['stage']]} {report.cosine(c['value'])}" for c in checks)
-        limits = " or ".join(dict.fromkeys(f"{c['limit']:g}" for c in checks))
-        return f"PASSED: no cosine is below {limits}; smallest: {smallest}"
-    return "FAILED: " + "; ".join(failure(c) for c in checks if not c["passed"])
-
-
-def failure(c: dict) -> str:
-    what, row, question = STAGES[c["stage"]], c["worst"]["row"] + 1, c["worst"]["case"] + 1
-    place = f"{'token' if c['stage'] == 'decode' else 'row'} {row} of question {question}"
-    if c["nonfinite"]:
-        return f"{c['nonfinite']:,} values of the {what} are NaN or Inf, the first at {place}"
-    return f"the cosine of the {what} falls to {report.cosine(c['value'])} at {place}, below {c['limit']:g}"
-
-
-def describe_case(case: Case, expected: Outcome, vision: dict, decode: dict, family) -> dict:
-    from . import metrics
-    agree = decode["agree"].tolist()
-    return {"question": case.question, "language": case.language, "pictures": len(case.pictures),
-            "prompt_tokens": len(expected.ids), "answer": expected.answer, "same_answer": all(agree),
-            "vision": metrics.summarize([vision]), "decode": metrics.summarize([decode]),
-            "tokens": [describe_token(decode, row, family) for row in range(len(agree))]}
-
-
-def describe_token(decode: dict, row: int, family) -> dict:
-    token = {name: decode[name][row].item() for name in decode}
-    return {"text": token_text(family, token["reference_top1"]),
-            "candidate_text": token_text(family, token["candidate_top1"]), **token}
-
-
-def token_text(family, token_id: int) -> str:
-    return "<stop>" if token_id in family.stop_ids else family.tokenizer.decode([token_id])
 
 
 if __name__ == "__main__":

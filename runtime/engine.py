@@ -178,6 +178,18 @@ class Engine:
         if self._team:
             close_team()
 
+    def tap(self, tap=None) -> list[str]:
+        """From now on `tap(stage, x)` sees the residual stream x [T, hidden] behind every stage of the decoder, and the next
+        stage gets what it returns; None ends that. Returns the stages in order. ToolkitError for a decoder that is split."""
+        if self._team:
+            raise ToolkitError("the layers of a decoder split over several devices cannot be watched; use one device")
+        self._runner.decoder.tap = tap
+        return self._runner.decoder.stages()
+
+    def layers(self) -> list:
+        """The decoder's layers (models.decoder.Layer); what is put into the list is what runs."""
+        return self._runner.decoder.layers
+
     def follow(self, *work):
         """On ranks other than 0: this device's part of what rank 0 computes."""
         self._runner.compute(*work)

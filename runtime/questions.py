@@ -1,4 +1,4 @@
-"""The built-in questions of `runtime.compare`: Chinese and English, about drawn pictures and without one."""
+"""The built-in questions of `runtime.compare` and `runtime.predict --examples`, about drawn pictures and without one."""
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -38,6 +38,16 @@ def shapes():
     return image
 
 
+def boats():
+    """Three sailing boats of different colours on the sea -> PIL image."""
+    image, draw = _sky_and_meadow()
+    draw.rectangle((0, 250, SIZE, SIZE), fill=(40, 95, 150))
+    for x, y, colour in ((60, 270, (200, 50, 50)), (180, 330, (245, 245, 240)), (310, 285, (240, 190, 60))):
+        draw.polygon(((x + 45, y), (x + 45, y - 110), (x + 105, y)), fill=colour)
+        draw.polygon(((x, y + 8), (x + 110, y + 8), (x + 90, y + 38), (x + 20, y + 38)), fill=(90, 60, 40))
+    return image
+
+
 def _sky_and_meadow():
     from PIL import Image, ImageDraw
     image = Image.new("RGB", (SIZE, SIZE), (120, 170, 90))
@@ -52,4 +62,11 @@ QUESTIONS = (
     Question("en", "What shapes and colours are in this picture?", shapes),
     Question("zh", "用一句话介绍一下北京。"),
     Question("en", "Name three kinds of fruit."),
+)
+
+# the predict mode of the VisualGLM guide asks these about examples/1.jpeg, 2.jpeg and 3.jpeg of the checkpoint
+EXAMPLES = (
+    Question("zh", "描述一下这个场景,这个场景是一部电影中的经典桥段", house),
+    Question("zh", "这是什么东西", shapes),
+    Question("zh", "这张图片描述了什么", boats),
 )

@@ -1,10 +1,12 @@
-"""The precision report: a dict of findings flows in; report.json, one self-contained report.html and a table flow out.
+"""The precision report: a dict of findings flows in; report.json, layers.csv, one self-contained report.html and a table
+flow out.
 
-SCHEMA names the JSON layout; its version grows when a key changes meaning or goes. NaN is written as null. Headings of
-the page are in LABELS, so that another language is another column there.
+SCHEMA names the JSON layout (docs/compare.md); its version grows when a key changes meaning or goes. NaN is written as
+null. Headings of the page are in labels.json, in every language.
 """
 import base64
 import contextlib
+import csv
 import io
 import json
 import math
@@ -18,9 +20,15 @@ from pathlib import Path
 
 from .errors import ToolkitError
 
-SCHEMA = {"name": "ascend-vlm/compare", "version": 1}
+SCHEMA = {"name": "ascend-vlm/compare", "version": 2}
 PACKAGES = ("ascend-vlm", "torch", "numpy", "onnx", "onnxruntime", "safetensors", "sentencepiece", "pillow")
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")     # one per question, told apart by all
+WORST = 12
+# the columns of msit's comparison of dumps (two of them are called DataType: the second is ours to drop)
+MSIT_COLUMNS = ("Index", "OpType", "NPUDump", "DataType", "Address", "GroundTruth", "TensorIndex", "Shape", "Overflow",
+                "CosineSimilarity", "MaxAbsoluteError", "AccumulatedRelativeError", "RelativeEuclideanDistance",
+                "KullbackLeiblerDivergence", "StandardDeviation", "MeanAbsoluteError", "RootMeanSquareError",
+                "MaxRelativeError", "MeanRelativeError", "CompareFailReason", "IsNpuOps", "IsOutputNode", "IsPrecisionError")
 THUMBNAIL = 360         # pixels of a picture's longer edge in the page
 FLOOR = 1e-17           # smallest 1 - cosine a float64 cosine can show, and what a plot draws for less
 
@@ -40,8 +48,28 @@ def write(found: dict, pictures: list[list], out: Path):
     """Complete `found` and write report.html, then report.json. pictures: those of every case, path or PIL image."""
     found["created"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
     found = plain(found)
+    replace(out / "layers.csv", layers_csv(found))
     replace(out / "report.html", html(found, pictures))
     replace(out / "report.json", json.dumps(found, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+
+
+def layers_csv(found: dict) -> str:
+    """Every stage under the columns that msit's compare writes; NPUDump is the candidate, GroundTruth the reference. The
+    cosine is the smallest of a token; what is not measured here stays empty."""
+    stored = io.StringIO()
+    rows = csv.DictWriter(stored, MSIT_COLUMNS, restval="", lineterminator="\n")
+    rows.writeheader()
+    for index, s in enumerate(found["layers"]):
+        rows.writerow({"Index": index, "OpType": s["stage"].rpartition(".")[2], "NPUDump": s["stage"],
+                       "GroundTruth": s["stage"], "Overflow": "YES" if s["nonfinite"] else "NO",
+                       "CosineSimilarity": s["cosine_min"], "MaxAbsoluteError": s["max_abs"],
+                       "RelativeEuclideanDistance": s["relative_euclidean"], "MeanAbsoluteError": s["mean_abs"],
+                       "RootMeanSquareError": s["rmse"], "MaxRelativeError": s["max_relative"],
+                       "MeanRelativeError": s["mean_relative"],
+                       "CompareFailReason": "", "IsNpuOps": "NO",
+                       "IsOutputNode": "YES" if index == len(found["layers"]) - 1 else "NO",
+                       "IsPrecisionError": "NO" if s["passed"] else "YES"})
+    return stored.getvalue()
 
 
 def plain(value):
@@ -112,6 +140,12 @@ def show(found: dict, out: Path):
     for name, stage in found["stages"].items():
         table.add_row(name, *stage_cells(stage))
     console.print(table)
+    if found["dataset"]:
+        d = found["dataset"]
+        console.print(f"dataset: {d['questions']} questions, right: reference {percent(d['reference'])}, candidate "
+                      f"{percent(d['candidate'])}; same answer: {percent(d['same'])}", highlight=False)
+    if found["culprit"]:
+        console.print(f"search: {found['culprit']['sentence']}", soft_wrap=True, markup=False, highlight=False)
     for line in (f"report: {out / 'report.html'}", found["verdict"]):
         console.print(line, soft_wrap=True, markup=False, highlight=False,
                       style="" if line.startswith("report") else "bold green" if found["passed"] else "bold red")
@@ -145,11 +179,30 @@ def html(found: dict, pictures: list[list]) -> str:
     templates = resources.files(__package__) / "templates"
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True,
                                      undefined=jinja2.StrictUndefined)
-    environment.filters |= {"cosine": cosine, "number": number, "percent": percent, "visible": visible}
+    environment.filters |= {"cosine": cosine, "number": number, "percent": percent, "visible": visible,
+                            "gain": lambda x: "NaN" if x is None else f"{x:.6f}", "limit": lambda x: f"{x:.4g}",
+                            "round4": lambda x: "NaN" if x is None else f"{x:.4f}"}
     page = environment.from_string((templates / "compare.html").read_text(encoding="utf-8"))
     labels = json.loads((templates / "labels.json").read_text(encoding="utf-8"))
-    return page.render(report=found, t=labels["en"], colours=COLOURS, plots=plots(found, labels["en"]),
+    both = {name: in_both(labels, name) for name in labels["en"] if name != "how_text"}
+    how = [in_both({"en": {0: en}, "zh": {0: zh}}, 0) for en, zh in zip(labels["en"]["how_text"], labels["zh"]["how_text"])]
+    return page.render(report=found, t=both, how=how, limit=cosine_limit(found) or 0, colours=COLOURS,
+                       worst=worst_tokens(found), plots=plots(found, both),
                        pictures=[[thumbnail(p) for p in some] for some in pictures])
+
+
+def in_both(labels: dict, name):
+    """The label in both languages; the page shows one of them."""
+    from markupsafe import Markup
+    both = Markup('<span class="en">{}</span><span class="zh" lang="zh">{}</span>')
+    return both.format(labels["en"][name], labels["zh"][name])
+
+
+def worst_tokens(found: dict) -> list[dict]:
+    """Tokens of the smallest cosines (NaN first), with their place."""
+    tokens = [{**token, "case": index, "row": row, "question": case["question"]} for index, case in enumerate(found["cases"])
+              for row, token in enumerate(case["tokens"])]
+    return sorted(tokens, key=lambda t: -2 if t["cosine"] is None else t["cosine"])[:WORST]
 
 
 def visible(text: str) -> str:
@@ -169,17 +222,27 @@ def thumbnail(picture) -> str:
 
 
 def plots(found: dict, labels: dict) -> list[dict]:
-    """[{title, svg}]: every measure over the tokens of all questions."""
-    limit = next((c["limit"] for c in found["checks"] if c["stage"] == "decode"), None)
-    distance = [[None if t["cosine"] is None else 1 - t["cosine"] for t in case["tokens"]] for case in found["cases"]]
-    drawn = [(labels["plot_cosine"], distance, None if limit is None else 1 - limit)]
-    drawn += [(labels[f"plot_{name}"], [[t[name] for t in case["tokens"]] for case in found["cases"]], None)
+    """[{title, svg}]: every measure over the tokens of all questions, the layers' errors, and how large errors are."""
+    limit, cases = cosine_limit(found), found["cases"]
+    distance = [[None if t["cosine"] is None else 1 - t["cosine"] for t in case["tokens"]] for case in cases]
+    drawn = [(labels["plot_cosine"], svg(draw, distance, None if limit is None else 1 - limit))]
+    drawn += [(labels[f"plot_{name}"], svg(draw, [[t[name] for t in case["tokens"]] for case in cases]))
               for name in ("kl", "max_abs", "mean_abs")]
-    return [{"title": title, "svg": svg(series, limit, labels)} for title, series, limit in drawn]
+    if found["layers"]:
+        errors = [[stage[name] for stage in found["layers"]] for name in ("relative", "limit")]
+        drawn.insert(0, (labels["plot_layers"], svg(draw, errors)))
+    if any(found["histogram"]["counts"]):
+        drawn.append((labels["plot_histogram"], svg(draw_histogram, found["histogram"])))
+    return [{"title": title, "svg": figure} for title, figure in drawn]
 
 
-def svg(series: list[list], limit: float | None, labels: dict) -> str:
-    """One line per question over its tokens, logarithmic; red marks where a value is NaN; text stays text."""
+def cosine_limit(found: dict) -> float | None:
+    """Of the logits."""
+    return next((c["limit"] for c in found["checks"] if (c["stage"], c["measure"]) == ("decode", "cosine_min")), None)
+
+
+def svg(draw, *what) -> str:
+    """The figure that draw(axes, *what) makes; text stays text."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -188,14 +251,15 @@ def svg(series: list[list], limit: float | None, labels: dict) -> str:
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(4.6, 2.5))
         axes = FigureCanvasSVG(figure).figure.add_axes((0.14, 0.17, 0.84, 0.78))    # a layout engine takes seconds
-        draw(axes, series, limit, labels)
+        draw(axes, *what)
         stored = io.StringIO()
         figure.savefig(stored, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     drawn = re.sub(r"(?s)<metadata>.*?</metadata>", "", stored.getvalue())
     return drawn[drawn.index("<svg"):]          # no XML head inside a page
 
 
-def draw(axes, series, limit, labels):
+def draw(axes, series: list[list], limit: float | None = None):
+    """One line per question over its tokens, logarithmic; red marks where a value is NaN."""
     from matplotlib.ticker import LogFormatter
     for index, values in enumerate(series):
         place = range(1, len(values) + 1)
@@ -208,5 +272,15 @@ def draw(axes, series, limit, labels):
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(LogFormatter())      # plain 1e-04 as in the tables; 10⁻⁴ takes a second per plot
     axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.8)))
-    axes.set_xlabel(labels["plot_x"])
     axes.grid(True, alpha=0.25, linewidth=0.5)
+
+
+def draw_histogram(axes, histogram: dict):
+    """counts over powers of ten, edges [n + 1]."""
+    edges = histogram["edges"]
+    axes.bar(edges[:-1], histogram["counts"], width=edges[1] - edges[0], align="edge", color=COLOURS[0])
+    axes.set_yscale("symlog")
+    axes.set_yticks([10 ** p for p in range(0, 9, 2) if 10 ** p <= 10 * max(histogram["counts"])])
+    axes.xaxis.set_major_formatter(lambda x, _: f"1e{x:.0f}" if x == round(x) else "")
+    axes.yaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    axes.yaxis.set_minor_formatter(lambda x, _: "")

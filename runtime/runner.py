@@ -100,7 +100,7 @@ class Runner:
     def compute(self, ids, pictures, steps: list[Step], rows=None) -> torch.Tensor:
         """ids int64 [T], pictures [(first row, float32 [rows, hidden])], steps on the host, one after another, that make
         up T tokens -> float32 logits on the host of the tokens `rows` (None: of all)."""
-        if self.graphs and steps[0].q_lens == [1] * len(ids) and self.graphs.fits(len(ids)):
+        if self.graphs and not self.decoder.tap and steps[0].q_lens == [1] * len(ids) and self.graphs.fits(len(ids)):
             return self.graphs.run(ids, steps[0]).cpu()
         x = self.decoder.embed(ids.to(self._device))
         for start, values in pictures:

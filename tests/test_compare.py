@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from runtime import compare, metrics, questions, report
+from runtime import compare, metrics, questions, report, verdict
 from runtime.errors import ToolkitError, run_command
 
 GOLDEN = Path(__file__).parent / "golden" / "visualglm"
@@ -88,9 +88,10 @@ def found_with(a, b, threshold=0.9999, features=None):
     pictures = [] if features is None else [questions.shapes()]
     sides = [compare.Side(dict(INFO), FAMILY, [compare.Outcome([1, 2], f, list(range(len(x))), "你 <b>", x)])
              for x, f in zip((a, b), features or [np.zeros((0, 8), np.float32)] * 2)]
-    found = compare.judge(*sides, [compare.Case("<i>什么？", None, pictures)], dict.fromkeys(compare.STAGES, threshold))
-    return {**found, "command": "c", "environment": {"python": "3"},
-            "options": {"threshold": threshold, "max_tokens": 4}}
+    limits = dict.fromkeys(("vision", "decode"), {"cosine_min": threshold}) | {"layers": {}}
+    found = verdict.judge(*sides, [compare.Case("<i>什么？", None, pictures)], limits)
+    return {**found, "command": "c", "environment": {"python": "3"}, "options": {"max_tokens": 4},
+            "culprit": None, "dataset": None}
 
 
 def test_passes_and_fails_by_the_smallest_cosine():
@@ -107,7 +108,7 @@ def test_a_difference_in_the_pictures_fails_too():
     a, rows = logits(), logits(2, 8)
     found = found_with(a, a, features=(rows, rows[::-1]))
     assert not found["passed"] and "vision features" in found["verdict"]
-    assert [c["passed"] for c in found["checks"]] == [False, True]
+    assert [(c["stage"], c["passed"]) for c in found["checks"]] == [("vision", False), ("vision", False), ("decode", True)]
 
 
 def test_nan_fails_and_is_null_in_json(tmp_path):
@@ -131,9 +132,10 @@ def test_page_is_self_contained_and_escaped(tmp_path):
     report.write(found_with(a, a, features=(rows, rows)), [[questions.house()]], tmp_path)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert not re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?(?!data:|#|["']?#)[^"'\s)>]+""", page)
-    assert not re.findall(r"https?://(?!www\.w3\.org)", page) and "<script" not in page
+    assert not re.findall(r"https?://(?!www\.w3\.org)", page) and page.count("<script") == 1
     assert "&lt;i&gt;什么？" in page and "data:image/jpeg;base64," in page and page.count("<svg") == 4
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.json"]
+    assert page.count('lang="zh"') > 30
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["layers.csv", "report.html", "report.json"]
 
 
 def test_numbers_are_cut_not_rounded():
@@ -189,13 +191,54 @@ def test_command_passes(tmp_path, capsys):
     assert stored["reference"]["sha256"] == stored["candidate"]["sha256"] and len(stored["reference"]["sha256"]) == 64
 
 
+def test_a_limit_of_ones_own(tmp_path, capsys):
+    assert run(tmp_path, "--prompt", "你好", "--max-tokens", "2", "--dtype", "bf16", "--limit", "decode.kl-max=1e-12") == 1
+    assert "kl_max of the decoder logits is" in capsys.readouterr().out
+
+
 def test_command_fails_below_the_threshold(tmp_path, capsys):
     assert run(tmp_path, "--dtype", "bf16", "--prompt", "你好", "--max-tokens", "8", "--threshold", "0.9999999") == 1
     assert capsys.readouterr().out.splitlines()[-1].startswith("FAILED: the cosine of the decoder logits falls to")
     assert not json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["passed"]
 
 
+DEMO = GOLDEN.parents[2] / "examples" / "demo"
+
+
+def test_dataset(tmp_path, capsys):
+    """The demo's scenes: open questions, and choices by probability; the pictures stand beside the file."""
+    folder, file = DEMO / "pictures", tmp_path / "questions.jsonl"
+    lines = [json.loads(line) for line in (folder / "questions.jsonl").read_text(encoding="utf-8").splitlines()[:4]]
+    lines += [{**lines[0], "choices": ["red", lines[0]["answer"], "green circle"]}, {**lines[1], "answer": "错"}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    for picture in folder.glob("*.png"):
+        (tmp_path / picture.name).write_bytes(picture.read_bytes())
+    argv = ["--model", str(DEMO / "checkpoint"), "--vision", "torch", "--prompt", "你好", "--max-tokens", "16",
+            "--dataset", str(file), "--out", str(tmp_path / "out")]
+    assert run_command(compare.main, argv) == 0
+    found = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))["dataset"]
+    assert found["questions"] == 6 and found["reference"] == found["candidate"] == 5 / 6 and found["same"] == 1
+    assert "dataset: 6 questions, right: reference 83.3 %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", ['{"prompt": "x"}', '{"prompt": "x", "answer": "a", "choices": ["b"]}', "no json"])
+def test_dataset_without_answers(line, tmp_path, capsys):
+    (tmp_path / "d.jsonl").write_text(line + "\n")
+    assert run(tmp_path / "out", "--dataset", str(tmp_path / "d.jsonl")) == 2
+    assert "question 1: " in capsys.readouterr().err
+
+
+def test_answers_that_differ():
+    from runtime.dataset import summary
+    found = summary("f", [{"prompt": "p", "answer": "a"}, {"prompt": "q", "answer": "b"}], ["a", "b"], ["a", "c"])
+    assert (found["reference"], found["candidate"], found["same"]) == (1, 0.5, 0.5)
+    assert found["differences"] == [{"question": 2, "prompt": "q", "answer": "b", "reference": "b", "candidate": "c"}]
+
+
 @pytest.mark.parametrize(("argv", "sentence"), [
+    (("--limit", "decode.nothing=1"), "names no measure of a stage"), (("--limit", "decode.kl_max=x"), "has no number"),
+    (("--dataset", "none.jsonl"), "does not exist"),
+    (("--reference", "transformers", "--search"), "needs a reference checkpoint"),
     (("--reference", str(GOLDEN.parent / "glm_edge")), "is a glm-edge model, --model a visualglm model"),
     (("--image", "none.png"), "picture none.png does not exist"), (("--max-tokens", "999999"), "maximum length"),
     (("--image", str(GOLDEN / "config.json")), "is not a picture")])

@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PINNED = Path(__file__).parent / "help"
-COMMANDS = ("convert", "quant", "runtime.bench", "runtime.chat", "runtime.compare", "runtime.doctor", "runtime.plan")
+COMMANDS = ("convert", "convert.nodes", "quant", "runtime", "runtime.bench", "runtime.chat", "runtime.compare",
+            "runtime.doctor", "runtime.plan", "runtime.predict")
 HEAVY = {"msmodelslim", "torch", "numpy", "onnx", "onnxruntime", "transformers", "matplotlib", "jinja2", "rich", "PIL"}
 SCRIPT = """
 import atexit, runpy, sys

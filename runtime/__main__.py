@@ -1,0 +1,63 @@
+"""`python -m runtime --mode run|performance|precision|predict`: the main.py of the VisualGLM guide on our commands.
+
+run = runtime.chat, performance = runtime.bench, precision = runtime.compare, predict = runtime.predict; all other
+arguments go there unchanged.
+"""
+import importlib
+import importlib.util
+import sys
+
+from .errors import MISSING_COMPONENT, ToolkitError, run_command
+from .options import kebab
+
+MODES = {"run": "chat", "performance": "bench", "precision": "compare", "predict": "predict"}
+USAGE = """\
+usage: python -m runtime --mode MODE --model_path DIR [--device_id N] [options of the mode's command]
+
+The four modes of the VisualGLM guide's main.py:
+  run           talk with the model                          python -m runtime.chat
+  performance   measure it                                   python -m runtime.bench
+  precision     compare it with plain torch; the report      python -m runtime.compare
+                goes to precision_report unless --out is given
+  predict       answer a jsonl file, or without --input      python -m runtime.predict
+                three questions about three pictures
+`python -m runtime --mode MODE --help` shows the options of a mode.
+"""
+
+
+def main(argv) -> int:
+    arguments = [kebab(argument) for argument in argv]
+    mode, rest = take_mode(arguments)
+    if mode is None and {"-h", "--help"} & set(arguments):
+        print(USAGE, end="")
+        return 0
+    if mode not in MODES:
+        raise ToolkitError(f"--mode is {mode!r}: use one of {', '.join(MODES)}; see python -m runtime --help")
+    if importlib.util.find_spec(f"runtime.{MODES[mode]}") is None:
+        raise ToolkitError(f"--mode {mode} needs python -m runtime.{MODES[mode]}, which this release does not have; "
+                           "python -m runtime.plan tells the expected speed", MISSING_COMPONENT)
+    return importlib.import_module(f"runtime.{MODES[mode]}").main([*rest, *defaults(mode, rest)])
+
+
+def take_mode(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """(value of --mode, the other arguments)."""
+    for index, argument in enumerate(arguments):
+        if argument == "--mode":
+            return "".join(arguments[index + 1:index + 2]), arguments[:index] + arguments[index + 2:]
+        if argument.startswith("--mode="):
+            return argument.removeprefix("--mode="), arguments[:index] + arguments[index + 1:]
+    return None, arguments
+
+
+def defaults(mode: str, arguments: list[str]) -> list[str]:
+    """What our commands want to be told and the guide's modes do without."""
+    given = {argument.partition("=")[0] for argument in arguments}
+    if mode == "precision" and not given & {"--out", "-h", "--help"}:
+        return ["--out", "precision_report"]
+    if mode == "predict" and not given & {"--input", "--examples", "-h", "--help"}:
+        return ["--examples"]
+    return []
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,174 @@
+"""A planted error must fail the comparison and be named: weights, settings, operators and dtypes gone wrong, per family."""
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from models import family_of
+from runtime import compare, layers
+from runtime.ops.cpu import CpuOps
+from runtime.options import EngineOptions
+
+GOLDEN = Path(__file__).parent / "golden"
+FAMILIES = ("visualglm", "glm4", "glm4v", "llava", "glm_edge", "glm_edge_v")
+BRANCH = {"attention_norm": "attention", "qkv": "attention", "out": "attention",
+          "mlp_norm": "mlp", "up": "mlp", "down": "mlp"}
+
+
+def compared(model, tmp_path, reference=None, **engine):
+    """The findings of a short text question."""
+    options = compare.CompareOptions(model=str(model), reference=str(reference or model), out=str(tmp_path),
+                                     prompt=["What is this?"], max_tokens=4)
+    settings = EngineOptions(**{"dtype": "float32", "vision": "torch", "max_model_len": 256} | engine)
+    return compare.findings(options, settings, tmp_path)[0]
+
+
+def departed(found):
+    """The stage that the verdict names."""
+    assert not found["passed"]
+    check = next(c for c in found["checks"] if c["stage"] == "layers")
+    assert not check["passed"] and check["worst"]["stage"] in found["verdict"]
+    return check["worst"]["stage"]
+
+
+def edited(model, tmp_path, edit):
+    """A copy of the checkpoint, its tensors changed by edit(tensors)."""
+    copy = tmp_path / "edited"
+    shutil.copytree(model, copy, ignore=shutil.ignore_patterns("hf", "*.npz"))
+    for path in copy.glob("*.safetensors"):
+        tensors = load_file(path)
+        edit(tensors)
+        save_file(tensors, path, {"format": "pt"})
+    return copy
+
+
+def sources(family, target):
+    """Checkpoint names of one of our decoder tensors."""
+    return [w.source for w in family.weights() for p in w.parts if p.target == target]
+
+
+def scale(name, factor=1.01):
+    def edit(tensors):
+        if name in tensors:
+            tensors[name] = (tensors[name].float() * factor).to(tensors[name].dtype)
+    return edit
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_clean_candidates_pass(family, dtype, tmp_path):
+    found = compared(GOLDEN / family, tmp_path, dtype=dtype)
+    assert found["passed"], found["verdict"]
+    assert [s["stage"] for s in found["layers"]][0::len(found["layers"]) - 1] == ["embed", "lm_head"]
+    assert len(found["layers"]) == 2 * family_of(GOLDEN / family).decoder.layers + 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("target", ["layers.0.qkv", "layers.1.out", "layers.1.up", "layers.0.down", "layers.1.mlp_norm",
+                                    "layers.0.attention_norm"])
+def test_one_tensor_scaled(family, target, tmp_path):
+    model = GOLDEN / family
+    source = sources(family_of(model), target + ".weight")[-1]
+    bad = edited(model, tmp_path, scale(source))
+    _, index, part = target.split(".")
+    assert departed(compared(bad, tmp_path, model)) == f"layers.{index}.{BRANCH[part]}"
+
+
+@pytest.mark.parametrize("target, stage", [("embed.weight", "embed"), ("final_norm.weight", "final_norm"),
+                                           ("lm_head.weight", "lm_head")])
+def test_ends_of_the_decoder_scaled(target, stage, tmp_path):
+    model = GOLDEN / "glm4v"
+    bad = edited(model, tmp_path, scale(sources(family_of(model), target)[0]))
+    assert departed(compared(bad, tmp_path, model)) == stage
+
+
+@pytest.mark.parametrize("target", ["layers.1.down", "layers.0.out", "layers.1.qkv"])
+def test_one_tensor_scaled_under_bf16(target, tmp_path):
+    """Below bf16's rounding error of a layer, but rounding has no direction."""
+    model = GOLDEN / "llava"
+    bad = edited(model, tmp_path, scale(sources(family_of(model), target + ".weight")[-1]))
+    found = compared(bad, tmp_path, model, dtype="bfloat16")
+    assert departed(found).startswith(target[:8])
+
+
+@pytest.mark.parametrize("family, key", [("visualglm", "layernorm_epsilon"), ("glm4", "layernorm_epsilon")])
+def test_another_epsilon(family, key, tmp_path):
+    bad = edited(GOLDEN / family, tmp_path, lambda tensors: None)
+    config = json.loads((bad / "config.json").read_text())
+    config[key] *= 10
+    (bad / "config.json").write_text(json.dumps(config))
+    assert departed(compared(bad, tmp_path, GOLDEN / family)) == "layers.0.attention"
+
+
+def test_erf_instead_of_tanh(tmp_path, monkeypatch):
+    monkeypatch.setattr(CpuOps, "gelu_tanh", lambda self, x: torch.nn.functional.gelu(x))
+    assert departed(compared(GOLDEN / "visualglm", tmp_path)) == "layers.0.mlp"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_query_rows_swapped_in_one_head(family, tmp_path):
+    model = GOLDEN / family
+    source = sources(family_of(model), "layers.1.qkv.weight")[0]        # q, or q, k and v in one tensor
+
+    def swap(tensors):
+        if source in tensors:
+            tensors[source][[0, 2]] = tensors[source][[2, 0]]
+    assert departed(compared(edited(model, tmp_path, swap), tmp_path, model)) == "layers.1.attention"
+
+
+def test_fp16_overflow(tmp_path):
+    """Fine in fp32; in fp16 the MLP's inner values pass 65504."""
+    model = GOLDEN / "glm_edge"
+    up, down = (sources(family_of(model), f"layers.1.{n}.weight") for n in ("up", "down"))
+
+    def edit(tensors):
+        for name, factor in [(up[-1], 3e5), (down[0], 1 / 3e5)]:
+            if name in tensors:
+                tensors[name] = tensors[name].float() * factor
+    bad = edited(model, tmp_path, edit)
+    assert compared(bad, tmp_path)["passed"]
+    found = compared(bad, tmp_path, dtype="float16")
+    assert departed(found) == "layers.1.mlp" and "NaN or Inf" in found["verdict"]
+
+
+def rounded(tensor, bits):
+    """To a grid, as a bad quantisation does."""
+    step = tensor.float().abs().max() / 2 ** (bits - 1)
+    return ((tensor.float() / step).round() * step).to(tensor.dtype)
+
+
+@pytest.mark.parametrize("family", ["glm_edge", "visualglm"])
+def test_search_names_the_layers_that_must_stay_float(family, tmp_path, capsys):
+    """All layers rounded to 11 bits, which passes, two linear layers to 3 bits, which does not."""
+    model = GOLDEN / family
+    table = family_of(model)
+    coarse = [sources(table, f"layers.{target}.weight")[0] for target in ("0.down", "1.out")]
+    fine = [sources(table, f"layers.{i}.up.weight")[0] for i in (0, 1)]
+
+    def edit(tensors):
+        for name in tensors.keys() & {*coarse, *fine}:
+            tensors[name] = rounded(tensors[name], 3 if name in coarse else 11)
+    argv = ["--model", str(edited(model, tmp_path, edit)), "--reference", str(model), "--out", str(tmp_path / "out"),
+            "--vision", "torch", "--prompt", "What is this?", "--max-tokens", "4", "--threshold", "0.9999", "--search"]
+    assert compare.main(argv) == 1
+    culprit = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))["culprit"]
+    assert sorted(culprit["stages"]) == ["layers.0.mlp", "layers.1.attention"]
+    assert all(f"--keep-float {name.removesuffix('.weight')}" in culprit["flags"] for name in coarse)
+    assert "search: it passes with" in capsys.readouterr().out
+
+
+def test_search_without_a_set_that_helps(tmp_path):
+    model = GOLDEN / "glm4v"
+    bad = edited(model, tmp_path, scale(sources(family_of(model), "lm_head.weight")[0], -1.0))
+    options = compare.CompareOptions(model=str(bad), reference=str(model), out=str(tmp_path), prompt=["x"], max_tokens=2,
+                                     search=True)
+    found = compare.findings(options, EngineOptions(dtype="float32", vision="torch", max_model_len=256), tmp_path)[0]
+    assert found["culprit"]["stages"] == [] and "no set of layers helps" in found["culprit"]["sentence"]
+
+
+def test_headroom_is_the_distance_to_the_largest_half(tmp_path):
+    for stage in compared(GOLDEN / "glm4", tmp_path)["layers"]:
+        assert stage["headroom"] == pytest.approx(layers.HALF_MAX / stage["largest"])
