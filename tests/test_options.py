@@ -79,7 +79,7 @@ def test_what_is_not_given_is_left_to_the_dataclass(tmp_path):
     options, engine = compare_parser().parse(["-m", str(tmp_path), "--out", "o"])
     assert engine == EngineOptions()
     assert options == CompareOptions(model=str(tmp_path), out="o")
-    assert options.reference == str(tmp_path) and options.threshold == 0.9999
+    assert options.reference == str(tmp_path) and options.threshold is None
 
 
 @pytest.mark.parametrize(("argv", "sentence"), [
