@@ -61,6 +61,15 @@ convert-glm-edge-v: NAME := glm-edge-v-2b
 convert-visualglm convert-glm4v convert-llava convert-glm-edge-v: setup  ## make convert with MODEL=checkpoints/<name> OUT=out/<name>
 	@$(PY) -m convert --model "$(or $(MODEL),$(CHECKPOINTS)/$(NAME))" --out "$(or $(OUT),out/$(NAME))" --soc-version "$(SOC)"
 
+quant-w8a8: SCHEME := w8a8
+quant-w8a8s: SCHEME := w8a8s
+quant-w8a8 quant-w8a8s: setup  ## MODEL=checkpoint OUT=folder: quantise the language model (W8A8, or sparse W8A8S), prove it
+	@test -n "$(MODEL)" -a -n "$(OUT)" || { echo "usage: make $@ MODEL=/path/to/checkpoint OUT=/path/to/quantised"; exit 2; }
+	@$(PY) -m quant --model "$(MODEL)" --out "$(OUT)" --scheme $(SCHEME)
+
+bench-quant: setup  ## time and memory of quantisation against msmodelslim's own run; W8A8 against bfloat16 on this CPU
+	@$(PY) benchmarks/bench_quant.py
+
 bench-export: setup  ## MODEL=checkpoint: time and peak memory of the vision export
 	@test -n "$(MODEL)" || { echo "usage: make bench-export MODEL=/path/to/checkpoint"; exit 2; }
 	@$(PY) benchmarks/bench_export.py --model "$(MODEL)"
@@ -68,6 +77,10 @@ bench-export: setup  ## MODEL=checkpoint: time and peak memory of the vision exp
 chat: setup  ## MODEL=checkpoint: interactive chat
 	@test -n "$(MODEL)" || { echo "usage: make chat MODEL=/path/to/checkpoint"; exit 2; }
 	@$(PY) -m runtime.chat --model "$(MODEL)"
+
+bench: setup  ## MODEL=checkpoint [OUT=folder]: the grid of batch sizes and lengths as tables
+	@test -n "$(MODEL)" || { echo "usage: make bench MODEL=/path/to/checkpoint [OUT=/path/to/tables]"; exit 2; }
+	@$(PY) -m runtime.bench --model "$(MODEL)" --batch-size 1,2,4,8 --out "$(or $(OUT),out/bench)"
 
 compare: setup  ## MODEL=checkpoint OUT=folder: precision report against the reference
 	@test -n "$(MODEL)" -a -n "$(OUT)" || { echo "usage: make compare MODEL=/path/to/checkpoint OUT=/path/to/report"; exit 2; }
@@ -80,5 +93,5 @@ clean:  ## remove what demo and tests wrote
 	@rm -rf out .pytest_cache .ruff_cache
 
 comma := ,
-.PHONY: help setup demo test test-npu lint convert chat compare doctor clean bench-export \
-	convert-visualglm convert-glm4v convert-llava convert-glm-edge-v
+.PHONY: help setup demo test test-npu lint convert chat bench compare doctor clean bench-export \
+	bench-quant quant-w8a8 quant-w8a8s convert-visualglm convert-glm4v convert-llava convert-glm-edge-v

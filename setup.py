@@ -3,6 +3,9 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# msmodelslim's wheel has binaries for Python up to 3.12, imports transformers, and lists neither
+QUANT = ["msmodelslim==26.1.0; python_version < '3.13'", "transformers>=5"]
+
 setup(
     name="ascend-vlm",
     version="0.1.0",
@@ -33,6 +36,7 @@ setup(
     ],
     extras_require={
         "transformers": ["transformers>=5"],
-        "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.9", "transformers>=5"],
+        "quant": QUANT,
+        "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.9", *QUANT],
     },
 )

@@ -59,6 +59,7 @@ def main(argv: list[str]) -> int:
     [options] = parser.parse(argv)
     from models import family_of
     from models.checkpoint import Checkpoint
+    from models.quantized import stored_weights
     from runtime.artifact import ONNX, locked
 
     from . import atc_run, om
@@ -74,7 +75,7 @@ def main(argv: list[str]) -> int:
         print(om.plan(family, Path(options.out), request, toolkit))
         return 0
     checkpoint = Checkpoint(options.model)
-    checkpoint.check(family.weights())
+    checkpoint.check(stored_weights(family))
     out = prepare(options.out)
     with locked(out):
         if options.force or not is_current(family, checkpoint, out):

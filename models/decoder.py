@@ -9,6 +9,7 @@ import torch
 
 from .base import DecoderConfig
 from .layers import Linear, Norm, rotary_angles
+from .quantized import Stacked
 
 
 @dataclass
@@ -38,15 +39,60 @@ class Layer:
     down: Linear
 
 
-class Decoder:
-    """Weights by canonical name (see base.py), already in the wanted dtype; 2-D ones are packed by the backend."""
+class LayerArithmetic:
+    """What one layer computes, whatever its linear layers and norms are made of: `ops` knows."""
+
+    def __init__(self, config: DecoderConfig, ops):
+        self.config, self.ops = config, ops
+
+    def layer(self, x, layer: Layer, index: int, step, cache):
+        """Residual stream [T, hidden] before the layer -> after it."""
+        normed = self._norm(x, layer.attention_norm)
+        if self.config.residual_alpha is None:
+            normed, x = self.ops.add_rms_norm(self.ops.all_reduce(self._attention(normed, layer, index, step, cache)), x,
+                                              layer.mlp_norm, self.config.eps)
+            return x + self.ops.all_reduce(self._mlp(normed, layer))
+        alpha = self.config.residual_alpha      # ChatGLM-6B: the residual is the norm's output times alpha
+        x = self.ops.scaled_add(self.ops.all_reduce(self._attention(normed, layer, index, step, cache)), normed, alpha)
+        normed = self._norm(x, layer.mlp_norm)
+        return self.ops.scaled_add(self.ops.all_reduce(self._mlp(normed, layer)), normed, alpha)
+
+    def _norm(self, x, norm):
+        apply = self.ops.layer_norm if self.config.norm == "layer" else self.ops.rms_norm
+        return apply(x, norm, self.config.eps)
+
+    def _attention(self, x, layer, index, step, cache):
+        c = self.config
+        q, k, v = self.ops.heads(self._linear(x, layer.qkv), c, step)
+        q, k = self.ops.rope(q, k, step.cos, step.sin)
+        keys, values = cache.layers[index]
+        self.ops.cache_write(k, v, keys, values, step.slots)
+        return self._linear(self.ops.attention(q, k, v, keys, values, step).flatten(1), layer.out)
+
+    def _mlp(self, x, layer):
+        activation = self.ops.swiglu if self.config.activation == "swiglu" else self.ops.gelu_tanh
+        return self._linear(activation(self._linear(x, layer.up)), layer.down)
+
+    def _linear(self, x, linear):
+        if isinstance(linear, Linear):
+            return self.ops.linear(x, linear)
+        if isinstance(linear, Stacked):
+            return torch.cat([self._linear(x, part) for part in linear.parts], -1)
+        return self.ops.quantized_linear(x, linear)
+
+
+class Decoder(LayerArithmetic):
+    """Weights by canonical name (see base.py), already in the wanted dtype; 2-D ones are packed by the backend.
+
+    A quantised linear layer stands under its name without suffix ("layers.0.qkv"), as the backend's `pack_quantized` made it.
+    """
 
     def __init__(self, config: DecoderConfig, weights: dict, ops):
-        self.config, self.ops = config, ops
+        super().__init__(config, ops)
         self.embedding = weights["embed.weight"]
-        self.layers = [_layer(weights, f"layers.{i}.") for i in range(config.layers)]
-        self.final_norm = Norm(weights["final_norm.weight"], weights.get("final_norm.bias"))
-        self.lm_head = Linear(weights["lm_head.weight"])
+        self.layers = [layer_of(weights, f"layers.{i}.") for i in range(config.layers)]
+        self.final_norm = norm_of(weights, "final_norm")
+        self.lm_head = _linear(weights, "lm_head")
         self.tap = None         # callable(stage, residual stream [T, hidden]) -> the stream to go on with
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
@@ -70,7 +116,7 @@ class Decoder:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [T, hidden] -> float32 [T, vocab]."""
-        return self.ops.gather(self.ops.linear(hidden, self.lm_head)).float()
+        return self.ops.gather(self._linear(hidden, self.lm_head)).float()
 
     def _plain_layers(self, residual, step, cache):
         """Pre-norm: each branch's output joins the residual inside the next norm."""
@@ -85,7 +131,6 @@ class Decoder:
         return x
 
     def _alpha_layers(self, x, step, cache):
-        """ChatGLM-6B: the residual is the norm's output times alpha."""
         alpha = self.config.residual_alpha
         for i, layer in enumerate(self.layers):
             normed = self._norm(x, layer.attention_norm)
@@ -106,25 +151,17 @@ class Decoder:
         residual = self.tap(stage, residual)
         return self._norm(residual, norm), residual
 
-    def _norm(self, x, norm):
-        apply = self.ops.layer_norm if self.config.norm == "layer" else self.ops.rms_norm
-        return apply(x, norm, self.config.eps)
 
-    def _attention(self, x, layer, index, step, cache):
-        c = self.config
-        q, k, v = self.ops.heads(self.ops.linear(x, layer.qkv), c, step)
-        q, k = self.ops.rope(q, k, step.cos, step.sin)
-        keys, values = cache.layers[index]
-        self.ops.cache_write(k, v, keys, values, step.slots)
-        return self.ops.linear(self.ops.attention(q, k, v, keys, values, step).flatten(1), layer.out)
-
-    def _mlp(self, x, layer):
-        activation = self.ops.swiglu if self.config.activation == "swiglu" else self.ops.gelu_tanh
-        return self.ops.linear(activation(self.ops.linear(x, layer.up)), layer.down)
+def _linear(weights: dict, name: str):
+    return weights[name] if name in weights else Linear(weights[name + ".weight"], weights.get(name + ".bias"))
 
 
-def _layer(weights: dict, prefix: str) -> Layer:
-    def pick(kind, name):
-        return kind(weights[prefix + name + ".weight"], weights.get(prefix + name + ".bias"))
-    return Layer(pick(Norm, "attention_norm"), pick(Linear, "qkv"), pick(Linear, "out"),
-                 pick(Norm, "mlp_norm"), pick(Linear, "up"), pick(Linear, "down"))
+def norm_of(weights: dict, name: str) -> Norm:
+    return Norm(weights[name + ".weight"], weights.get(name + ".bias"))
+
+
+def layer_of(weights: dict, prefix: str) -> Layer:
+    """The layer whose tensors (or packed layers) have names that begin with `prefix`."""
+    norms, linears = ("attention_norm", "mlp_norm"), ("qkv", "out", "up", "down")
+    return Layer(**{name: norm_of(weights, prefix + name) for name in norms},
+                 **{name: _linear(weights, prefix + name) for name in linears})

@@ -15,7 +15,7 @@ class Linear:
 
 @dataclass
 class Norm:
-    """LayerNorm (with bias) or RMSNorm (bias None) over the last axis."""
+    """LayerNorm (with bias) or RMSNorm (a bias only where anti-outlier quantisation gave it one) over the last axis."""
     weight: torch.Tensor
     bias: torch.Tensor | None = None
 

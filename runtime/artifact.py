@@ -131,8 +131,11 @@ def source_hash(family: Family, checkpoint: Checkpoint) -> str:
 
 
 def vision_digest(family: Family, checkpoint: Checkpoint) -> str:
-    """Digest of the vision tensors; remembered in the cache for as long as the weight files stay untouched."""
-    names = [w.source for w in _vision_weights(family) if w.source in checkpoint.shapes]
+    return tensors_digest(checkpoint, [w.source for w in _vision_weights(family) if w.source in checkpoint.shapes])
+
+
+def tensors_digest(checkpoint: Checkpoint, names: list[str]) -> str:
+    """Digest of tensors; remembered in the cache for as long as the weight files stay untouched."""
     states = [(file.resolve(), file.stat()) for file in checkpoint.files]
     key = [names, [[str(path), s.st_size, s.st_mtime_ns, s.st_ino] for path, s in states]]
     memo = cache_root() / "digests" / hashlib.sha256(json.dumps(key).encode()).hexdigest()

@@ -1,4 +1,10 @@
-"""The paged key/value cache: fixed blocks, a free list, and the block table of each sequence."""
+"""The paged key/value cache: fixed blocks, which sequences use them, and what the free ones still hold.
+
+A full block may be remembered under a key that says what its tokens and all before them are; a later sequence that
+begins the same finds it, in use or free, until the block is given to somebody else (least recently used first).
+"""
+from collections import OrderedDict
+
 import torch
 
 
@@ -9,26 +15,72 @@ class KVCache:
         self.block_size = block_size
         self.layers = [tuple(ops.cache(config, blocks, block_size, dtype, device) for _ in "kv")
                        for _ in range(config.layers)]
-        self._free = list(range(blocks))[::-1]
+        self._free = OrderedDict.fromkeys(range(blocks))
+        self._users, self._key_of, self._block_of = [0] * blocks, {}, {}
 
     @property
     def free_blocks(self) -> int:
         return len(self._free)
 
+    @property
+    def used_blocks(self) -> int:
+        return len(self._users) - len(self._free)
+
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
 
-    def allocate(self, tokens: int) -> torch.Tensor:
-        """Block table int32 [blocks] for a sequence of up to `tokens`; the caller has checked `free_blocks`."""
-        return torch.tensor([self._free.pop() for _ in range(self.blocks_for(tokens))], dtype=torch.int32)
+    def allocate(self, tokens: int) -> list[int]:
+        """Blocks for `tokens` tokens; the caller has checked `free_blocks`."""
+        return [self._take() for _ in range(self.blocks_for(tokens))]
 
-    def release(self, table: torch.Tensor):
-        self._free.extend(table.tolist())
+    def release(self, blocks: list[int]):
+        """A sequence no longer needs `blocks`; those that nobody can find are given away first, so that the blocks of
+        one sequence after another tend to lie in a row, and of the others its last ones."""
+        for block in reversed(blocks):
+            self._users[block] -= 1
+            if not self._users[block]:
+                self._free[block] = None
+                if block not in self._key_of:
+                    self._free.move_to_end(block, last=False)
 
-    def slots(self, table: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    def remember(self, block: int, key: bytes):
+        """`block` is full; the first block of a key stays the one that is found."""
+        if key not in self._block_of:
+            self._forget(block)
+            self._block_of[key], self._key_of[block] = block, key
+
+    def find(self, keys: list[bytes]) -> list[int]:
+        """The remembered blocks of the longest run of `keys` from the first on, without taking them."""
+        found = []
+        for key in keys:
+            if key not in self._block_of:
+                break
+            found.append(self._block_of[key])
+        return found
+
+    def share(self, blocks: list[int]):
+        """One more sequence uses `blocks`, which `find` gave."""
+        for block in blocks:
+            self._users[block] += 1
+            self._free.pop(block, None)
+
+    def free_among(self, blocks: list[int]) -> int:
+        return sum(not self._users[block] for block in blocks)
+
+    def slots(self, blocks: list[int], start: int, end: int) -> torch.Tensor:
         """Cache slots int64 of the token range [start, end) of a sequence."""
-        place = torch.arange(start, end)
-        return table[place // self.block_size].long() * self.block_size + place % self.block_size
+        place, table = torch.arange(start, end), torch.tensor(blocks)
+        return table[place // self.block_size] * self.block_size + place % self.block_size
+
+    def _take(self) -> int:
+        block, _ = self._free.popitem(last=False)
+        self._forget(block)
+        self._users[block] = 1
+        return block
+
+    def _forget(self, block: int):
+        if block in self._key_of:
+            del self._block_of[self._key_of.pop(block)]
 
     @staticmethod
     def bytes_per_token(config, dtype) -> int:

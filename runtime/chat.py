@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import INTERRUPTED, ToolkitError, run_command
-from .options import EngineOptions, InputOptions, Parser, SamplingParams, check_pictures, flag
+from .options import EngineOptions, InputOptions, Parser, SamplingParams, check_pictures, flag, one_at_a_time
 
 WELCOME = """\
 Type a question; /help lists the commands, Ctrl-C stops an answer.
@@ -89,7 +89,7 @@ def main(argv) -> int:
     from models import family_of
     check_pictures(family_of(options.model), options.image)
     from . import Engine
-    engine = Engine(options.model, **vars(engine_options))
+    engine = Engine(options.model, **vars(one_at_a_time(engine_options)))
     tell("\n".join(engine.describe()))
     conversation = Conversation(engine, options, sampling)
     if question is None:

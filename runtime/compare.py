@@ -31,6 +31,7 @@ from .options import (
     check_pictures,
     dtype_name,
     flag,
+    one_at_a_time,
     require,
 )
 from .progress import spinner
@@ -221,7 +222,7 @@ def run_reference(options: CompareOptions, max_model_len: int | None, cases: lis
 def run_candidate(options: CompareOptions, engine_options: EngineOptions, cases: list[Case], reference: Side) -> Side:
     """The reference's tokens, fed to the candidate step by step; then every layer on the reference's streams."""
     from . import Engine
-    engine, seconds = load("candidate", options.model, partial(Engine, **vars(engine_options)))
+    engine, seconds = load("candidate", options.model, partial(Engine, **vars(one_at_a_time(engine_options))))
     prompts, features = encode(engine, cases)
     outcomes, note = [], why_no_layers(options, engine_options)
     for prompt, rows, expected in report.track("candidate", list(zip(prompts, features, reference.outcomes))):
@@ -278,7 +279,8 @@ def reference_loader(options: CompareOptions, max_model_len: int | None):
         from .hf_reference import TransformersEngine
         return partial(TransformersEngine, dtype=options.reference_dtype)
     from . import Engine
-    return partial(Engine, dtype=options.reference_dtype, vision="torch", ops="reference", max_model_len=max_model_len)
+    return partial(Engine, dtype=options.reference_dtype, vision="torch", ops="reference", max_model_len=max_model_len,
+                   max_num_seqs=1)
 
 
 def load(role: str, model: str, make):

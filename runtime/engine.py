@@ -1,74 +1,20 @@
 """Engine: one model, loaded once; prompts in, answers (or features, or logits) out. The public Python API."""
 import hashlib
 import sys
-import time
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 
 from models import family_of
 from models.base import Prompt
 
-from .answer import AnswerText
 from .errors import ToolkitError
 from .options import EngineOptions, SamplingParams
+from .request import Request, Result, Settings
 
-SEQUENCES = 8           # the cache holds this many sequences of full length
 FEATURES_KEPT = 16      # pictures whose features are remembered
-
-
-@dataclass
-class Result:
-    """finish_reason: "stop" (stop token or string) or "length". metrics: seconds and token counts."""
-    token_ids: list[int] = field(default_factory=list)
-    text: str = ""
-    finish_reason: str = ""
-    metrics: dict = field(default_factory=dict)
-
-
-@dataclass
-class Settings:
-    """SamplingParams with every gap filled from the release's defaults."""
-    temperature: float
-    top_p: float
-    top_k: int
-    repetition_penalty: float
-    max_tokens: int
-
-
-class Request:
-    """A prompt on its way: its sequence in the cache, sampling state and text so far."""
-
-    def __init__(self, engine, prompt, params):
-        import torch
-        self.prompt, self.params, self.settings = prompt, params, engine.settings(prompt, params)
-        self.answer, self.result, self.sequence = AnswerText(engine.family, params.stop), Result(), None
-        self.generator = torch.Generator()
-        self.generator.seed() if params.seed is None else self.generator.manual_seed(params.seed)
-
-    def take(self, logits, stop_ids) -> str:
-        """Sample the next token from logits [vocab]; returns the new text. Sets finish_reason when it is the last."""
-        import torch
-
-        from .sampler import sample
-        seen = torch.from_numpy(np.concatenate((self.prompt.ids, self.sequence.token_ids)).astype(np.int64))
-        token = sample(logits, seen, self.settings, self.generator)
-        if token in stop_ids and not self.params.ignore_eos:
-            return self._finish("stop")
-        self.sequence.token_ids.append(token)
-        piece = self.answer.push(token)
-        if self.answer.stopped:
-            return piece + self._finish("stop")
-        if len(self.sequence.token_ids) == self.settings.max_tokens:
-            return piece + self._finish("length")
-        return piece
-
-    def _finish(self, reason) -> str:
-        piece = self.answer.finish()
-        self.result.finish_reason, self.result.token_ids = reason, self.sequence.token_ids
-        self.result.text = self.answer.text
-        return piece
 
 
 class Engine:
@@ -78,10 +24,12 @@ class Engine:
 
     def __init__(self, model_dir, **options):
         from models.checkpoint import Checkpoint
+        from models.quantized import check_stored, find_description, stored_weights
 
         from .ops import choose
         from .parallel import open_team
-        from .plan import longest_of
+        from .plan import SEQUENCES, longest_of
+        from .scheduler import Scheduler
         from .split import Split, check_split
         self.options = EngineOptions(**options)
         self.family = family_of(model_dir)
@@ -93,17 +41,21 @@ class Engine:
         self._ops.check(dtype, self._block_size)
         self.plan = self._plan(dtype)
         print(self.plan.describe(), file=sys.stderr)
-        self._check_memory()
         self.checkpoint = Checkpoint(self.family.directory)
-        self.checkpoint.check(self.family.weights())
+        self.checkpoint.check(stored_weights(self.family))
+        if description := find_description(self.family.directory):
+            self._check_packing()
+            check_stored(description, self.checkpoint)
         if self.options.vision == "om" and self.family.vision:
             from .vision import check_om
             check_om(self.family, self.checkpoint, self.options.artifact)       # before the weights are read
         self._vision, self._features, self.last_result = None, OrderedDict(), None
-        self._team = self._ops.team = open_team(model_dir, self.options)
+        self._team = self._ops.team = open_team(model_dir, replace(self.options, cache_tokens=self.plan.cache_tokens))
         self._split = Split(self.family.decoder, self.options.tensor_parallel_size, self._team.rank if self._team else 0)
         try:
             self._runner = self._load()
+            self._scheduler = Scheduler(self._runner, self._rows, self.options.max_num_seqs or SEQUENCES,
+                                        self.options.max_num_batched_tokens)
             if self._team:
                 self._team.wait_for_all()
         except BaseException:
@@ -158,49 +110,67 @@ class Engine:
     def prefill_logits(self, prompt: Prompt) -> np.ndarray:
         """float32 [T, vocab]: the logits of every prompt position."""
         self.check_length(prompt, 0)
-        sequence = self._sequence(prompt, 0)
-        try:
-            return self._runner.prefill(sequence, self._rows(prompt), all_logits=True).cpu().numpy()
-        finally:
-            self._cache.release(sequence.table)
+        with self._sequence(prompt, 0) as sequence:
+            return self._runner.prefill(sequence, self._rows(prompt), all_logits=True).numpy()
 
     def score(self, prompt: Prompt, token_ids) -> np.ndarray:
         """Teacher-forced decoding: float32 [n, vocab], row i predicts token_ids[i] after the prompt and token_ids[:i]."""
         token_ids = [int(t) for t in token_ids]
         self.check_length(prompt, len(token_ids))
-        sequence = self._sequence(prompt, len(token_ids))
-        try:
+        with self._sequence(prompt, len(token_ids)) as sequence:
             rows = [self._runner.prefill(sequence, self._rows(prompt))]
             rows += [self._runner.decode([sequence], [token]) for token in token_ids[:-1]]
-            return np.concatenate([row.cpu().numpy() for row in rows])
-        finally:
-            self._cache.release(sequence.table)
+            return np.concatenate([row.numpy() for row in rows])
 
-    def generate(self, prompts: list[Prompt], params: SamplingParams | None = None) -> list[Result]:
-        """Answers in the order of the prompts; they are decoded together as far as the cache has room."""
-        requests = [Request(self, prompt, params or SamplingParams()) for prompt in prompts]
+    def generate(self, prompts: list[Prompt], params: SamplingParams | list[SamplingParams] | None = None) -> list[Result]:
+        """Answers in the order of the prompts, decoded together; `params` for all, or one for each."""
+        each = params if isinstance(params, list) else [params] * len(prompts)
+        requests = [self._request(prompt, chosen) for prompt, chosen in zip(prompts, each, strict=True)]
         for _ in self._run(requests):
             pass
         return [request.result for request in requests]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None):
         """Yields the answer's text in pieces; afterwards `last_result` is the whole Result."""
-        request = Request(self, prompt, params or SamplingParams())
-        for _, piece in self._run([request]):
+        request, shown = self._request(prompt, params), 0
+        for _ in self._run([request]):
+            piece, shown = request.result.text[shown:], len(request.result.text)
             if piece:
                 yield piece
         self.last_result = request.result
 
+    # many requests at once, e.g. in a server: add at any time, step while busy
+
+    def add(self, prompt: Prompt, params: SamplingParams | None = None) -> Request:
+        """Queue a request; `step` computes it. Its `result` grows until `finished`."""
+        request = self._request(prompt, params)
+        self._scheduler.add(request)
+        return request
+
+    def step(self) -> list[tuple[Request, str]]:
+        """One pass of the decoder over the requests that have room: (request, new text) of each that got a token or
+        ended; a request that failed has finish_reason "error" and says why in `error`."""
+        return self._scheduler.step()
+
+    def cancel(self, request: Request):
+        """End a request; what it has of its answer stays in its result."""
+        self._scheduler.cancel(request)
+
+    @property
+    def busy(self) -> bool:
+        return self._scheduler.busy
+
     def describe(self) -> list[str]:
         """One line per stage: what runs where."""
+        packed = "" if self.options.cpu_weights == "float" else f", weights packed to {self.options.cpu_weights}"
         lines = [f"model: {self.family.name} ({self.family.rule})",
-                 f"decoder: {self._ops.name} ops on {self._devices()}, {str(self.plan.dtype).split('.')[1]}"]
+                 f"decoder: {self._ops.name} ops on {self._devices()}, {str(self.plan.dtype).split('.')[1]}{packed}"]
         return lines + ([self._vision.describe()] if self._vision else [])
 
     def close(self):
         """Give the decoder's memory back, and end the processes it was split over. The engine is of no use afterwards."""
         from .parallel import close_team
-        self._runner = self._cache = None
+        self._runner = self._cache = self._scheduler = None
         if self._vision:
             self._vision.close()
         if self._team:
@@ -229,20 +199,18 @@ class Engine:
         return self.options.device if size == 1 else f"{self.options.device} and {size - 1} more (tensor parallel)"
 
     def _plan(self, dtype: str):
-        from .plan import make_plan, on_npu
-        plan = make_plan(self.family, dtype, SEQUENCES * self.max_model_len, self.options.tensor_parallel_size)
-        if self.options.device == "cpu":
-            return plan
-        return on_npu(plan, self.family, self.max_model_len, vision=self.options.vision in ("auto", "om"))
-
-    def _check_memory(self):
-        """The ranks of a decoder split over CPU processes share the memory that rank 0 looks at."""
         from .parallel import rank_and_size
-        from .plan import check_memory
-        if self.options.device != "cpu":
-            check_memory(self.plan, self._ops.free_memory())
-        elif not rank_and_size()[0]:
-            check_memory(self.plan, self._ops.free_memory() // self.plan.devices)
+        from .plan import plan_engine
+        free = self._ops.free_memory()
+        if self.options.device == "cpu":        # processes that split a decoder share the memory
+            free //= self.options.tensor_parallel_size
+        follows = self.options.device == "cpu" and rank_and_size()[0] > 0       # what rank 0 planned, it has checked
+        return plan_engine(self.family, dtype, self.max_model_len, self.options, None if follows else free)
+
+    def _check_packing(self):
+        if self.options.cpu_weights != "float":
+            raise ToolkitError(f"{self.family.directory} is quantised already; leave out --cpu-weights "
+                               f"{self.options.cpu_weights}")
 
     def _load(self):
         from models.decoder import Decoder
@@ -252,12 +220,18 @@ class Engine:
         from .runner import Runner
         if self._team:
             self._team.connect(self.options.device)
-        weights = decoder_weights(self.checkpoint, self.family, self.plan.dtype, self.options.device, self._ops, self._split)
+        if self.options.cpu_weights == "float":
+            weights = decoder_weights(self.checkpoint, self.family, self.plan.dtype, self.options.device, self._ops,
+                                      self._split)
+        else:
+            from .packing import packed_weights
+            weights = packed_weights(self.checkpoint, self.family, self.plan.dtype, self.options.cpu_weights, self._split)
         decoder = Decoder(self._split.config, weights, self._ops)
         longest = -(-self.max_model_len // self._block_size)
         graphs = self._ops.records_graphs and not self.options.enforce_eager
-        self._cache = KVCache(decoder.config, SEQUENCES * longest + graphs, self._block_size, self.plan.dtype,
-                              self.options.device, self._ops)
+        blocks = max(self.plan.cache_tokens // self._block_size, longest)
+        self._cache = KVCache(decoder.config, blocks + graphs, self._block_size, self.plan.dtype, self.options.device,
+                              self._ops)
         return Runner(decoder, self._cache, self._graphs(decoder, longest) if graphs else None, self._team)
 
     def _graphs(self, decoder, longest):
@@ -266,9 +240,23 @@ class Engine:
         graphs.record()
         return graphs
 
+    @contextmanager
     def _sequence(self, prompt, new_tokens):
+        """A sequence beside the scheduler's; ToolkitError when requests that are under way left no room for it."""
         from .runner import Sequence
-        return Sequence(prompt, self._cache.allocate(len(prompt.ids) + new_tokens))
+        tokens = len(prompt.ids) + new_tokens
+        if self._cache.blocks_for(tokens) > self._cache.free_blocks:
+            raise ToolkitError(f"{tokens} tokens do not fit beside the requests that are under way; finish or cancel them, "
+                               "or raise --max-num-seqs")
+        sequence = Sequence(prompt, self._cache.allocate(tokens))
+        try:
+            yield sequence
+        finally:
+            self._cache.release(sequence.blocks)
+
+    def _request(self, prompt, params) -> Request:
+        params = params or SamplingParams()
+        return Request(self.family, prompt, params, self.settings(prompt, params))
 
     def _rows(self, prompt) -> list[np.ndarray]:
         """[rows, hidden] per picture, computed once per picture: those not seen before in one call."""
@@ -289,49 +277,18 @@ class Engine:
         return self._vision
 
     def _run(self, requests):
-        """Admit while the cache has room, decode all active requests together; yields (request, new text)."""
-        waiting, active = list(requests)[::-1], []
+        """Step until all are finished, and yield in between; others make progress too. Raises what ended one."""
+        for request in requests:
+            self._scheduler.add(request)
         try:
-            while waiting or active:
-                while waiting and self._has_room(waiting[-1]):
-                    active.append(waiting.pop())
-                    yield active[-1], self._admit(active[-1])
-                    active = self._retire(active)
-                if active:
-                    yield from self._decode(active)
-                    active = self._retire(active)
+            while True:
+                for failed in (r for r in requests if r.error):
+                    raise failed.error
+                finished = all(request.finished for request in requests)
+                yield
+                if finished:
+                    return
+                self._scheduler.step()
         finally:
-            for request in active:
-                if request.sequence is not None:        # a picture that failed, or Ctrl-C before the prompt was run
-                    self._cache.release(request.sequence.table)
-
-    def _has_room(self, request) -> bool:
-        tokens = len(request.prompt.ids) + request.settings.max_tokens
-        return self._cache.blocks_for(tokens) <= self._cache.free_blocks
-
-    def _admit(self, request) -> str:
-        if request.prompt.pixels:
-            self._session()             # opening it is not part of the picture's time
-        start = time.perf_counter()
-        rows = self._rows(request.prompt)
-        encoded = time.perf_counter()
-        request.sequence = self._sequence(request.prompt, request.settings.max_tokens)
-        logits = self._runner.prefill(request.sequence, rows)
-        request.result.metrics = {"prompt_tokens": len(request.prompt.ids), "vision_seconds": encoded - start,
-                                  "prefill_seconds": time.perf_counter() - encoded, "decode_seconds": 0.0}
-        return request.take(logits[0], self.family.stop_ids)
-
-    def _decode(self, active):
-        start = time.perf_counter()
-        logits = self._runner.decode([r.sequence for r in active], [r.sequence.token_ids[-1] for r in active])
-        pieces = [(r, r.take(row, self.family.stop_ids)) for r, row in zip(active, logits)]
-        for request in active:
-            request.result.metrics["decode_seconds"] += time.perf_counter() - start
-            request.result.metrics["output_tokens"] = len(request.sequence.token_ids)
-        yield from pieces
-
-    def _retire(self, active):
-        for request in (r for r in active if r.result.finish_reason):
-            request.result.metrics["output_tokens"] = len(request.sequence.token_ids)
-            self._cache.release(request.sequence.table)
-        return [r for r in active if not r.result.finish_reason]
+            for request in requests:
+                self._scheduler.cancel(request)

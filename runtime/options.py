@@ -8,7 +8,7 @@ import difflib
 import math
 import re
 import sys
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 
 from .errors import USER_MISTAKE, ToolkitError
@@ -99,25 +99,44 @@ class EngineOptions:
                                 "in the cache and converted once", default=None, metavar="PATH")
     ops: str = flag("decoder operators: reference is plain torch, the yardstick of the others", default="auto",
                     choices=("auto", "reference", "cpu"))
+    cpu_weights: str = flag("CPU: pack the decoder's linear layers to 8 or 4 bits, once; less memory, faster, not exact",
+                            default="float", choices=("float", "int8", "int4"))
     max_model_len: int | None = flag("longest prompt + answer in tokens (default: what the model can, at most 8192)",
                                      default=None, kind=int, metavar="N")
+    max_num_seqs: int | None = flag("sequences decoded together (default: 8; 1 in commands that answer one question at a "
+                                    "time)", default=None, kind=int, metavar="N")
+    max_num_batched_tokens: int = flag("tokens computed in one step; a longer prompt is computed in pieces, between which "
+                                       "other answers go on", default=2048, kind=int, metavar="N")
+    memory_utilization: float = flag("share of the free memory that weights, cache and vision encoder may take",
+                                     "--gpu-memory-utilization", default=0.9, kind=float, metavar="SHARE")
     block_size: int | None = flag("tokens per block of the KV cache (default: 16 on the CPU, 128 on an NPU)",
                                   default=None, kind=int, metavar="N")
     tensor_parallel_size: int = flag("devices the decoder is split over: 1, 2, 4 or 8; started here, or by torchrun",
                                      "-tp", "--tp", default=1, kind=int, metavar="N")
     enforce_eager: bool = flag("NPU: run every decode step kernel by kernel instead of replaying recorded graphs",
                                default=False, kind=bool)
+    cache_tokens: int | None = None     # tokens the KV cache holds; None = as many as sequences and memory allow
 
     def __post_init__(self):
         self.device = {"npu": "npu:0"}.get(self.device, self.device)
         self.dtype = dtype_name(self.dtype)
         check_choices(self)
         require(self, "device", bool(re.fullmatch(r"cpu|npu:\d+", self.device)), "use cpu, npu or npu:N")
+        require(self, "cpu_weights", self.cpu_weights == "float" or (self.device == "cpu" and self.ops != "reference"),
+                "it needs --device cpu, and --ops auto or cpu")
         require(self, "block_size", self.block_size is None or self.block_size >= 1,
                 "1 or more is needed, e.g. 16")
+        for name in ("max_num_seqs", "max_num_batched_tokens"):
+            require(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "1 or more is needed, e.g. 8")
+        require(self, "memory_utilization", 0 < self.memory_utilization <= 1, "above 0 and up to 1 is needed, e.g. 0.9")
         require(self, "max_model_len", self.max_model_len is None or self.max_model_len >= 1,
                 "1 or more is needed, e.g. 2048")
         require(self, "tensor_parallel_size", self.tensor_parallel_size in (1, 2, 4, 8), "use 1, 2, 4 or 8")
+
+
+def one_at_a_time(options: EngineOptions) -> EngineOptions:
+    """For a command that answers one question after another: no cache for more, unless the user says so."""
+    return replace(options, max_num_seqs=options.max_num_seqs or 1)
 
 
 @dataclass
@@ -137,6 +156,7 @@ class SamplingParams:
                             default=None, kind=int, metavar="N")
     ignore_eos: bool = False
     stop: tuple[str, ...] = ()
+    logprobs: int | None = None         # of how many of the likeliest tokens Result.logprobs tells, besides the chosen one
 
     def __post_init__(self):
         self.stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -146,6 +166,7 @@ class SamplingParams:
                                                    "--temperature 0")
         self._check("top_k", lambda k: k >= 0, "0 or more is needed; 0 keeps all tokens")
         self._check("repetition_penalty", lambda r: 0 < r < math.inf, "more than 0 is needed; 1 switches it off")
+        self._check("logprobs", lambda n: n >= 0, "0 or more is needed")
         self._check("seed", lambda n: 0 <= n < 2 ** 63, "use a whole number from 0 up, below 2^63")
 
     def _check(self, name, fits, rule):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:       # `--help` does without torch
 
     from models.base import Family
 
+SEQUENCES = 8           # decoded together when --max-num-seqs is not given
 MOST_TOKENS = 8192      # longest sequence when --max-model-len is not given, whatever the model could
 SMALL = 2 << 30         # decoders up to this many fp32 bytes run in float32 on the CPU; larger ones in bfloat16
 RELEASED = Path(__file__).parents[1] / "models" / "released"
@@ -29,7 +30,8 @@ RELEASED = Path(__file__).parents[1] / "models" / "released"
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes on each of `devices`; on the first, which has most. vision and workspace are counted on NPUs."""
+    """Bytes on each of `devices`; on the first, which has most. workspace is counted on NPUs. wanted_tokens: what the
+    cache would hold if there were memory for it."""
     weights: int
     cache: int
     dtype: torch.dtype
@@ -37,6 +39,7 @@ class Plan:
     devices: int = 1
     vision: int = 0
     workspace: int = 0
+    wanted_tokens: int = 0
 
     @property
     def total(self) -> int:
@@ -46,7 +49,8 @@ class Plan:
         more = {"vision": self.vision, "workspace": self.workspace}
         text = "".join(f" + {name} {gib(size)}" for name, size in more.items() if size)
         where = f" on each of {self.devices} devices" if self.devices > 1 else ""
-        return (f"memory: weights {gib(self.weights)} + cache {gib(self.cache)} for {self.cache_tokens} tokens{text} = "
+        cut = f" of the {self.wanted_tokens}" if self.wanted_tokens > self.cache_tokens else ""
+        return (f"memory: weights {gib(self.weights)} + cache {gib(self.cache)} for {self.cache_tokens}{cut} tokens{text} = "
                 f"{gib(self.total)} GiB{where}")
 
 
@@ -78,6 +82,25 @@ def decoder_parameters(family, split=None) -> int:
                    if not part.target.startswith("vision.")))
 
 
+def decoder_bytes(family, dtype: torch.dtype, split, cpu_weights: str = "float") -> int:
+    """Of the directory's decoder weights on the first device of `split`, as --cpu-weights packs them. Scales are counted
+    where they are stored, and for int4."""
+    from models.quantized import stored_weights
+    return int(sum(math.prod(w.shape) * split.share(p.target) * _bits(p.target, dtype, cpu_weights) / 8
+                   for w in stored_weights(family) for p in w.parts if not p.target.startswith("vision.")))
+
+
+def _bits(target: str, dtype: torch.dtype, cpu_weights: str) -> float:
+    """int8 stays int8, except in W8A16 layers."""
+    from models.quantized import PIECE
+
+    from .packing import bits
+    piece = PIECE.fullmatch(target)
+    if piece and piece[3] not in ("FLOAT", "W8A16"):
+        return 8 if piece[4] == "weight" else 32
+    return bits(target, cpu_weights, dtype)
+
+
 def vision_parameters(family) -> int:
     return sum(math.prod(w.shape) for w in family.weights() if w.parts and w.parts[0].target.startswith("vision."))
 
@@ -88,7 +111,7 @@ def make_plan(family, dtype_name: str, cache_tokens: int, devices: int = 1) -> P
     from .split import Split
     dtype, split = choose_dtype(dtype_name, family), Split(family.decoder, devices)
     cache = KVCache.bytes_per_token(split.config, dtype) * cache_tokens
-    return Plan(decoder_parameters(family, split) * dtype.itemsize, cache, dtype, cache_tokens, devices)
+    return Plan(decoder_bytes(family, dtype, split), cache, dtype, cache_tokens, devices)
 
 
 def on_npu(plan: Plan, family, longest: int, vision: bool = True) -> Plan:
@@ -102,11 +125,37 @@ def on_npu(plan: Plan, family, longest: int, vision: bool = True) -> Plan:
     return replace(plan, vision=encoder, workspace=workspace)
 
 
-def check_memory(plan: Plan, free: int):
-    """ToolkitError when `plan` needs more than the `free` bytes of its device."""
-    if plan.total > free:
-        raise ToolkitError(f"{plan.describe()}, but only {gib(free)} GiB are free; use --dtype bfloat16, a smaller "
-                           "--max-model-len, or a machine with more memory")
+def plan_engine(family, dtype: str, longest: int, options, free: int | None) -> Plan:
+    """What an Engine takes: a cache for --max-num-seqs sequences of `longest` tokens, or for as much of them as
+    --memory-utilization of the `free` bytes leaves room for, and the vision encoder if the model has one.
+
+    ToolkitError when not even one sequence fits. free None: not checked.
+    """
+    from .split import Split
+    wanted = options.cache_tokens or max(longest, (options.max_num_seqs or SEQUENCES) * longest)
+    plan = make_plan(family, dtype, wanted, options.tensor_parallel_size)
+    if options.device == "cpu":
+        split = Split(family.decoder, plan.devices)
+        plan = replace(plan, weights=decoder_bytes(family, plan.dtype, split, options.cpu_weights),
+                       vision=4 * vision_parameters(family) * (options.vision != "om"))
+    else:
+        plan = on_npu(plan, family, longest, vision=options.vision in ("auto", "om"))
+    if free is None:
+        return plan
+    each = plan.cache // wanted
+    room = int(free * options.memory_utilization - (plan.total - plan.cache)) // each
+    if room < (options.cache_tokens or longest):
+        refuse(plan, free, options, room)
+    return replace(plan, cache=min(room, wanted) * each, cache_tokens=min(room, wanted), wanted_tokens=wanted)
+
+
+def refuse(plan: Plan, free: int, options, room: int):
+    """ToolkitError that says what fits: `room` tokens in the cache, or none."""
+    smaller = "--dtype bfloat16, --cpu-weights int8 or int4," if options.device == "cpu" else "--tensor-parallel-size 2"
+    advice = (f"the most that fits is one sequence of {room} tokens: --max-num-seqs 1 --max-model-len {room}" if room > 0
+              else f"weights and encoder alone do not fit: use {smaller} or a machine with more memory")
+    raise ToolkitError(f"{plan.describe()}, but only {gib(free)} GiB are free, of which --memory-utilization "
+                       f"{options.memory_utilization:g} may be taken; {advice}")
 
 
 def available_memory() -> int:

@@ -30,7 +30,8 @@ def check_split(family, size: int):
         fitting = [str(s) for s in SIZES if not _misfit(c, s)]
         raise ToolkitError(f"--tensor-parallel-size {size} does not divide {family.name}'s {', '.join(wrong)}; use "
                            f"{', '.join(fitting)}")
-    if size > 1 and (family.directory / "quant_model_description.json").is_file():
+    from models.quantized import find_description
+    if size > 1 and find_description(family.directory):
         raise ToolkitError(f"--tensor-parallel-size {size}: a quantised checkpoint runs on one device only; leave the flag "
                            "out, or give the float checkpoint")
 

@@ -32,7 +32,7 @@ def test_no_transformers_on_the_main_path(module):
 
 
 def test_nothing_of_transformers_is_imported_in_product_code():
-    allowed = {"compare.py", "hf_reference.py"}     # `--reference transformers`
+    allowed = {"compare.py", "hf_reference.py", "slim.py"}  # `--reference transformers`; msmodelslim wants its config class
     for room in ALLOWED:
         for path in (ROOT / room).rglob("*.py"):
             assert "transformers" not in imports_of(path) or path.name in allowed, path

@@ -1,5 +1,6 @@
 """The plan of every released model on every chip: memory against the published shapes, estimates against published figures."""
 import json
+import re
 import shutil
 from pathlib import Path
 from statistics import mean
@@ -9,7 +10,8 @@ import pytest
 from models.base import DecoderConfig, Rope
 from runtime import Engine, plan
 from runtime.errors import ToolkitError, run_command
-from runtime.plan import PlanOptions, estimate, find_family, make_plan, on_npu, roofline_of
+from runtime.options import EngineOptions
+from runtime.plan import PlanOptions, estimate, find_family, longest_of, make_plan, on_npu, plan_engine, roofline_of
 from runtime.roofline import CHIPS, GIB, Roofline, layer_values
 from runtime.split import Split
 
@@ -120,7 +122,41 @@ def test_engine_prints_the_plan_before_it_loads(capsys, monkeypatch, tmp_path):
         file.unlink()
     with pytest.raises(Exception, match="holds no weights"):
         Engine(tmp_path / "model", max_model_len=64)
-    assert capsys.readouterr().err == "memory: weights 0.00 + cache 0.00 for 512 tokens = 0.00 GiB\n"
+    assert capsys.readouterr().err == "memory: weights 0.00 + cache 0.00 for 512 tokens + vision 0.00 = 0.00 GiB\n"
+
+
+def engine_plan(family, gibs, **options):
+    settings = EngineOptions(dtype="bfloat16", **options)
+    return plan_engine(family, "bfloat16", longest_of(family, settings.max_model_len), settings, int(gibs * GIB))
+
+
+def test_cache_takes_what_memory_is_left(family):
+    """VisualGLM: 12.5 GiB of weights, 4.1 of encoder in float32, 0.88 of cache for every 2048 tokens."""
+    whole = engine_plan(family["visualglm-6b"], 64)
+    assert whole.cache_tokens == whole.wanted_tokens == 8 * 2048 and " of the " not in whole.describe()
+    assert engine_plan(family["visualglm-6b"], 64, max_num_seqs=1).cache == whole.cache // 8
+    cut = engine_plan(family["visualglm-6b"], 20)
+    assert 2048 <= cut.cache_tokens < 8 * 2048 and cut.total <= 0.9 * 20 * GIB < cut.total + GIB / 100
+    assert f"for {cut.cache_tokens} of the {8 * 2048} tokens + vision 4.08" in cut.describe()
+    assert engine_plan(family["visualglm-6b"], 20, memory_utilization=1).cache_tokens > cut.cache_tokens
+
+
+def test_refusal_names_what_fits(family):
+    with pytest.raises(ToolkitError) as refusal:
+        engine_plan(family["visualglm-6b"], 18.9, max_num_seqs=4)
+    room = int(re.search("--max-num-seqs 1 --max-model-len ([0-9]+)$", str(refusal.value))[1])
+    assert 0 < room < 2048 and "only 18.90 GiB are free, of which --memory-utilization 0.9" in str(refusal.value)
+    assert engine_plan(family["visualglm-6b"], 18.9, max_num_seqs=1, max_model_len=room).cache_tokens == room
+    with pytest.raises(ToolkitError, match="alone do not fit: use --dtype bfloat16, --cpu-weights int8 or int4, or"):
+        engine_plan(family["visualglm-6b"], 14)
+    assert engine_plan(family["visualglm-6b"], 14, cpu_weights="int8", max_num_seqs=1).cache_tokens == 2048
+
+
+def test_a_cache_of_a_given_size_is_not_cut(family):
+    """What rank 0 decided holds for the other devices too."""
+    assert engine_plan(family["glm-4-9b-chat"], 64, cache_tokens=12345).cache_tokens == 12345
+    with pytest.raises(ToolkitError, match="are free"):
+        engine_plan(family["glm-4-9b-chat"], 22, cache_tokens=200000)
 
 
 def test_plan_of_an_npu_says_what_it_counts(family):

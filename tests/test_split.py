@@ -126,7 +126,7 @@ def test_refusals(changes, size, wrong):
 def test_quantised_checkpoint_is_refused(tmp_path):
     family = family_of(GOLDEN / "glm4")
     family.directory = tmp_path
-    (tmp_path / "quant_model_description.json").write_text("{}")
+    (tmp_path / "quant_model_description.json").write_text('{"model_quant_type": "W8A8"}')
     with pytest.raises(ToolkitError, match="a quantised checkpoint runs on one device only"):
         check_split(family, 2)
     check_split(family, 1)

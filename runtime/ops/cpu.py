@@ -1,8 +1,29 @@
-"""Fast torch kernels on the CPU: fused norms, scaled-dot-product attention with grouped heads, in-place cache writes."""
+"""Fast torch kernels on the CPU: fused norms, scaled-dot-product attention with grouped heads, in-place cache writes,
+int8 products on VNNI instructions.
+"""
+from dataclasses import dataclass
+
 import torch
 from torch.nn import functional as F
 
-from .reference import ReferenceOps
+from models.decoder import Step
+from models.layers import Linear
+from models.quantized import Quantized
+
+from .reference import ReferenceOps, dequantize, dequantized, quantize, shifted
+
+ZERO = 128      # oneDNN's fast kernels take activations as uint8 with a zero point
+
+
+@dataclass
+class PackedInt8:
+    """A Quantized layer for oneDNN: weight in its blocked layout, zero point of the activations, and what is added to the
+    float result: the part of quant_bias that the zero point does not bring in (static), or nothing."""
+    layer: Quantized
+    weight: torch.Tensor
+    zero_point: int
+    bias: torch.Tensor | None
+    weight_zeros: torch.Tensor
 
 
 class CpuOps(ReferenceOps):
@@ -15,41 +36,95 @@ class CpuOps(ReferenceOps):
         return torch.ops.mkldnn._reorder_linear_weight(weight)
 
     def linear(self, x, linear):
+        if not isinstance(linear.weight, torch.Tensor):     # packed.Int8Weight, packed.Int4Weight
+            return linear.weight(x, linear.bias)
         if not linear.weight.is_mkldnn:
             return super().linear(x, linear)
         return torch.ops.mkldnn._linear_pointwise(x, linear.weight, linear.bias, "none", [], "")
+
+    def pack_quantized(self, layer, dtype):
+        if layer.kind == "W8A16":       # the arithmetic is float; so is the form
+            linear = dequantized(layer, dtype)
+            return Linear(self.pack(linear.weight), linear.bias)
+        if not torch.cpu._is_vnni_supported():      # without VNNI oneDNN's 16-bit sums may saturate
+            return layer
+        bias = None
+        if layer.static:                # (q - offset) @ w + rest = q @ w + quant_bias
+            rest = layer.bias + layer.input_offset * layer.weight.sum(1, dtype=torch.int64)
+            bias = rest.float() * layer.scale
+        packed = torch.ops.onednn.qlinear_prepack(layer.weight, None)
+        return PackedInt8(layer, packed, ZERO + layer.input_offset, bias, torch.zeros(len(layer.scale), dtype=torch.int32))
+
+    def quantized_linear(self, x, layer):
+        if isinstance(layer, Quantized):
+            q, token_scale = quantize(x, layer)
+            return dequantize(torch._int_mm(q.to(torch.int8), layer.weight.t()), token_scale, layer).to(x.dtype)
+        q, token_scale = quantize(x, layer.layer)
+        unsigned = q.to(torch.int8).view(torch.uint8).bitwise_xor_(ZERO)        # q + 128
+        direct = token_scale is None and x.dtype in (torch.float32, torch.bfloat16)
+        y = torch.ops.onednn.qlinear_pointwise(
+            unsigned, 1.0, layer.zero_point, layer.weight, layer.layer.scale, layer.weight_zeros, layer.bias, 1.0, 0,
+            x.dtype if direct else torch.float32, "none", [], "")
+        if token_scale is not None:
+            y = y.mul_(token_scale)
+            y = y if layer.layer.bias is None else y.add_(layer.layer.bias)
+        return y.to(x.dtype)
 
     def layer_norm(self, x, norm, eps):
         return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, eps)
 
     def rms_norm(self, x, norm, eps):
-        return F.rms_norm(x, x.shape[-1:], norm.weight, eps)
+        return shifted(F.rms_norm(x, x.shape[-1:], norm.weight, eps), norm)
 
     def cache_write(self, k, v, keys, values, slots):
         keys.view(-1, *keys.shape[2:]).index_copy_(0, slots, k)
         values.view(-1, *values.shape[2:]).index_copy_(0, slots, v)
 
+    def begin(self, step, config, device):
+        return CpuStep(**vars(super().begin(step, config, device)))
+
     def attention(self, q, k, v, keys, values, step):
+        if step.places is None:         # the same for every layer
+            step.places = [_places(*row, keys.shape[1]) for row in zip(step.block_table, step.kv_lens)]
         outputs, start = [], 0
-        for b, (rows, length) in enumerate(zip(step.q_lens, step.kv_lens)):
+        for places, rows, length in zip(step.places, step.q_lens, step.kv_lens):
             own = slice(start, start + rows)
             fresh = rows == length      # a whole prompt: its keys and values are at hand, no need to read the cache
-            context = (k[own], v[own]) if fresh else _gather(keys, values, step.block_table[b], length)
+            context = (k[own], v[own]) if fresh else (_read(keys, places, length), _read(values, places, length))
             outputs.append(_attend(q[own], *context, causal=step.causal))
             start += rows
-        return torch.cat(outputs)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _gather(keys, values, blocks, length):
-    used = blocks[:-(-length // keys.shape[1])]
-    return (cache.index_select(0, used).flatten(0, 1)[:length] for cache in (keys, values))
+@dataclass
+class CpuStep(Step):
+    """places: per sequence the index of its first block when its blocks lie in a row, else the blocks' indices."""
+    places: list | None = None
+
+
+def _places(table, length, block_size):
+    blocks = table[:-(-length // block_size)]
+    first = int(blocks[0])
+    in_a_row = torch.equal(blocks, torch.arange(first, first + len(blocks), dtype=blocks.dtype))
+    return first if in_a_row else blocks
+
+
+def _read(cache, places, length):
+    """[length, kv_heads, head_dim] of one sequence; without a copy where its blocks lie in a row."""
+    if isinstance(places, int):
+        start = places * cache.shape[1]
+        return cache.flatten(0, 1)[start:start + length]
+    return cache.index_select(0, places).flatten(0, 1)[:length]
 
 
 def _attend(q, k, v, causal):
     """[rows, heads, head_dim] against [length, kv_heads, head_dim]."""
     rows, length = len(q), len(k)
+    if rows == 1:           # the queries of a head group as rows: no copies of its keys
+        k, v = (t.transpose(0, 1).unsqueeze(0) for t in (k, v))
+        return F.scaled_dot_product_attention(q.view(1, k.shape[1], -1, q.shape[2]), k, v).view(q.shape)
     mask = None
-    if causal and 1 < rows < length:
+    if causal and rows < length:
         mask = torch.ones(rows, length, dtype=torch.bool).tril(length - rows)
     q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
     mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and rows == length,

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from models.decoder import Step
 
 from ..errors import MISSING_COMPONENT, ToolkitError
-from .reference import ReferenceOps
+from .reference import ReferenceOps, shifted
 from .socs import NZ, Soc, soc_of
 
 MASK_SIZE = 2048            # side of the compressed causal masks, whatever the sequence length
@@ -40,6 +40,18 @@ class NpuStep(Step):
     q_tensor: torch.Tensor | None = None
     kv_tensor: torch.Tensor | None = None
     q_ends: list[int] | None = None
+
+
+@dataclass
+class NpuInt8:
+    """A Quantized layer [n, k] for the NPU: weight int8 [k, n]; scale [n] in the form the chip's matmul takes; bias int32
+    [n] added to its sums (static) or float [n] added to its result; inverse and offset [k] of the activations (static)."""
+    kind: str
+    weight: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor | None
+    inverse: torch.Tensor | None = None
+    offset: torch.Tensor | None = None
 
 
 def phase(step: Step) -> str:
@@ -87,6 +99,25 @@ class NpuOps(ReferenceOps):
     def pack(self, weight):
         return torch.ops.npu.npu_format_cast(weight, NZ) if self.soc.weight_format == NZ else weight
 
+    def pack_quantized(self, layer, dtype):
+        if layer.kind == "W8A8_DYNAMIC" and not self.soc.token_scales:
+            raise ToolkitError(f"{self.soc.name} has no int8 matmul with a scale per token, which W8A8_DYNAMIC needs; "
+                               "quantise with --scheme w8a8")
+        if not layer.static:
+            bias = None if layer.bias is None else layer.bias.to(dtype)
+            scale = layer.scale.to(dtype) if layer.kind == "W8A16" else layer.scale
+            return NpuInt8(layer.kind, self._int8(layer.weight), scale, bias)
+        inverse, offset = (torch.full((layer.weight.shape[1],), value, dtype=dtype, device=layer.weight.device)
+                           for value in (1 / layer.input_scale, layer.input_offset))
+        scale = layer.scale
+        if dtype == torch.float16 or self.soc.int64_scales:     # float32 bits in the low half
+            scale = torch.ops.npu.npu_trans_quant_param(scale)
+        return NpuInt8(layer.kind, self._int8(layer.weight), scale, layer.bias, inverse, offset)
+
+    def _int8(self, weight):
+        """[n, k] -> [k, n] in the chip's format; the tiles of 310P are laid out before the axes are exchanged."""
+        return self.pack(weight).transpose(0, 1) if self.soc.weight_format == NZ else weight.t().contiguous()
+
     def cache(self, config, blocks, block_size, dtype, device):
         if self.soc.cache_format != NZ:
             return super().cache(config, blocks, block_size, dtype, device)
@@ -118,15 +149,25 @@ class NpuOps(ReferenceOps):
             return F.linear(x, linear.weight, linear.bias)
         return F.linear(x, linear.weight).add_(linear.bias)
 
+    def quantized_linear(self, x, layer):
+        if layer.kind == "W8A16":
+            return torch.ops.npu.npu_weight_quant_batchmatmul(x, layer.weight, layer.scale, bias=layer.bias)
+        if layer.inverse is not None:
+            q = torch.ops.npu.npu_quantize(x, layer.inverse, layer.offset, torch.qint8, -1, False)
+            return torch.ops.npu.npu_quant_matmul(q, layer.weight, layer.scale, bias=layer.bias, output_dtype=x.dtype)
+        q, scale = torch.ops.npu.npu_dynamic_quant(x)
+        y = torch.ops.npu.npu_quant_matmul(q, layer.weight, layer.scale, pertoken_scale=scale, output_dtype=x.dtype)
+        return y if layer.bias is None else y.add_(layer.bias)
+
     def layer_norm(self, x, norm, eps):
         return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, eps)
 
     def rms_norm(self, x, norm, eps):
-        return torch.ops.npu.npu_rms_norm(x, norm.weight, eps)[0]
+        return shifted(torch.ops.npu.npu_rms_norm(x, norm.weight, eps)[0], norm)
 
     def add_rms_norm(self, x, residual, norm, eps):
         y, _, total = torch.ops.npu.npu_add_rms_norm(x, residual, norm.weight, eps)
-        return y, total
+        return shifted(y, norm), total
 
     def swiglu(self, x):
         if x.shape[-1] % self.soc.swiglu_multiple:

@@ -10,7 +10,11 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from models.layers import Linear
+
 from ..plan import available_memory
+
+SMALLEST_SCALE = 1e-12      # of a token whose values are all zero
 
 
 class ReferenceOps:
@@ -33,6 +37,11 @@ class ReferenceOps:
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
         """A linear weight [out, in] in the form `linear` wants; called once at load."""
         return weight
+
+    def pack_quantized(self, layer, dtype: torch.dtype):
+        """A models.quantized.Quantized layer for activations of `dtype` in the form `quantized_linear` wants, or a
+        Linear; called once at load."""
+        return layer
 
     def cache(self, config, blocks, block_size, dtype, device):
         """One layer's cache of keys, or of values. On the CPU, pages that nobody has written to take no memory yet."""
@@ -65,6 +74,13 @@ class ReferenceOps:
         """[T, n] of every device -> [T, n * devices]."""
         return x if self.team is None else self.team.gather(x)
 
+    def quantized_linear(self, x, layer):
+        """Exact integer arithmetic (see models.quantized.Quantized): float64 holds the sums of int8 products exactly."""
+        if layer.kind == "W8A16":
+            return self.linear(x, dequantized(layer, x.dtype))
+        q, token_scale = quantize(x, layer)
+        return dequantize(q.double() @ layer.weight.double().T, token_scale, layer).to(x.dtype)
+
     def layer_norm(self, x, norm, eps):
         y = F.layer_norm(x.float(), x.shape[-1:], norm.weight.float(), norm.bias.float(), eps)
         return y.to(x.dtype)
@@ -72,7 +88,7 @@ class ReferenceOps:
     def rms_norm(self, x, norm, eps):
         y = x.float()
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
-        return (y * norm.weight.float()).to(x.dtype)
+        return shifted((y * norm.weight.float()).to(x.dtype), norm)
 
     def add_rms_norm(self, x, residual, norm, eps):
         """(normalised sum, sum)"""
@@ -107,6 +123,32 @@ class ReferenceOps:
             cached = [_gather(cache, step.block_table[b], step.kv_lens[b]).float() for cache in (keys, values)]
             outputs.append(_attend(rows.float(), *cached, causal=step.causal).to(q.dtype))
         return torch.cat(outputs)
+
+
+def shifted(y, norm):
+    return y if norm.bias is None else y + norm.bias
+
+
+def dequantized(layer, dtype) -> Linear:
+    weight = (layer.weight.float() * layer.scale[:, None]).to(dtype)
+    return Linear(weight, None if layer.bias is None else layer.bias.to(dtype))
+
+
+def quantize(x, layer):
+    """x [T, k] -> (whole numbers -128..127 as float32 [T, k], scale of each token [T, 1]; None: a static layer's one)."""
+    x = x.to(torch.float32, copy=True)
+    if layer.static:
+        return x.div_(layer.input_scale).add_(layer.input_offset).round_().clamp_(-128, 127), None
+    scale = x.abs().amax(-1, keepdim=True).clamp_(min=SMALLEST_SCALE) / 127
+    return x.div_(scale).round_().clamp_(-128, 127), scale
+
+
+def dequantize(total, token_scale, layer):
+    """Sums of products [T, n] (whole numbers) -> float32 [T, n]."""
+    if layer.static:
+        return (total + layer.bias).float() * layer.scale
+    y = total.float() * token_scale * layer.scale
+    return y if layer.bias is None else y + layer.bias
 
 
 def _gather(cache, blocks, length):

@@ -18,6 +18,7 @@ from runtime.ops.reference import ReferenceOps, _attend
 
 PLAIN = ReferenceOps()
 NZ = 29
+QINT8 = 12          # torch's number of the dtype
 _libraries = {}
 
 
@@ -95,6 +96,48 @@ def fusion_attention(query, key, value, head_num, input_layout, pse=None, paddin
     lens = [end - start for start, end in zip([0, *actual_seq_qlen], actual_seq_qlen)]
     nothing = query.new_zeros(0)
     return _packed_attention(query, key, value, lens, causal=False), nothing, nothing, nothing, 0, 0, 0
+
+
+def quantize(input, scales, zero_points, dtype, axis=1, div_mode=True):
+    """x * scale + offset per channel, in float32."""
+    assert dtype == QINT8 and axis == -1 and not div_mode and scales.dtype == zero_points.dtype == input.dtype != torch.float32
+    assert scales.shape == zero_points.shape == input.shape[-1:]
+    return (input.float() * scales.float() + zero_points.float()).round().clamp(-128, 127).to(torch.int8)
+
+
+def dynamic_quant(input, *, smooth_scales=None, group_index=None, dst_type=None, quant_mode="pertoken", dst_type_max=0.0):
+    assert input.dtype in (torch.float16, torch.bfloat16) and quant_mode == "pertoken"
+    scale = input.float().abs().amax(-1) / 127
+    return (input.float() / scale[:, None]).round().clamp(-128, 127).to(torch.int8), scale
+
+
+def trans_quant_param(scale, offset=None, round_mode=0):
+    assert scale.dtype == torch.float32 and offset is None
+    return scale.view(torch.int32).to(torch.int64)
+
+
+def quant_matmul(x1, x2, scale, *, offset=None, pertoken_scale=None, bias=None, output_dtype=None, **unused):
+    """x1 [T, k], x2 [k, n]; int64 scales hold float32 bits, which bfloat16 results and token scales do not take."""
+    assert x1.dtype == x2.dtype == torch.int8 and max(x2.shape) < 65536 and not any(unused.values()) and offset is None
+    total = x1.double() @ x2.double()
+    if pertoken_scale is not None:
+        assert scale.dtype == pertoken_scale.dtype == torch.float32 and bias is None and len(pertoken_scale) == len(x1)
+        return (total.float() * pertoken_scale[:, None] * scale).to(dtype_of(output_dtype))
+    assert bias.dtype == torch.int32 and bias.shape == scale.shape == x2.shape[1:]
+    assert scale.dtype == torch.int64 if dtype_of(output_dtype) == torch.float16 else scale.dtype == torch.float32
+    scale = scale.to(torch.int32).view(torch.float32) if scale.dtype == torch.int64 else scale
+    return ((total + bias).float() * scale).to(dtype_of(output_dtype))
+
+
+def weight_quant_batchmatmul(x, weight, antiquant_scale, antiquant_offset=None, quant_scale=None, quant_offset=None,
+                             bias=None, **unused):
+    assert weight.dtype == torch.int8 and antiquant_scale.dtype == x.dtype and antiquant_offset is None
+    return torch.nn.functional.linear(x, (weight * antiquant_scale).t(), bias)
+
+
+def dtype_of(number):
+    """A dtype argument as the kernels get it: torch's number."""
+    return {5: torch.float16, 15: torch.bfloat16}[number]
 
 
 # atb::
@@ -182,7 +225,9 @@ def _check_scale(scale, query):
 NPU = {"npu_format_cast": format_cast, "npu_rms_norm": rms_norm, "npu_add_rms_norm": add_rms_norm, "npu_gelu": gelu,
        "npu_swiglu": lambda x, dim=-1: PLAIN.swiglu(x), "npu_apply_rotary_pos_emb": apply_rotary_pos_emb,
        "npu_scatter_pa_kv_cache": scatter_pa_kv_cache, "npu_fused_infer_attention_score": fused_infer,
-       "npu_fusion_attention": fusion_attention}
+       "npu_fusion_attention": fusion_attention, "npu_quantize": quantize, "npu_dynamic_quant": dynamic_quant,
+       "npu_trans_quant_param": trans_quant_param, "npu_quant_matmul": quant_matmul,
+       "npu_weight_quant_batchmatmul": weight_quant_batchmatmul}
 ATB = {"_npu_reshape_and_cache": reshape_and_cache, "_npu_flash_attention_v3": flash_attention,
        "_npu_flash_attention_unpad": flash_attention_unpad, "_npu_paged_attention_splitfuse_v2": splitfuse,
        "_npu_paged_attention": paged_attention}

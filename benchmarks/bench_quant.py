@@ -1,0 +1,128 @@
+"""Quantising against msmodelslim's own whole-model run on the same samples, and W8A8 against bfloat16 on this CPU.
+
+    python benchmarks/bench_quant.py [--layers 20] [--work FOLDER]
+
+A random GLM (286 M parameters with 20 layers) is made in FOLDER. Prints seconds, CPU seconds (what is left of a time on a
+busy machine), peak memory and ratios, measured in one run, each quantisation in a process of its own. Times include loading
+Python packages on both sides, and on ours the quality gate.
+"""
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SAMPLES, HELD, TOKENS, VOCAB = 9, 3, 128, 32000
+PREFILL, DECODE, ROUNDS = 512, 32, 3
+
+CLASSIC = """
+import os, sys, json, tempfile, torch
+from transformers import AutoModelForCausalLM
+from msmodelslim.pytorch.llm_ptq.llm_ptq_tools import Calibrator, QuantConfig
+model, lines, out = sys.argv[1:]
+lines = [json.loads(line)["ids"] for i, line in enumerate(open(lines)) if i % 4 != 3]
+data = [[torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long)] for ids in lines]
+os.chdir(tempfile.mkdtemp())
+model = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
+config = QuantConfig(w_bit=8, a_bit=8, act_method=1, dev_type="cpu", mm_tensor=False, pr=1.0)
+calibrator = Calibrator(model, config, calib_data=data, disable_level="L0")
+calibrator.run()
+calibrator.save(out, save_type=["ascendV1"], part_file_size=1)
+"""
+
+
+def make_model(folder: Path, layers: int):
+    """A GLM in the -hf layout, bfloat16, weights from a seed."""
+    from safetensors.torch import save_file
+
+    from models import family_of
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"architectures": ["GlmForCausalLM"], "model_type": "glm", "attention_bias": True, "head_dim": 64,
+              "hidden_act": "silu", "hidden_size": 1024, "intermediate_size": 2816, "max_position_embeddings": 2048,
+              "num_attention_heads": 16, "num_hidden_layers": layers, "num_key_value_heads": 2, "pad_token_id": 0,
+              "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False,
+              "torch_dtype": "bfloat16", "vocab_size": VOCAB, "eos_token_id": 1, "bos_token_id": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    tensors = {w.source: (torch.randn(w.shape) * 0.03 + (w.source.endswith("norm.weight"))).bfloat16()
+               for w in family_of(folder).weights()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return sum(t.numel() for t in tensors.values())
+
+
+def write_lines(file: Path):
+    random = np.random.default_rng(0)
+    lines = [{"ids": random.integers(3, VOCAB, TOKENS).tolist()} for _ in range(SAMPLES + HELD)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def measured(command: list[str]) -> tuple[float, float, float]:
+    """(seconds, CPU seconds, peak memory in GB) of a process."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"failed: {' '.join(command[:6])} ...")
+    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9
+
+
+def quantisation(work: Path):
+    model, lines = work / "float", work / "lines.jsonl"
+    ours = measured([sys.executable, "-m", "quant", "--model", str(model), "--out", str(work / "ours"), "--calib", str(lines),
+                     "--act-method", "1", "--disable-level", "L0", "--max-kl", "100", "--min-top1", "0"])
+    theirs = measured([sys.executable, "-c", CLASSIC, str(model), str(lines), str(work / "theirs")])
+    for name, (seconds, cpu, peak) in (("ours", ours), ("msmodelslim classic, bfloat16", theirs)):
+        print(f"quantise, {name:30} {seconds:7.1f} s  CPU {cpu:7.1f} s  peak {peak:5.2f} GB")
+    print("ratio                                    " + "  ".join(f"{a / b:9.2f}" for a, b in zip(ours, theirs)))
+
+
+def speed(engine, clock) -> tuple[float, float]:
+    """Best of ROUNDS by `clock`: (seconds of a prompt of PREFILL tokens, seconds per decoded token)."""
+    ids = np.random.default_rng(1).integers(3, VOCAB, PREFILL)
+    long, short = engine.prompt_from_ids(ids), engine.prompt_from_ids(ids[:16])
+    prefill, decode = [], []
+    for _ in range(ROUNDS):
+        for prompt, tokens, times in ((long, 1, prefill), (short, DECODE, decode)):
+            start = clock()
+            engine.score(prompt, ids[:tokens])
+            times.append((clock() - start) / tokens)
+    return min(prefill), min(decode)
+
+
+def inference(work: Path):
+    from runtime import Engine
+    engines = {name: Engine(work / folder, dtype="bfloat16", max_model_len=1024)
+               for name, folder in (("bfloat16", "float"), ("W8A8", "ours"))}
+    for unit, clock in (("s", time.perf_counter), ("CPU s", time.process_time)):
+        times = {name: speed(engine, clock) for name, engine in engines.items()}
+        for name, (prefill, decode) in times.items():
+            print(f"{name:9} prefill {PREFILL} tokens {prefill:6.3f} {unit:5}   decode {decode:7.4f} {unit} per token")
+        print(f"W8A8 is   {times['bfloat16'][0] / times['W8A8'][0]:.2f} x in prefill, "
+              f"{times['bfloat16'][1] / times['W8A8'][1]:.2f} x in decoding")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=20)
+    parser.add_argument("--work", type=Path)
+    options = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    with tempfile.TemporaryDirectory() as scratch:
+        work = options.work or Path(scratch)
+        parameters = make_model(work / "float", options.layers)
+        write_lines(work / "lines.jsonl")
+        print(f"GLM with {parameters / 1e6:.0f} M parameters, {SAMPLES} samples of {TOKENS} tokens, "
+              f"{torch.get_num_threads()} threads")
+        quantisation(work)
+        inference(work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Checkpoint -> quantised checkpoint, with the real msmodelslim, one decoder layer at a time."""

@@ -1,0 +1,105 @@
+"""`python -m quant`: a float checkpoint in, a quantised checkpoint that MindIE and vllm-ascend load out.
+
+Steps: measure, quantise layer by layer with msmodelslim, judge, publish. A killed run goes on behind its last layer;
+nothing that looks finished is written unless the quality gate holds. `python -m quant validate DIR` checks a directory.
+"""
+import sys
+from dataclasses import dataclass
+
+from runtime.errors import MISSING_COMPONENT, ToolkitError, run_command
+from runtime.options import Parser, check_choices, check_folder, flag, require
+
+SCHEMES = ("w8a8", "w8a8s", "w8a8-dynamic", "w8a16")
+COMPRESSED = ("w8a8sc is made from w8a8s on the machine with the 310P, where CANN builds msmodelslim's compressor: run here "
+              "python -m quant --scheme w8a8s, and there MindIE's examples/convert/model_slim/sparse_compressor.py under "
+              "torchrun, one process per 310P chip")
+ANTI = ("m1", "m2", "m3", "m4", "m5", "m6", "none")
+
+
+@dataclass(kw_only=True)
+class QuantOptions:
+    model: str = flag("folder of a downloaded checkpoint", "-m", "--model-path", metavar="DIR")
+    out: str = flag("folder to write the quantised checkpoint to (made if missing)", "-o", "--output", metavar="DIR")
+    scheme: str = flag("8-bit weights and activations with stored scales; the same with mostly 4-bit weights, sparse; with "
+                       "scales per token; 8-bit weights alone", default="w8a8", choices=SCHEMES)
+    dtype: str = flag("float type of the result: float16 (310P takes no other), bfloat16, auto (as the checkpoint)",
+                      default="auto", choices=("auto", "float16", "bfloat16"))
+
+    def __post_init__(self):
+        if self.scheme == "w8a8sc":
+            raise ToolkitError(COMPRESSED, MISSING_COMPONENT)
+        check_choices(self)
+        check_folder("model", self.model)
+
+
+@dataclass(kw_only=True)
+class CalibrationOptions:
+    calib: str | None = flag("jsonl file to measure activations on, one {\"text\": ...} or {\"messages\": [...]} a line "
+                             "(default: a small Chinese and English set)", default=None, metavar="FILE")
+    samples: int = flag("most lines used of it", default=24, kind=int, metavar="N")
+    seed: int = flag("draws the lines when there are more", default=0, kind=int, metavar="N")
+
+    def __post_init__(self):
+        require(self, "samples", self.samples >= 1, "1 or more is needed, e.g. 24")
+
+
+@dataclass(kw_only=True)
+class RecipeOptions:
+    anti: str | None = flag("msmodelslim's anti-outlier method (default: what Ascend publishes for the model)", default=None,
+                            choices=ANTI)
+    act_method: int | None = flag("how input scales are found: 1 min-max, 2 histogram, 3 chosen per layer (default: as "
+                                  "published)", default=None, kind=int, metavar="1|2|3")
+    disable_level: str | None = flag("LN: the N linear layers with the widest inputs stay float (default: as published)",
+                                     default=None, metavar="LN")
+    keep_float: tuple[str, ...] = flag("name of a linear layer that stays float, * stands for anything; may be repeated",
+                                       default=(), metavar="NAME", many=True)
+    fraction: float = flag("w8a8s: share of each row's weights that may exceed 4 bits", default=0.01, kind=float, metavar="F")
+
+    def __post_init__(self):
+        self.keep_float = tuple(self.keep_float)
+        check_choices(self)
+        require(self, "act_method", self.act_method in (None, 1, 2, 3), "use 1, 2 or 3")
+        level = self.disable_level
+        require(self, "disable_level", level is None or (level[:1] == "L" and level[1:].isdecimal()), "use L and a number, "
+                "e.g. L25")
+        require(self, "fraction", 0.01 <= self.fraction <= 0.1, "from 0.01 to 0.1 is possible")
+
+
+@dataclass(kw_only=True)
+class GateOptions:
+    max_kl: float = flag("most KL divergence of the next token from the float model, mean over held-out text, in nats",
+                         default=0.05, kind=float, metavar="KL")
+    min_top1: float = flag("least share of held-out tokens whose most likely successor stays the same", default=0.9,
+                           kind=float, metavar="P")
+
+    def __post_init__(self):
+        require(self, "max_kl", self.max_kl > 0, "more than 0 is needed, e.g. 0.05")
+        require(self, "min_top1", 0 <= self.min_top1 <= 1, "from 0 to 1 is possible")
+
+
+def parser() -> Parser:
+    return Parser("python -m quant", "--model DIR --out DIR [options] | validate DIR",
+                  "Quantises the language model of a checkpoint with msmodelslim, layer by layer, proves it against the "
+                  "float model and writes what MindIE and vllm-ascend load. `validate DIR` checks such a folder instead.",
+                  {"quantisation": QuantOptions, "calibration": CalibrationOptions, "recipe": RecipeOptions,
+                   "quality gate": GateOptions})
+
+
+def main(argv: list[str]) -> int:
+    if argv[:1] == ["validate"]:
+        return validate(argv[1:])
+    options = parser().parse(argv)
+    from .produce import produce
+    return produce(*options)
+
+
+def validate(argv: list[str]) -> int:
+    folders = [argument for argument in argv if not argument.startswith("-")]
+    if len(folders) != 1 or set(argv) - {*folders, "--json", "--debug"}:
+        raise ToolkitError("give one folder: python -m quant validate DIR [--json]")
+    from .validate import report
+    return report(folders[0], "--json" in argv)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,213 @@
+"""The command behind `python -m quant`: from options to a published directory and its report."""
+import hashlib
+import importlib.metadata
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from models import family_of
+from models.base import read_json
+from models.checkpoint import Checkpoint
+from models.quantized import FILE, find_description
+from runtime.artifact import locked, write_atomically
+from runtime.errors import CHECK_FAILED, ToolkitError
+from runtime.progress import byte_progress
+
+from . import gate, slim, write
+from .calibrate import choose, default_lines, held_out_lines, make_samples, read_lines
+from .recipe import input_ranges, kept_by_group, kept_by_name, kept_by_range, recipe_for
+from .run import Job, Work, quantise_layers
+from .texts import CALIBRATION
+
+WORK, REPORT = ".partial", "quant_report.json"
+
+
+def produce(options, calibration, recipe_options, gate_options) -> int:
+    family, checkpoint = open_model(options.model)
+    out = prepare(options.out, options.model)
+    slim.open_slim()
+    with locked(out):
+        job, statistics = plan(family, checkpoint, options, calibration, recipe_options, out / WORK)
+        check_disk(job, out)
+        work = Work(out / WORK / "layers", job)
+        for index, record in quantise_layers(job, work):
+            print(f"layer {index + 1}/{job.layers}: cosine {record.cosine:.6f}, {record.snr:.1f} dB", flush=True)
+        verdict = gate.pass_gate(job, work, gate_options.max_kl, gate_options.min_top1, say_figures)
+        finish(job, work, verdict, statistics, out)
+    print(f"{out}: {job.scheme.kind}, KL {verdict.figures.kl:.3g}, top-1 {verdict.figures.top1:.1%} on "
+          f"{verdict.figures.tokens} held-out tokens, {len(verdict.kept)} layer groups put back to float")
+    print(f"next: python -m runtime.chat --model {out}")
+    return 0
+
+
+def open_model(model: str):
+    family, checkpoint = family_of(model), Checkpoint(model)
+    if find_description(model):
+        raise ToolkitError(f"--model {model} is quantised already; give the float checkpoint it was made from")
+    if checkpoint.format == "sat":
+        raise ToolkitError(f"--model {model} has the SAT layout, whose names no engine reads; give the Hugging Face release")
+    checkpoint.check(family.weights())
+    return family, checkpoint
+
+
+def prepare(out: str, model: str) -> Path:
+    """The output folder, made if missing; float weights must not lie in it, because engines load every *.safetensors."""
+    out = Path(out).resolve()
+    if out.is_file():
+        raise ToolkitError(f"--out {out} is a file; give a folder")
+    foreign = [file.name for file in out.glob("*") if file.name.endswith(write.WEIGHTS)
+               and not file.name.startswith("quant_model")]
+    if foreign or out == Path(model).resolve():
+        raise ToolkitError(f"--out {out} holds other weights ({(foreign or ['the model itself'])[0]}); give an empty folder")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def plan(family, checkpoint, options, calibration, recipe_options, work: Path) -> tuple[Job, dict]:
+    """Samples, and the layers that stay float from the start."""
+    recipe, lines, held = recipe_for(family, options.scheme), *chosen_lines(family, calibration)
+    samples = make_samples(family, checkpoint, lines + held)
+    anti = {None: recipe.anti, "none": None}.get(recipe_options.anti, recipe_options.anti)
+    act_method = recipe_options.act_method or recipe.act_method
+    if options.scheme == "w8a8s" and act_method == 3:
+        raise ToolkitError("--act-method 3 is not possible with --scheme w8a8s; use 1 or 2")
+    job = Job(family, checkpoint, slim.SCHEMES[options.scheme], target_dtype(family, checkpoint, options.dtype), samples,
+              len(lines), set(), anti, act_method, recipe_options.fraction)
+    job.keep = kept_by_group(family, recipe.keep) | kept_by_name(family, recipe_options.keep_float)
+    level = wanted_level(recipe_options.disable_level, recipe.share, family)
+    statistics = measured(job, lines, work) if level else {}
+    job.keep |= kept_by_range(family, statistics.get("ranges", {}), level, job.keep)
+    job.identity = identity(job, lines + held)
+    return job, statistics
+
+
+def chosen_lines(family, calibration) -> tuple[list, list]:
+    lines = read_lines(calibration.calib) if calibration.calib else default_lines(family, CALIBRATION)
+    lines, held = held_out_lines(family, lines, calibration.calib)
+    return choose(lines, calibration.samples, calibration.seed), held
+
+
+def wanted_level(given: str | None, share: float, family) -> int:
+    from .layer import linear_groups
+    if given is not None:
+        return int(given[1:])
+    return round(share * len(linear_groups(family)))
+
+
+def measured(job: Job, lines, work: Path) -> dict:
+    """Input ranges of the float model; those of an earlier run on the same samples into the same folder are taken."""
+    file, key = work / "statistics.json", digest([str(lines), stamp(job.checkpoint)])
+    for earlier in (file, work.parent / REPORT):
+        if earlier.is_file() and (stored := read_json(earlier).get("statistics", {})).get("key") == key:
+            return stored
+    with byte_progress("measuring inputs") as update:
+        ranges = input_ranges(job.family, job.checkpoint, job.samples[:job.calibrating], update)
+    work.mkdir(parents=True, exist_ok=True)
+    statistics = {"key": key, "ranges": ranges}
+    write_atomically(file, json.dumps({"statistics": statistics}))
+    return statistics
+
+
+def target_dtype(family, checkpoint, wanted: str) -> torch.dtype:
+    if wanted != "auto":
+        return getattr(torch, wanted)
+    stored = checkpoint.dtype(next(row.source for row in family.weights() if row.parts and row.source in checkpoint.shapes))
+    return stored if stored in (torch.float16, torch.bfloat16) else torch.float16
+
+
+def identity(job: Job, lines) -> dict:
+    """All that decides what the layers become."""
+    return {"model": stamp(job.checkpoint), "kind": job.scheme.kind, "dtype": str(job.dtype), "anti": job.anti,
+            "act_method": job.act_method, "fraction": job.fraction, "keep": sorted(job.keep), "lines": digest(str(lines)),
+            "calibrating": job.calibrating, "msmodelslim": importlib.metadata.version("msmodelslim")}
+
+
+def stamp(checkpoint) -> list:
+    """Which files these are, without reading 19 GB again."""
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in checkpoint.files]
+
+
+def digest(value) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def say_figures(count: int, found: gate.Figures):
+    print(f"gate: {count} layer groups put back to float: KL {found.kl:.3g}, top-1 {found.top1:.1%}", flush=True)
+
+
+def check_disk(job: Job, out: Path):
+    """The layers' work files and the result lie on the disk of `out`; anti-outlier keeps float weights besides."""
+    stored = sum(job.checkpoint.nbytes(name) for name in job.checkpoint.names)
+    need, free = stored * (2 if job.anti else 1), shutil.disk_usage(out).free
+    print(f"{job.layers} layers, {stored / 1e9:.1f} GB of weights; up to "
+          f"{need / 1e9:.1f} GB of disk for {out}, {free / 1e9:.1f} GB free", flush=True)
+    if need > free:
+        raise ToolkitError(f"--out {out} needs up to {need / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free; free some "
+                           "space or give another folder")
+
+
+def finish(job: Job, work: Work, verdict: gate.Verdict, statistics: dict, out: Path):
+    """Write everything into a work folder, validate it, publish it."""
+    from .validate import validate
+    folder = out / WORK / "result"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    entries, kind = all_entries(job, work, verdict.kept), job.scheme.kind
+    with byte_progress("writing") as update:
+        names = write.write_weights(entries, folder, kind, update)
+    texts = {FILE: write.write_description(entries, kind), REPORT: report(job, verdict, statistics, work),
+             "config.json": write.write_config(read_json(Path(job.checkpoint.directory) / "config.json"), kind, job.dtype)}
+    names += write.copy_small_files(Path(job.checkpoint.directory), folder)
+    for name, text in texts.items():
+        write_atomically(folder / name, text)
+    problems = validate(folder).problems
+    if problems:
+        raise ToolkitError(f"the result would not load: {problems[0]}; nothing was published", CHECK_FAILED)
+    for old in set(out.glob("quant_model*")):
+        old.unlink()
+    write.publish(folder, out, [*names, *texts])
+    shutil.rmtree(out / WORK)
+
+
+def all_entries(job: Job, work: Work, kept) -> list[write.Entry]:
+    """What stands before and behind the layers, as stored but in the result's float type; then layer after layer."""
+    inside = {row.source for row in job.family.weights() if any(p.target.startswith("layers.") for p in row.parts)}
+    entries = []
+    for name in (n for n in job.checkpoint.names if n not in inside):
+        dtype = job.checkpoint.dtype(name)
+        entries.append(write.Entry(name, job.dtype if dtype.is_floating_point else dtype, job.checkpoint.shapes[name],
+                                   "FLOAT", partial(job.checkpoint.tensor, name)))
+    reader = LayerReader(job, work, kept)
+    for index in range(job.layers):
+        tensors, kinds = reader.layer(index)
+        entries += [write.Entry(name, t.dtype, tuple(t.shape), kinds[name], partial(reader.tensor, index, name))
+                    for name, t in tensors.items()]
+    return entries
+
+
+class LayerReader:
+    """Tensors of finished layers, one layer in memory at a time."""
+
+    def __init__(self, job, work, kept):
+        self._read, self._index, self._parts = partial(gate.layer_parts, job, work), None, None
+        self._kept = kept
+
+    def layer(self, index):
+        if index != self._index:
+            self._parts = None
+            self._index, self._parts = index, self._read(index, self._kept)
+        return self._parts
+
+    def tensor(self, index, name):
+        return self.layer(index)[0][name]
+
+
+def report(job: Job, verdict: gate.Verdict, statistics: dict, work: Work) -> str:
+    """quant_report.json: settings, every decision, every layer's figures."""
+    records = [work.record(index) for index in range(job.layers)]
+    layers = [{"cosine": r.cosine, "snr_db": r.snr} for r in records]
+    return json.dumps({"settings": job.identity | {"model": str(job.checkpoint.directory)}, "gate": verdict.report(),
+                       "kept_float_by_recipe": sorted(job.keep), "layers": layers, "statistics": statistics}, indent=2) + "\n"

@@ -1,0 +1,75 @@
+"""Linear weights of 8 or 4 bits for the CPU, made from float ones (--cpu-weights); each stands in `Linear.weight`.
+
+int8: one scale per output row; activations are rounded to 8 bits with one scale per token, sums are exact integers
+(W8A8 dynamic; oneDNN). int4: scale and zero per row and group of 128 inputs, activations in bfloat16 (torch's own kernel,
+which is slow in float32).
+`tensors` of a packed weight are what is stored of it, the same on every machine; `from_tensors` packs them for this one.
+"""
+import torch
+
+GROUP = 128
+ROWS = 4096             # of an int4 weight unpacked at a time
+SMALLEST = 1e-20        # largest value of a token whose values are all zero
+
+
+class Int8Weight:
+    """weight about int8 [n, k] * scale float32 [n]."""
+
+    def __init__(self, q: torch.Tensor, scale: torch.Tensor):
+        # without VNNI oneDNN adds pairs of products in 16 bits: 7 bits of activations keep them from saturating
+        self._levels = 127 if torch.cpu._is_vnni_supported() else 63
+        self._zero, self._middle = self._levels + 1, torch.tensor(self._levels + 1.5)
+        self._scale, self._zeros = scale / self._levels, torch.zeros(len(scale), dtype=torch.int32)
+        self._packed = torch.ops.onednn.qlinear_prepack(q, None)
+
+    @staticmethod
+    def tensors(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        weight = weight.float()
+        scale = weight.abs().amax(1).clamp_(min=SMALLEST) / 127
+        return {"int8": (weight / scale[:, None]).round_().to(torch.int8), "scale": scale}
+
+    @classmethod
+    def from_tensors(cls, stored: dict):
+        return cls(stored["int8"], stored["scale"])
+
+    def __call__(self, x, bias):
+        """x [T, k] -> [T, n] in its dtype. Activations are uint8 around a zero point: oneDNN has no fast kernel for int8."""
+        largest = torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True, dtype=torch.float32).clamp_(min=SMALLEST)
+        q = torch.addcdiv(self._middle, x, largest, value=self._levels).to(torch.uint8)     # the middle's half rounds
+        y = torch.ops.onednn.qlinear_pointwise(q, 1.0, self._zero, self._packed, self._scale, self._zeros, None, 1.0, 0,
+                                               torch.float32, "none", [], "").mul_(largest)
+        return (y if bias is None else y.add_(bias)).to(x.dtype)
+
+
+class Int4Weight:
+    """weight about (q - 8) * scale + zero, q in 0..15 [n, k], scale and zero per row and group."""
+
+    def __init__(self, q: torch.Tensor, scales: torch.Tensor):
+        """q uint8 [n, k / 2], two values each, the first in the low bits; scales [k / GROUP, n, 2]."""
+        self._scales, self._rows = scales, len(q)
+        blocks = [torch.stack((rows & 15, rows >> 4), -1).flatten(1).int() for rows in q.split(ROWS)]
+        self._packed = torch.cat([torch._convert_weight_to_int4pack_for_cpu(block, 1) for block in blocks])
+
+    @staticmethod
+    def fits(weight: torch.Tensor) -> bool:
+        return weight.shape[0] % 16 == 0 and weight.shape[1] % GROUP == 0
+
+    @staticmethod
+    def tensors(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        groups = weight.float().unflatten(1, (-1, GROUP))
+        low, high = groups.amin(-1), groups.amax(-1)
+        scale = ((high - low) / 15).clamp_(min=SMALLEST).bfloat16()
+        zero = (low + 8 * scale.float()).bfloat16()
+        q = (groups - zero.float()[..., None]).div_(scale.float()[..., None]).round_().add_(8).clamp_(0, 15)
+        q = q.to(torch.uint8).flatten(1)
+        return {"int4": q[:, ::2] | q[:, 1::2] << 4, "scales": torch.stack((scale, zero), -1).transpose(0, 1).contiguous()}
+
+    @classmethod
+    def from_tensors(cls, stored: dict):
+        return cls(stored["int4"], stored["scales"])
+
+    def __call__(self, x, bias):
+        """x [T, k] -> [T, n] in its dtype."""
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16().contiguous(), self._packed, GROUP, self._scales)
+        y = y.to(x.dtype)
+        return y if bias is None else y.add_(bias)
