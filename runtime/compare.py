@@ -153,7 +153,7 @@ def findings(options: CompareOptions, candidate_options: EngineOptions, out: Pat
         reference = run_reference(options, candidate_options.max_model_len, cases, Path(work))
         gc.collect()                            # one model in memory at a time
         candidate = run_candidate(options, candidate_options, cases, reference)
-    found = judge(reference, candidate, cases, all_limits(options))
+    found = judge(reference, candidate, cases, all_limits(options, candidate_options.cpu_weights != "float"))
     found["dataset"] = dataset_summary(options.dataset, options.questions, reference.answers, candidate.answers) \
         if options.questions else None
     found["culprit"] = find_culprit(options, candidate_options, cases, reference, found) if options.search else None
@@ -263,7 +263,7 @@ def run_noise(options: CompareOptions, candidate, prompts: list, reference: Side
     """None in fp32, and for 8 bits, whose limits are fixed."""
     from . import Engine
     dtype = str(candidate.plan.dtype).split(".")[1]
-    if dtype == "float32" or is_quantised(options.model):
+    if dtype == "float32" or is_quantised(options.model) or candidate.options.cpu_weights != "float":
         return None
     candidate.close()
     gc.collect()

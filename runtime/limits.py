@@ -30,10 +30,10 @@ def read_limit(text: str) -> tuple[str, str, float]:
         raise ToolkitError(f"--limit {text} has no number; write it like {name}=0.01") from None
 
 
-def all_limits(options) -> dict[str, dict[str, float]]:
+def all_limits(options, packed: bool = False) -> dict[str, dict[str, float]]:
     """Stage -> measure -> limit. Rounding to 8 bits moves logits by more than any kernel does; what it may cost is judged by
-    `python -m quant`, here a broken scale shows."""
-    rounded = is_quantised(options.model) and (options.native or not is_quantised(options.reference))
+    `python -m quant`, here a broken scale shows. packed: the candidate rounds its weights itself (--cpu-weights)."""
+    rounded = packed or is_quantised(options.model) and (options.native or not is_quantised(options.reference))
     limits = {"vision": {"cosine_min": options.threshold or EXACT},
               "decode": {"cosine_min": QUANTISED} if rounded else {},
               "layers": dict(QUANTISED_LAYERS) if rounded else {}}
