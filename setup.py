@@ -3,6 +3,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "pydantic>=2.7", "prometheus-client>=0.20"]
+
 setup(
     name="ascend-vlm",
     version="0.1.0",
@@ -33,6 +35,7 @@ setup(
     ],
     extras_require={
         "transformers": ["transformers>=5"],
-        "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.9", "transformers>=5"],
+        "serve": SERVE,
+        "dev": [*SERVE, "openai>=1", "httpx>=0.27", "pytest>=8", "hypothesis>=6", "ruff>=0.9", "transformers>=5"],
     },
 )

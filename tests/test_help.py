@@ -11,8 +11,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PINNED = Path(__file__).parent / "help"
-COMMANDS = ("convert", "runtime.bench", "runtime.chat", "runtime.compare", "runtime.doctor", "runtime.plan")
-HEAVY = {"torch", "numpy", "onnx", "onnxruntime", "transformers", "matplotlib", "jinja2", "rich", "PIL"}
+COMMANDS = ("convert", "runtime.bench", "runtime.chat", "runtime.compare", "runtime.doctor", "runtime.plan",
+            "runtime.serve")
+HEAVY = {"torch", "numpy", "onnx", "onnxruntime", "transformers", "matplotlib", "jinja2", "rich", "PIL", "fastapi", "uvicorn",
+         "pydantic"}
 SCRIPT = """
 import atexit, runpy, sys
 atexit.register(lambda: print("imported:", *sorted({heavy} & sys.modules.keys()), file=sys.stderr))
