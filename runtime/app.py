@@ -75,12 +75,15 @@ class Service:
                 raise ApiError("several prompts in one request are not supported; send one", param="prompt")
             prompt = prompt[0]
         if isinstance(prompt, str):
-            self._check_text(len(prompt))
-            prompt = self.engine.family.tokenizer.encode(prompt)
+            prompt = self.plain_ids(prompt)
         if not prompt:
             raise ApiError("the prompt is empty", param="prompt")
         self.check_length(len(prompt), None)
         return self.engine.prompt_from_ids(prompt)
+
+    def plain_ids(self, text: str) -> list[int]:
+        self._check_text(len(text))
+        return self.engine.family.tokenizer.encode(text)
 
     def check_length(self, tokens: int, new: int | None):
         longest = self.engine.max_model_len
@@ -187,9 +190,10 @@ def add_helpers(app: FastAPI, service: Service):
     async def tokenize(request: TokenizeRequest):
         if (request.prompt is None) == (request.messages is None):
             raise ApiError("give either prompt or messages", param="prompt")
-        make, source = ((service.plain_prompt, request.prompt) if request.messages is None
-                        else (service.chat_prompt, request.messages))
-        ids = (await service.prepare(make, source)).ids.tolist()
+        if request.messages is None:
+            ids = await service.prepare(service.plain_ids, request.prompt)
+        else:
+            ids = (await service.prepare(service.chat_prompt, request.messages)).ids.tolist()
         return {"count": len(ids), "max_model_len": service.engine.max_model_len, "tokens": ids}
 
     @app.post("/detokenize")
