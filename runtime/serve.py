@@ -3,6 +3,7 @@
 Listens on 127.0.0.1, fetches nothing, reads no file and logs no prompt unless told otherwise; see docs/serving.md.
 """
 import os
+import signal
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,6 +78,8 @@ def serve(uvicorn, options: ServeOptions, engine_options: EngineOptions):
     family_of(options.model)            # a folder that is no checkpoint is told before anything listens
     engine_options = replace(engine_options, max_num_seqs=engine_options.max_num_seqs or SEQUENCES)
     server, worker = build(uvicorn, options, engine_options)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *event: None)      # uvicorn hears it, and raises it again when it has ended
     worker.start()
     try:
         server.run()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from .protocol import ApiError
 
 PREPARING = 2       # prompts whose pictures are decoded at the same time; bounds the memory they take
+STOP_SECONDS = 10   # for the step or the loading under way; the thread does not outlive the process
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,10 @@ class Worker:
         self._thread.start()
 
     def stop(self):
-        """Cancel what is under way, give the engine's memory back, and wait for that."""
+        """Cancel what is under way, give the engine's memory back, and wait a little for that."""
         self._inbox.put(self._stop)
         self.pool.shutdown(wait=False, cancel_futures=True)
-        self._thread.join()
+        self._thread.join(STOP_SECONDS)
 
     @contextlib.asynccontextmanager
     async def answer(self, prompt, params):

@@ -1,6 +1,7 @@
 """The service as clients see it: a real server process, openai-python and httpx; golden checkpoints, greedy answers."""
 import base64
 import concurrent.futures
+import contextlib
 import io
 import json
 import os
@@ -247,7 +248,8 @@ def test_files_outside_the_folder(server):
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b"[" * 100_000, b'{"messages": ' + b"9" * 5000 + b"}",
-                                  b'{"messages": [{"role": "user", "content": "\\ud800"}]}', b"\xff\xfe", b'{"messages": NaN}'])
+                                  b'{"messages": [{"role": "user", "content": "\\ud800"}]}', b"\xff\xfe",
+                                  b'{"messages": NaN}'])
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize", "/"])
 def test_hostile_bodies(body, path, server):
     got = server.post(path, content=body, headers={"content-type": "application/json"})
@@ -333,23 +335,21 @@ def test_legacy_route(narrow):
 
 
 def test_loading_then_graceful_end():
-    """503 while it loads; SIGTERM lets an answer finish within the time it has, and cancels it after that."""
-    server = Server("--model", str(GOLDEN / "visualglm"), "--shutdown-seconds", "1", wait=False)
+    """503 while it loads; SIGTERM lets an answer finish within the time it has."""
+    server = Server("--model", str(GOLDEN / "visualglm"), "--shutdown-seconds", "10", wait=False)
     statuses, end = set(), time.monotonic() + 60
     while 200 not in statuses:
         assert server.process.poll() is None and time.monotonic() < end, statuses
-        try:
+        with contextlib.suppress(httpx.TransportError):
             statuses.add(server.post("/tokenize", {"prompt": "x"}).status_code)
-        except httpx.TransportError:
-            pass
         time.sleep(0.02)
     assert statuses == {200, 503}
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         short = pool.submit(server.post, "/v1/chat/completions", asked("secret words", max_tokens=200))
         server.until("num_requests_running", 1)
         begun = time.monotonic()
-        assert server.stop() in (0, -signal.SIGTERM) and time.monotonic() - begun < 15
-        assert short.result().status_code == 200
+        assert server.stop() == 0 and time.monotonic() - begun < 20
+        assert short.result().json()["usage"]["completion_tokens"] == 200
     assert "secret words" not in "".join(server.printed)
 
 
