@@ -5,6 +5,7 @@ from setuptools import find_packages, setup
 
 # msmodelslim's wheel has binaries for Python up to 3.12, imports transformers, and lists neither
 QUANT = ["msmodelslim==26.1.0; python_version < '3.13'", "transformers>=5"]
+SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "pydantic>=2.7", "prometheus-client>=0.20"]
 
 setup(
     name="ascend-vlm",
@@ -37,6 +38,7 @@ setup(
     extras_require={
         "transformers": ["transformers>=5"],
         "quant": QUANT,
-        "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.9", *QUANT],
+        "serve": SERVE,
+        "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.9", "openai>=1", "httpx>=0.27", *SERVE, *QUANT],
     },
 )

@@ -162,6 +162,11 @@ class Engine:
     def busy(self) -> bool:
         return self._scheduler.busy
 
+    def load(self) -> tuple[int, int, float]:
+        """Requests that run, requests that wait, share of the cache's blocks in use."""
+        used, free = self._cache.used_blocks, self._cache.free_blocks
+        return len(self._scheduler.active), len(self._scheduler.waiting), used / (used + free)
+
     def describe(self) -> list[str]:
         """One line per stage: what runs where."""
         packed = "" if self.options.cpu_weights == "float" else f", weights packed to {self.options.cpu_weights}"

@@ -1,0 +1,113 @@
+"""What stands before the routes: API key, body limits, the bound on requests under way, and clients that go away."""
+import asyncio
+import hmac
+import json
+
+from .protocol import ApiError
+
+BODY_SECONDS = 60       # a client that sends its body more slowly is not waited for
+RETRY_SECONDS = 1       # suggested to clients that found the queue full
+OPEN_PATHS = {"/health"}
+
+
+class Guard:
+    """ASGI middleware. A POST is read whole, up to `max_body` bytes, before a route sees it; when its client goes away
+    the route is cancelled. check() raises ApiError while no POST can be served; at most `most` are under way."""
+
+    def __init__(self, app, check, most: int, max_body: int, api_key: str | None):
+        self.app, self._check, self._most, self._max_body = app, check, most, max_body
+        self._key = api_key and api_key.encode()
+        self._under_way = 0
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        try:
+            if scope["path"] not in OPEN_PATHS:
+                self._authenticate(dict(scope["headers"]).get(b"authorization", b""))
+            if scope["method"] != "POST":
+                return await self.app(scope, receive, send)
+            self._check()
+            self._admit()
+        except ApiError as error:
+            return await respond(send, error)
+        self._under_way += 1
+        try:
+            await self._serve(scope, receive, send)
+        finally:
+            self._under_way -= 1
+
+    def _authenticate(self, header: bytes):
+        if self._key and not hmac.compare_digest(header, b"Bearer " + self._key):
+            raise ApiError("the API key is missing or wrong; send it as Authorization: Bearer KEY", 401, "invalid_api_key")
+
+    def _admit(self):
+        if self._under_way >= self._most:
+            raise ApiError(f"{self._most} requests are under way, which is the limit; try again later", 429, "queue_full")
+
+    async def _serve(self, scope, receive, send):
+        try:
+            body = await asyncio.wait_for(self._body(scope, receive), BODY_SECONDS)
+        except ApiError as error:
+            return await respond(send, error)
+        except asyncio.TimeoutError:
+            return await respond(send, ApiError(f"the body did not arrive within {BODY_SECONDS} seconds", 408))
+        if body is not None:
+            await _while_connected(self.app(scope, Replay(body), send), receive)
+
+    async def _body(self, scope, receive) -> bytes | None:
+        """None when the client went away."""
+        parts, size, more = [], 0, True
+        self._check_size(int(dict(scope["headers"]).get(b"content-length", b"0")))
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            parts.append(message.get("body", b""))
+            size, more = size + len(parts[-1]), message.get("more_body", False)
+            self._check_size(size)
+        return b"".join(parts)
+
+    def _check_size(self, size: int):
+        if size > self._max_body:
+            raise ApiError(f"the body exceeds the limit of {self._max_body:,} bytes", 413, "request_too_large")
+
+
+class Replay:
+    """A `receive` that gives the body once; the end of the connection is watched elsewhere."""
+
+    def __init__(self, body: bytes):
+        self._body = body
+
+    async def __call__(self) -> dict:
+        if self._body is None:
+            await asyncio.Event().wait()
+        body, self._body = self._body, None
+        return {"type": "http.request", "body": body, "more_body": False}
+
+
+async def _while_connected(work, receive):
+    """Run the coroutine `work` to its end, or cancel it when the client goes away."""
+    route, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(receive))
+    try:
+        await asyncio.wait((route, gone), return_when=asyncio.FIRST_COMPLETED)
+        if route.done():
+            await route
+    finally:
+        for task in (route, gone):
+            task.cancel()
+        await asyncio.wait((route, gone))
+
+
+async def _disconnect(receive):
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def respond(send, error: ApiError):
+    headers = [(b"content-type", b"application/json")]
+    headers += [(b"retry-after", str(RETRY_SECONDS).encode())] * (error.status in (429, 503))
+    headers += [(b"www-authenticate", b"Bearer")] * (error.status == 401)
+    headers += [(b"connection", b"close")] * (error.status in (408, 413))
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": json.dumps(error.body()).encode()})
