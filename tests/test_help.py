@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PINNED = Path(__file__).parent / "help"
 COMMANDS = ("convert", "convert.nodes", "quant", "runtime", "runtime.bench", "runtime.chat", "runtime.compare",
             "runtime.doctor", "runtime.plan", "runtime.predict", "runtime.serve")
-HEAVY = {"msmodelslim", "torch", "numpy", "onnx", "onnxruntime", "transformers", "matplotlib", "jinja2", "rich", "PIL", "fastapi",
-         "uvicorn", "pydantic"}
+HEAVY = {"msmodelslim", "torch", "numpy", "onnx", "onnxruntime", "transformers", "matplotlib", "jinja2", "rich", "PIL",
+         "fastapi", "uvicorn", "pydantic"}
 SCRIPT = """
 import atexit, runpy, sys
 atexit.register(lambda: print("imported:", *sorted({heavy} & sys.modules.keys()), file=sys.stderr))
