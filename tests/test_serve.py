@@ -334,9 +334,10 @@ def test_legacy_route(narrow):
     assert narrow.post("/", {**body, "image": "@"}, headers=KEY).status_code == 422
 
 
-def test_loading_then_graceful_end():
+def test_loading_then_graceful_end(request):
     """503 while it loads; SIGTERM lets an answer finish within the time it has."""
     server = Server("--model", str(GOLDEN / "visualglm"), "--shutdown-seconds", "10", wait=False)
+    request.addfinalizer(server.process.kill)
     statuses, end = set(), time.monotonic() + 60
     while 200 not in statuses:
         assert server.process.poll() is None and time.monotonic() < end, statuses
