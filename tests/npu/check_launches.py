@@ -22,6 +22,7 @@ from runtime.graph import BATCH_SIZES, DecodeGraphs
 from runtime.loading import MATRICES
 from runtime.ops import choose
 from runtime.parallel import Team, _leave
+from runtime.runner import Sequence
 
 ROOT = Path(__file__).resolve().parents[2]
 CHIP, LOG = os.environ["STUB_SOC"], Path(os.environ["STUB_LOG"])
@@ -172,7 +173,7 @@ def test_engine_prefills_decodes_and_replays(name, launches):
     prompt = engine.prompt([{"role": "user", "content": content}])
     assert engine.prefill_logits(prompt).shape == (len(prompt.ids), engine.family.decoder.vocab_size)
     runner, layers = engine._runner, engine.family.decoder.layers
-    sequences = [engine._sequence(prompt, 4) for _ in range(3)]
+    sequences = [Sequence(prompt, engine._cache.allocate(len(prompt.ids) + 4)) for _ in range(3)]
     for sequence in sequences:
         runner.prefill(sequence, engine._rows(prompt))
     launches.clear()
