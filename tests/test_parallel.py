@@ -143,6 +143,11 @@ def wait_until_loaded(process):
     raise AssertionError("the conversation did not begin")
 
 
+def hear_interrupts():
+    """Whoever runs the tests in the background may have switched SIGINT off for all below it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_killed_rank_ends_all_with_one_message():
     process = start("-tp", "2", "--max-tokens", "480")
     ranks = children(process.pid)
@@ -169,7 +174,7 @@ def test_no_orphans_when_rank_0_is_killed():
 
 
 def test_ctrl_c_of_a_one_shot_question_ends_all():
-    process = start("-tp", "2", "--prompt", "hi", "--max-tokens", "480", start_new_session=True)
+    process = start("-tp", "2", "--prompt", "hi", "--max-tokens", "480", start_new_session=True, preexec_fn=hear_interrupts)
     ranks = children(process.pid)
     process.stdout.read(1)
     os.killpg(process.pid, signal.SIGINT)
@@ -181,6 +186,7 @@ def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on():
     """In a terminal, whose Ctrl-C goes to the whole group of processes."""
     pid, terminal = pty.fork()
     if not pid:
+        hear_interrupts()
         os.chdir(ROOT)
         os.execv(sys.executable, [sys.executable, *CHAT, "-tp", "2", "--max-tokens", "480"])
     read_until(terminal, b"> ")
