@@ -188,11 +188,8 @@ class Printed:
 @contextmanager
 def captured_stdout(printed: Printed):
     """File descriptor 1 goes to a file for a while, C's buffers included; at the end `printed.text` is what came."""
-    try:
-        stdout = os.dup(1)
-    except OSError:             # closed: nothing can be printed
-        yield
-        return
+    _occupy(1)
+    stdout = os.dup(1)
     libc = ctypes.CDLL(None)
     _flush(libc)
     with tempfile.TemporaryFile() as file:
@@ -205,6 +202,17 @@ def captured_stdout(printed: Printed):
             os.close(stdout)
             file.seek(0)
             printed.text = file.read().decode(errors="replace")
+
+
+def _occupy(descriptor: int):
+    """A closed descriptor becomes the null device for good, lest the next file opened be given its number."""
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        if null != descriptor:
+            os.dup2(null, descriptor)
+            os.close(null)
 
 
 def _flush(libc):

@@ -213,7 +213,7 @@ def test_nothing_of_the_library_reaches_stdout(opened, capfd):
     assert capfd.readouterr().out == ""
 
 
-@pytest.mark.parametrize("redirect", [">&-", "2>&1 | cat"])
+@pytest.mark.parametrize("redirect", [">&-", "<&- >&-", "2>&1 | cat"])
 def test_any_stdout(redirect, tmp_path):
     code = "import sys; from runtime.acl import OmModel; sys.stderr.write(str(OmModel(sys.argv[1]).gears))"
     path = os.pathsep.join(map(str, (HERE / "ascend" / "2024", HERE / "ascend")))
