@@ -6,10 +6,10 @@ atc runs in a work folder inside the artifact folder, because it leaves files in
 import json
 import shlex
 from dataclasses import dataclass, field
-from functools import cache
 
 from models.base import Family
 from runtime.artifact import ONNX
+from runtime.plan import vision_parameters
 
 from . import atc_options
 
@@ -83,15 +83,7 @@ def _input(request, family) -> dict[str, str]:
 
 def weight_bytes(family: Family, mode: str) -> int:
     """Weights in an .om, at most: fp16 halves them, all other modes may keep fp32."""
-    return parameters(family) * (2 if mode in ("fp16", "force_fp16") else 4)
-
-
-@cache
-def parameters(family: Family) -> int:
-    """Of the vision encoder."""
-    import torch
-    with torch.device("meta"):
-        return sum(p.numel() for p in family.vision_encoder().parameters())
+    return vision_parameters(family) * (2 if mode in ("fp16", "force_fp16") else 4)
 
 
 def mixlist() -> str:

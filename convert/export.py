@@ -3,7 +3,6 @@
 The graph is traced without weights; each weight becomes a reference into the data file when it is written.
 """
 import ctypes
-import hashlib
 import shutil
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 
 from models.base import Family
 from models.checkpoint import Checkpoint
-from runtime.artifact import DATA, ONNX
+from runtime.artifact import DATA, ONNX, entry
 from runtime.errors import ToolkitError
 from runtime.progress import byte_progress
 
@@ -55,7 +54,7 @@ def export(model: ir.Model, family: Family, checkpoint: Checkpoint, folder: Path
         raise ToolkitError(f"{family.name}'s weight table leaves {len(slots)} tower weights empty, e.g. {min(slots)}")
     _register(model.graph)
     ir.save(model, folder / ONNX)
-    return {ONNX: _entry((folder / ONNX).read_bytes()), DATA: {"bytes": data.size, "sha256": data.sha256}}
+    return {ONNX: entry(folder / ONNX), DATA: {"bytes": data.size, "sha256": data.sha256}}
 
 
 def reuse_memory():
@@ -80,10 +79,6 @@ def _register(graph: ir.Graph):
     graph.inputs[:] = [picture]
     for value in weights:
         graph.register_initializer(value)
-
-
-def _entry(content: bytes) -> dict:
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _size(count: int) -> str:

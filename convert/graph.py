@@ -37,7 +37,7 @@ def preflight(path: Path, spec: VisionSpec, opset: int) -> tuple[list[Finding], 
     """
     model = onnx.load(path, load_external_data=False)
     typed = onnx.shape_inference.infer_shapes(model, strict_mode=False).graph
-    findings = [*_opset(model, opset), *_operators(model, opset), *_interface(model.graph, spec), *_values(typed),
+    findings = [*_opset(model, opset), *_operators(model, opset), *interface(model.graph, spec), *_values(typed),
                 *_external_data(model.graph, path), *_subgraphs(model.graph)]
     if not findings:
         findings = _checker(path)
@@ -68,7 +68,8 @@ def _opsets(spans: str) -> set[int]:
     return {opset for end in ends for opset in range(int(end[0]), int(end[-1]) + 1)}
 
 
-def _interface(graph, spec: VisionSpec):
+def interface(graph, spec: VisionSpec):
+    """Findings about names, shapes and dtypes of the graph's input and output."""
     wanted = {"input": (spec.input_name, spec.input_shape), "output": (spec.output_name, spec.output_shape)}
     for kind, values in (("input", graph.input), ("output", graph.output)):
         found = [(v.name, _shape(v), v.type.tensor_type.elem_type) for v in values]

@@ -4,7 +4,6 @@ Without a device the .om is recorded as compiled, not verified. With one it is m
 pictures of `verify`, and precision modes are climbed until the family's threshold holds; an .om below it is thrown away.
 """
 import functools
-import hashlib
 import os
 import shlex
 import shutil
@@ -17,8 +16,9 @@ import numpy as np
 from models.base import Family
 from runtime import artifact
 from runtime.artifact import OM_COMPILED, OM_VERIFIED, ONNX, ONNX_VERIFIED, Manifest, write_atomically
-from runtime.errors import CHECK_FAILED, MISSING_COMPONENT, ToolkitError
+from runtime.errors import CHECK_FAILED, ToolkitError
 from runtime.metrics import compare_rows
+from runtime.om import open_om
 
 from . import atc, atc_options, atc_run, reference, variant
 from .atc import AIPP, MIXLIST, VARIANT, WORK, Request
@@ -27,17 +27,7 @@ from .verify import compare
 DISTANCE = 0.05         # largest |om - onnx| / |onnx| of all features, beside the family's cosine
 DEVICE = 0              # the first that ASCEND_RT_VISIBLE_DEVICES shows
 WEIGHTS = "weight"      # where atc puts --external_weight, and where the runtime looks for it
-PIECE = 8 << 20
 RUNS = 5                # timed, after one that is not
-
-
-def open_om(path: Path, spec, device: int):
-    """Session on the NPU; ToolkitError (exit 3) where ais_bench or the device is missing."""
-    try:
-        from runtime.om import open_om
-    except ImportError:
-        raise ToolkitError("ais_bench is not installed", MISSING_COMPONENT) from None
-    return open_om(path, spec, device)
 
 
 def check(family: Family, request: Request, toolkit: atc_run.Toolkit | None):
@@ -83,13 +73,19 @@ def _prepare_graph(family, out, request):
         if (out / VARIANT).is_file() and candidate.read_bytes() == (out / VARIANT).read_bytes():
             return
         found = reference.features(family, candidate, out / AIPP if request.aipp else None)
-        result = compare(reference.features(family, out / ONNX), found)
+        result = compare(golden(family, out), found)
         print(f"verify {VARIANT}: {result}: {'pass' if result.passed else 'FAIL'}")
         if not result.passed:
             raise ToolkitError(f"{VARIANT} and vision.onnx disagree; report this with the line above", CHECK_FAILED)
         os.replace(candidate, out / VARIANT)
     finally:
         candidate.unlink(missing_ok=True)
+
+
+@functools.lru_cache(maxsize=1)
+def golden(family: Family, out: Path) -> np.ndarray:
+    """Features of vision.onnx, which a variant of it and every .om are held against; computed once per conversion."""
+    return reference.features(family, out / ONNX)
 
 
 @dataclass
@@ -149,7 +145,7 @@ class Build:
                   "NPU are")
             return True
         try:
-            self.attempts.append(measure(self.family, session, self._golden, mode))
+            self.attempts.append(measure(self.family, session, golden(self.family, self.out), mode))
         finally:
             session.close()
         if not self.attempts[-1]["passed"]:
@@ -158,10 +154,6 @@ class Build:
         print(f"OM verified: {self._publish(made, mode, OM_VERIFIED)}")
         return True
 
-    @functools.cached_property
-    def _golden(self) -> np.ndarray:
-        return reference.features(self.family, self.out / ONNX)
-
     def _publish(self, made: Path, mode: str, status: str) -> Path:
         """Move the .om and its weights out of the work folder, and record them; the manifest comes last."""
         plain = forget(self.out)
@@ -169,7 +161,7 @@ class Build:
             made = take(made, self.out)
         weights = sorted((self.out / WEIGHTS).glob("*")) if (self.out / WEIGHTS).is_dir() else []
         shape = self.family.vision.input_shape
-        om = {"files": {str(path.relative_to(self.out)): entry(path) for path in (made, *weights)},
+        om = {"files": {str(path.relative_to(self.out)): artifact.entry(path) for path in (made, *weights)},
               "input": {"dtype": "uint8" if self.request.aipp else "float16", "shape": list(shape)},
               "gears": list(self.request.gears), "command": self._command(mode), "cann": self.toolkit.cann,
               "log": log_name(mode), "attempts": self.attempts}
@@ -235,11 +227,3 @@ def take(made: Path, out: Path) -> Path:
         os.replace(made.parent / WEIGHTS, out / WEIGHTS)
     os.replace(made, out / made.name)
     return out / made.name
-
-
-def entry(path: Path) -> dict:
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while piece := stream.read(PIECE):
-            digest.update(piece)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}

@@ -65,7 +65,7 @@ class Piece:
 
 
 class StreamedGraph:
-    """vision.onnx of `folder` in ONNX Runtime on the CPU; a piece is written beside it, over the one before."""
+    """vision.onnx of `folder` in ONNX Runtime on the CPU; a piece lies beside it while it runs."""
 
     def __init__(self, folder: Path, limit: int = PIECE_BYTES):
         self.folder, self.advance = folder, lambda: None
@@ -85,14 +85,11 @@ class StreamedGraph:
     def values(self, pixels: np.ndarray, names: list[str]):
         """Yields (name, value) of these values inside the graph, on the way through it."""
         wanted, state = set(names), {self.model.graph.input[0].name: pixels}
-        try:
-            for piece in self.pieces:
-                inner = [name for node in piece.nodes for name in node.output if name in wanted and name not in piece.outputs]
-                state, = self._run(Piece(piece.nodes, piece.inputs, piece.outputs + inner), [state])
-                yield from ((name, state[name]) for name in state if name in wanted)
-                self.advance()
-        finally:
-            (self.folder / PIECE_FILE).unlink(missing_ok=True)
+        for piece in self.pieces:
+            inner = [name for node in piece.nodes for name in node.output if name in wanted and name not in piece.outputs]
+            state, = self._run(Piece(piece.nodes, piece.inputs, piece.outputs + inner), [state])
+            yield from ((name, state[name]) for name in state if name in wanted)
+            self.advance()
 
     def _run(self, piece, states):
         import onnxruntime
@@ -100,9 +97,12 @@ class StreamedGraph:
         options.log_severity_level = 3
         whole = self.steps == 1 and piece is self.pieces[0]
         path = self.folder / ONNX if whole else self._write(piece)
-        session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
-        return [dict(zip(piece.outputs, session.run(piece.outputs, {name: state[name] for name in piece.inputs})))
-                for state in states]
+        try:
+            session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+            return [dict(zip(piece.outputs, session.run(piece.outputs, {name: state[name] for name in piece.inputs})))
+                    for state in states]
+        finally:
+            (self.folder / PIECE_FILE).unlink(missing_ok=True)
 
     def _write(self, piece) -> Path:
         used = {name for node in piece.nodes for name in node.input}

@@ -2,10 +2,7 @@
 
 In flows a graph (vision.onnx, or what was made of it for ATC), out flow the features that an .om is measured against.
 """
-import ctypes
 import io
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +11,7 @@ import numpy as np
 from models.base import Family
 from runtime.errors import CHECK_FAILED, ToolkitError
 
-from .verify import PR_SET_PDEATHSIG, pictures
+from .verify import pictures
 
 
 def pixels(family: Family) -> np.ndarray:
@@ -24,15 +21,9 @@ def pixels(family: Family) -> np.ndarray:
 
 def features(family: Family, graph: Path, aipp: Path | None = None) -> np.ndarray:
     """float32 [pictures, rows, hidden]; `aipp` = file of the arithmetic in front of `graph`, if there is any."""
-    from runtime.artifact import start_module
-    arguments = [path.resolve() for path in (family.directory, graph, aipp) if path]
-    with start_module("convert.reference", *arguments, stdout=subprocess.PIPE, start_new_session=True) as process:
-        try:
-            output, _ = process.communicate()
-        except BaseException:
-            process.kill()
-            raise
-    if process.returncode:
+    from runtime.child import output_of
+    code, output = output_of("convert.reference", *(path.resolve() for path in (family.directory, graph, aipp) if path))
+    if code:
         raise ToolkitError(f"ONNX Runtime could not run {graph}; free some memory and run the same command again",
                            CHECK_FAILED)
     return np.load(io.BytesIO(output))
@@ -56,7 +47,8 @@ def compute(directory: str, graph: str, aipp: str | None = None) -> np.ndarray:
 
 
 def main(argv: list[str]) -> int:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)       # nothing goes on when the converter is killed
+    from runtime.child import die_with_parent
+    die_with_parent()
     stream = io.BytesIO()
     np.save(stream, compute(*argv))
     sys.stdout.buffer.write(stream.getvalue())

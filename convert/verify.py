@@ -4,10 +4,7 @@ In flows a checkpoint and a folder with vision.onnx, out flows one Comparison pe
 shapes, dtypes, then values over all elements. Run as a process of its own (`python -m convert.verify`), because neither
 torch nor ONNX Runtime gives memory back.
 """
-import ctypes
 import json
-import signal
-import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,8 +14,6 @@ import numpy as np
 from models.base import Family
 from runtime.errors import CHECK_FAILED, ToolkitError
 
-PR_SET_PDEATHSIG = 1                    # Linux, prctl.h
-FLOAT = 1                               # onnx.TensorProto.FLOAT
 COSINE, RELATIVE = 0.999999, 1e-4       # lowest cosine; highest error relative to the largest value (measured: 1e-6)
 
 
@@ -75,7 +70,7 @@ def pictures(size: int = 448) -> dict:
 
 def verify(family: Family, directory: Path, folder: Path) -> dict[str, Comparison]:
     """Run `measure` in a child process. ToolkitError when memory is short or the child dies."""
-    from runtime.artifact import start_module
+    from runtime.child import output_of
     from runtime.plan import available_memory, gib
 
     from .piecewise import memory_needed
@@ -83,15 +78,9 @@ def verify(family: Family, directory: Path, folder: Path) -> dict[str, Compariso
     if need > available_memory():
         raise ToolkitError(f"verifying {family.name}'s encoder needs {gib(need)} GiB of memory, only "
                            f"{gib(available_memory())} are free; free some and run the same command again")
-    with start_module("convert.verify", directory.resolve(), folder.resolve(), stdout=subprocess.PIPE,
-                      start_new_session=True) as process:
-        try:
-            output, _ = process.communicate()
-        except BaseException:
-            process.kill()
-            raise
-    if process.returncode:
-        why = "was killed, perhaps for lack of memory" if process.returncode < 0 else "failed"
+    code, output = output_of("convert.verify", directory.resolve(), folder.resolve())
+    if code:
+        why = "was killed, perhaps for lack of memory" if code < 0 else "failed"
         raise ToolkitError(f"the verification of {folder} {why}; run the same command again", CHECK_FAILED)
     return {name: Comparison(**values) for name, values in json.loads(output).items()}
 
@@ -102,11 +91,13 @@ def measure(directory: str, folder: str) -> dict[str, Comparison]:
     from models.checkpoint import Checkpoint
     from runtime.progress import step_progress
 
+    from .graph import interface
     from .piecewise import StreamedGraph, StreamedTower
     family = family_of(directory)
     pixels = {name: family.pixels(picture) for name, picture in pictures().items()}
     tower, graph = StreamedTower(family, Checkpoint(directory)), StreamedGraph(Path(folder))
-    check_interface(graph.model.graph, family.vision)
+    for finding in interface(graph.model.graph, family.vision):
+        raise ToolkitError(str(finding), CHECK_FAILED)
     with step_progress("verifying: torch", len(pixels) * tower.steps) as tower.advance:
         references = [tower.run(array) for array in pixels.values()]
     with step_progress("verifying: ONNX Runtime", graph.steps) as graph.advance:
@@ -114,21 +105,9 @@ def measure(directory: str, folder: str) -> dict[str, Comparison]:
     return {name: compare(*both) for name, *both in zip(pixels, references, candidates)}
 
 
-def check_interface(graph, spec):
-    """Names, then shapes, then dtypes of the ONNX graph against the family's spec; ToolkitError names the first."""
-    found = {"input": graph.input, "output": graph.output}
-    wanted = {"input": (spec.input_name, spec.input_shape), "output": (spec.output_name, spec.output_shape)}
-    getters = {"names": lambda v: v.name, "shapes": lambda v: [d.dim_value for d in v.type.tensor_type.shape.dim],
-               "dtypes": lambda v: v.type.tensor_type.elem_type}
-    for what, value in getters.items():
-        for side, (name, shape) in wanted.items():
-            expected = [{"names": name, "shapes": list(shape), "dtypes": FLOAT}[what]]
-            if (there := [value(v) for v in found[side]]) != expected:
-                raise ToolkitError(f"{side} {what} differ: the graph has {there}, the family {expected}", CHECK_FAILED)
-
-
 def main(argv: list[str]) -> int:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)       # nothing goes on when the converter is killed
+    from runtime.child import die_with_parent
+    die_with_parent()
     print(json.dumps({name: asdict(result) for name, result in measure(*argv).items()}))
     return 0
 

@@ -33,11 +33,10 @@ class Sample:
 
 def default_lines(family, texts) -> list[dict]:
     """The built-in texts; models with pictures get the built-in pictures too."""
-    from runtime.questions import QUESTIONS
+    from runtime.questions import QUESTIONS, content
     lines = [{"text": text} for text in texts]
     scenes = [q for q in QUESTIONS if q.scene] if family.vision and texts is CALIBRATION else []
-    return lines + [{"messages": [{"role": "user", "content": [{"type": "image", "image": q.scene()},
-                                                               {"type": "text", "text": q.text}]}]} for q in scenes]
+    return lines + [{"messages": [{"role": "user", "content": content(q.text, [q.scene()])}]} for q in scenes]
 
 
 def read_lines(file: str) -> list[dict]:

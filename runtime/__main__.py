@@ -4,10 +4,9 @@ run = runtime.chat, performance = runtime.bench, precision = runtime.compare, pr
 arguments go there unchanged.
 """
 import importlib
-import importlib.util
 import sys
 
-from .errors import MISSING_COMPONENT, ToolkitError, run_command
+from .errors import ToolkitError, run_command
 from .options import kebab
 
 MODES = {"run": "chat", "performance": "bench", "precision": "compare", "predict": "predict"}
@@ -33,9 +32,6 @@ def main(argv) -> int:
         return 0
     if mode not in MODES:
         raise ToolkitError(f"--mode is {mode!r}: use one of {', '.join(MODES)}; see python -m runtime --help")
-    if importlib.util.find_spec(f"runtime.{MODES[mode]}") is None:
-        raise ToolkitError(f"--mode {mode} needs python -m runtime.{MODES[mode]}, which this release does not have; "
-                           "python -m runtime.plan tells the expected speed", MISSING_COMPONENT)
     return importlib.import_module(f"runtime.{MODES[mode]}").main([*rest, *defaults(mode, rest)])
 
 

@@ -31,10 +31,11 @@ from .protocol import (
     TokenizeRequest,
     model_card,
 )
+from .report import version
 from .telemetry import Telemetry
 from .worker import Worker
 
-VERSION = "0.1.0"
+VERSION = version("ascend-vlm") or "unknown"
 HAN = re.compile(r"[\u4e00-\u9fff]")
 
 

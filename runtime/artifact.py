@@ -22,6 +22,7 @@ from .progress import spinner
 MANIFEST, ONNX, DATA, LOCK = "manifest.json", "vision.onnx", "vision.onnx.data", ".lock"
 ONNX_VERIFIED, OM_COMPILED, OM_VERIFIED = "onnx verified", "om compiled, not verified", "om verified"
 EXPORTER = 1        # raise it when the exported graph changes: artifacts of older exporters are made again
+READ_BYTES = 8 << 20
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -76,6 +77,15 @@ def publish(work: Path, directory: Path, manifest: Manifest):
     for name in manifest.files:
         os.replace(work / name, directory / name)
     save(directory, manifest)
+
+
+def entry(path: Path) -> dict:
+    """What a manifest says of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while piece := stream.read(READ_BYTES):
+            digest.update(piece)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
 def save(directory: Path, manifest: Manifest):

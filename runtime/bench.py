@@ -15,6 +15,7 @@ from pathlib import Path
 
 from .errors import ToolkitError, run_command
 from .options import EngineOptions, InputOptions, Parser, SamplingParams, check_pictures, flag, require
+from .questions import content
 
 HEADER = ("Batch", "MaxSeqLen", "InputSeqLen(Encoding)", "OutputSeqLen(Decoding)", "ResponseTime(ms)",
           "FirstTokenTime(ms)", "TimePerTokens(ms)", "TokensPerSecond(ms)")
@@ -77,8 +78,7 @@ def open_engine(options: BenchOptions, engine_options: EngineOptions):
 
 
 def demo(engine, options):
-    content = [*({"type": "image", "image": each} for each in options.image), {"type": "text", "text": options.prompt}]
-    prompt = engine.prompt([{"role": "user", "content": content}], options.language)
+    prompt = engine.prompt([{"role": "user", "content": content(options.prompt, options.image)}], options.language)
     length = options.outputs[0] if len(options.outputs) == 1 else 128
     [result] = engine.generate([prompt], SamplingParams(max_tokens=length, temperature=0))
     print(f"Prompt: {prompt.text}, Generated text: {result.text}")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .errors import INTERRUPTED, ToolkitError, run_command
 from .options import EngineOptions, InputOptions, Parser, SamplingParams, check_pictures, flag, one_at_a_time
+from .questions import content
 
 WELCOME = """\
 Type a question; /help lists the commands, Ctrl-C stops an answer.
@@ -67,7 +68,7 @@ class Conversation:
 
     def _content(self, question):
         pictures = [] if self.messages else self.pictures
-        return [*({"type": "image", "image": p} for p in pictures), {"type": "text", "text": question}]
+        return content(question, pictures)
 
 
 def text_of(content) -> str:

@@ -35,11 +35,10 @@ from .options import (
     require,
 )
 from .progress import spinner
-from .questions import QUESTIONS
+from .questions import QUESTIONS, content
 
 if TYPE_CHECKING:       # `--help` does without numpy
     import numpy as np
-
 
 
 @dataclass(kw_only=True)
@@ -87,8 +86,7 @@ class Case:
 
     @property
     def messages(self):
-        pictures = [{"type": "image", "image": p} for p in self.pictures]
-        return [{"role": "user", "content": [*pictures, {"type": "text", "text": self.question}]}]
+        return [{"role": "user", "content": content(self.question, self.pictures)}]
 
 
 @dataclass

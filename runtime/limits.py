@@ -3,8 +3,6 @@
 Limits are {stage: {measure: number}}; stages are vision, layers and decode. What is missing is decided by the dtype, when
 it is known (verdict.py, layers.py).
 """
-from pathlib import Path
-
 from .errors import ToolkitError
 
 EXACT = 0.9999                  # smallest cosine that passes, as the VisualGLM guide has it
@@ -46,4 +44,5 @@ def all_limits(options, packed: bool = False) -> dict[str, dict[str, float]]:
 
 def is_quantised(model: str) -> bool:
     """msmodelslim describes what it did beside the weights."""
-    return any(Path(model).glob("quant_model_description*.json"))
+    from models.quantized import find_description
+    return find_description(model) is not None

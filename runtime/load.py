@@ -10,6 +10,7 @@ import numpy as np
 
 from .errors import ToolkitError
 from .options import SamplingParams
+from .questions import content
 
 FILLER = ("The harbour was quiet in the morning; boats lay beside the pier and gulls waited for bread. "
           "清晨的港口很安静，渔船停在码头旁边，海鸥等着有人撒面包。")
@@ -46,8 +47,7 @@ def picture_prompts(engine, picture, count: int, rng: np.random.Generator) -> li
     image, prompts = open_image(picture), []
     for _ in range(count):
         image.putpixel((0, 0), tuple(int(v) for v in rng.integers(0, 256, 3)))
-        content = [{"type": "image", "image": image.copy()}, {"type": "text", "text": QUESTION}]
-        prompts.append(engine.prompt([{"role": "user", "content": content}]))
+        prompts.append(engine.prompt([{"role": "user", "content": content(QUESTION, [image.copy()])}]))
     return prompts
 
 

@@ -9,7 +9,6 @@ Messages go over gloo between the hosts' processors; sums of activations over hc
 everything when a rank dies, and the kernel ends the others when rank 0 dies, in whatever way.
 """
 import atexit
-import ctypes
 import os
 import signal
 import subprocess
@@ -21,11 +20,11 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
+from .child import die_with_parent
 from .errors import CHECK_FAILED, USER_MISTAKE, ToolkitError, run_command
 
 PATIENCE = timedelta(days=30)       # a user may think that long before the next question
 REPORT_SECONDS = 10                 # a lost connection waits so long for the thread of rank 0 that knows which one died
-PR_SET_PDEATHSIG = 1
 PORT = "ASCEND_VLM_PORT"            # tells a process we started where rank 0 listens
 
 _team = None                        # of this process; torch.distributed has one group of processes, too
@@ -176,7 +175,7 @@ _ending = threading.Lock()
 
 def _watch(rank: int, size: int, port: int, terminal):
     """Start one rank and wait for its end, which is the end of us all. The thread lives as long as the process it started,
-    because the kernel kills that process (PR_SET_PDEATHSIG) when this thread ends."""
+    because the kernel kills that process (child.die_with_parent) when this thread ends."""
     path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), PORT: str(port),
                    "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // size)), "PYTHONPATH": path}
@@ -245,7 +244,7 @@ def follow() -> int:
     """Load the model that rank 0 loads and compute what it sends, until it is gone."""
     global _team
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # rank 0 decides what Ctrl-C ends
-    _die_with_parent()
+    die_with_parent()
     _team, engine = _join(), None
     while message := _team.receive():
         kind, content = message
@@ -265,13 +264,9 @@ def _load(model_dir, options):
     return Engine(model_dir, **options)
 
 
-def _die_with_parent():
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def main(argv) -> int:
     """argv: [process id of rank 0]"""
-    _die_with_parent()
+    die_with_parent()
     if os.getppid() != int(argv[0]):    # it died before we could ask
         return USER_MISTAKE
     return follow()

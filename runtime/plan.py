@@ -105,13 +105,13 @@ def vision_parameters(family) -> int:
     return sum(math.prod(w.shape) for w in family.weights() if w.parts and w.parts[0].target.startswith("vision."))
 
 
-def make_plan(family, dtype_name: str, cache_tokens: int, devices: int = 1) -> Plan:
+def make_plan(family, dtype_name: str, cache_tokens: int, devices: int = 1, cpu_weights: str = "float") -> Plan:
     """The decoder's weights and cache, split over `devices`."""
     from .cache import KVCache
     from .split import Split
     dtype, split = choose_dtype(dtype_name, family), Split(family.decoder, devices)
     cache = KVCache.bytes_per_token(split.config, dtype) * cache_tokens
-    return Plan(decoder_bytes(family, dtype, split), cache, dtype, cache_tokens, devices)
+    return Plan(decoder_bytes(family, dtype, split, cpu_weights), cache, dtype, cache_tokens, devices)
 
 
 def on_npu(plan: Plan, family, longest: int, vision: bool = True) -> Plan:
@@ -131,13 +131,10 @@ def plan_engine(family, dtype: str, longest: int, options, free: int | None) -> 
 
     ToolkitError when not even one sequence fits. free None: not checked.
     """
-    from .split import Split
     wanted = options.cache_tokens or max(longest, (options.max_num_seqs or SEQUENCES) * longest)
-    plan = make_plan(family, dtype, wanted, options.tensor_parallel_size)
+    plan = make_plan(family, dtype, wanted, options.tensor_parallel_size, options.cpu_weights)
     if options.device == "cpu":
-        split = Split(family.decoder, plan.devices)
-        plan = replace(plan, weights=decoder_bytes(family, plan.dtype, split, options.cpu_weights),
-                       vision=4 * vision_parameters(family) * (options.vision != "om"))
+        plan = replace(plan, vision=4 * vision_parameters(family) * (options.vision != "om"))
     else:
         plan = on_npu(plan, family, longest, vision=options.vision in ("auto", "om"))
     if free is None:

@@ -138,15 +138,8 @@ class Answers:
 
     def publish(self) -> int:
         """The finished file under its name; returns how many lines failed."""
-        temporary = self.out.with_name(f".{self.out.name}.{os.getpid()}")
-        try:
-            with open(temporary, "wb") as stream:
-                stream.writelines(self.lines)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(temporary, self.out)
-        finally:
-            temporary.unlink(missing_ok=True)
+        from .artifact import write_atomically
+        write_atomically(self.out, b"".join(self.lines).decode())
         self.partial.unlink()
         return sum("error" in json.loads(line) for line in self.lines)
 
@@ -192,7 +185,7 @@ def show_examples(options, engine_options, sampling) -> int:
 
     from . import Engine
     from .options import check_pictures
-    from .questions import EXAMPLES
+    from .questions import EXAMPLES, content
     folder = Path(options.model) / "examples"
     files = [folder / f"{number}.jpeg" for number in (1, 2, 3)]
     own = all(file.is_file() for file in files)
@@ -202,8 +195,8 @@ def show_examples(options, engine_options, sampling) -> int:
     engine = Engine(options.model, **vars(engine_options))
     for index, (question, file) in enumerate(zip(EXAMPLES, files)):
         start = time.perf_counter()
-        content = [{"type": "image", "image": file if own else question.scene()}, {"type": "text", "text": question.text}]
-        prompt = engine.prompt([{"role": "user", "content": content}], language=options.language)
+        asked = content(question.text, [file if own else question.scene()])
+        prompt = engine.prompt([{"role": "user", "content": asked}], language=options.language)
         text = engine.generate([prompt], sampling)[0].text
         name = "首次执行时间 / first execution" if index == 0 else "非首次执行时间 / later execution"
         print(f"{file.name if own else question.scene.__name__}: {question.text}\n{name}: "
@@ -240,12 +233,12 @@ class Asker:
 
     def messages(self, question: dict) -> list[dict]:
         """Pictures belong to the first question of a conversation."""
+        from .questions import content
         images = question.get("image") or []
-        pictures = [{"type": "image", "image": str(self.folder / image)}
-                    for image in ([images] if isinstance(images, str) else images)]
+        pictures = [str(self.folder / image) for image in ([images] if isinstance(images, str) else images)]
         turns = [text for turn in question.get("history") or [] for text in turn] + [question["prompt"]]
         messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
-        messages[0]["content"] = [*pictures, {"type": "text", "text": turns[0]}]
+        messages[0]["content"] = content(turns[0], pictures)
         return messages
 
     @staticmethod

@@ -5,6 +5,11 @@ from dataclasses import dataclass
 SIZE = 448
 
 
+def content(text: str, pictures=()) -> list[dict]:
+    """A user message's content: pictures (path or PIL image), then text. `models.base.split_content` takes it apart."""
+    return [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": text}]
+
+
 @dataclass(frozen=True)
 class Question:
     """language = wording of the prompt around it; scene draws the picture it is about (None: no picture)."""

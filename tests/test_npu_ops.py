@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import runtime.ops
 from runtime import Engine, SamplingParams
@@ -30,9 +29,7 @@ SMALL_BLOCKS = (16,)        # so that tiny prompts span several blocks
 
 @pytest.fixture(scope="module", autouse=True)
 def torch_npu():
-    cpu_kernels.declare()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "npu", cpu_kernels.FAKE_TORCH_NPU, raising=False)
+    with cpu_kernels.in_place():
         yield
 
 

@@ -25,9 +25,7 @@ COMBINATIONS = [(A2, "float16"), (A2, "bfloat16"), (P310, "float16")]
 
 @pytest.fixture(scope="module", autouse=True)
 def torch_npu():
-    cpu_kernels.declare()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "npu", cpu_kernels.FAKE_TORCH_NPU, raising=False)
+    with cpu_kernels.in_place():
         yield
 
 

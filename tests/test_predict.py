@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from runtime import predict
-from runtime.__main__ import MODES
 from runtime.__main__ import main as runtime_main
 from runtime.errors import run_command
 
@@ -170,12 +169,6 @@ def test_run_mode(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     assert mode("--mode", "run", *FIXED, "--prompt", "你好") == 0
     assert "answer 3 tokens" in capsys.readouterr().err
-
-
-def test_a_mode_whose_command_is_missing(monkeypatch, capsys):
-    monkeypatch.setitem(MODES, "performance", "none")
-    assert mode("--mode", "performance") == 3
-    assert "--mode performance needs python -m runtime.none" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given, sentence", [(["--mode", "fly"], "--mode is 'fly': use one of run, performance"),

@@ -8,6 +8,7 @@ tensors.
 """
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -277,3 +278,9 @@ def fake_graph_context(graph, pool=None, auto_dispatch_capture=False):
 
 FAKE_TORCH_NPU = SimpleNamespace(NPUGraph=FakeGraph, graph=fake_graph_context, graph_pool_handle=lambda: None,
                                  synchronize=lambda: None, mem_get_info=lambda device: (1 << 34, 1 << 34))
+
+
+def in_place():
+    """Context: torch as if torch_npu were there."""
+    declare()
+    return mock.patch.object(torch, "npu", FAKE_TORCH_NPU, create=True)
