@@ -63,8 +63,7 @@ class LayerArithmetic:
 
     def _attention(self, x, layer, index, step, cache):
         c = self.config
-        q, k, v = self.ops.heads(self._linear(x, layer.qkv), c, step)
-        q, k = self.ops.rope(q, k, step.cos, step.sin)
+        q, k, v = self.ops.turned_heads(self._linear(x, layer.qkv), c, step)
         keys, values = cache.layers[index]
         self.ops.cache_write(k, v, keys, values, step.slots)
         return self._linear(self.ops.attention(q, k, v, keys, values, step).flatten(1), layer.out)

@@ -1,4 +1,9 @@
 """Run, measure and compare models: `from runtime import Engine, SamplingParams`."""
+import os
+
+# Large tensors in pages of 2 MB: weights are read through once per token, and with pages of 4 KB looking addresses up can
+# cost more than reading. torch asks for it with its first tensor; 0 switches it off.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def __getattr__(name):      # torch is imported with the first use, so that `--help` of a command answers at once

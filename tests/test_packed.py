@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from models.synthetic import write_checkpoint
 from runtime import Engine, SamplingParams, packing
 from runtime.errors import ToolkitError
-from runtime.ops.packed import GROUP, SMALLEST, Int4Weight, Int8Weight
+from runtime.ops.packed import GROUP, MANY, PIECE, SMALLEST, Int4Weight, Int8Weight
 from runtime.options import EngineOptions
 from runtime.plan import find_family, plan_engine
 
@@ -34,7 +34,7 @@ def gaussian(*shape, seed=0):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [1, 5, 70])
+@pytest.mark.parametrize("tokens", [1, 5, MANY])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("form", COSINE)
 def test_layer_against_float(form, shape, tokens, dtype):
@@ -70,6 +70,15 @@ def test_int4_in_pieces_of_rows(monkeypatch):
     whole = Int4Weight.from_tensors(Int4Weight.tensors(weight))(x, None)
     monkeypatch.setattr("runtime.ops.packed.ROWS", 128)
     assert torch.equal(Int4Weight.from_tensors(Int4Weight.tensors(weight))(x, None), whole)
+
+
+@pytest.mark.parametrize("shape", [(PIECE + 192, 256), (48, 256)])     # pieces; rows that fill no block
+def test_int4_of_many_tokens_is_that_of_few(shape):
+    weight, x = gaussian(*shape), gaussian(MANY, shape[1], seed=1).bfloat16()
+    packed = Int4Weight.from_tensors(Int4Weight.tensors(weight))
+    few = torch.cat([packed(part, None) for part in x.split(MANY // 2)])
+    torch.testing.assert_close(packed(x, None), few, rtol=0.02, atol=0.25)
+    assert F.cosine_similarity(packed(x, None).flatten().float(), few.flatten().float(), dim=0) > 0.9999
 
 
 @pytest.mark.parametrize("name", ["visualglm", "glm4", "glm_edge_v", "llava"])

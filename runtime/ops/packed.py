@@ -2,13 +2,16 @@
 
 int8: one scale per output row; activations are rounded to 8 bits with one scale per token, sums are exact integers
 (W8A8 dynamic; oneDNN). int4: scale and zero per row and group of 128 inputs, activations in bfloat16 (torch's own kernel,
-which is slow in float32).
+which is slow in float32, and in anything for many tokens: then a piece of the weight at a time is made bfloat16).
 `tensors` of a packed weight are what is stored of it, the same on every machine; `from_tensors` packs them for this one.
 """
 import torch
 
 GROUP = 128
-ROWS = 4096             # of an int4 weight unpacked at a time
+ROWS = 4096             # of an int4 weight packed at a time
+PIECE = 1024            # rows of it that are made bfloat16 at a time, for MANY tokens or more (measured: as quick at 56)
+MANY = 64
+BLOCK = {"AVX512": 64, "AVX2": 32}      # rows that torch interleaves: row j in the low bits, j + BLOCK / 2 in the high ones
 SMALLEST = 1e-20        # largest value of a token whose values are all zero
 
 
@@ -18,7 +21,6 @@ class Int8Weight:
     def __init__(self, q: torch.Tensor, scale: torch.Tensor):
         # without VNNI oneDNN adds pairs of products in 16 bits: 7 bits of activations keep them from saturating
         self._levels = 127 if torch.cpu._is_vnni_supported() else 63
-        self._zero, self._middle = self._levels + 1, torch.tensor(self._levels + 1.5)
         self._scale, self._zeros = scale / self._levels, torch.zeros(len(scale), dtype=torch.int32)
         self._packed = torch.ops.onednn.qlinear_prepack(q, None)
 
@@ -34,10 +36,11 @@ class Int8Weight:
 
     def __call__(self, x, bias):
         """x [T, k] -> [T, n] in its dtype. Activations are uint8 around a zero point: oneDNN has no fast kernel for int8."""
-        largest = torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True, dtype=torch.float32).clamp_(min=SMALLEST)
-        q = torch.addcdiv(self._middle, x, largest, value=self._levels).to(torch.uint8)     # the middle's half rounds
-        y = torch.ops.onednn.qlinear_pointwise(q, 1.0, self._zero, self._packed, self._scale, self._zeros, None, 1.0, 0,
-                                               torch.float32, "none", [], "").mul_(largest)
+        largest = x.abs().amax(-1, keepdim=True).float().clamp_(min=SMALLEST)
+        q = x.to(torch.float32, copy=True).mul_(self._levels / largest).add_(self._levels + 1.5)    # the half rounds
+        out = torch.float32 if x.dtype == torch.float16 else x.dtype
+        y = torch.ops.onednn.qlinear_pointwise(q.to(torch.uint8), 1.0, self._levels + 1, self._packed, self._scale,
+                                               self._zeros, None, 1.0, 0, out, "none", [], "").mul_(largest.to(out))
         return (y if bias is None else y.add_(bias)).to(x.dtype)
 
 
@@ -46,7 +49,7 @@ class Int4Weight:
 
     def __init__(self, q: torch.Tensor, scales: torch.Tensor):
         """q uint8 [n, k / 2], two values each, the first in the low bits; scales [k / GROUP, n, 2]."""
-        self._scales, self._rows = scales, len(q)
+        self._scales, self._block = scales, BLOCK.get(torch.backends.cpu.get_cpu_capability())
         blocks = [torch.stack((rows & 15, rows >> 4), -1).flatten(1).int() for rows in q.split(ROWS)]
         self._packed = torch.cat([torch._convert_weight_to_int4pack_for_cpu(block, 1) for block in blocks])
 
@@ -70,6 +73,23 @@ class Int4Weight:
 
     def __call__(self, x, bias):
         """x [T, k] -> [T, n] in its dtype."""
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16().contiguous(), self._packed, GROUP, self._scales)
-        y = y.to(x.dtype)
+        many = len(x) >= MANY and self._block and len(self._packed) % self._block == 0
+        y = (self._by_pieces if many else self._direct)(x.bfloat16().contiguous()).to(x.dtype)
         return y if bias is None else y.add_(bias)
+
+    def _direct(self, x):
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self._packed, GROUP, self._scales)
+
+    def _by_pieces(self, x):
+        y = x.new_empty(len(x), len(self._packed))
+        for out, packed, scales in zip(y.split(PIECE, 1), self._packed.split(PIECE), self._scales.split(PIECE, 1)):
+            out.copy_(x @ self._floats(packed, scales))
+        return y
+
+    def _floats(self, packed, scales):
+        """Rows as torch packed them uint8 [rows, k / 2], their scales [k / GROUP, rows, 2] -> bfloat16 [k, rows]."""
+        rows, k = len(packed), 2 * packed.shape[1]
+        blocks = packed.view(-1, k, self._block // 2).transpose(0, 1).contiguous()
+        q = torch.stack((blocks & 15, blocks >> 4), 2).view(torch.int8).sub_(8).bfloat16().view(-1, GROUP, rows)
+        scale, zero = scales[:, None].unbind(-1)
+        return torch.addcmul(zero.contiguous(), q, scale.contiguous()).view(k, rows)

@@ -60,6 +60,11 @@ class ReferenceOps:
         qkv = qkv.view(len(qkv), -1, config.head_dim)
         return qkv.split((config.heads, config.kv_heads, config.kv_heads), dim=1)
 
+    def turned_heads(self, qkv, config, step):
+        """qkv [T, width] -> q, k, v, with q and k turned to their positions."""
+        q, k, v = self.heads(qkv, config, step)
+        return *self.rope(q, k, step.cos, step.sin), v
+
     def embed(self, ids, table):
         return F.embedding(ids, table)
 
