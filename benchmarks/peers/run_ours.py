@@ -28,7 +28,7 @@ def language_options(work) -> dict:
     if work.get("repeats"):
         return {"max_model_len": 512, "max_num_seqs": 1}
     packed = {"cpu_weights": work["variant"]} if work["variant"] != "bfloat16" else {}
-    return packed | {"max_model_len": work["prompt"] + work["new"], "max_num_seqs": work["batch"],
+    return packed | {"max_model_len": work["prompt"] + max(work["new"], job.WARM_UP), "max_num_seqs": work["batch"],
                      "max_num_batched_tokens": work["batch"] * work["prompt"]}      # all answers begin in the same step
 
 
