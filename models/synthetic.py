@@ -110,13 +110,14 @@ class Shard:
 
 
 def write_checkpoint(like: str, out: str | Path, scale: str = "full", seed: int = 0, report=print,
-                     progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+                     progress: Callable[[int, int], None] = lambda done, total: None, changes: dict | None = None) -> None:
     """Write the checkpoint of release `like` into `out`, going on where an interrupted run stopped.
 
-    `report(line)` gets the plan, `progress(done, total)` counts bytes. Raises ModelError when `out` holds other files
-    or the disk is too small.
+    `changes` of the release's config, e.g. {"num_layers": 1}. `report(line)` gets the plan, `progress(done, total)` counts
+    bytes. Raises ModelError when `out` holds other files or the disk is too small.
     """
     out, (config, files) = Path(out), _release(like, scale)
+    config = _merged(config, changes or {})
     shards, index = _plan(config, out, {"like": like, "scale": scale, "seed": seed})
     manifest = {INDEX: _json(index), "config.json": _json(config)}
     _prepare(out, shards, files | manifest, report)

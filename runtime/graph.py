@@ -1,4 +1,4 @@
-"""Decode steps recorded as NPU graphs: one per batch size, replayed with new inputs in the same tensors.
+"""Decode steps recorded as NPU or CUDA graphs: one per batch size, replayed with new inputs in the same tensors.
 
 A host step and token ids flow in, logits flow out. A batch is filled up to the next recorded size with rows that read
 and write a cache block of their own. Lengths that the attention kernels take from the host are renewed inside the graph
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from models.decoder import Step
 
 from .errors import CHECK_FAILED, ToolkitError
-from .ops.npu import NpuStep, device_tensors
+from .ops.npu import device_tensors
 
 BATCH_SIZES = (8, 4, 2, 1)      # the largest first: the others fit into its memory
 
@@ -22,7 +22,7 @@ class Recording:
     """One graph and the tensors it reads and writes: ids int64 [batch], step, logits float32 [batch, vocab]."""
     graph: object
     ids: torch.Tensor
-    step: NpuStep
+    step: Step
     logits: torch.Tensor
 
 
@@ -31,6 +31,7 @@ class DecodeGraphs:
 
     def __init__(self, decoder, cache, width: int, device: str):
         self._decoder, self._cache, self._width, self._device = decoder, cache, width, device
+        self._torch = getattr(torch, device.split(":")[0])      # torch.npu or torch.cuda: the same calls
         self._spare = int(cache.allocate(1)[0])
         self._recordings: dict[int, Recording] = {}
 
@@ -39,7 +40,7 @@ class DecodeGraphs:
         """Warm up and record every batch size, with a progress bar; ToolkitError when the driver refuses."""
         from rich.console import Console
         from rich.progress import track
-        console, pool = Console(stderr=True), torch.npu.graph_pool_handle()
+        console, pool = Console(stderr=True), self._torch.graph_pool_handle()
         for size in track(BATCH_SIZES, "recording decode graphs", console=console, transient=True,
                           disable=not console.is_terminal):
             try:
@@ -68,9 +69,9 @@ class DecodeGraphs:
         ids = torch.zeros(size, dtype=torch.int64, device=self._device)
         step = self._begin(self._fill_up(nobody, size), self._device)
         self._compute(ids, step)        # warm-up: compiles kernels, makes masks
-        torch.npu.synchronize()
-        graph = torch.npu.NPUGraph()
-        with torch.npu.graph(graph, pool=pool, auto_dispatch_capture=step.kv_tensor is None):
+        self._torch.synchronize()
+        graph, told = self._decoder.ops.new_graph(step)
+        with self._torch.graph(graph, pool=pool, **told):
             logits = self._compute(ids, step)
         return Recording(graph, ids, step, logits)
 

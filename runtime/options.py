@@ -91,7 +91,7 @@ class InputOptions:
 @dataclass
 class EngineOptions:
     """Where and how a model runs; Engine(model_dir, **these). ToolkitError for a value that cannot be."""
-    device: str = flag("where the decoder runs: cpu, npu or npu:N", default="cpu", metavar="DEVICE")
+    device: str = flag("where the decoder runs: cpu, npu, npu:N, cuda or cuda:N", default="cpu", metavar="DEVICE")
     dtype: str = flag("weights and arithmetic of the decoder: auto, float32 (fp32), bfloat16 (bf16), float16 (fp16)",
                       default="auto", metavar="DTYPE")
     vision: str = flag("what runs the vision encoder", default="auto", choices=("auto", "onnx", "torch", "om"))
@@ -113,15 +113,16 @@ class EngineOptions:
                                   default=None, kind=int, metavar="N")
     tensor_parallel_size: int = flag("devices the decoder is split over: 1, 2, 4 or 8; started here, or by torchrun",
                                      "-tp", "--tp", default=1, kind=int, metavar="N")
-    enforce_eager: bool = flag("NPU: run every decode step kernel by kernel instead of replaying recorded graphs",
+    enforce_eager: bool = flag("NPU, GPU: run every decode step kernel by kernel instead of replaying recorded graphs",
                                default=False, kind=bool)
     cache_tokens: int | None = None     # tokens the KV cache holds; None = as many as sequences and memory allow
 
     def __post_init__(self):
-        self.device = {"npu": "npu:0"}.get(self.device, self.device)
+        self.device = {"npu": "npu:0", "cuda": "cuda:0"}.get(self.device, self.device)
         self.dtype = dtype_name(self.dtype)
         check_choices(self)
-        require(self, "device", bool(re.fullmatch(r"cpu|npu:\d+", self.device)), "use cpu, npu or npu:N")
+        require(self, "device", bool(re.fullmatch(r"cpu|(npu|cuda):\d+", self.device)),
+                "use cpu, npu, npu:N, cuda or cuda:N")
         require(self, "cpu_weights", self.cpu_weights == "float" or (self.device == "cpu" and self.ops != "reference"),
                 "it needs --device cpu, and --ops auto or cpu")
         require(self, "block_size", self.block_size is None or self.block_size >= 1,
@@ -132,6 +133,8 @@ class EngineOptions:
         require(self, "max_model_len", self.max_model_len is None or self.max_model_len >= 1,
                 "1 or more is needed, e.g. 2048")
         require(self, "tensor_parallel_size", self.tensor_parallel_size in (1, 2, 4, 8), "use 1, 2, 4 or 8")
+        require(self, "tensor_parallel_size", self.tensor_parallel_size == 1 or "cuda" not in self.device,
+                "a decoder runs on one GPU; use 1")
 
 
 def one_at_a_time(options: EngineOptions) -> EngineOptions:

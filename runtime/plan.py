@@ -136,7 +136,7 @@ def plan_engine(family, dtype: str, longest: int, options, free: int | None) -> 
     if options.device == "cpu":
         plan = replace(plan, vision=4 * vision_parameters(family) * (options.vision != "om"))
     else:
-        plan = on_npu(plan, family, longest, vision=options.vision in ("auto", "om"))
+        plan = on_npu(plan, family, longest, vision="npu" in options.device and options.vision in ("auto", "om"))
     if free is None:
         return plan
     each = plan.cache // wanted
@@ -148,7 +148,8 @@ def plan_engine(family, dtype: str, longest: int, options, free: int | None) -> 
 
 def refuse(plan: Plan, free: int, options, room: int):
     """ToolkitError that says what fits: `room` tokens in the cache, or none."""
-    smaller = "--dtype bfloat16, --cpu-weights int8 or int4," if options.device == "cpu" else "--tensor-parallel-size 2"
+    smaller = {"cpu": "--dtype bfloat16, --cpu-weights int8 or int4,", "cuda": "--dtype float16"}.get(
+        options.device.split(":")[0], "--tensor-parallel-size 2")
     advice = (f"the most that fits is one sequence of {room} tokens: --max-num-seqs 1 --max-model-len {room}" if room > 0
               else f"weights and encoder alone do not fit: use {smaller} or a machine with more memory")
     raise ToolkitError(f"{plan.describe()}, but only {gib(free)} GiB are free, of which --memory-utilization "

@@ -78,6 +78,8 @@ def test_many_random_requests(name):
             cancelled |= {victim} - {r for r in requests if r.finished}
             engine.cancel(victim)
     assert len(requests) == REQUESTS and all(request.finished for request in requests)
+    assert sum(bool(request.prompt.pixels) for request in requests) > REQUESTS / 10
+    assert sum(bool(request.params.stop) and request.result.finish_reason == "stop" for request in requests) > 10
     assert engine._cache.used_blocks == 0 and len(cancelled) > 10 and preempted
     for request, kind in requests.items():
         result, single = request.result, expected[kind]
@@ -90,22 +92,27 @@ def test_many_random_requests(name):
             assert texts[request] == result.text
 
 
-@pytest.mark.parametrize("name", ["visualglm", "glm4", "glm4v", "glm_edge", "glm_edge_v", "llava"])
-def test_logits_of_chunks_in_mixed_batches(name, monkeypatch):
-    """What the sampler gets: the rows of one forward pass over everything, for every family and pieces of 7 tokens."""
-    engine, seen = small(name, max_num_batched_tokens=7, ops="reference"), []
-    whole = Engine(GOLDEN / name, ops="reference", **SETTINGS)
-    run = Runner.run
+def recorded(engine, prompts, params):
+    """(answers, (sequence, its length behind the step, logits of its last token) of every step that was computed)."""
+    seen, run = [], Runner.run
 
-    def recorded(self, chunks, all_logits=False):
+    def recording(self, chunks, all_logits=False):
         logits = run(self, chunks, all_logits)
         seen.extend((c.sequence, c.end, row) for c, row in zip(chunks, logits))
         return logits
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Runner, "run", recording)
+        return engine.generate(prompts, params), seen
+
+
+@pytest.mark.parametrize("name", ["visualglm", "glm4", "glm4v", "glm_edge", "glm_edge_v", "llava"])
+def test_logits_of_chunks_in_mixed_batches(name):
+    """What the sampler gets: the rows of one forward pass over everything, for every family and pieces of 7 tokens."""
+    engine = small(name, max_num_batched_tokens=7, ops="reference")
+    whole = Engine(GOLDEN / name, ops="reference", **SETTINGS)
     cases = [prompt for prompt, _ in kinds(engine, 4)] if engine.family.vision else [
         engine.prompt_from_ids(np.arange(5, 5 + n)) for n in (1, 2, 30)]
-    monkeypatch.setattr(Runner, "run", recorded)
-    engine.generate(cases, GREEDY)
-    monkeypatch.setattr(Runner, "run", run)
+    _, seen = recorded(engine, cases, GREEDY)
     for prompt in cases:
         mine = [(sequence, end, row) for sequence, end, row in seen if sequence.prompt is prompt]
         expected = whole.score(prompt, mine[0][0].token_ids)
@@ -113,6 +120,47 @@ def test_logits_of_chunks_in_mixed_batches(name, monkeypatch):
             if end >= len(prompt.ids):
                 np.testing.assert_allclose(row, expected[end - len(prompt.ids)], atol=ATOL)
         assert {end for _, end, _ in mine} >= set(range(len(prompt.ids), len(prompt.ids) + len(expected)))
+
+
+def golden_cases(engine, name):
+    """(prompt, {number of tokens: logits behind them}, 16 greedy tokens), as the original implementations gave them."""
+    found = []
+    for file in sorted((GOLDEN / name).glob("golden*.npz")):
+        g = np.load(file)
+        if name == "visualglm":
+            cases = [(g[f"{case}_input_ids"], None if case == "text" else g["pixel_values"], g[f"{case}_logits"],
+                      [g[f"{case}_logits"][-1], g[f"{case}_logits_step1"]], g[f"{case}_greedy"])
+                     for case in ("img", "hist", "text")]
+        else:
+            greedy = g["greedy_ids"] if "greedy_ids" in g else g["greedy_tokens"][0]
+            cases = [(g["input_ids"].reshape(-1), g.get("pixel_values"), *(g[key].reshape(-1, g[key].shape[-1]) for key in (
+                "prefill_logits", "step_logits")), greedy)]
+        for ids, pixels, prefill, steps, greedy in cases:
+            logits = dict(enumerate(prefill, 1)) | dict(enumerate(steps, len(prefill)))
+            found.append((engine.prompt_from_ids(ids, pixels), logits, greedy.tolist()))
+    if name == "glm4":
+        found.append((engine.prompt_from_ids(g["long_input_ids"][0]), {200: g["long_last_logits"][0]},
+                      g["long_greedy_tokens"][0].tolist()))
+    if name == "glm4v":
+        prefill = g["text_only_prefill_logits"][0]
+        found.append((engine.prompt_from_ids(g["text_only_input_ids"][0]), dict(enumerate(prefill, 1)),
+                      g["text_only_greedy_tokens"][0].tolist()))
+    return found
+
+
+@pytest.mark.parametrize("name", ["visualglm", "glm4", "glm4v", "glm_edge", "glm_edge_v", "llava"])
+def test_golden_cases_in_one_batch_and_in_pieces(name):
+    """Every golden case of a family together, in pieces of 7 tokens: the original's logits at each piece's end and at
+    every token of the answer, and its greedy tokens."""
+    engine = small(name, max_num_batched_tokens=7)
+    cases = golden_cases(engine, name)
+    answers, seen = recorded(engine, [prompt for prompt, _, _ in cases], replace(GREEDY, max_tokens=16))
+    for (prompt, logits, greedy), answer in zip(cases, answers):
+        mine = [(end, row) for sequence, end, row in seen if sequence.prompt is prompt and end in logits]
+        assert answer.token_ids == greedy and mine
+        for end, row in mine:
+            np.testing.assert_allclose(row, logits[end], atol=ATOL)
+    assert engine._cache.used_blocks == 0
 
 
 def test_next_turn_of_a_chat_computes_only_what_is_new():

@@ -1,4 +1,5 @@
-"""The operator set of the decoder, one module per backend: reference (plain torch, the oracle), cpu (fast), npu."""
+"""The operator set of the decoder, one module per backend: reference (plain torch, the oracle), cpu (fast), npu,
+cuda."""
 from ..errors import ToolkitError
 
 
@@ -6,8 +7,8 @@ def choose(name: str, device: str):
     """Backend for `--ops` (auto | reference | cpu) on `device`. An explicit choice never falls back to another."""
     kind = device.split(":")[0]
     if kind not in ("cpu", "cuda", "npu"):
-        raise ToolkitError(f"device {device!r} is not known; use cpu or npu:N")
-    own = {"cpu": _cpu, "npu": _npu}.get(kind, _reference)(device)      # an NPU must be opened even for plain torch
+        raise ToolkitError(f"device {device!r} is not known; use cpu, npu:N or cuda:N")
+    own = {"cpu": _cpu, "npu": _npu, "cuda": _cuda}[kind](device)       # it must be opened even for plain torch
     if name in ("auto", own.name):
         return own
     if name == "reference":
@@ -23,6 +24,11 @@ def _reference(device):
 def _cpu(device):
     from .cpu import CpuOps
     return CpuOps()
+
+
+def _cuda(device):
+    from .cuda import open_cuda
+    return open_cuda(device)
 
 
 def _npu(device):

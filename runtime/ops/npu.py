@@ -94,6 +94,10 @@ class NpuOps(ReferenceOps):
         """Bytes free on the device."""
         return torch.npu.mem_get_info(self.device)[0]
 
+    def new_graph(self, step):
+        """(graph, what `torch.npu.graph` is told)"""
+        return torch.npu.NPUGraph(), {"auto_dispatch_capture": step.kv_tensor is None}
+
     # weights and cache
 
     def pack(self, weight):

@@ -1,0 +1,72 @@
+"""This toolkit through its public API: answers of Engine as `runtime.bench` times them, features of a picture."""
+import os
+import sys
+import time
+from pathlib import Path
+
+import job
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+
+def build(work, folder):
+    """Packed weights belong into the variant's folder."""
+    if work["variant"] in ("int8", "int4") and not work.get("repeats"):
+        open_engine(work, folder)
+
+
+def open_engine(work, folder, **options):
+    os.environ["ASCEND_VLM_CACHE"] = str(folder)
+    import torch
+
+    from runtime import Engine
+    torch.set_num_threads(work["threads"])
+    return Engine(work["checkpoint"], dtype="bfloat16", **options, **language_options(work))
+
+
+def language_options(work) -> dict:
+    if work.get("repeats"):
+        return {"max_model_len": 512, "max_num_seqs": 1}
+    packed = {"cpu_weights": work["variant"]} if work["variant"] != "bfloat16" else {}
+    return packed | {"max_model_len": work["prompt"] + max(work["new"], job.WARM_UP), "max_num_seqs": work["batch"],
+                     "max_num_batched_tokens": work["batch"] * work["prompt"]}      # all answers begin in the same step
+
+
+def run(work, folder):
+    import torch
+    found = {"version": f"ascend-vlm, torch {torch.__version__}"}
+    return found | (encode if work.get("repeats") else generate)(work, folder)
+
+
+def generate(work, folder):
+    import numpy as np
+    start = time.perf_counter()
+    engine = open_engine(work, folder)
+    loaded = time.perf_counter() - start
+    from runtime import load
+    dice = np.random.default_rng(work["seed"])
+
+    def answer(new):
+        lines = load.run(engine, load.text_prompts(engine, work["batch"], work["prompt"], dice), new)
+        found = load.case_figures(lines)
+        return {"first_s": found["FirstTokenTime(ms)"] / 1000, "token_s": found["TimePerTokens(ms)"] / 1000}
+    answer(job.WARM_UP)
+    return {"load_s": loaded, "settings": "; ".join(engine.describe()), **answer(work["new"])}
+
+
+def encode(work, folder):
+    """Every picture differs in one pixel, so that each is encoded."""
+    import numpy as np
+    from PIL import Image
+    options = {"torch": {"vision": "torch"}, "default": {}}.get(work["variant"], {"vision_precision": work["variant"]})
+    engine = open_engine(work, folder, artifact=work["artifact"], **options)
+    from runtime import load
+    dice = np.random.default_rng(work["seed"])
+    picture = Image.fromarray(dice.integers(0, 256, (224, 224, 3), dtype=np.uint8))
+    prompts = iter(load.picture_prompts(engine, picture, 1 + work["repeats"], dice))
+    seconds = job.median_time(lambda: engine.features(next(prompts)), work)
+    return {"encode_s": seconds, "settings": "; ".join(engine.describe())}
+
+
+if __name__ == "__main__":
+    job.main(build, run)
