@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .base import DecoderConfig
-from .layers import Linear, Norm, rotary_angles
+from .layers import Linear, Norm, Wide, rotary_angles
 from .quantized import Stacked
 
 
@@ -77,6 +77,10 @@ class LayerArithmetic:
             return self.ops.linear(x, linear)
         if isinstance(linear, Stacked):
             return torch.cat([self._linear(x, part) for part in linear.parts], -1)
+        if isinstance(linear, Wide):
+            return self.ops.linear(x.float(), linear.linear).to(linear.out)
+        if callable(linear):            # one that is read when its turn comes
+            return self._linear(x, linear())
         return self.ops.quantized_linear(x, linear)
 
 
@@ -91,7 +95,7 @@ class Decoder(LayerArithmetic):
         self.embedding = weights["embed.weight"]
         self.layers = [layer_of(weights, f"layers.{i}.") for i in range(config.layers)]
         self.final_norm = norm_of(weights, "final_norm")
-        self.lm_head = _linear(weights, "lm_head")
+        self.lm_head = linear_of(weights, "lm_head")
         self.tap = None         # callable(stage, residual stream [T, hidden]) -> the stream to go on with
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
@@ -151,7 +155,7 @@ class Decoder(LayerArithmetic):
         return self._norm(residual, norm), residual
 
 
-def _linear(weights: dict, name: str):
+def linear_of(weights: dict, name: str):
     return weights[name] if name in weights else Linear(weights[name + ".weight"], weights.get(name + ".bias"))
 
 
@@ -163,4 +167,4 @@ def layer_of(weights: dict, prefix: str) -> Layer:
     """The layer whose tensors (or packed layers) have names that begin with `prefix`."""
     norms, linears = ("attention_norm", "mlp_norm"), ("qkv", "out", "up", "down")
     return Layer(**{name: norm_of(weights, prefix + name) for name in norms},
-                 **{name: _linear(weights, prefix + name) for name in linears})
+                 **{name: linear_of(weights, prefix + name) for name in linears})

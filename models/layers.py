@@ -14,6 +14,18 @@ class Linear:
 
 
 @dataclass
+class Wide:
+    """A float32 linear layer in a decoder of a narrower dtype: takes its input as float32 and gives `out`."""
+    linear: Linear
+    out: torch.dtype
+
+
+def widened(name: str, linear: Linear, dtype: torch.dtype) -> Wide:
+    """name: of the linear layer in its Layer. What lies inside an MLP stays float32, all else goes on in `dtype`."""
+    return Wide(linear, torch.float32 if name == "up" else dtype)
+
+
+@dataclass
 class Norm:
     """LayerNorm (with bias) or RMSNorm (a bias only where anti-outlier quantisation gave it one) over the last axis."""
     weight: torch.Tensor

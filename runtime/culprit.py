@@ -1,26 +1,52 @@
 """Which layers have to stay float: a candidate that fails gets the reference's weights back, layer by layer, until it passes.
 
-In flow the candidate's engine, the reference's weights in the candidate's dtype and operators, and what the layers were
-judged by; out flows a small set of stages and the `--keep-float` flags that keep them. A bisection over the stages, the
-worst first, finds how many of them must go back; then each of these is tried without. Both models are in memory.
+In flow the candidate's engine, the reference's weights in the candidate's operators, and what the layers were judged by;
+out flows a small set of stages and the flags that keep them: `--keep-float` of `python -m quant` where the weights differ,
+`--keep-dtype` of the candidate where only fp16 or bf16 is to blame. A bisection over the stages, the worst first, finds how
+many of them must go back; then each of these is tried without. Both models are in memory.
 """
+import gc
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 from . import metrics
 from .limits import AT_LEAST
+from .progress import spinner
 
 PARTS = {"attention": ("attention_norm", "qkv", "out"), "mlp": ("mlp_norm", "up", "down")}
 LINEARS = ("qkv", "out", "up", "down")
 
 
+def find(options, candidate_options, cases: list, reference, found: dict) -> dict | None:
+    """What `report` tells; None where the logits pass or no layers were compared. options: of compare."""
+    from . import Engine
+    from .sides import encode, load
+    limits = {c["measure"]: c["limit"] for c in found["checks"] if c["stage"] == "decode"}
+    if not found["layers"] or all(c["passed"] for c in found["checks"] if c["stage"] == "decode"):
+        return None
+    gc.collect()
+    engine, _ = load("search: candidate", options.model, partial(Engine, **vars(candidate_options)))
+    dtype = str(engine.plan.dtype).split(".")[1]
+    wide = dtype != "float32" and candidate_options.cpu_weights == "float" and Path(options.model).samefile(options.reference)
+    floats, _ = load("search: reference", options.reference, partial(
+        Engine, **vars(candidate_options) | {"dtype": "float32" if wide else dtype, "cpu_weights": "float"}))
+    prompts, _ = encode(engine, cases)
+    with spinner("searching"):
+        search = Search(engine, floats, prompts, reference.outcomes, limits, wide)
+        return report(engine.family, search.run(ranked(found["layers"])), search.trials, wide)
+
+
 @dataclass
 class Search:
-    """candidate, floats: engines. prompts, outcomes: of every question. limits: measure -> limit of the logits."""
+    """candidate, floats: engines; wide: floats is the same checkpoint in float32. prompts, outcomes: of every question.
+    limits: measure -> limit of the logits."""
     candidate: object
     floats: object
     prompts: list
     outcomes: list
     limits: dict[str, float]
+    wide: bool = False
     trials: int = 0
 
     def __post_init__(self):
@@ -57,8 +83,13 @@ class Search:
         for stage in stages:
             _, index, branch = stage.split(".")
             index = int(index)
-            layers[index] = replace(layers[index], **{part: getattr(self.floats.layers()[index], part)
-                                                      for part in PARTS[branch]})
+            layers[index] = replace(layers[index], **self._parts(self.floats.layers()[index], PARTS[branch]))
+
+    def _parts(self, layer, names) -> dict:
+        from models.layers import widened
+        if self.wide:
+            return {name: widened(name, getattr(layer, name), self.candidate.plan.dtype) for name in names if name in LINEARS}
+        return {name: getattr(layer, name) for name in names}
 
 
 def ranked(layers: list[dict]) -> list[str]:
@@ -76,11 +107,12 @@ def flags(family, stages: list[str]) -> str:
     return " ".join(f"--keep-float {name}" for name in dict.fromkeys(names))
 
 
-def report(family, stages: list[str] | None, trials: int) -> dict:
+def report(family, stages: list[str] | None, trials: int, wide: bool = False) -> dict:
     """{"stages", "flags", "trials", "sentence"}"""
     if stages is None:
         sentence = ("no set of layers helps: with all of them float it fails too; look at the embedding, the logits and the "
                     "pictures")
         return {"stages": [], "flags": "", "trials": trials, "sentence": sentence}
-    return {"stages": stages, "flags": flags(family, stages), "trials": trials,
-            "sentence": f"it passes with {', '.join(stages)} in float: {flags(family, stages)}"}
+    given = " ".join(f"--keep-dtype {stage}" for stage in stages) if wide else flags(family, stages)
+    return {"stages": stages, "flags": given, "trials": trials,
+            "sentence": f"it passes with {', '.join(stages)} in {'float32' if wide else 'float'}: {given}"}

@@ -120,6 +120,8 @@ class Engine:
         token_ids = [int(t) for t in token_ids]
         self.check_length(prompt, len(token_ids))
         with self._sequence(prompt, len(token_ids)) as sequence:
+            if self.options.layer_by_layer:
+                return self._shelf.score(self._runner, sequence, self._rows(prompt), token_ids)
             rows = [self._runner.prefill(sequence, self._rows(prompt))]
             rows += [self._runner.decode([sequence], [token]) for token in token_ids[:-1]]
             return np.concatenate([row.numpy() for row in rows])
@@ -222,9 +224,13 @@ class Engine:
         from .runner import Runner
         if self._team:
             self._team.connect(self.options.device)
-        if self.options.cpu_weights == "float":
+        if self.options.layer_by_layer:
+            from .streamed import Shelf
+            self._shelf = Shelf(self.checkpoint, self.family, self.plan.dtype, self._ops, self._split)
+            weights = self._shelf.weights()
+        elif self.options.cpu_weights == "float":
             weights = decoder_weights(self.checkpoint, self.family, self.plan.dtype, self.options.device, self._ops,
-                                      self._split)
+                                      self._split, self.options.keep_dtype)
         else:
             from .packing import packed_weights
             weights = packed_weights(self.checkpoint, self.family, self.plan.dtype, self.options.cpu_weights, self._split)

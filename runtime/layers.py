@@ -5,6 +5,7 @@ candidate then scores the same tokens, and each of its stages gets the reference
 So an error shows in the stage that makes it and nowhere behind it. Stages: the embedding (with the picture rows), the
 attention and the MLP of every layer, the final norm, and the logits.
 """
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -121,9 +122,14 @@ def judge(found: dict[str, dict], noise: dict[str, dict] | None, limits: dict[st
     return [_judged(stage, measures, noise and noise[stage], limits) for stage, measures in found.items()]
 
 
+def finite(value: float, otherwise: float) -> float:
+    """Plain torch in fp16 overflows too where a model does not fit it; a limit is a number all the same."""
+    return value if math.isfinite(value) else otherwise
+
+
 def _judged(stage, measures, noise, limits) -> dict:
-    level = SINGLE * measures["scale"]
-    limit = limits.get("relative", level if noise is None else max(level, NOISE * noise["relative"]))
-    gain, expected = limits.get("gain", SINGLE_GAIN if noise is None else GAIN), 1.0 if noise is None else noise["gain"]
+    level = SINGLE * finite(measures["scale"], 1.0)
+    limit = limits.get("relative", level if noise is None else max(level, NOISE * finite(noise["relative"], 0.0)))
+    gain, expected = limits.get("gain", SINGLE_GAIN if noise is None else GAIN), finite(noise["gain"], 1.0) if noise else 1.0
     passed = measures["relative"] <= limit and abs(measures["gain"] - expected) <= gain
     return {"stage": stage, **measures, "limit": limit, "gain_limit": gain, "passed": bool(passed)}

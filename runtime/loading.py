@@ -1,15 +1,21 @@
 """Reads the decoder's weights from the checkpoint straight into the backend's form, one tensor at a time."""
+import re
 from collections import Counter, defaultdict
+from fnmatch import fnmatchcase
 
 import torch
 
 from models.base import Weight
-from models.layers import Linear
+from models.decoder import linear_of
+from models.layers import Linear, widened
 from models.quantized import PIECE, Stacked, layer_of, stored_weights
 
+from .errors import ToolkitError
 from .progress import byte_progress
 
 MATRICES = ("qkv.weight", "out.weight", "up.weight", "down.weight", "lm_head.weight")
+BRANCH = {"qkv": "attention", "out": "attention", "up": "mlp", "down": "mlp"}
+FLOAT_LINEAR = re.compile(r"(layers\.\d+)\.(qkv|out|up|down)\.(weight|bias)")
 
 
 def decoder_rows(family, split) -> list[Weight]:
@@ -17,30 +23,60 @@ def decoder_rows(family, split) -> list[Weight]:
     return [w for w in split.weights(stored_weights(family)) if w.parts and not w.parts[0].target.startswith("vision.")]
 
 
-def decoder_weights(checkpoint, family, dtype: torch.dtype, device: str, ops, split) -> dict:
+def decoder_weights(checkpoint, family, dtype: torch.dtype, device: str, ops, split, keep=()) -> dict:
     """Canonical name -> tensor of `dtype` on `device`, the part that `split` gives to it; matrices packed by `ops` as soon
     as they are complete.
 
-    Quantised layers stand under the layer's name, their int8 tensors as stored, packed by `ops` too.
+    Quantised layers stand under the layer's name, their int8 tensors as stored, packed by `ops` too. keep: the stages
+    (patterns of names as "layers.0.mlp") whose linear layers stay float32; each stands under its name as a Wide.
     """
-    weights = load_rows(checkpoint, decoder_rows(family, split), dtype, device, ops)
-    if family.decoder.norm == "rms":        # anti-outlier methods write biases, most of them zero
-        weights = {name: w for name, w in weights.items() if not name.endswith("norm.bias") or w.any()}
-    return weights
+    rows = decoder_rows(family, split)
+    wide = kept_rows(rows, keep) if dtype != torch.float32 else []
+    weights = load_rows(checkpoint, [row for row in rows if row not in wide], dtype, device, ops)
+    if wide:
+        floats = load_rows(checkpoint, wide, torch.float32, device, ops)
+        for name in dict.fromkeys(target.rpartition(".")[0] for target in floats):
+            weights[name] = widened(name.rpartition(".")[2], linear_of(floats, name), dtype)
+    return without_zero_biases(weights, family)
+
+
+def without_zero_biases(weights: dict, family) -> dict:
+    """Anti-outlier methods write a bias to every RMSNorm, most of them zero."""
+    if family.decoder.norm != "rms":
+        return weights
+    return {name: w for name, w in weights.items() if not name.endswith("norm.bias") or w.any()}
+
+
+def kept_rows(rows: list[Weight], patterns) -> list[Weight]:
+    """The rows of float linear layers in stages whose names match; ToolkitError for a pattern that matches none."""
+    stages = {}
+    for row in rows:
+        if linear := FLOAT_LINEAR.fullmatch(row.parts[0].target):
+            stages.setdefault(f"{linear[1]}.{BRANCH[linear[2]]}", []).append(row)
+    for pattern in patterns:
+        if not any(fnmatchcase(stage, pattern) for stage in stages):
+            raise ToolkitError(f"--keep-dtype {pattern} names no stage with float weights; " + (
+                f"they are {next(iter(stages))} to {list(stages)[-1]}" if stages else "the checkpoint is quantised"))
+    return [row for stage, some in stages.items() if any(fnmatchcase(stage, p) for p in patterns) for row in some]
 
 
 def load_rows(checkpoint, rows: list[Weight], dtype: torch.dtype, device: str, ops) -> dict:
     """The targets of table rows, as in `decoder_weights`."""
+    with byte_progress("loading weights") as update:
+        return read_rows(checkpoint, rows, dtype, device, ops, update)
+
+
+def read_rows(checkpoint, rows: list[Weight], dtype: torch.dtype, device: str, ops, update) -> dict:
+    """load_rows; calls update(done, total) with bytes."""
     plain = [row for row in rows if not PIECE.fullmatch(row.parts[0].target)]
     pieces = [row for row in rows if PIECE.fullmatch(row.parts[0].target)]
     total = sum(checkpoint.nbytes(row.source) for row in rows if row.source in checkpoint.shapes)
-    with byte_progress("loading weights") as update:
-        weights = {name: ops.pack(tensor.to(device)) if name.endswith(MATRICES) else tensor.to(device)
-                   for name, tensor in checkpoint.assemble(plain, dtype=dtype, progress=lambda done, _: update(done, total))}
-        before = sum(checkpoint.nbytes(row.source) for row in plain if row.source in checkpoint.shapes)
-        tensors = checkpoint.assemble(pieces, progress=lambda done, _: update(before + done, total))
-        for name, layer in _layers(tensors, pieces, dtype):
-            weights[name] = _packed(layer, dtype, device, ops)
+    weights = {name: ops.pack(tensor.to(device)) if name.endswith(MATRICES) else tensor.to(device)
+               for name, tensor in checkpoint.assemble(plain, dtype=dtype, progress=lambda done, _: update(done, total))}
+    before = sum(checkpoint.nbytes(row.source) for row in plain if row.source in checkpoint.shapes)
+    tensors = checkpoint.assemble(pieces, progress=lambda done, _: update(before + done, total))
+    for name, layer in _layers(tensors, pieces, dtype):
+        weights[name] = _packed(layer, dtype, device, ops)
     return weights
 
 

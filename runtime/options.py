@@ -101,6 +101,9 @@ class EngineOptions:
                     choices=("auto", "reference", "cpu"))
     cpu_weights: str = flag("CPU: pack the decoder's linear layers to 8 or 4 bits, once; less memory, faster, not exact",
                             default="float", choices=("float", "int8", "int4"))
+    keep_dtype: tuple[str, ...] = flag("CPU: keep the linear layers of a stage in float32, e.g. layers.1.mlp or "
+                                       "layers.*.attention, whatever --dtype is; may be repeated", default=(),
+                                       metavar="STAGE", many=True)
     max_model_len: int | None = flag("longest prompt + answer in tokens (default: what the model can, at most 8192)",
                                      default=None, kind=int, metavar="N")
     max_num_seqs: int | None = flag("sequences decoded together (default: 8; 1 in commands that answer one question at a "
@@ -116,6 +119,7 @@ class EngineOptions:
     enforce_eager: bool = flag("NPU, GPU: run every decode step kernel by kernel instead of replaying recorded graphs",
                                default=False, kind=bool)
     cache_tokens: int | None = None     # tokens the KV cache holds; None = as many as sequences and memory allow
+    layer_by_layer: bool = False        # one layer's weights in memory at a time; only for `score`
 
     def __post_init__(self):
         self.device = {"npu": "npu:0", "cuda": "cuda:0"}.get(self.device, self.device)
@@ -125,6 +129,10 @@ class EngineOptions:
                 "use cpu, npu, npu:N, cuda or cuda:N")
         require(self, "cpu_weights", self.cpu_weights == "float" or (self.device == "cpu" and self.ops != "reference"),
                 "it needs --device cpu, and --ops auto or cpu")
+        self.keep_dtype = tuple(self.keep_dtype)
+        require(self, "keep_dtype", not self.keep_dtype or (self.device == "cpu" and self.cpu_weights == "float"
+                                                            and self.tensor_parallel_size == 1),
+                "it needs --device cpu, --cpu-weights float and one process")
         require(self, "block_size", self.block_size is None or self.block_size >= 1,
                 "1 or more is needed, e.g. 16")
         for name in ("max_num_seqs", "max_num_batched_tokens"):

@@ -82,11 +82,14 @@ def decoder_parameters(family, split=None) -> int:
                    if not part.target.startswith("vision.")))
 
 
-def decoder_bytes(family, dtype: torch.dtype, split, cpu_weights: str = "float") -> int:
-    """Of the directory's decoder weights on the first device of `split`, as --cpu-weights packs them. Scales are counted
-    where they are stored, and for int4."""
+def decoder_bytes(family, dtype: torch.dtype, split, cpu_weights: str = "float", one_layer: bool = False) -> int:
+    """Of the directory's decoder weights on the first device of `split`, as --cpu-weights packs them; of its layers one or
+    all. Scales are counted where they are stored, and for int4."""
     from models.quantized import stored_weights
-    return int(sum(math.prod(w.shape) * split.share(p.target) * _bits(p.target, dtype, cpu_weights) / 8
+
+    def share(target):
+        return split.share(target) / (family.decoder.layers if one_layer and target.startswith("layers.") else 1)
+    return int(sum(math.prod(w.shape) * share(p.target) * _bits(p.target, dtype, cpu_weights) / 8
                    for w in stored_weights(family) for p in w.parts if not p.target.startswith("vision.")))
 
 
@@ -105,13 +108,14 @@ def vision_parameters(family) -> int:
     return sum(math.prod(w.shape) for w in family.weights() if w.parts and w.parts[0].target.startswith("vision."))
 
 
-def make_plan(family, dtype_name: str, cache_tokens: int, devices: int = 1, cpu_weights: str = "float") -> Plan:
+def make_plan(family, dtype_name: str, cache_tokens: int, devices: int = 1, cpu_weights: str = "float",
+              one_layer: bool = False) -> Plan:
     """The decoder's weights and cache, split over `devices`."""
     from .cache import KVCache
     from .split import Split
     dtype, split = choose_dtype(dtype_name, family), Split(family.decoder, devices)
     cache = KVCache.bytes_per_token(split.config, dtype) * cache_tokens
-    return Plan(decoder_bytes(family, dtype, split, cpu_weights), cache, dtype, cache_tokens, devices)
+    return Plan(decoder_bytes(family, dtype, split, cpu_weights, one_layer), cache, dtype, cache_tokens, devices)
 
 
 def on_npu(plan: Plan, family, longest: int, vision: bool = True) -> Plan:
@@ -132,7 +136,7 @@ def plan_engine(family, dtype: str, longest: int, options, free: int | None) -> 
     ToolkitError when not even one sequence fits. free None: not checked.
     """
     wanted = options.cache_tokens or max(longest, (options.max_num_seqs or SEQUENCES) * longest)
-    plan = make_plan(family, dtype, wanted, options.tensor_parallel_size, options.cpu_weights)
+    plan = make_plan(family, dtype, wanted, options.tensor_parallel_size, options.cpu_weights, options.layer_by_layer)
     if options.device == "cpu":
         plan = replace(plan, vision=4 * vision_parameters(family) * (options.vision != "om"))
     else:

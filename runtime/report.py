@@ -119,13 +119,13 @@ def say(text: str):
     print(text, file=sys.stderr, flush=True)
 
 
-def track(role: str, cases: list):
-    """Iterate over the cases with a progress bar on stderr."""
+def track(role: str, cases: list, quiet: bool = False):
+    """Iterate over the cases with a progress bar on stderr; quiet: each case shows one of its own."""
     from rich.console import Console
     from rich.progress import track as rich_track
     console = Console(stderr=True)
     return rich_track(cases, description=f"{role}: questions", console=console, transient=True,
-                      disable=not console.is_terminal)
+                      disable=quiet or not console.is_terminal)
 
 
 def show(found: dict, out: Path):

@@ -138,8 +138,7 @@ def failure(c: dict) -> str:
     if c["measure"] == "cosine_min":
         return f"the cosine of the {what} falls to {report.cosine(c['value'])} at {place}, below {c['limit']:g}"
     side = "below" if c["measure"] in AT_LEAST else "above"
-    told = "; python -m convert.nodes names the node" if c["stage"] == "vision" else ""
-    return f"{c['measure']} of the {what} is {c['value']:.3g} at {place}, {side} {c['limit']:g}{told}"
+    return f"{c['measure']} of the {what} is {c['value']:.3g} at {place}, {side} {c['limit']:g}"
 
 
 def describe_case(case, expected, vision: dict, decode: dict, family) -> dict:

@@ -1,14 +1,17 @@
 """A planted error must fail the comparison and be named: weights, settings, operators and dtypes gone wrong, per family."""
 import json
+import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from models import family_of
-from runtime import compare, layers
+from runtime import Engine, compare, layers
+from runtime.errors import ToolkitError
 from runtime.ops.cpu import CpuOps
 from runtime.options import EngineOptions
 
@@ -94,18 +97,27 @@ def test_one_tensor_scaled_under_bf16(target, tmp_path):
     assert departed(found).startswith(target[:8])
 
 
-@pytest.mark.parametrize("family, key", [("visualglm", "layernorm_epsilon"), ("glm4", "layernorm_epsilon")])
+@pytest.mark.parametrize("family, key", [("visualglm", "layernorm_epsilon"), ("glm4", "layernorm_epsilon"),
+                                         ("glm4v", "layernorm_epsilon"), ("llava", "rms_norm_eps"),
+                                         ("glm_edge", "rms_norm_eps"), ("glm_edge_v", "rms_norm_eps")])
 def test_another_epsilon(family, key, tmp_path):
     bad = edited(GOLDEN / family, tmp_path, lambda tensors: None)
     config = json.loads((bad / "config.json").read_text())
-    config[key] *= 10
+    inner = config["text_config"] if family == "llava" else config
+    inner[key] = inner.get(key, 1e-6) * 10
     (bad / "config.json").write_text(json.dumps(config))
     assert departed(compared(bad, tmp_path, GOLDEN / family)) == "layers.0.attention"
 
 
-def test_erf_instead_of_tanh(tmp_path, monkeypatch):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_another_activation(family, tmp_path, monkeypatch):
+    """erf instead of tanh; and erf GELU where SiLU belongs."""
+    def wrong(self, x):
+        gate, up = x.chunk(2, dim=-1)
+        return torch.nn.functional.gelu(gate) * up
     monkeypatch.setattr(CpuOps, "gelu_tanh", lambda self, x: torch.nn.functional.gelu(x))
-    assert departed(compared(GOLDEN / "visualglm", tmp_path)) == "layers.0.mlp"
+    monkeypatch.setattr(CpuOps, "swiglu", wrong)
+    assert departed(compared(GOLDEN / family, tmp_path)) == "layers.0.mlp"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -119,19 +131,102 @@ def test_query_rows_swapped_in_one_head(family, tmp_path):
     assert departed(compared(edited(model, tmp_path, swap), tmp_path, model)) == "layers.1.attention"
 
 
-def test_fp16_overflow(tmp_path):
-    """Fine in fp32; in fp16 the MLP's inner values pass 65504."""
-    model = GOLDEN / "glm_edge"
-    up, down = (sources(family_of(model), f"layers.1.{n}.weight") for n in ("up", "down"))
+def overflowing(family, tmp_path):
+    """Fine in fp32; in fp16 the inner values of an MLP pass 65504."""
+    up, down = (sources(family_of(GOLDEN / family), f"layers.1.{n}.weight") for n in ("up", "down"))
 
     def edit(tensors):
         for name, factor in [(up[-1], 3e5), (down[0], 1 / 3e5)]:
             if name in tensors:
                 tensors[name] = tensors[name].float() * factor
-    bad = edited(model, tmp_path, edit)
-    assert compared(bad, tmp_path)["passed"]
-    found = compared(bad, tmp_path, dtype="float16")
+    return edited(GOLDEN / family, tmp_path, edit)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fp16_overflow(family, tmp_path):
+    found = compared(overflowing(family, tmp_path), tmp_path, dtype="float16")
     assert departed(found) == "layers.1.mlp" and "NaN or Inf" in found["verdict"]
+
+
+def test_search_for_what_must_stay_float32(tmp_path):
+    """What it prints is taken by the next command, which passes."""
+    bad = overflowing("glm_edge", tmp_path)
+    argv = ["--model", str(bad), "--out", str(tmp_path / "out"), "--prompt", "What is this?", "--max-tokens", "2",
+            "--max-model-len", "256"]
+    assert compare.main([*argv, "--dtype", "float32"]) == 0
+    assert compare.main([*argv, "--dtype", "float16", "--search"]) == 1
+    culprit = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))["culprit"]
+    assert culprit["flags"] == "--keep-dtype layers.1.mlp"
+    assert compare.main([*argv, "--dtype", "float16", *culprit["flags"].split()]) == 0
+
+
+@pytest.mark.parametrize("pattern, sentence", [("layers.9.mlp", "layers.0.attention to layers.2.mlp"),
+                                               ("mlp", "names no stage")])
+def test_keep_dtype_that_names_nothing(pattern, sentence):
+    with pytest.raises(ToolkitError, match=sentence):
+        Engine(GOLDEN / "glm_edge", dtype="bfloat16", keep_dtype=[pattern])
+
+
+def quantised(model, tmp_path, damage=None):
+    """A W8A8_DYNAMIC folder as msmodelslim lays it out; the scales of the linear layer `damage` are twice too large."""
+    linears = {w.source for w in family_of(model).weights() for p in w.parts if layers_of(p.target)}
+    kinds = {"model_quant_type": "W8A8_DYNAMIC"}
+
+    def edit(tensors):
+        for name in linears & tensors.keys():
+            weight, base = tensors[name].float(), name.removesuffix(".weight")
+            scale = weight.abs().amax(1, keepdim=True) / 127
+            tensors |= {name: (weight / scale).round().to(torch.int8), f"{base}.weight_offset": torch.zeros_like(scale),
+                        f"{base}.weight_scale": scale * (2 if name == damage else 1)}
+        kinds.update({name: "W8A8_DYNAMIC" if name.rpartition(".")[0] + ".weight" in linears and not name.endswith("bias")
+                      else "FLOAT" for name in tensors})
+    copy = edited(model, tmp_path, edit)
+    (copy / "model.safetensors.index.json").unlink(missing_ok=True)
+    (copy / "quant_model_description.json").write_text(json.dumps(kinds))
+    return copy
+
+
+def layers_of(target):
+    return re.fullmatch(r"layers\.\d+\.(qkv|out|up|down)\.weight", target)
+
+
+@pytest.mark.parametrize("family", ["visualglm", "glm4v", "llava"])
+def test_quantised_folders(family, tmp_path):
+    """A clean one passes; one broken scale is named, and the search puts that layer back."""
+    found = compared(quantised(GOLDEN / family, tmp_path), tmp_path, GOLDEN / family)
+    assert found["passed"] and len(found["layers"]) == 2 * family_of(GOLDEN / family).decoder.layers + 3, found["verdict"]
+    shutil.rmtree(tmp_path / "edited")
+    victim = sources(family_of(GOLDEN / family), "layers.1.down.weight")[0]
+    bad = quantised(GOLDEN / family, tmp_path, victim)
+    argv = ["--model", str(bad), "--reference", str(GOLDEN / family), "--out", str(tmp_path / "out"), "--vision", "torch",
+            "--prompt", "What is this?", "--max-tokens", "4", "--max-model-len", "256", "--search"]
+    assert compare.main(argv) == 1
+    found = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert departed(found) == "layers.1.mlp"
+    assert f"--keep-float {victim.removesuffix('.weight')}" in found["culprit"]["flags"]
+
+
+@pytest.mark.parametrize("family", ["visualglm", "glm_edge", "glm4"])
+def test_layer_by_layer(family, tmp_path):
+    """The same logits with one layer of the weights in memory at a time."""
+    model = quantised(GOLDEN / family, tmp_path) if family == "glm4" else GOLDEN / family
+    whole, streamed = (Engine(model, dtype="float32", vision="torch", max_model_len=256, layer_by_layer=one)
+                       for one in (False, True))
+    prompt = whole.prompt([{"role": "user", "content": "What is this?"}])
+    np.testing.assert_allclose(streamed.score(prompt, [5, 6, 7]), whole.score(prompt, [5, 6, 7]), rtol=1e-4, atol=1e-4)
+    assert {name.split(".")[1] for name in streamed._shelf.held} == {str(whole.family.decoder.layers - 1)}
+    assert streamed.plan.weights < whole.plan.weights
+
+
+def test_layer_by_layer_report(tmp_path):
+    model = GOLDEN / "llava"
+    bad = edited(model, tmp_path, scale(sources(family_of(model), "layers.1.down.weight")[0]))
+    argv = ["--reference", str(model), "--out", str(tmp_path / "out"), "--layer-by-layer", "--prompt", "What is this?",
+            "--max-tokens", "20", "--vision", "torch", "--dtype", "bfloat16"]
+    assert compare.main(["--model", str(model), *argv]) == 0
+    assert compare.main(["--model", str(bad), *argv]) == 1
+    found = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert departed(found) == "layers.1.mlp" and found["stages"]["decode"]["rows"] == 20
 
 
 def rounded(tensor, bits):
