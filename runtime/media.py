@@ -116,10 +116,10 @@ def download(connection: Connection, target: str, limit: int) -> bytes:
 def body(response, limit: int) -> bytes:
     if response.status != 200:
         raise refused(f"its host answered {response.status}, and redirects are not followed")
-    data = bytearray()
+    data, whole = bytearray(), response.length
     while len(data) <= limit and (part := response.read1(65536)):
         data += part
-    if response.length and len(data) <= limit:      # bytes of Content-Length that did not come
+    if whole is not None and len(data) < min(whole, limit + 1):
         raise refused("it did not arrive whole")
     return bytes(data[:limit + 1])
 
