@@ -39,8 +39,8 @@ VALUES = (None, True, False, 0, -1, 1, 1.5, "", "x", "\0", "\ud800", [], {}, [[]
 HOSTS = ("127.0.0.1:{p}", "localhost:{p}", "[::1]:{p}", "[::ffff:127.0.0.1]:{p}", "127.1:{p}", "2130706433:{p}",
          "0x7f000001:{p}", "0177.0.0.1:{p}", "0.0.0.0:{p}", "[::]:{p}", "localhost.:{p}", "LOCALHOST:{p}",
          "user:word@127.0.0.1:{p}", "ip6-localhost:{p}", "127.0.0.1:{p}@localhost:{p}", "127.0.0.1%00.localhost:{p}",
-         "[fe80::1%25lo]:{p}", "[64:ff9b::7f00:1]:{p}", "127。0。0。1:{p}", "①②⑦.0.0.1:{p}", "localhost\\@127.0.0.1:{p}", "127.0.0.1:{p}#@localhost",
-         "127.0.0.1", "[::1")
+         "[fe80::1%25lo]:{p}", "[64:ff9b::7f00:1]:{p}", "127。0。0。1:{p}", "①②⑦.0.0.1:{p}", "127.0.0.1", "[::1",
+         "localhost\\@127.0.0.1:{p}", "127.0.0.1:{p}#@localhost")
 SCHEMES = ("http", "https", "HTTP", "ftp", "gopher", "dict", "file", "ldap", "jar:http", "data:http", "//", "javascript")
 TRAVERSALS = ("file:///etc/passwd", "file://{d}/../../../../etc/passwd", "file://{d}/%2e%2e/%2e%2e/etc/passwd", "file://{d}",
               "file:///proc/self/environ", "file:///dev/zero", "file:///dev/stdin", "file://localhost/etc/passwd",

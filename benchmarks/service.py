@@ -21,7 +21,31 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-class Process:
+class Client:
+    """Of the service at self.url."""
+
+    def wait(self, seconds=300):
+        """Until it is ready."""
+        end = time.monotonic() + seconds
+        while True:
+            if time.monotonic() > end or self.ended():
+                raise RuntimeError(f"the service did not start {self.ended() or ''}")
+            try:
+                if httpx.get(self.url + "/health").status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.02)
+
+    def ended(self):
+        """Why it will never be ready, or None."""
+
+    def gauge(self, name: str) -> float:
+        lines = httpx.get(self.url + "/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(f"ascend_vlm:{name}{{"))
+
+
+class Process(Client):
     """`python -m runtime.serve --port N *argv`; what it prints is kept."""
 
     def __init__(self, *argv):
@@ -33,27 +57,14 @@ class Process:
         self._reader = threading.Thread(target=lambda: self.printed.extend(self.process.stderr), daemon=True)
         self._reader.start()
 
-    def wait(self, seconds=300):
-        """Until it is ready."""
-        end = time.monotonic() + seconds
-        while True:
-            if time.monotonic() > end or self.process.poll() is not None:
-                raise RuntimeError("the service did not start: " + "".join(self.printed))
-            try:
-                if httpx.get(self.url + "/health").status_code == 200:
-                    return
-            except httpx.TransportError:
-                time.sleep(0.05)
+    def ended(self):
+        return None if self.process.poll() is None else "".join(self.printed)
 
     @property
     def resident(self) -> int:
         """Bytes of memory."""
         status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="ascii")
         return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) << 10
-
-    def gauge(self, name: str) -> float:
-        lines = httpx.get(self.url + "/metrics").text.splitlines()
-        return sum(float(line.split()[-1]) for line in lines if line.startswith(f"ascend_vlm:{name}{{"))
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)

@@ -81,10 +81,7 @@ def main(argv) -> int:
 def serve(uvicorn, options: ServeOptions, engine_options: EngineOptions):
     """Until a signal ends it. Raises what kept the model from loading."""
     from models import family_of
-
-    from .plan import SEQUENCES
     family_of(options.model)            # a folder that is no checkpoint is told before anything listens
-    engine_options = replace(engine_options, max_num_seqs=engine_options.max_num_seqs or SEQUENCES)
     server, worker = build(uvicorn, options, engine_options)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *event: None)      # uvicorn hears it, and raises it again when it has ended
@@ -100,6 +97,7 @@ def serve(uvicorn, options: ServeOptions, engine_options: EngineOptions):
 def build(uvicorn, options: ServeOptions, engine_options: EngineOptions):
     from .app import Service, create_app
     from .pictures import PictureRules
+    from .plan import SEQUENCES
     from .telemetry import Telemetry
     from .worker import Worker
 
@@ -113,6 +111,7 @@ def build(uvicorn, options: ServeOptions, engine_options: EngineOptions):
     def end_server():
         server.should_exit = True
 
+    engine_options = replace(engine_options, max_num_seqs=engine_options.max_num_seqs or SEQUENCES)
     telemetry = Telemetry(options.served_model_name)
     worker = Worker(open_engine, end_server, telemetry.finished)
     folder = options.allowed_local_media_path

@@ -1,7 +1,6 @@
 """What the tests of the service share: the service in a thread of this process, listening on 127.0.0.1."""
 import base64
 import io
-import socket
 import threading
 import time
 
@@ -9,6 +8,7 @@ import httpx
 import openai
 import uvicorn
 from PIL import Image
+from service import Client, free_port
 
 from runtime.options import EngineOptions, Parser
 from runtime.serve import ServeOptions, build
@@ -16,36 +16,14 @@ from runtime.serve import ServeOptions, build
 FIXED = ["--vision", "torch", "--dtype", "float32"]
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-class Client:
-    """Of a service at self.url."""
-    model = "edge"
-
-    def wait(self, alive=lambda: True):
-        end = time.monotonic() + 120
-        while True:
-            assert time.monotonic() < end and alive()
-            try:
-                if httpx.get(self.url + "/health").status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
-            time.sleep(0.02)
+class Asking(Client):
+    """How the tests ask."""
 
     def post(self, path, body=None, **more):
         return httpx.post(self.url + path, json=body, timeout=120, **more)
 
     def client(self, **more):
         return openai.OpenAI(base_url=self.url + "/v1", **{"api_key": "any", "max_retries": 0, **more})
-
-    def gauge(self, name) -> float:
-        lines = httpx.get(self.url + "/metrics").text.splitlines()
-        return sum(float(line.split()[-1]) for line in lines if line.startswith(f"ascend_vlm:{name}{{"))
 
     def until(self, name, value, seconds=20):
         end = time.monotonic() + seconds
@@ -54,7 +32,7 @@ class Client:
             time.sleep(0.02)
 
 
-class Server(Client):
+class Server(Asking):
     """The server that `python -m runtime.serve *argv` builds; `open_engine` replaces its engine."""
 
     def __init__(self, *argv, open_engine=None, wait=True):
@@ -69,7 +47,10 @@ class Server(Client):
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
         if wait:
-            self.wait(lambda: not self._worker.failure)
+            self.wait()
+
+    def ended(self):
+        return self._worker.failure
 
     @property
     def engine(self):

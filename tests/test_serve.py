@@ -4,10 +4,7 @@ import concurrent.futures
 import contextlib
 import io
 import json
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -15,8 +12,9 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+import service
 from PIL import Image
-from serving import FIXED, Client, Server, about, asked, data_uri, free_port, png
+from serving import Asking, Server, about, asked, data_uri, png
 
 from runtime.errors import run_command
 from runtime.serve import main
@@ -27,23 +25,8 @@ PICTURE = GOLDEN / "visualglm" / "image.png"
 LENGTH = 900
 
 
-class Process(Client):
-    """`python -m runtime.serve` on a free port; what it prints is kept."""
-
-    def __init__(self, *argv):
-        port, self.printed = free_port(), []
-        self.url = f"http://127.0.0.1:{port}"
-        self.process = subprocess.Popen([sys.executable, "-m", "runtime.serve", "--port", str(port), *FIXED, *argv],
-                                        cwd=ROOT, stderr=subprocess.PIPE, text=True,
-                                        env={**os.environ, "OMP_NUM_THREADS": "1"})
-        self._reader = threading.Thread(target=lambda: self.printed.extend(self.process.stderr), daemon=True)
-        self._reader.start()
-
-    def stop(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(60)
-        self._reader.join()
-        return code
+class Process(service.Process, Asking):
+    """The command itself."""
 
 
 @pytest.fixture(scope="module")
@@ -402,6 +385,6 @@ def test_what_cannot_start(tmp_path, capsys, signals):
     for argv, word in ((["--model", str(tmp_path)], "error: "),
                        (["--model", str(GOLDEN / "glm4"), "--port", "0"], "--port is 0"),
                        (["--model", str(GOLDEN / "glm4"), "--max-model-len", "99999999"], "--max-model-len")):
-        assert run_command(main, ["--port", str(free_port()), *argv]) == 2
+        assert run_command(main, ["--port", str(service.free_port()), *argv]) == 2
         printed = capsys.readouterr().err
         assert word in printed and "Traceback" not in printed, printed
