@@ -159,7 +159,7 @@ class ChatRequest(SamplingRequest):
         """The function that the answer has to call."""
         if isinstance(self.tool_choice, Choice):
             return self.tool_choice.function.name
-        return min(self.names) if self.tool_choice == "required" else None
+        return min(self.names, default=None) if self.tool_choice == "required" else None
 
     @property
     def longest(self) -> int | None:

@@ -160,7 +160,8 @@ def test_logprobs_of_what_is_held_back_are_not_lost(server):
 
 
 def test_what_the_model_is_told(server, tmp_path):
-    """Golden texts: the first tokenizer code's wording, and the release's template."""
+    """Golden texts: the first tokenizer code's wording, and the release's template, which loses a line break behind every
+    block tag where transformers renders it."""
     first = ask(server, CALL).choices[0].message
     described = json.dumps(WEATHER["function"], ensure_ascii=False, indent=4)
     system = "[gMASK]<sop>" + SYSTEM.replace("{}", described)
@@ -176,7 +177,7 @@ def test_what_the_model_is_told(server, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     turns = [{"role": "user", "content": "北京天气"}, first.model_dump(), {"role": "tool", "content": "20 度"}]
     assert family_of(tmp_path).prompt(turns, tools=[WEATHER]).text == \
-        "[gMASK]<sop><|system|>\nTools:\n\n## get_weather\n\n" + described + behind
+        "[gMASK]<sop><|system|>\nTools:\n## get_weather\n\n" + described + behind
 
 
 def test_two_calls_are_two_turns_and_text_stands_before_them():
@@ -205,10 +206,11 @@ def test_mistakes(more, word, server):
 
 def test_deep_parameters_are_refused(server):
     schema = {}
-    for _ in range(300):
+    for _ in range(100):
         schema = {"x": schema}
-    with pytest.raises(openai.BadRequestError, match="nested deeper than 32"):
-        ask(server, CALL, tools=[{"type": "function", "function": {"name": "f", "parameters": schema}}])
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    got = server.post("/v1/chat/completions", {"messages": ASKED, "tools": tools})
+    assert got.status_code == 400 and "nested deeper than 32" in got.json()["error"]["message"]
 
 
 def test_a_family_without_tools_says_so(edge):
