@@ -78,6 +78,12 @@ bench-export: setup  ## MODEL=checkpoint: time and peak memory of the vision exp
 	@test -n "$(MODEL)" || { echo "usage: make bench-export MODEL=/path/to/checkpoint"; exit 2; }
 	@$(PY) benchmarks/bench_export.py --model "$(MODEL)"
 
+hostile: setup  ## 20,000 hostile requests to a service of its own, on loopback: no crash, fetch, status 500 or leak
+	@$(PY) benchmarks/hostile.py
+
+overload: setup  ## 10 minutes of requests at twice the rate that a service of its own can keep up with
+	@$(PY) benchmarks/overload.py
+
 chat: setup  ## MODEL=checkpoint: interactive chat
 	@test -n "$(MODEL)" || { echo "usage: make chat MODEL=/path/to/checkpoint"; exit 2; }
 	@$(PY) -m runtime.chat --model "$(MODEL)"
@@ -97,5 +103,5 @@ clean:  ## remove what demo and tests wrote
 	@rm -rf out .pytest_cache .ruff_cache
 
 comma := ,
-.PHONY: help setup demo test test-npu lint convert chat bench compare doctor clean bench-export \
+.PHONY: help setup demo test test-npu lint convert chat bench compare doctor clean bench-export hostile overload \
 	bench-peers bench-quant quant-w8a8 quant-w8a8s convert-visualglm convert-glm4v convert-llava convert-glm-edge-v

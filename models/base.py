@@ -153,6 +153,7 @@ class Family:
     name: str
     vision: VisionSpec | None = None
     encoder_cosine = 0.999              # of every feature row, below which a compiled encoder is not used
+    takes_tools = False                 # knows functions to call: has `called` and `may_call` beside what is below
     prefix_lm = False                   # a prompt's tokens, but for its last, see each other both ways
     languages = ("zh", "en")            # prompt wordings; the first is the default
 

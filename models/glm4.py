@@ -37,7 +37,7 @@ class Special(str):
 
 class Glm4(TemplatedFamily):
     """One wording serves every language: the model answers in the language of the question."""
-    name = "glm-4"
+    name, takes_tools = "glm-4", True
     stop_tokens = ("<|endoftext|>", "<|user|>", "<|observation|>")
 
     @classmethod
@@ -73,17 +73,30 @@ class Glm4(TemplatedFamily):
     def unsettled(self, answer):
         return begun(TRAINED, answer)
 
+    def called(self, answer: str, names) -> tuple[str, str] | None:
+        """(function, its arguments) where an answer is a call: one of `names` alone in the first line, then a JSON object."""
+        name, _, arguments = answer.partition("\n")
+        name, arguments = name.strip(), arguments.lstrip()
+        return (name, arguments) if name in names and arguments.startswith("{") else None
+
+    def may_call(self, answer: str, names) -> bool:
+        """Whether the beginning of an answer may yet become a call."""
+        line, _, rest = answer.partition("\n")
+        return not rest.strip() and (line.strip() in names or any(name.startswith(answer) for name in names))
+
     # prompts
 
     def prompt(self, messages, language=None, tools=None) -> Prompt:
         """Chat messages -> Prompt.
 
-        Roles: system, user, assistant, observation (a tool's result). An assistant message may carry "metadata", the
-        name of the tool it calls. tools: function descriptions as OpenAI has them, also as "tools" of any message.
+        Roles: system, user, assistant, observation or tool (a tool's result). An assistant message may carry "metadata",
+        the name of the tool it calls, or "tool_calls" as OpenAI has them; with metadata and no content, as the last, it is
+        a call that the answer goes on with. tools: OpenAI's descriptions of functions, also as "tools" of any message.
         """
-        messages, pictures = self._checked(messages)
+        messages, pictures = self._checked([turn for message in messages for turn in released_turns(message)])
         self._accepts(len(pictures))
-        pieces = self._pieces(messages, tools)
+        begun_call = [f"{messages.pop()['metadata']}\n"] if is_begun_call(messages[-1]) else []
+        pieces = [*self._pieces(messages, tools), *begun_call]
         ids = np.array([i for piece in pieces for i in self._ids(piece)], dtype=np.int64)
         return self._prompt(ids, [self.pixels(p) for p in pictures], text="".join(pieces))
 
@@ -96,7 +109,7 @@ class Glm4(TemplatedFamily):
             new, text = self._content(message)
             turns.append({"metadata": "", **message, "content": text, "pictures": len(new)})
             pictures += new
-        if not turns or turns[-1]["role"] not in ("user", "observation"):
+        if not turns or not (turns[-1]["role"] in ("user", "observation") or is_begun_call(turns[-1])):
             raise ModelError("the conversation does not end with a user message or an observation; add a question")
         return turns, pictures
 
@@ -126,6 +139,21 @@ class Glm4(TemplatedFamily):
         rows = decoder_weights(self.decoder, "model.", None if tied else "lm_head.weight", rotary_order(self.decoder),
                                qkv_bias=self.config.get("attention_bias", True), fused_mlp=True)
         return [*rows, *buffers(self.shapes)]
+
+
+def released_turns(message: dict) -> list[dict]:
+    """OpenAI's message as the release has it: every call a turn of its own."""
+    if message["role"] == "tool":
+        return [{**message, "role": "observation"}]
+    if not message.get("tool_calls"):
+        return [message]
+    calls = [call["function"] for call in message["tool_calls"]]
+    return [{"role": "assistant", "content": message["content"]}] * bool(message.get("content")) + [
+        {"role": "assistant", "metadata": call["name"], "content": call["arguments"].strip() or "{}"} for call in calls]
+
+
+def is_begun_call(message: dict) -> bool:
+    return message["role"] == "assistant" and bool(message.get("metadata")) and not message["content"]
 
 
 def released_pieces(messages: list[dict], tools=None) -> list[str]:

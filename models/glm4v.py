@@ -63,7 +63,7 @@ class VisionEncoder(nn.Module):
 
 
 class Glm4V(Glm4):
-    name = "glm-4v"
+    name, takes_tools = "glm-4v", False
 
     @classmethod
     def matches(cls, config):

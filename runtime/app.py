@@ -33,6 +33,7 @@ from .protocol import (
 )
 from .report import version
 from .telemetry import Telemetry
+from .tools import Reader
 from .worker import Worker
 
 VERSION = version("ascend-vlm") or "unknown"
@@ -62,13 +63,16 @@ class Service:
         """Run `make` in the few threads that read prompts and pictures."""
         return await asyncio.get_running_loop().run_in_executor(self.worker.pool, make, *args)
 
-    def chat_prompt(self, messages: list[Message], language: str | None = None):
-        count = sum(part.type == "image_url" for m in messages if not isinstance(m.content, str) for part in m.content)
+    def chat_prompt(self, messages: list[Message], language: str | None = None, tools=(), forced: str | None = None):
+        """tools: descriptions of functions; forced: the one that the answer has to call."""
+        self._check_tools(messages, tools)
+        count = sum(m.pictures for m in messages)
         if count > self.rules.count:
             raise ApiError(f"{count} pictures in one request, the limit is {self.rules.count}", param="messages")
-        self._check_text(sum(len(t) for m in messages for t in texts(m)))
-        spoken = [{"role": m.role, "content": self._content(m.content)} for m in messages]
-        return self.engine.prompt(spoken, language or self.language)
+        self._check_text(sum(len(text) for m in messages for text in m.texts) + len(json.dumps(tools, ensure_ascii=False)))
+        spoken = [*map(self._spoken, messages)]
+        spoken += [{"role": "assistant", "metadata": forced, "content": ""}] * bool(forced)
+        return self.engine.prompt(spoken, language or self.language, [*tools] or None)
 
     def plain_prompt(self, prompt):
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], str):
@@ -98,9 +102,19 @@ class Service:
             raise ApiError(f"{characters:,} characters exceed the model's maximum context length of "
                            f"{self.engine.max_model_len} tokens", code="context_length_exceeded", param="messages")
 
+    def _check_tools(self, messages, tools):
+        family = self.engine.family
+        if not family.takes_tools and (tools or any(m.tool_calls or m.role == "tool" for m in messages)):
+            raise ApiError(f"tools are not supported: this server's model, {family.name}, knows none; leave out tools, "
+                           "tool_calls and tool messages", 400, "unsupported_parameter", "tools")
+
+    def _spoken(self, message: Message) -> dict:
+        calls = {"tool_calls": [call.model_dump() for call in message.tool_calls]} if message.tool_calls else {}
+        return {"role": message.role, "content": self._content(message.content), **calls}
+
     def _content(self, content):
-        if isinstance(content, str):
-            return content
+        if not isinstance(content, list):
+            return content or ""
         return [{"type": "text", "text": part.text} if part.type == "text" else
                 {"type": "image", "image": self.rules.from_url(part.url)} for part in content]
 
@@ -114,11 +128,12 @@ class Service:
         """Server-sent events. The first thing it yields comes when the engine has accepted the request."""
         async with self.worker.answer(prompt, params) as answer:
             try:
-                yield event(form.chunk("", role="assistant")) if form.chat else ""
+                yield "".join(map(event, form.first()))
                 async for piece in answer:
-                    if piece.text or piece.logprobs:
-                        yield event(form.chunk(piece.text, form.logprobs(piece.token_ids, piece.logprobs)))
-                yield event(form.chunk(None, finish_reason=answer.result.finish_reason))
+                    for chunk in form.chunks(piece):
+                        yield event(chunk)
+                for chunk in form.last(answer.result):
+                    yield event(chunk)
                 if with_usage:
                     yield event(form.usage_chunk(answer.result.metrics))
             except Exception as error:
@@ -128,13 +143,13 @@ class Service:
                 yield event(told.body())
             yield "data: [DONE]\n\n"
 
-    async def answer(self, request, make, source, chat: bool):
+    async def answer(self, request, chat: bool, reader: Reader | None, make, *source):
         """The whole of a completion request: check, read the prompt, answer at once or as a stream."""
         self.check_model(request.model)
         request.check()
-        prompt = await self.prepare(make, source)
+        prompt = await self.prepare(make, *source)
         self.check_length(len(prompt.ids), request.longest)
-        form, params = Form(chat, self.name, self.engine.family.tokenizer), request.sampling()
+        form, params = Form(chat, self.name, self.engine.family.tokenizer, reader), request.sampling()
         if not request.stream:
             return await self.whole(prompt, params, form)
         events = self.stream(prompt, params, form, bool(request.stream_options and request.stream_options.include_usage))
@@ -155,11 +170,13 @@ def create_app(service: Service, max_body: int, most: int, api_key: str | None) 
 def add_completions(app: FastAPI, service: Service):
     @app.post("/v1/chat/completions")
     async def chat(request: ChatRequest):
-        return await service.answer(request, service.chat_prompt, request.messages, chat=True)
+        reader = Reader(service.engine.family, request.names, request.forced)
+        return await service.answer(request, True, reader, service.chat_prompt, request.messages, None, request.offered,
+                                    request.forced)
 
     @app.post("/v1/completions")
     async def complete(request: CompletionRequest):
-        return await service.answer(request, service.plain_prompt, request.prompt, chat=False)
+        return await service.answer(request, False, None, service.plain_prompt, request.prompt)
 
     @app.post("/")
     async def legacy(request: LegacyRequest):
@@ -194,7 +211,8 @@ def add_helpers(app: FastAPI, service: Service):
         if request.messages is None:
             ids = await service.prepare(service.plain_ids, request.prompt)
         else:
-            ids = (await service.prepare(service.chat_prompt, request.messages)).ids.tolist()
+            tools = [tool.told() for tool in request.tools or ()]
+            ids = (await service.prepare(service.chat_prompt, request.messages, None, tools)).ids.tolist()
         return {"count": len(ids), "max_model_len": service.engine.max_model_len, "tokens": ids}
 
     @app.post("/detokenize")
@@ -248,10 +266,6 @@ def legacy_prompt(service: Service, request: LegacyRequest):
     messages.append(Message(role="user", content=[*picture, TextPart(type="text", text=request.text)]))
     language = "zh" if HAN.search(request.text) else "en"
     return service.chat_prompt(messages, language if language in service.engine.family.languages else None)
-
-
-def texts(message: Message):
-    return [message.content] if isinstance(message.content, str) else [p.text for p in message.content if p.type == "text"]
 
 
 def event(body: dict) -> str:

@@ -99,7 +99,8 @@ class Engine:
         room = (limit if len(prompt.ids) < limit else self.max_model_len) - len(prompt.ids)
         max_tokens = max(room, 1) if params.max_tokens is None else params.max_tokens
         self.check_length(prompt, max_tokens)
-        return Settings(max_tokens=max_tokens, **chosen)
+        return Settings(min_p=params.min_p, presence_penalty=params.presence_penalty,
+                        frequency_penalty=params.frequency_penalty, max_tokens=max_tokens, **chosen)
 
     # results
 

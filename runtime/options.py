@@ -165,8 +165,12 @@ class SamplingParams:
                                             default=None, kind=float, metavar="R")
     seed: int | None = flag("makes sampled answers repeatable (default: another answer every time)",
                             default=None, kind=int, metavar="N")
+    min_p: float = 0.0                  # drop tokens less likely than this share of the likeliest one's probability
+    presence_penalty: float = 0.0       # taken from the logits of tokens that the answer has
+    frequency_penalty: float = 0.0      # the same, for every time that the answer has them
     ignore_eos: bool = False
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()    # end the answer and are no part of it, also with ignore_eos
     logprobs: int | None = None         # of how many of the likeliest tokens Result.logprobs tells, besides the chosen one
 
     def __post_init__(self):
@@ -177,6 +181,10 @@ class SamplingParams:
                                                    "--temperature 0")
         self._check("top_k", lambda k: k >= 0, "0 or more is needed; 0 keeps all tokens")
         self._check("repetition_penalty", lambda r: 0 < r < math.inf, "more than 0 is needed; 1 switches it off")
+        self.stop_token_ids = tuple(self.stop_token_ids)
+        self._check("min_p", lambda p: 0 <= p <= 1, "0 to 1 is needed; 0 keeps all tokens")
+        for name in ("presence_penalty", "frequency_penalty"):
+            self._check(name, lambda p: -2 <= p <= 2, "-2 to 2 is needed; 0 switches it off")
         self._check("logprobs", lambda n: n >= 0, "0 or more is needed")
         self._check("seed", lambda n: 0 <= n < 2 ** 63, "use a whole number from 0 up, below 2^63")
 

@@ -1,4 +1,4 @@
-"""Pictures of a request, from a data URI, base64 or a file the operator allows: every limit is checked before decoding."""
+"""Pictures of a request, from a data URI, base64, a file or a host the operator allows: limits come before decoding."""
 import base64
 import binascii
 import io
@@ -10,6 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 from PIL import Image
 
+from .media import fetch
 from .protocol import ApiError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
@@ -18,21 +19,26 @@ DATA_URI = re.compile(r"data:image/[\w.+-]+;base64,")
 
 @dataclass(frozen=True)
 class PictureRules:
-    """count per request; bytes of one file; pixels of one picture; folder files may be read from, or None."""
+    """count per request; bytes of one file; pixels of one picture; folder files may be read from, or None; domains that
+    pictures may be fetched from, as media.fetch takes them."""
     count: int
     bytes: int
     pixels: int
     folder: Path | None = None
+    domains: tuple[str, ...] = ()
 
     def from_url(self, url: str) -> Image.Image:
-        """data: URI, or file: URL below the allowed folder -> decoded picture. ApiError for anything else."""
+        """data: URI, file: URL below the allowed folder, or URL of an allowed domain -> decoded picture. ApiError for
+        anything else."""
         start = DATA_URI.match(url)
         if start:
             return self.from_base64(url[start.end():])
         if url.startswith("file://"):
             return self.decode(self._read(url))
+        if self.domains and url.startswith(("http://", "https://")):
+            return self.decode(fetch(url, self.domains, self.bytes))
         raise ApiError("image_url must be a data URI (data:image/png;base64,...); this server fetches no URL and reads no "
-                       "file that was not allowed", param="messages")
+                       "file that its operator did not allow", param="messages")
 
     def from_base64(self, text: str) -> Image.Image:
         self._check_size(len(text) * 3 // 4)

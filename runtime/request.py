@@ -30,6 +30,9 @@ class Settings:
     top_p: float
     top_k: int
     repetition_penalty: float
+    min_p: float
+    presence_penalty: float
+    frequency_penalty: float
     max_tokens: int
 
 
@@ -38,7 +41,7 @@ class Request:
 
     def __init__(self, family, prompt, params, settings: Settings):
         self.prompt, self.params, self.settings, self.error = prompt, params, settings, None
-        self._stop_ids = () if params.ignore_eos else family.stop_ids
+        self._stop_ids = {*params.stop_token_ids, *(() if params.ignore_eos else family.stop_ids)}
         self.answer, self.result, self.sequence = AnswerText(family, params.stop), Result(), Sequence(prompt, [])
         self.result.token_ids = self.sequence.token_ids
         self.result.metrics = {"prompt_tokens": len(prompt.ids), "cached_tokens": 0, "output_tokens": 0,
@@ -65,7 +68,7 @@ class Request:
         """Sample the next token from logits [vocab]; returns the new text. Finishes when it is the last."""
         seen = torch.from_numpy(self.sequence.ids(0, self.sequence.known))
         try:
-            token = sample(logits, seen, self.settings, self._generator)
+            token = sample(logits, seen, seen[len(self.prompt.ids):], self.settings, self._generator)
         except ToolkitError as error:
             return self.fail(error)
         if token in self._stop_ids:

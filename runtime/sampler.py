@@ -1,18 +1,23 @@
-"""From logits to the next token: repetition penalty, temperature, top-k, top-p, in the order of the releases."""
+"""From logits to the next token: penalties, temperature, min-p, top-k, top-p, in vLLM's order, which is the releases'."""
+import math
+
 import torch
 
 from .errors import CHECK_FAILED, ToolkitError
 
 
-def sample(logits: torch.Tensor, seen: torch.Tensor, settings, generator: torch.Generator) -> int:
-    """logits float32 [vocab], seen int64 ids of prompt and answer so far; temperature 0 takes the most likely token."""
+def sample(logits: torch.Tensor, seen: torch.Tensor, answer: torch.Tensor, settings, generator: torch.Generator) -> int:
+    """logits float32 [vocab]; seen, answer: int64 ids of prompt and answer so far, and of the answer alone; temperature 0
+    takes the most likely token."""
     if not torch.isfinite(logits).all():
         raise ToolkitError("the decoder's logits contain NaN or Inf; try --dtype float32, or compare the checkpoint with "
                            "python -m runtime.compare", CHECK_FAILED)
     logits = penalise(logits, seen, settings.repetition_penalty)
+    logits = discourage(logits, answer, settings.presence_penalty, settings.frequency_penalty)
     if settings.temperature == 0:
         return int(logits.argmax())
-    probabilities = nucleus(top_k(logits / settings.temperature, settings.top_k), settings.top_p).softmax(-1)
+    logits = min_p(logits / settings.temperature, settings.min_p)
+    probabilities = nucleus(top_k(logits, settings.top_k), settings.top_p).softmax(-1)
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
@@ -22,6 +27,19 @@ def penalise(logits, seen, penalty: float):
         return logits
     score = logits[seen]
     return logits.index_put((seen,), torch.where(score < 0, score * penalty, score / penalty))
+
+
+def discourage(logits, answer, presence: float, frequency: float):
+    """OpenAI's penalties: tokens that the answer has lose `presence` once, and `frequency` for every time they stand there."""
+    if presence == frequency == 0:
+        return logits
+    counts = torch.bincount(answer, minlength=len(logits))
+    return logits - presence * (counts > 0) - frequency * counts
+
+
+def min_p(logits, p: float):
+    """Drop what is less likely than p times the likeliest (Nguyen et al. 2024)."""
+    return logits.masked_fill(logits < logits.max() + math.log(p), float("-inf")) if p > 0 else logits
 
 
 def top_k(logits, k: int):

@@ -3,6 +3,7 @@
 Listens on 127.0.0.1, fetches nothing, reads no file and logs no prompt unless told otherwise; see docs/serving.md.
 """
 import os
+import re
 import signal
 import sys
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from .options import EngineOptions, Parser, check_choices, check_folder, flag, r
 KEY = "ASCEND_VLM_API_KEY"
 LOCAL = ("127.0.0.1", "localhost", "::1")
 HEADER_BYTES = 65536
+HOST = re.compile(r"([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:\d{1,5})?")
 
 
 @dataclass(kw_only=True)
@@ -35,6 +37,9 @@ class ServeOptions:
     max_image_pixels: int = flag("largest picture, width x height", default=50_000_000, kind=int, metavar="N")
     allowed_local_media_path: str | None = flag("folder whose pictures clients may name as file:///... (default: none)",
                                                 default=None, metavar="DIR")
+    allowed_media_domains: tuple[str, ...] = flag("host, or host:port, whose pictures clients may name as http(s) URLs; "
+                                                  "repeat it for more (default: none, nothing is fetched)", default=(),
+                                                  metavar="HOST", many=True)
     shutdown_seconds: int = flag("time that answers under way get at the end", default=30, kind=int, metavar="N")
 
     def __post_init__(self):
@@ -42,6 +47,9 @@ class ServeOptions:
         check_folder("model", self.model)
         if self.allowed_local_media_path is not None:
             check_folder("allowed_local_media_path", self.allowed_local_media_path)
+        self.allowed_media_domains = tuple(host.lower() for host in self.allowed_media_domains)
+        require(self, "allowed_media_domains", all(map(HOST.fullmatch, self.allowed_media_domains)),
+                "give host names without http:// or path, e.g. images.example.com or images.example.com:8443")
         require(self, "port", 0 < self.port < 65536, "use a port from 1 to 65535, e.g. 8000")
         for name in ("max_queue", "limit_images", "shutdown_seconds"):
             require(self, name, getattr(self, name) >= 0, "0 or more is needed")
@@ -73,10 +81,7 @@ def main(argv) -> int:
 def serve(uvicorn, options: ServeOptions, engine_options: EngineOptions):
     """Until a signal ends it. Raises what kept the model from loading."""
     from models import family_of
-
-    from .plan import SEQUENCES
     family_of(options.model)            # a folder that is no checkpoint is told before anything listens
-    engine_options = replace(engine_options, max_num_seqs=engine_options.max_num_seqs or SEQUENCES)
     server, worker = build(uvicorn, options, engine_options)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *event: None)      # uvicorn hears it, and raises it again when it has ended
@@ -92,6 +97,7 @@ def serve(uvicorn, options: ServeOptions, engine_options: EngineOptions):
 def build(uvicorn, options: ServeOptions, engine_options: EngineOptions):
     from .app import Service, create_app
     from .pictures import PictureRules
+    from .plan import SEQUENCES
     from .telemetry import Telemetry
     from .worker import Worker
 
@@ -105,10 +111,12 @@ def build(uvicorn, options: ServeOptions, engine_options: EngineOptions):
     def end_server():
         server.should_exit = True
 
+    engine_options = replace(engine_options, max_num_seqs=engine_options.max_num_seqs or SEQUENCES)
     telemetry = Telemetry(options.served_model_name)
     worker = Worker(open_engine, end_server, telemetry.finished)
     folder = options.allowed_local_media_path
-    rules = PictureRules(options.limit_images, options.max_image_bytes, options.max_image_pixels, folder and Path(folder))
+    rules = PictureRules(options.limit_images, options.max_image_bytes, options.max_image_pixels, folder and Path(folder),
+                         options.allowed_media_domains)
     service = Service(worker, options.served_model_name, rules, telemetry, options.language)
     app = create_app(service, options.max_body_bytes, engine_options.max_num_seqs + options.max_queue, options.api_key)
     server = uvicorn.Server(uvicorn.Config(

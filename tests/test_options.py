@@ -37,7 +37,8 @@ def test_unknown_option_is_refused():
 
 @pytest.mark.parametrize("wrong", [
     {"temperature": -1.0}, {"temperature": math.nan}, {"temperature": math.inf}, {"top_p": 0.0}, {"top_p": 1.01},
-    {"top_k": -1}, {"repetition_penalty": 0.0}, {"max_tokens": 0}, {"max_tokens": -5}, {"seed": -1}, {"seed": 2 ** 63}])
+    {"top_k": -1}, {"repetition_penalty": 0.0}, {"max_tokens": 0}, {"max_tokens": -5}, {"seed": -1}, {"seed": 2 ** 63},
+    {"min_p": 1.1}, {"presence_penalty": 2.5}, {"frequency_penalty": math.nan}])
 def test_sampling_refuses(wrong):
     [(name, value)] = wrong.items()
     with pytest.raises(ToolkitError, match=f"--{name.replace('_', '-')} is {value!r}: .*needed|use a whole number"):

@@ -1,14 +1,10 @@
-"""The service as clients see it: a real server process, openai-python and httpx; golden checkpoints, greedy answers."""
+"""The service as clients see it: openai-python and httpx; golden checkpoints, greedy answers."""
 import base64
 import concurrent.futures
 import contextlib
 import io
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -16,63 +12,21 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+import service
 from PIL import Image
+from serving import Asking, Server, about, asked, data_uri, png
+
+from runtime.errors import run_command
+from runtime.serve import main
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "golden"
 PICTURE = GOLDEN / "visualglm" / "image.png"
-FIXED = ["--vision", "torch", "--dtype", "float32"]
 LENGTH = 900
 
 
-class Server:
-    """`python -m runtime.serve` on a free port; what it prints is kept."""
-
-    def __init__(self, *argv, wait=True):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.url, self.printed = f"http://127.0.0.1:{self.port}", []
-        self.process = subprocess.Popen([sys.executable, "-m", "runtime.serve", "--port", str(self.port), *FIXED, *argv],
-                                        cwd=ROOT, stderr=subprocess.PIPE, text=True,
-                                        env={**os.environ, "OMP_NUM_THREADS": "1"})
-        self._reader = threading.Thread(target=lambda: self.printed.extend(self.process.stderr), daemon=True)
-        self._reader.start()
-        if wait:
-            self.wait()
-
-    def wait(self):
-        end = time.monotonic() + 120
-        while True:
-            assert time.monotonic() < end and self.process.poll() is None, "".join(self.printed)
-            try:
-                if httpx.get(self.url + "/health").status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
-            time.sleep(0.1)
-
-    def post(self, path, body=None, **more):
-        return httpx.post(self.url + path, json=body, timeout=120, **more)
-
-    def client(self, **more):
-        return openai.OpenAI(base_url=self.url + "/v1", api_key="any", max_retries=0, **more)
-
-    def gauge(self, name) -> float:
-        lines = httpx.get(self.url + "/metrics").text.splitlines()
-        return sum(float(line.split()[-1]) for line in lines if line.startswith(f"ascend_vlm:{name}{{"))
-
-    def until(self, name, value, seconds=20):
-        end = time.monotonic() + seconds
-        while self.gauge(name) != value:
-            assert time.monotonic() < end, f"{name} is {self.gauge(name)}, not {value}"
-            time.sleep(0.02)
-
-    def stop(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(60)
-        self._reader.join()
-        return code
+class Process(service.Process, Asking):
+    """The command itself."""
 
 
 @pytest.fixture(scope="module")
@@ -99,25 +53,6 @@ def narrow():
 KEY = {"Authorization": "Bearer secret"}
 
 
-def data_uri(data: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(data).decode()
-
-
-def png(width, height, colour=(200, 30, 60)) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (width, height), colour).save(file, "PNG")
-    return file.getvalue()
-
-
-def about(url, text="描述图片"):
-    return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]}]
-
-
-def asked(text="hello", **more):
-    return {"messages": [{"role": "user", "content": text}], "max_tokens": 12, "temperature": 0,
-            "repetition_penalty": 1, "ignore_eos": True, **more}
-
-
 def ask(client, messages, stream=False, **more):
     extra = {"repetition_penalty": 1, "ignore_eos": True, **more.pop("extra", {})}
     return client.chat.completions.create(model="edge", messages=messages, temperature=0, stream=stream,
@@ -130,10 +65,10 @@ def engine():
     return Engine(GOLDEN / "glm_edge_v", vision="torch", dtype="float32", max_model_len=1024, max_num_seqs=1)
 
 
-def expected(engine, messages, tokens=12, stop=()):
+def expected(engine, messages, tokens=12, **more):
     from runtime import SamplingParams
-    [result] = engine.generate([engine.prompt(messages)], SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True,
-                                                                         repetition_penalty=1.0, stop=stop))
+    fixed = {"max_tokens": tokens, "temperature": 0, "ignore_eos": True, "repetition_penalty": 1.0}
+    [result] = engine.generate([engine.prompt(messages)], SamplingParams(**{**fixed, **more}))
     return result
 
 
@@ -173,6 +108,21 @@ def test_stop_strings_and_seed(server, engine):
     assert len(cut.message.content) <= text.index(text[3:5])
     same = [server.post("/v1/chat/completions", asked(temperature=1, seed=7)).json()["choices"] for _ in range(2)]
     assert same[0] == same[1]
+
+
+def test_penalties_and_stop_tokens_equal_the_engine(server, engine):
+    messages = [{"role": "user", "content": "hello"}]
+    plain = expected(engine, messages)
+    for more in ({"presence_penalty": 1.5}, {"frequency_penalty": -1.5}, {"frequency_penalty": 2}):
+        answer = ask(server.client(), messages, **more).choices[0].message.content
+        assert answer == expected(engine, messages, **more).text
+    assert len({expected(engine, messages, frequency_penalty=f).text for f in (-1.5, 0, 2)}) > 1, "they change something"
+    last = plain.token_ids[5]
+    cut = ask(server.client(), messages, extra={"stop_token_ids": [last]})
+    assert cut.usage.completion_tokens == plain.token_ids.index(last) and cut.choices[0].finish_reason == "stop"
+    sampled = [server.post("/v1/chat/completions", asked(temperature=3, seed=1, min_p=p)).json()["choices"][0]["message"]
+               for p in (1, 0, None)]
+    assert sampled[0]["content"] == plain.text and sampled[1] == sampled[2] != sampled[0]
 
 
 def test_logprobs(server):
@@ -216,9 +166,10 @@ DAMAGED = png(300, 300)[:-40]
 
 @pytest.mark.parametrize(("body", "status", "word"), [
     (asked(model="other"), 404, "'other' does not exist"), (asked(n=2), 400, "n is not supported"),
-    (asked(tools=[{"type": "function"}]), 400, "tools is not supported"), (asked(min_p=0.1), 400, "min_p"),
-    (asked(presence_penalty=0.5), 400, "presence_penalty"), (asked(response_format={"type": "json_object"}), 400, "response"),
-    (asked(logit_bias={"5": 1}), 400, "logit_bias"), (asked(stop_token_ids=[5]), 400, "stop_token_ids"),
+    (asked(tools=[{"type": "function"}]), 400, "tools.0.function"), (asked(min_p=1.1), 400, "min_p"),
+    (asked(presence_penalty=2.5), 400, "presence_penalty"), (asked(response_format={"type": "json_object"}), 400, "response"),
+    (asked(frequency_penalty="x"), 400, "frequency_penalty"), (asked(stop_token_ids=[-5]), 400, "stop_token_ids"),
+    (asked(logit_bias={"5": 1}), 400, "logit_bias"), (asked(stop_token_ids=[2 ** 70]), 400, "stop_token_ids"),
     (asked(temperature=-1), 400, "temperature"), (asked(top_p=0), 400, "top_p"), (asked(max_tokens=0), 400, "max_tokens"),
     (asked(max_tokens=2000), 400, "maximum context length"), (asked(BIG), 400, "maximum context length"),
     (asked("x" * 500_000), 400, "maximum context length"), (asked(stop=[""]), 400, "stop"), (asked(seed=2 ** 70), 400, "seed"),
@@ -262,19 +213,84 @@ def test_infinite_temperature(server):
     assert got.status_code == 400 and got.json()["error"]["param"] == "temperature"
 
 
+@pytest.fixture
+def breaking():
+    """A service whose engine loads when told to, and whose steps fail in the way told."""
+    from runtime import Engine
+    load = threading.Event()
+
+    def open_engine():
+        load.wait()
+        return Engine(GOLDEN / "glm_edge", dtype="float32", max_num_seqs=1)
+    running = Server("--model", str(GOLDEN / "glm_edge"), "--served-model-name", "edge", open_engine=open_engine, wait=False)
+    running.load = load
+    yield running
+    load.set()
+    running.stop()
+
+
+def test_every_status_is_an_exception_of_openai(server, narrow, breaking, monkeypatch):
+    messages, wrong = asked()["messages"], [openai.BadRequestError, openai.NotFoundError, openai.APIStatusError,
+                                            openai.UnprocessableEntityError]
+    for error, status, more in zip(wrong, (400, 404, 413, 422), (
+            {"messages": asked(BIG)["messages"]}, {"model": "no"}, {"messages": about(data_uri(png(2000, 600)))},
+            {"messages": about(data_uri(DAMAGED))})):
+        with pytest.raises(error) as caught:
+            server.client().chat.completions.create(**{"model": "edge", "messages": messages, **more})
+        assert caught.value.status_code == status and caught.value.body["message"]
+    with pytest.raises(openai.AuthenticationError):
+        ask(narrow.client(api_key="wrong"), messages)
+    with pytest.raises(openai.APIStatusError) as caught:
+        ask(breaking.client(), messages)
+    assert caught.value.status_code == 503 and caught.value.response.headers["retry-after"]
+    breaking.load.set()
+    breaking.wait()
+    monkeypatch.setattr(breaking.engine, "step", lambda: 1 / 0)
+    with pytest.raises(openai.InternalServerError, match="internal error"):
+        ask(breaking.client(), messages)
+    with pytest.raises(openai.APIError, match="internal error"):        # the stream has begun: an event in it
+        list(ask(breaking.client(), messages, stream=True))
+    monkeypatch.undo()
+    assert ask(breaking.client(), messages).usage.completion_tokens == 12, "and it goes on"
+
+
+def test_two_pictures():
+    """LLaVA takes several; each stands where the message has it."""
+    from runtime import Engine
+    engine = Engine(GOLDEN / "llava", vision="torch", dtype="float32", max_num_seqs=1)
+    files = [GOLDEN / "llava" / f"image_{which}.png" for which in "ab"]
+    orders, question = (files, files[::-1]), {"type": "text", "text": "compare"}
+    contents = [[*({"type": "image", "image": str(file)} for file in order), question] for order in orders]
+    alone = [expected(engine, [{"role": "user", "content": content}]).text for content in contents]
+    server = Server("--model", str(GOLDEN / "llava"), "--served-model-name", "edge", open_engine=lambda: engine)
+    try:
+        for order, text in zip(orders, alone):
+            parts = [{"type": "image_url", "image_url": {"url": data_uri(file.read_bytes())}} for file in order]
+            answer = ask(server.client(), [{"role": "user", "content": [*parts, question]}])
+            assert answer.choices[0].message.content == text
+    finally:
+        server.stop()
+    assert alone[0] != alone[1]
+
+
+def test_cancel_in_mid_stream(server):
+    chunks = ask(server.client(), asked()["messages"], stream=True, max_tokens=LENGTH)
+    assert [next(chunks) for _ in range(4)][0].choices[0].delta.role == "assistant"
+    chunks.close()
+    server.until("num_requests_running", 0, seconds=5)
+
+
 def test_wrong_paths_and_openai_errors(server):
     assert httpx.get(server.url + "/v2").json()["error"]["type"] == "not_found_error"
     assert httpx.get(server.url + "/v1/chat/completions").status_code == 405
-    with pytest.raises(openai.NotFoundError):
-        server.client().chat.completions.create(model="no", messages=asked()["messages"])
     with pytest.raises(openai.BadRequestError) as caught:
         ask(server.client(), asked(BIG)["messages"])
     assert caught.value.code == "context_length_exceeded"
 
 
 def test_many_at_once_answer_as_alone(server, engine):
-    """Sixteen clients, unequal prompts and lengths, some with a picture; four run together, the others wait."""
-    cases = [(f"{'你好 world ' * (i % 5)}{i}", 3 + 7 * (i % 6), i % 4 == 0) for i in range(16)]
+    """64 clients, unequal prompts and lengths, some with a picture; four run together, the others wait."""
+    cases = [(f"{'你好 world ' * (i % 5)}{i}", 3 + 5 * (i % 6), i % 4 == 0) for i in range(64)]
 
     def content(i, with_picture, kind):
         file = png(40, 30, (i * 9, 30, 60))
@@ -283,9 +299,9 @@ def test_many_at_once_answer_as_alone(server, engine):
         return [*([picture] * with_picture), {"type": "text", "text": cases[i][0]}]
     alone = [expected(engine, [{"role": "user", "content": content(i, picture, "pil")}], tokens).text
              for i, (_, tokens, picture) in enumerate(cases)]
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+    with concurrent.futures.ThreadPoolExecutor(64) as pool:
         together = pool.map(lambda i: ask(server.client(), [{"role": "user", "content": content(i, cases[i][2], "url")}],
-                                          max_tokens=cases[i][1]).choices[0].message.content, range(16))
+                                          max_tokens=cases[i][1]).choices[0].message.content, range(64))
         assert list(together) == alone
     server.until("kv_cache_usage_perc", 0)
 
@@ -316,6 +332,8 @@ def test_key_and_queue(narrow):
         lines = first.iter_lines()
         assert first.status_code == 200 and next(lines)
         full = narrow.post("/v1/chat/completions", asked(), headers=KEY)
+        with pytest.raises(openai.RateLimitError):
+            ask(narrow.client(api_key="secret"), asked()["messages"])
         assert full.status_code == 429 and full.headers["retry-after"] and full.json()["error"]["type"] == "rate_limit_error"
     for _ in range(100):
         if narrow.post("/v1/chat/completions", asked(), headers=KEY).status_code == 200:
@@ -336,7 +354,7 @@ def test_legacy_route(narrow):
 
 def test_loading_then_graceful_end(request):
     """503 while it loads; SIGTERM lets an answer finish within the time it has."""
-    server = Server("--model", str(GOLDEN / "visualglm"), "--shutdown-seconds", "10", wait=False)
+    server = Process("--model", str(GOLDEN / "visualglm"), "--shutdown-seconds", "10")
     request.addfinalizer(server.process.kill)
     statuses, end = set(), time.monotonic() + 60
     while 200 not in statuses:
@@ -354,11 +372,19 @@ def test_loading_then_graceful_end(request):
     assert "secret words" not in "".join(server.printed)
 
 
-def test_what_cannot_start(tmp_path):
+@pytest.fixture
+def signals():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_what_cannot_start(tmp_path, capsys, signals):
     (tmp_path / "config.json").write_text(json.dumps({}))
     for argv, word in ((["--model", str(tmp_path)], "error: "),
                        (["--model", str(GOLDEN / "glm4"), "--port", "0"], "--port is 0"),
                        (["--model", str(GOLDEN / "glm4"), "--max-model-len", "99999999"], "--max-model-len")):
-        done = subprocess.run([sys.executable, "-m", "runtime.serve", "--port", "8765", *argv], cwd=ROOT, capture_output=True,
-                              text=True, timeout=120)
-        assert done.returncode == 2 and word in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert run_command(main, ["--port", str(service.free_port()), *argv]) == 2
+        printed = capsys.readouterr().err
+        assert word in printed and "Traceback" not in printed, printed

@@ -1,0 +1,81 @@
+"""What the tests of the service share: the service in a thread of this process, listening on 127.0.0.1."""
+import base64
+import io
+import threading
+import time
+
+import httpx
+import openai
+import uvicorn
+from PIL import Image
+from service import Client, free_port
+
+from runtime.options import EngineOptions, Parser
+from runtime.serve import ServeOptions, build
+
+FIXED = ["--vision", "torch", "--dtype", "float32"]
+
+
+class Asking(Client):
+    """How the tests ask."""
+
+    def post(self, path, body=None, **more):
+        return httpx.post(self.url + path, json=body, timeout=120, **more)
+
+    def client(self, **more):
+        return openai.OpenAI(base_url=self.url + "/v1", **{"api_key": "any", "max_retries": 0, **more})
+
+    def until(self, name, value, seconds=20):
+        end = time.monotonic() + seconds
+        while self.gauge(name) != value:
+            assert time.monotonic() < end, f"{name} is {self.gauge(name)}, not {value}"
+            time.sleep(0.02)
+
+
+class Server(Asking):
+    """The server that `python -m runtime.serve *argv` builds; `open_engine` replaces its engine."""
+
+    def __init__(self, *argv, open_engine=None, wait=True):
+        port = free_port()
+        options = Parser("serve", "", "", {"service": ServeOptions, "model": EngineOptions}).parse(
+            ["--port", str(port), *FIXED, *argv])
+        self.url = f"http://127.0.0.1:{port}"
+        self._server, self._worker = build(uvicorn, *options)
+        if open_engine:
+            self._worker._open = open_engine
+        self._worker.start()
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._thread.start()
+        if wait:
+            self.wait()
+
+    def ended(self):
+        return self._worker.failure
+
+    @property
+    def engine(self):
+        return self._worker.engine
+
+    def stop(self):
+        self._server.should_exit = True
+        self._thread.join(30)
+        self._worker.stop()
+
+
+def data_uri(data: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+def png(width, height, colour=(200, 30, 60)) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def about(url, text="描述图片"):
+    return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]}]
+
+
+def asked(text="hello", **more):
+    return {"messages": [{"role": "user", "content": text}], "max_tokens": 12, "temperature": 0,
+            "repetition_penalty": 1, "ignore_eos": True, **more}
