@@ -5,6 +5,8 @@ SHELL := /bin/bash
 
 VENV ?= .venv
 VENV_NPU ?= .venv-npu
+VENV_UI ?= .venv-ui
+VENV_RAY ?= .venv-ray
 PY := $(VENV)/bin/python
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
 	"$$p" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null && echo "$$p" && break; done)
@@ -45,6 +47,23 @@ $(VENV_NPU)/.installed: setup.py
 	@echo "installing packages into $(VENV_NPU) (a few minutes the first time)"
 	@$(if $(TORCH_INDEX),$(VENV_NPU)/bin/python -m pip install --quiet --index-url "$(TORCH_INDEX)" "torch==2.13.*")
 	@$(VENV_NPU)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check torch_npu==2.13.0 'torch==2.13.*' -e '.[dev]'
+	@touch $@
+
+test-ui: $(VENV_UI)/.installed  ## the page in headless Chromium (needs chromium); SHOTS=folder keeps screenshots
+	@command -v chromium chromium-browser google-chrome >/dev/null || { echo "make test-ui needs a browser; run: apt-get install chromium"; exit 3; }
+	@SHOTS="$(SHOTS)" $(VENV_UI)/bin/python -m pytest tests/test_ui.py
+
+test-ray: $(VENV_RAY)/.installed  ## runtime.predict on Ray: 500 lines, two actors, one of them killed
+	@$(VENV_RAY)/bin/python -m pytest tests/test_predict_ray.py
+
+# what the main environment has is not installed a second time
+$(VENV_UI)/.installed: PACKAGES := -e '.[ui]' 'playwright>=1.50,<2'
+$(VENV_RAY)/.installed: PACKAGES := -e '.[ray]'
+$(VENV_UI)/.installed $(VENV_RAY)/.installed: $(VENV)/.installed
+	@test -x $(@D)/bin/python || $(PY) -m venv $(@D)
+	@$(PY) -c 'import site; print(site.getsitepackages()[0])' > "$$($(@D)/bin/python -c 'import site; print(site.getsitepackages()[0])')/main.pth"
+	@echo "installing packages into $(@D) (a minute the first time)"
+	@$(@D)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check $(PACKAGES)
 	@touch $@
 
 lint: setup  ## ruff
@@ -103,5 +122,5 @@ clean:  ## remove what demo and tests wrote
 	@rm -rf out .pytest_cache .ruff_cache
 
 comma := ,
-.PHONY: help setup demo test test-npu lint convert chat bench compare doctor clean bench-export hostile overload \
-	bench-peers bench-quant quant-w8a8 quant-w8a8s convert-visualglm convert-glm4v convert-llava convert-glm-edge-v
+.PHONY: help setup demo test test-npu test-ui test-ray lint convert chat bench compare doctor clean hostile overload \
+	bench-export bench-peers bench-quant quant-w8a8 quant-w8a8s convert-visualglm convert-glm4v convert-llava convert-glm-edge-v

@@ -5,6 +5,8 @@ from setuptools import find_packages, setup
 
 # msmodelslim's wheel has binaries for Python up to 3.12, imports transformers, and lists neither
 QUANT = ["msmodelslim==26.1.0; python_version < '3.13'", "transformers>=5"]
+UI = ["gradio>=6.20,<7", "openai>=1"]
+RAY = ["ray[data]>=2.50,<3"]
 SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "pydantic>=2.7", "prometheus-client>=0.20"]
 
 setup(
@@ -39,6 +41,8 @@ setup(
         "transformers": ["transformers>=5"],
         "quant": QUANT,
         "serve": SERVE,
+        "ui": UI,
+        "ray": RAY,
         "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.9", "openai>=1", "httpx>=0.27", *SERVE, *QUANT],
     },
 )

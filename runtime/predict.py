@@ -31,6 +31,10 @@ class PredictOptions:
     examples: bool = flag("instead of --input: the three pictures in the checkpoint's examples/ (or three drawn ones), with "
                           "a question and its time each", default=False, kind=bool)
     batch_size: int = flag("questions decoded together", default=1, kind=int, metavar="N")
+    engine: str = flag("what computes the batches: local one after another, ray over the devices of a cluster, or of this "
+                       "machine", default="local", choices=("local", "ray"))
+    actors: int | None = flag("ray: how many engines (default: one per NPU; on the CPU one per machine)", default=None,
+                              kind=int, metavar="N")
     language: str | None = flag("wording of the prompt around the question (default: as released)", default=None,
                                 choices=("zh", "en"))
 
@@ -38,6 +42,8 @@ class PredictOptions:
         check_choices(self)
         check_folder("model", self.model)
         require(self, "batch_size", self.batch_size >= 1, "1 or more is needed, e.g. 8")
+        require(self, "actors", self.actors is None or (self.actors >= 1 and self.engine == "ray"),
+                "1 or more is needed, and --engine ray")
         if self.examples == bool(self.input):
             raise ToolkitError("give either --input FILE --out FILE, or --examples")
         if self.input:
@@ -60,8 +66,11 @@ def main(argv) -> int:
     questions = read_questions(options.input)
     with opened(Path(options.out), job_of(options, engine_options, sampling)) as answers:
         answers.keep_whole_batches(options.batch_size, len(questions))
+        if answers.count:
+            print(f"continuing after line {answers.count}", file=sys.stderr)
         if answers.count < len(questions):
-            predict(options, engine_options, sampling, questions, answers)
+            run = on_ray if options.engine == "ray" else predict
+            run(options, engine_options, sampling, questions, answers)
         failed = answers.publish()
     print(f"{options.out}: {len(questions)} lines, {failed} failed")
     return CHECK_FAILED if failed else 0
@@ -168,15 +177,23 @@ def predict(options, engine_options, sampling, questions, answers: Answers):
     from . import Engine
     engine = Engine(options.model, **vars(engine_options))
     asker = Asker(engine, sampling, options.language, Path(options.input).parent)
-    if answers.count:
-        print(f"continuing after line {answers.count}", file=sys.stderr)
     for start in range(answers.count, len(questions), options.batch_size):
         batch = asker.ask(questions[start:start + options.batch_size])
         answers.append(batch)
-        for number, answer in enumerate(batch, start + 1):
-            told = f"failed: {answer['error']}" if "error" in answer else \
-                f"{answer['output_tokens']} tokens, {answer['seconds']:.2f} s"
-            print(f"[{number}/{len(questions)}] {told}", file=sys.stderr, flush=True)
+        tell(batch, answers.count, len(questions))
+
+
+def on_ray(*job):
+    from .predict_ray import predict
+    predict(*job)
+
+
+def tell(batch: list[dict], done: int, total: int):
+    """A line on stderr for each answer of the batch that was the last of `done` lines."""
+    for number, answer in enumerate(batch, done - len(batch) + 1):
+        told = f"failed: {answer['error']}" if "error" in answer else \
+            f"{answer['output_tokens']} tokens, {answer['seconds']:.2f} s"
+        print(f"[{number}/{total}] {told}", file=sys.stderr, flush=True)
 
 
 def show_examples(options, engine_options, sampling) -> int:
@@ -216,7 +233,7 @@ class Asker:
         start = time.perf_counter()
         results = iter(self.engine.generate(good, self.sampling))
         seconds = time.perf_counter() - start
-        return [self._failed(question, prompt) if isinstance(prompt, Exception)
+        return [self.failed(question, prompt) if isinstance(prompt, Exception)
                 else self._answered(question, next(results), seconds) for question, prompt in zip(questions, prompts)]
 
     def _prompt(self, question):
@@ -247,7 +264,7 @@ class Asker:
                 "output_tokens": len(result.token_ids), "seconds": round(seconds, 3)}
 
     @staticmethod
-    def _failed(question, error):
+    def failed(question, error):
         known = {} if isinstance(question, Exception) else question
         return {**known, "error": f"{error.strerror}: {error.filename}" if getattr(error, "strerror", None) else str(error)}
 

@@ -12,9 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PINNED = Path(__file__).parent / "help"
 COMMANDS = ("convert", "convert.nodes", "quant", "runtime", "runtime.bench", "runtime.chat", "runtime.compare",
-            "runtime.doctor", "runtime.plan", "runtime.predict", "runtime.serve")
+            "runtime.doctor", "runtime.plan", "runtime.predict", "runtime.serve", "runtime.ui")
 HEAVY = {"msmodelslim", "torch", "numpy", "onnx", "onnxruntime", "transformers", "matplotlib", "jinja2", "rich", "PIL",
-         "fastapi", "uvicorn", "pydantic"}
+         "fastapi", "uvicorn", "pydantic", "gradio", "openai", "ray"}
 SCRIPT = """
 import atexit, runpy, sys
 atexit.register(lambda: print("imported:", *sorted({heavy} & sys.modules.keys()), file=sys.stderr))

@@ -1,0 +1,286 @@
+"""The page: what it asks, of whom; and, with `make test-ui`, in headless Chromium as a visitor sees it."""
+import asyncio
+import contextlib
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from models import family_of
+from runtime import SamplingParams, ui
+from runtime.errors import run_command
+from runtime.options import EngineOptions
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = Path(__file__).parent / "golden"
+DEMO = ROOT / "examples" / "demo"
+PICTURE = DEMO / "pictures" / "scene10000.png"
+DESCRIBED = "purple circle, orange circle, blue cross"
+SHORTEST = "purple"        # its first token
+GREEDY = SamplingParams(temperature=0, repetition_penalty=1, max_tokens=8)
+
+
+def turn(role, text="", *files):
+    return {"role": role, "content": [*({"type": "file", "file": {"path": f}} for f in files), {"type": "text", "text": text}]}
+
+
+def test_a_conversation_becomes_messages():
+    history = [turn("user", "What?", "a.png"), turn("assistant", "A cat."), turn("user", "stopped at once"), turn("assistant"),
+               turn("user", "failed")]
+    assert ui.conversation(history, "And?", ["b.png"], " Be brief. ") == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What?"}]},
+        {"role": "assistant", "content": "A cat."},
+        {"role": "user", "content": [{"type": "image", "image": "b.png"}, {"type": "text", "text": "And?"}]}]
+    assert ui.conversation([], "Hi", [], "  ")[0]["role"] == "user"
+
+
+@pytest.mark.parametrize("name, takes", [("visualglm", False), ("glm4", True)])
+def test_a_system_prompt_only_where_the_family_has_one(name, takes):
+    folder = next(folder for folder in (GOLDEN / name, *(GOLDEN / name).glob("*")) if (folder / "config.json").exists())
+    assert ui.takes_system(family_of(folder)) is takes
+
+
+@pytest.fixture
+def local():
+    options = ui.UiOptions(model=str(DEMO / "checkpoint"))
+    with ui.Local(options, EngineOptions(vision="torch", max_model_len=256)) as backend:
+        yield backend
+
+
+def asked(text="Describe the picture."):
+    return ui.conversation([], text, [str(PICTURE)], "")
+
+
+def test_an_engine_of_its_own_answers(local):
+    async def told():
+        return [piece async for piece in local.stream(asked(), SamplingParams(temperature=0, repetition_penalty=1))]
+    pieces = asyncio.run(told())
+    assert "".join(pieces) == DESCRIBED and len(pieces) > 3
+
+
+def test_a_visitor_who_stops_leaves_nothing_behind(local):
+    async def stopped():
+        async with contextlib.aclosing(local.stream(asked(), SamplingParams(max_tokens=100))) as pieces:
+            async for _ in pieces:
+                return
+    asyncio.run(stopped())
+    end = time.monotonic() + 30
+    while local.engine.busy and time.monotonic() < end:
+        time.sleep(0.01)
+    assert local.engine.load()[:2] == (0, 0)
+
+
+def test_a_picture_that_is_none_is_refused_in_a_sentence(local, tmp_path):
+    (tmp_path / "a.png").write_text("no picture")
+
+    async def ask():
+        async for _ in local.stream(ui.conversation([], "?", [str(tmp_path / "a.png")], ""), GREEDY):
+            pass
+    with pytest.raises(Exception, match="the picture cannot be read; use PNG"):
+        asyncio.run(ask())
+
+
+@pytest.mark.parametrize("argv, sentence", [
+    ([], "give either --model DIR or --server URL"), (["--model", "x", "--server", "http://x"], "give either"),
+    (["--model", "nowhere"], "does not exist"), (["--server", "localhost:8000"], "use a URL such as"),
+    (["--server", "http://x", "--language", "zh"], "the server words the prompt"),
+    (["--server", "http://x", "--dtype", "bf16"], "leave out the options of the model"),
+    (["--model", str(DEMO), "--port", "0"], "use a port from 1 to 65535")])
+def test_mistakes(argv, sentence, capsys):
+    assert run_command(ui.main, argv) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_gradio_is_missing(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert run_command(ui.main, ["--model", str(DEMO / "checkpoint")]) == 3
+    assert "the page needs gradio; run: pip install 'ascend-vlm[ui]'" in capsys.readouterr().err
+
+
+def test_a_server_that_is_not_there():
+    with pytest.raises(ui.ToolkitError, match="does not list a model: Connection error.; is the URL"):
+        ui.Remote(ui.UiOptions(server="http://127.0.0.1:9"))
+
+
+# in a browser
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+browser_test = pytest.mark.skipif(not (CHROMIUM and all(map(importlib.util.find_spec, ("gradio", "playwright")))),
+                                  reason="run: make test-ui")
+PATIENCE = 120_000          # milliseconds, on a busy machine
+# runs a command and writes down every address that it talks to
+WATCHED = """
+import runpy, sys
+addresses = open(sys.argv[1], "a", buffering=1)
+def heard(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo"):
+        print(repr(arguments[1] if event == "socket.connect" else arguments[0]), file=addresses)
+sys.addaudithook(heard)
+sys.argv = sys.argv[2:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@contextlib.contextmanager
+def running(module, folder, *argv):
+    """A command until it is ready -> its URL. Afterwards: it ended by SIGTERM without an error."""
+    port, log = free_port(), folder / f"{module}.log"
+    with open(log, "w") as stream:
+        process = subprocess.Popen([sys.executable, "-c", WATCHED, folder / "addresses", module, "--port", str(port), *argv],
+                                   cwd=ROOT, stderr=stream, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        end = time.monotonic() + 300
+        while "ready: " not in log.read_text():
+            assert time.monotonic() < end and process.poll() is None, log.read_text()
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) in (0, -signal.SIGTERM) and "Traceback" not in log.read_text(), log.read_text()
+    finally:
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)     # with a profile of its own
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def demo_page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page")
+    with running("runtime.ui", folder, "--model", str(DEMO / "checkpoint"), "--vision", "torch", "--temperature", "0",
+                 "--repetition-penalty", "1") as url:
+        yield url
+    for address in (folder / "addresses").read_text().splitlines():
+        assert any(own in address for own in ("127.0.0.1", "localhost", "::1", "0.0.0.0")), f"the process asked {address}"
+
+
+class Visit:
+    """A page of the browser that notes what it asks for elsewhere."""
+
+    def __init__(self, browser, url, **context):
+        self.page = browser.new_context(**context).new_page()
+        self.page.set_default_timeout(PATIENCE)
+        self.elsewhere = []
+        self.page.on("request", lambda r: r.url.startswith((url, "data:", "blob:")) or self.elsewhere.append(r.url))
+        self.page.goto(url)
+        self.box = self.page.locator("textarea").first
+        self.box.wait_for()
+
+    def upload(self, file):
+        self.page.set_input_files("input[type=file]", file)
+        self.page.locator(".thumbnails img, .thumbnail-item img").first.wait_for()
+
+    def ask(self, text):
+        self.box.fill(text)
+        self.box.press("Enter")
+
+    def bots(self) -> list[str]:
+        return [text.strip() for text in self.page.locator(".message.bot").all_inner_texts()]
+
+    def wait_for(self, text):
+        """The last answer to be `text`, and whole."""
+        self.page.wait_for_function("text => !document.querySelector('.stop-button') && [...document.querySelectorAll("
+                                    "'.message.bot')].at(-1)?.innerText.trim() == text", arg=text)
+
+    def shot(self, name):
+        if os.environ.get("SHOTS"):
+            Path(os.environ["SHOTS"]).mkdir(parents=True, exist_ok=True)
+            self.page.wait_for_timeout(500)
+            self.page.screenshot(path=f"{os.environ['SHOTS']}/{name}.png")
+
+    def fits(self) -> bool:
+        return self.page.evaluate("document.scrollingElement.scrollWidth <= innerWidth")
+
+
+@browser_test
+def test_ask_about_a_picture_ask_again_and_clear(chromium, demo_page):
+    visit = Visit(chromium, demo_page, viewport={"width": 1280, "height": 800}, locale="en-US")
+    assert visit.box.get_attribute("placeholder").startswith("Ask something; add a picture") and visit.fits()
+    visit.shot("desktop-empty")
+    visit.upload(PICTURE)
+    visit.ask("Describe the picture.")
+    visit.wait_for(DESCRIBED)
+    visit.ask("How many objects are there?")
+    visit.wait_for("3")                         # of the picture of the first question
+    visit.shot("desktop")
+    assert visit.bots() == [DESCRIBED, "3"]
+    visit.page.get_by_text("How to answer").click()
+    visit.page.locator("input[type=number]").last.fill("1")          # longest answer
+    visit.page.locator("input[type=number]").last.press("Tab")
+    visit.ask("Describe the picture.")
+    visit.page.wait_for_function("document.querySelectorAll('.message.bot').length == 3")
+    visit.wait_for(SHORTEST)
+    visit.page.locator("input[type=number]").last.fill("100")
+    visit.page.locator("input[type=number]").last.press("Tab")
+    visit.page.get_by_label("Retry").last.click()
+    visit.wait_for(DESCRIBED)
+    assert visit.bots() == [DESCRIBED, "3", DESCRIBED]
+    visit.page.get_by_label("Clear").first.click()
+    visit.page.locator(".message.bot").first.wait_for(state="detached")
+    visit.upload(DEMO / "pictures" / "scene10002.png")
+    visit.ask("What color is the triangle?")
+    visit.wait_for("red")
+    assert visit.elsewhere == []
+
+
+@browser_test
+def test_chinese_dark_on_a_phone(chromium, demo_page):
+    visit = Visit(chromium, demo_page, viewport={"width": 390, "height": 844}, locale="zh-CN", color_scheme="dark")
+    assert visit.box.get_attribute("placeholder") == "输入问题；可点按钮、拖放或粘贴来添加图片" and visit.fits()
+    assert visit.page.evaluate("document.body.classList.contains('dark')")
+    visit.shot("phone-empty")
+    visit.page.get_by_text("描述这张图片。").click()        # an example
+    visit.wait_for("紫色圆形、橙色圆形、蓝色十字形")
+    visit.shot("phone")
+    visit.page.get_by_text("回答设置").click()
+    visit.page.get_by_text("最长回答").wait_for()
+    assert visit.fits() and visit.elsewhere == []
+    visit.shot("phone-settings")
+
+
+@browser_test
+def test_stop_on_a_server_ends_its_request_there(chromium, tmp_path):
+    """The golden checkpoint's random weights go on answering until they are stopped."""
+    import httpx
+    serve = ("--model", str(GOLDEN / "visualglm"), "--vision", "torch", "--api-key", "k")
+    with running("runtime.serve", tmp_path, *serve) as server:
+        def running_requests():
+            metrics = httpx.get(server + "/metrics", headers={"Authorization": "Bearer k"}).text
+            return float(next(line for line in metrics.splitlines() if "num_requests_running{" in line).split()[-1])
+        with running("runtime.ui", tmp_path, "--server", server, "--api-key", "k", "--max-tokens", "1900") as url:
+            visit = Visit(chromium, url, viewport={"width": 1280, "height": 800}, locale="en-US")
+            visit.ask("Tell me a story.")
+            visit.page.wait_for_function("[...document.querySelectorAll('.message.bot')].some(m => m.innerText.length > 40)")
+            visit.shot("desktop-streaming")
+            assert running_requests() == 1
+            visit.page.locator(".stop-button").click()
+            visit.page.locator(".stop-button").wait_for(state="detached")
+            end = time.monotonic() + 60
+            while running_requests() and time.monotonic() < end:
+                time.sleep(0.1)
+            assert running_requests() == 0
+            told = visit.bots()[0]
+            visit.page.wait_for_timeout(500)
+            assert visit.bots() == [told] and visit.elsewhere == []
+            visit.ask("x" * 20000)          # more than the model takes: the server's sentence
+            visit.page.get_by_text("maximum context length").wait_for()
