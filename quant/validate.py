@@ -216,7 +216,7 @@ def _sums(layer: str, t: dict) -> Iterator[Finding]:
         yield Finding(f"{layer}.quant_bias is saturated (float16 underflow of deq_scale)")
     elif len(bias) != len(t["weight"]):
         yield Finding(f"{layer}.quant_bias has {len(bias)} values for {len(t['weight'])} rows")
-    elif (128 * t["weight"].to(torch.int32).abs().sum(1) + bias >= 2 ** 31).any():
+    elif (128 * t["weight"].float().abs_().sum(1).long() + bias >= 2 ** 31).any():
         yield Finding(f"{layer}: sums may overflow int32")
 
 
