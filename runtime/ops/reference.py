@@ -136,12 +136,11 @@ def dequantized(layer, dtype) -> Linear:
 
 def quantize(x, layer):
     """x [T, k] -> (whole numbers -128..127 as float32 [T, k], scale of each token [T, 1]; None: a static layer's one)."""
+    x = x.to(torch.float32, copy=True)
     if layer.static:
-        offset, scale = torch.tensor([[layer.input_offset], [layer.input_scale]], dtype=torch.float32, device=x.device)
-        return torch.addcdiv(offset, x, scale).round_().clamp_(-128, 127), None
-    x = x.float()
+        return x.div_(layer.input_scale).add_(layer.input_offset).round_().clamp_(-128, 127), None
     scale = x.abs().amax(-1, keepdim=True).clamp_(min=SMALLEST_SCALE) / 127
-    return (x / scale).round_().clamp_(-128, 127), scale
+    return x.div_(scale).round_().clamp_(-128, 127), scale
 
 
 def dequantize(total, token_scale, layer):
