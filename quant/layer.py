@@ -118,9 +118,9 @@ class LayerModule(nn.Module):
         """Residual stream of sample `number` before the layer -> behind it."""
         return self._arithmetic.layer(x, self._layer, 0, self.steps[number], NO_CACHE)
 
-    def float_outputs(self, stream: list[torch.Tensor]) -> list[torch.Tensor]:
+    def float_outputs(self, stream: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
         with torch.inference_mode():
-            return [self.run(x, number) for number, x in enumerate(stream)]
+            return {number: self.run(x, number) for number, x in stream.items()}
 
     @property
     def linear_names(self) -> list[str]:

@@ -78,7 +78,9 @@ def plan(family, checkpoint, options, calibration, recipe_options, work: Path) -
               len(lines), set(), anti, act_method, recipe_options.fraction)
     job.keep = kept_by_group(family, recipe.keep) | kept_by_name(family, recipe_options.keep_float)
     level = wanted_level(recipe_options.disable_level, recipe.share, family)
-    statistics = measured(job, lines, work) if level else {}
+    chosen = job.scheme.calibrated and act_method == 3          # observers are chosen by range
+    statistics = measured(job, lines, work) if level or (chosen and not anti) else {}
+    job.ranges = (None if anti else statistics["ranges"]) if chosen else {}
     job.keep |= kept_by_range(family, statistics.get("ranges", {}), level, job.keep)
     job.identity = identity(job, lines + held)
     return job, statistics

@@ -26,13 +26,17 @@ from .calibrate import Sample
 from .layer import NO_CACHE, LayerModule, LayerOps, release_memory
 
 STREAMS = ("float", "quantised")
+MEASURED = 5            # calibration samples on which msmodelslim measures input ranges
+Streams = dict[str, dict[int, torch.Tensor]]        # of each of STREAMS: number of a sample -> its residual stream
 
 
 @dataclass
 class Job:
     """What is to be done. samples: the first `calibrating` are measured on, the others judge the result.
 
-    keep: linear layers that stay float from the start. identity: all that decides the result, as text.
+    keep: linear layers that stay float from the start. ranges: max |x| / standard deviation of the linear layers' inputs,
+    {} where nothing depends on them, None where msmodelslim measures them layer by layer. identity: all that decides the
+    result, as text.
     """
     family: object
     checkpoint: Checkpoint
@@ -44,11 +48,18 @@ class Job:
     anti: str | None = None
     act_method: int = 3
     fraction: float = 0.01
+    ranges: dict[str, float] | None = None
     identity: dict = field(default_factory=dict)
 
     @property
     def layers(self) -> int:
         return self.family.decoder.layers
+
+    @property
+    def followed(self) -> list[int]:
+        """Samples that are taken through the float model too: those that judge, and those whose float inputs are needed."""
+        used = self.calibrating if self.anti else MEASURED if self.ranges is None else 0
+        return [*range(min(used, self.calibrating)), *range(self.calibrating, len(self.samples))]
 
 
 class MemoryCheckpoint(Checkpoint):
@@ -100,7 +111,7 @@ class Work:
             done += 1
         return done if self._streams(done).is_file() else 0
 
-    def keep(self, index: int, tensors: dict, floats: dict, record: Record, streams: dict):
+    def keep(self, index: int, tensors: dict, floats: dict, record: Record, streams: Streams):
         """Tensors, streams behind the layer, then the note that says it is finished."""
         save_file(tensors, self.weights(index))
         if floats:
@@ -109,14 +120,18 @@ class Work:
         write_atomically(self._note(index), json.dumps(vars(record)))
         self._streams(index).unlink(missing_ok=True)
 
-    def save_streams(self, index: int, streams: dict):
+    def save_streams(self, index: int, streams: Streams):
         part = self._streams(index).with_suffix(".part")
-        save_file({f"{kind}.{i}": t.contiguous() for kind in STREAMS for i, t in enumerate(streams[kind])}, part)
+        save_file({f"{kind}.{i}": t.contiguous() for kind in STREAMS for i, t in streams[kind].items()},
+                  part)
         part.replace(self._streams(index))
 
-    def load_streams(self, index: int) -> dict[str, list[torch.Tensor]]:
-        stored = load_file(self._streams(index))
-        return {kind: [stored[f"{kind}.{i}"] for i in range(len(stored) // 2)] for kind in STREAMS}
+    def load_streams(self, index: int) -> Streams:
+        streams = {kind: {} for kind in STREAMS}
+        for name, tensor in load_file(self._streams(index)).items():
+            kind, number = name.split(".")
+            streams[kind][int(number)] = tensor
+        return streams
 
     def _note(self, index):
         return self.folder / f"layer-{index:04}.json"
@@ -129,7 +144,8 @@ def quantise_layers(job: Job, work: Work) -> Iterator[tuple[int, Record]]:
     """Every layer that is not finished yet; afterwards work.load_streams(job.layers) is behind the last."""
     start = work.finished()
     release_memory()
-    streams = work.load_streams(start) if start else {kind: [s.stream for s in job.samples] for kind in STREAMS}
+    streams = work.load_streams(start) if start else {"float": {i: job.samples[i].stream for i in job.followed},
+                                                      "quantised": {i: s.stream for i, s in enumerate(job.samples)}}
     for index in range(start, job.layers):
         record, streams = _one_layer(job, work, index, streams)
         release_memory()
@@ -137,15 +153,15 @@ def quantise_layers(job: Job, work: Work) -> Iterator[tuple[int, Record]]:
 
 
 @torch.inference_mode()
-def _one_layer(job: Job, work: Work, index: int, streams: dict) -> tuple[Record, dict]:
+def _one_layer(job: Job, work: Work, index: int, streams: Streams) -> tuple[Record, Streams]:
     n, steps = job.calibrating, [sample.step for sample in job.samples]
     layer = LayerModule(job.family, job.checkpoint, index, steps)
     slim.configure(layer, job.dtype)
     after = layer.float_outputs(streams["float"])
     floats = {}
     if job.anti:
-        layer.stream = streams["float"][:n]
-        slim.suppress_outliers(layer, job.anti, after[:n])
+        layer.stream = [streams["float"][i] for i in range(n)]
+        slim.suppress_outliers(layer, job.anti, [after[i] for i in range(n)])
         floats = {name: tensor.to(job.dtype) for name, tensor in _linear_tensors(layer).items()}
     keep = job.keep & set(layer.linear_names)
     groups, names = dict(layer.groups), set(layer.linear_names)
@@ -153,16 +169,17 @@ def _one_layer(job: Job, work: Work, index: int, streams: dict) -> tuple[Record,
         tensors = {name: t.to(job.dtype) for name, t in layer.state_dict().items()}
         kinds, outputs = dict.fromkeys(tensors, "FLOAT"), {}
     else:
-        tensors, kinds = slim.quantise(layer, job.scheme, keep, streams["float"][:n], streams["quantised"][:n],
-                                       job.act_method, job.fraction)
+        float_stream = [x for i, x in streams["float"].items() if i < n]
+        tensors, kinds = slim.quantise(layer, job.scheme, keep, float_stream, [streams["quantised"][i] for i in range(n)],
+                                       job.act_method, job.fraction, job.ranges)
         tensors = {name: t.to(job.dtype) if kinds[name] == "FLOAT" and not name.endswith("norm.bias") else t
                    for name, t in tensors.items()}
         outputs = layer.outputs
     del layer
     release_memory()
     quantised = integer_layer(job.family, index, tensors, kinds)
-    behind = {"float": after, "quantised": [outputs[i] if i in outputs else run(job, quantised, x, i)
-                                            for i, x in enumerate(streams["quantised"])]}
+    behind = {"float": after, "quantised": {i: outputs[i] if i in outputs else run(job, quantised, x, i)
+                                            for i, x in streams["quantised"].items()}}
     record = Record(kinds, groups, *_measure(job, quantised, streams["float"], after))
     work.keep(index, tensors, floats, record, behind)
     return record, behind

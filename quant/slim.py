@@ -5,6 +5,7 @@ guards: docs/quant.md, "Traps".
 """
 import contextlib
 import functools
+import gc
 import importlib
 import importlib.util
 import json
@@ -64,6 +65,7 @@ def open_slim():
         logging.getLogger(name).setLevel(logging.ERROR)
     tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)    # several bars per layer
     _register_pairs()
+    gc.freeze()         # msmodelslim collects garbage in every layer, and a million objects of packages take 2 s to look at
 
 
 @contextlib.contextmanager
@@ -122,8 +124,8 @@ def suppress_outliers(layer, method: str, expected: list[torch.Tensor]):
     from msmodelslim.pytorch.llm_ptq.anti_outlier import AntiOutlier, AntiOutlierConfig
     config = AntiOutlierConfig(anti_method=method, dev_type="cpu")
     AntiOutlier(layer, calib_data=numbers(len(layer.stream)), cfg=config).process()
-    changes = [relative_change(x, before, after) for x, before, after
-               in zip(layer.stream, expected, layer.float_outputs(layer.stream))]
+    found = layer.float_outputs(dict(enumerate(layer.stream)))
+    changes = [relative_change(x, before, found[i]) for i, (x, before) in enumerate(zip(layer.stream, expected))]
     if not max(changes) <= IDENTITY:
         raise ToolkitError(f"--anti {method} changes what the float model computes, by {max(changes):.1e} in the layer of "
                            f"{layer.linear_names[0]} (limit {IDENTITY:g}); use --anti m2 or leave --anti out", CHECK_FAILED)
@@ -134,11 +136,13 @@ def relative_change(x, before, after) -> float:
     return ((after - before).norm() / (before - x).norm().clamp(min=1e-30)).item()
 
 
-def quantise(layer, scheme: Scheme, keep: set[str], float_stream, stream, act_method: int, fraction: float):
+def quantise(layer, scheme: Scheme, keep: set[str], float_stream, stream, act_method: int, fraction: float, ranges=None):
     """Calibrate and quantise the linear layers that are not in `keep`.
 
-    float_stream: what the float model feeds the layer (for the choice of observers); stream: what the quantised layers
-    before it feed it. Afterwards layer.outputs are the samples' outputs as computed during calibration.
+    float_stream: what the float model feeds the layer, for the choice of observers; not needed with `ranges`
+    {linear layer: max |x| / standard deviation of its input}, by which act_method 3 chooses and which the others ignore.
+    stream: what the quantised layers before it feed it. Afterwards layer.outputs are the samples' outputs as computed
+    during calibration.
     -> ({name: tensor}, {name: kind}) as msmodelslim saves them.
     """
     from msmodelslim.pytorch.llm_ptq.llm_ptq_tools import Calibrator, QuantConfig
@@ -150,7 +154,7 @@ def quantise(layer, scheme: Scheme, keep: set[str], float_stream, stream, act_me
     config = QuantConfig(dev_type="cpu", mm_tensor=False, pr=1.0, disable_last_linear=False,
                          disable_names=sorted(keep), **settings)
     data = numbers(len(stream)) if scheme.calibrated else None
-    with private_directory() as work:
+    with private_directory() as work, known_ranges(ranges):
         layer.stream = float_stream
         calibrator = Calibrator(layer, config, calib_data=data, disable_level="L0")
         remember_weights(layer)
@@ -158,6 +162,21 @@ def quantise(layer, scheme: Scheme, keep: set[str], float_stream, stream, act_me
         calibrator.run()
         calibrator.save(str(work / "out"), save_type=["ascendV1"])
         return _saved(work / "out")
+
+
+@contextlib.contextmanager
+def known_ranges(ranges: dict[str, float] | None):
+    """msmodelslim takes input ranges that are known, or nobody asks for ({}), instead of running the float layer again."""
+    from msmodelslim.pytorch.llm_ptq.llm_ptq_tools import quant_tools
+    measure = quant_tools.get_features
+    if ranges is not None:
+        states = {name: {"t_max": torch.tensor(r), "t_min": torch.tensor(0.0), "std": torch.tensor(1.0)}
+                  for name, r in ranges.items()}
+        quant_tools.get_features = lambda *_: states
+    try:
+        yield
+    finally:
+        quant_tools.get_features = measure
 
 
 def remember_weights(layer):

@@ -181,6 +181,8 @@ def _layer(layer: str, kind: str, checkpoint: Checkpoint, dtype) -> Iterator[Fin
     wrong = [f"{layer}.{t} is {checkpoint.dtype(f'{layer}.{t}')}" for t in sorted(NEEDED.get(kind, set()) & TENSORS.keys())
              if checkpoint.dtype(f"{layer}.{t}") not in TENSORS[t][1]]
     yield from map(Finding, wrong)
+    if not wrong and "weight_scale" in NEEDED.get(kind, ()):
+        yield from _rows(layer, kind, *(checkpoint.tensor(f"{layer}.{t}").float() for t in ("weight_scale", "weight_offset")))
     if wrong or kind not in (*STATIC, "W8A8SC", "W8A8_MIX"):
         return
     read = {t: checkpoint.tensor(f"{layer}.{t}") for t in NEEDED[kind]}
@@ -189,6 +191,13 @@ def _layer(layer: str, kind: str, checkpoint: Checkpoint, dtype) -> Iterator[Fin
     yield from _scales(layer, read, dtype, rows=len(read["quant_bias"]))
     if kind != "W8A8SC":
         yield from _sums(layer, read)
+
+
+def _rows(layer: str, kind: str, scale: torch.Tensor, offset: torch.Tensor) -> Iterator[Finding]:
+    if not torch.isfinite(scale).all() or (scale <= 0).any():
+        yield Finding(f"{layer}.weight_scale has values that are zero, negative or not finite")
+    if kind == "W8A8_DYNAMIC" and offset.any():
+        yield Finding(f"{layer}.weight_offset is not zero, and int8 products have no place for it (w_sym=True)")
 
 
 def _scales(layer: str, t: dict, dtype, rows: int) -> Iterator[Finding]:
@@ -216,7 +225,7 @@ def _sums(layer: str, t: dict) -> Iterator[Finding]:
         yield Finding(f"{layer}.quant_bias is saturated (float16 underflow of deq_scale)")
     elif len(bias) != len(t["weight"]):
         yield Finding(f"{layer}.quant_bias has {len(bias)} values for {len(t['weight'])} rows")
-    elif (128 * t["weight"].to(torch.int32).abs().sum(1) + bias >= 2 ** 31).any():
+    elif (128 * t["weight"].float().abs_().sum(1).long() + bias >= 2 ** 31).any():
         yield Finding(f"{layer}: sums may overflow int32")
 
 

@@ -1,8 +1,9 @@
 """Tensor parallelism as pure arithmetic: which part of a decoder each of `size` devices holds.
 
 qkv, up and lm_head are split by rows (outputs), out and down by columns (inputs), so that one sum over the devices after
-out and one after down make every layer whole; their biases are in the first device's sum only. Embedding and norms are
-held by all. Devices beyond the number of key/value heads share one: each holds a copy of the head its queries use.
+out and one after down make every layer whole; their biases are in the first device's sum only (a quant_bias, which static
+int8 layers must have, is zero on the others). Embedding and norms are held by all. Devices beyond the number of key/value
+heads share one: each holds a copy of the head its queries use.
 """
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from itertools import accumulate
 import torch
 
 from models.base import DecoderConfig, Part, Weight
+from models.quantized import PIECE, SCALARS
 
 from .errors import ToolkitError
 
@@ -30,10 +32,6 @@ def check_split(family, size: int):
         fitting = [str(s) for s in SIZES if not _misfit(c, s)]
         raise ToolkitError(f"--tensor-parallel-size {size} does not divide {family.name}'s {', '.join(wrong)}; use "
                            f"{', '.join(fitting)}")
-    from models.quantized import find_description
-    if size > 1 and find_description(family.directory):
-        raise ToolkitError(f"--tensor-parallel-size {size}: a quantised checkpoint runs on one device only; leave the flag "
-                           "out, or give the float checkpoint")
 
 
 def _misfit(c: DecoderConfig, size: int) -> bool:
@@ -41,8 +39,8 @@ def _misfit(c: DecoderConfig, size: int) -> bool:
 
 
 def layer_kind(target: str) -> str:
-    """layers.3.qkv.weight -> qkv"""
-    return target.rsplit(".", 2)[-2]
+    """layers.3.qkv.weight, layers.3.qkv#256:W8A8.weight -> qkv"""
+    return target.rsplit(".", 2)[-2].partition("#")[0]
 
 
 @dataclass(frozen=True)
@@ -78,11 +76,18 @@ class Split:
         if part.target.startswith("vision.") or kind not in (*ROWS, *COLUMNS):
             return [part]
         if kind in ROWS:
-            return self._rows(weight, part, self._row_blocks(kind))
-        if part.target.endswith(".bias"):
-            return [part] * (self.rank == 0)
-        span = self._span(weight.shape[1])
-        return [replace(part, transform=_then(part.transform, lambda rows: rows[:, slice(*span)]))]
+            piece, blocks = PIECE.fullmatch(part.target), self._row_blocks(kind)
+            return [_rows_of_piece(part, piece, blocks)] if piece else self._rows(weight, part, blocks)
+        return self._columns(weight, part)
+
+    def _columns(self, weight, part) -> list[Part]:
+        tensor = part.target.rpartition(".")[2]
+        if tensor == "weight":
+            span = slice(*self._span(weight.shape[1]))
+            return [replace(part, transform=_then(part.transform, lambda rows: rows[:, span]))]
+        if self.rank and tensor == "quant_bias":        # a static layer must have one
+            return [replace(part, transform=torch.zeros_like)]
+        return [part] * (self.rank == 0 or tensor != "bias")
 
     def _rows(self, weight, part, blocks) -> list[Part]:
         """Parts of one source whose rows fall into `blocks`, the row ranges of the whole target that are wanted."""
@@ -117,6 +122,16 @@ class Split:
             return self._span(self.whole.kv_heads)
         head = self.rank * self.whole.kv_heads // self.size
         return head, head + 1
+
+
+def _rows_of_piece(part: Part, piece, blocks) -> Part:
+    """The rows of a quantised layer's piece that lie in `blocks`, ranges of the whole layer's rows; it begins behind those
+    of the pieces before it."""
+    name, first, kind, tensor = piece[1], int(piece[2]), piece[3], piece[4]
+    ranges = [(max(a - first, 0), b - first) for a, b in blocks if b > first]
+    part = replace(part, target=f"{name}#{sum(max(0, min(b, first) - a) for a, b in blocks)}:{kind}.{tensor}")
+    return part if tensor in SCALARS else replace(part, transform=_then(
+        part.transform, lambda rows: torch.cat([rows[a:b] for a, b in ranges])))
 
 
 def _then(first: Callable | None, second: Callable) -> Callable:

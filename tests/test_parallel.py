@@ -87,6 +87,22 @@ def test_engine_starts_and_ends_its_processes(expected):
     assert [worker.returncode for worker in workers] == [-signal.SIGKILL]
 
 
+QUANTISED = GOLDEN / "msmodelslim"
+
+
+@pytest.mark.parametrize("case", ["glm_f16_w8a8", "glm_f16_w8a8s", "glm_f16_w8a8_dynamic"])
+def test_quantised_folders(case):
+    """Static layers add up to the same integers; dynamic ones scale each device's channels on their own."""
+    data = np.load(QUANTISED / case / "golden.npz")
+    engine = Engine(QUANTISED / case, tensor_parallel_size=2, dtype="float32", max_model_len=64)
+    try:
+        found = engine.prefill_logits(engine.prompt_from_ids(data["ids"]))
+    finally:
+        engine.close()
+    error = np.linalg.norm(found - data["float32"]) / np.linalg.norm(data["float32"])
+    assert error < (0.05 if "dynamic" in case else 1e-5)
+
+
 # mistakes
 
 def test_refused_before_a_process_starts(capsys, monkeypatch):

@@ -201,6 +201,16 @@ def test_damaged_directories(damage, folder):
     assert fitting and fitting[0].stops == stops, found.found
 
 
+@pytest.mark.parametrize("tensor, value, message", [
+    ("weight_scale", 0, "weight_scale has values"), ("weight_scale", float("nan"), "weight_scale has values"),
+    ("weight_offset", 3, "weight_offset is not zero")])
+def test_damaged_rows_of_a_dynamic_layer(tensor, value, message, folder):
+    f = folder("glm_f16_w8a8_dynamic")
+    changed(f"{LAYER}.{tensor}", 5, value)(f)
+    (found,) = f.write().problems
+    assert message in found
+
+
 def test_mixed_up_compressed_layout(folder):
     f = folder("glm_f16_w8a8s")
     sparse_compressed(f)

@@ -102,6 +102,16 @@ def test_logits_of_integer_arithmetic(case, ops):
     assert relative(prefill(open_engine(GOLDEN / case, ops=ops), data["ids"]), data["float32"]) < SAME_ARITHMETIC
 
 
+@pytest.mark.parametrize("case", ["glm_f16_w8a8", "glm_f16_w8a8s", "glm_f16_w8a8_dynamic"])
+def test_without_vnni(case, monkeypatch):
+    """oneDNN's 16-bit sums saturate on such CPUs; torch._int_mm computes instead."""
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    monkeypatch.setattr(torch.ops.onednn, "qlinear_pointwise", None)
+    data, engine = golden(case), open_engine(GOLDEN / case, ops="cpu")
+    assert isinstance(engine._runner.decoder.layers[0].out, Quantized)
+    assert relative(prefill(engine, data["ids"]), data["float32"]) < SAME_ARITHMETIC
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_recorded_logits_within_recorded_tolerance(case):
     """In the files' own dtype; half-precision rounding moves values to other steps, as it does inside msmodelslim."""

@@ -12,9 +12,11 @@ from models import family_of
 from models.base import Part, Weight
 from models.checkpoint import Checkpoint
 from models.decoder import Decoder, Step
+from models.quantized import PIECE, Description, Stacked, quantized_weights
+from quant.run import MemoryCheckpoint
 from runtime.cache import KVCache
 from runtime.errors import ToolkitError
-from runtime.loading import decoder_weights
+from runtime.loading import decoder_weights, load_rows
 from runtime.ops.npu import NpuOps
 from runtime.ops.reference import ReferenceOps
 from runtime.ops.socs import A2, P310
@@ -26,6 +28,7 @@ import cpu_kernels
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = ("visualglm", "glm4", "llava")
+MATRICES = ("qkv.weight", "out.weight", "up.weight", "down.weight")
 
 
 # weights
@@ -69,6 +72,60 @@ def test_weights_of_all_ranks_are_those_of_one(name, size):
         head = rank * c.heads // size * c.kv_heads // c.heads       # key/value head that this rank's first query uses
         rows = slice(head * d, (head + local.kv_heads) * d)
         assert torch.equal(mine[0], q.chunk(size)[rank]) and torch.equal(mine[1], k[rows]) and torch.equal(mine[2], v[rows])
+
+
+def quantised(family, kind, split):
+    """Every linear layer of `kind` with random tensors, loaded as one rank loads it."""
+    kinds = {row.source: kind for row in family.weights() if row.parts and row.parts[0].target.endswith(MATRICES)}
+    table = list(quantized_weights(family.weights(), Description(Path("a test"), kind, kinds)))
+    random = torch.Generator().manual_seed(0)
+    tensors = {row.source: torch.randint(1, 100, row.shape, generator=random, dtype=torch.int32) for row in table}
+    tensors = {n: t.to({"weight": torch.int8, "deq_scale": torch.int64}.get(n.rpartition(".")[2], torch.int32))
+               if n.removesuffix(n.rpartition(".")[2]) + "weight" in kinds else t.float() for n, t in tensors.items()}
+    tensors |= {n: torch.zeros_like(t) for n, t in tensors.items() if n.endswith("weight_offset")}
+    rows = [row for row in split.weights(table) if row.parts and PIECE.fullmatch(row.parts[0].target)]
+    return load_rows(MemoryCheckpoint(tensors), rows, torch.float32, "cpu", ReferenceOps())
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "glm_edge", "glm4v", "glm4/hf"])
+@pytest.mark.parametrize("kind", ["W8A8", "W8A8_DYNAMIC"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_quantised_weights_of_all_ranks_are_those_of_one(name, kind, size):
+    """Rows with their scales and biases; quant_bias of a sum over devices on the first one only."""
+    family = family_of(GOLDEN / name)
+    c, d = family.decoder, family.decoder.head_dim
+    whole = quantised(family, kind, Split(c))
+    parts = [quantised(family, kind, Split(c, size, rank)) for rank in range(size)]
+    for layer in ("layers.0.out", f"layers.{c.layers - 1}.down"):
+        one, all_ = flat(whole[layer]), [flat(part[layer]) for part in parts]
+        assert torch.equal(torch.cat([part.weight for part in all_], 1), one.weight)
+        assert all(torch.equal(part.scale, one.scale) and part.input_scale == one.input_scale for part in all_)
+        if one.static:
+            assert [part.bias.any().item() for part in all_] == [True] + [False] * (size - 1)
+        assert one.bias is None or torch.equal(all_[0].bias, one.bias)
+    halves = 2 if c.activation == "swiglu" else 1
+    for tensor in ("weight", "scale", "bias"):
+        one, up = (getattr(flat(whole[f"layers.0.{layer}"]), tensor) for layer in ("qkv", "up"))
+        if one is None:
+            continue
+        q, k, v = one.split([c.heads * d, c.kv_heads * d, c.kv_heads * d])
+        for rank, part in enumerate(parts):
+            head, local = rank * c.heads // size * c.kv_heads // c.heads, Split(c, size, rank).config
+            rows = slice(head * d, (head + local.kv_heads) * d)
+            mine = getattr(flat(part["layers.0.qkv"]), tensor)
+            assert torch.equal(mine, torch.cat((q.chunk(size)[rank], k[rows], v[rows])))
+            if up is not None:
+                mine = getattr(flat(part["layers.0.up"]), tensor)
+                assert torch.equal(mine, torch.cat([half.chunk(size)[rank] for half in up.chunk(halves)]))
+
+
+def flat(layer):
+    """Layers that stayed apart because their scales differ, as one (of the first one's scales)."""
+    if not isinstance(layer, Stacked):
+        return layer
+    together = {name: torch.cat([getattr(part, name) for part in layer.parts]) for name in ("weight", "scale", "bias")
+                if layer.parts[0].bias is not None or name != "bias"}
+    return replace(layer.parts[0], **together)
 
 
 @pytest.mark.parametrize("name", ["visualglm", "glm4", "llava", "glm_edge"])
@@ -121,15 +178,6 @@ def test_refusals(changes, size, wrong):
     family.decoder = replace(family.decoder, **changes)
     with pytest.raises(ToolkitError, match=f"--tensor-parallel-size {size} does not divide glm-4's {wrong}; use 1"):
         check_split(family, size)
-
-
-def test_quantised_checkpoint_is_refused(tmp_path):
-    family = family_of(GOLDEN / "glm4")
-    family.directory = tmp_path
-    (tmp_path / "quant_model_description.json").write_text('{"model_quant_type": "W8A8"}')
-    with pytest.raises(ToolkitError, match="a quantised checkpoint runs on one device only"):
-        check_split(family, 2)
-    check_split(family, 1)
 
 
 # the places of the collectives on the NPU operators
