@@ -74,6 +74,10 @@ bench-export: setup  ## MODEL=checkpoint: time and peak memory of the vision exp
 	@test -n "$(MODEL)" || { echo "usage: make bench-export MODEL=/path/to/checkpoint"; exit 2; }
 	@$(PY) benchmarks/bench_export.py --model "$(MODEL)"
 
+bench-decode: setup  ## MODEL=checkpoint [WEIGHTS=int8] [BATCH=1,8]: where the time of a token goes on this CPU
+	@test -n "$(MODEL)" || { echo "usage: make bench-decode MODEL=/path/to/checkpoint [WEIGHTS=float|int8|int4] [BATCH=1,8]"; exit 2; }
+	@$(PY) benchmarks/bench_decode.py --model "$(MODEL)" --cpu-weights "$(or $(WEIGHTS),float)" --batch "$(or $(BATCH),1)"
+
 chat: setup  ## MODEL=checkpoint: interactive chat
 	@test -n "$(MODEL)" || { echo "usage: make chat MODEL=/path/to/checkpoint"; exit 2; }
 	@$(PY) -m runtime.chat --model "$(MODEL)"
@@ -94,4 +98,4 @@ clean:  ## remove what demo and tests wrote
 
 comma := ,
 .PHONY: help setup demo test test-npu lint convert chat bench compare doctor clean bench-export \
-	bench-quant quant-w8a8 quant-w8a8s convert-visualglm convert-glm4v convert-llava convert-glm-edge-v
+	bench-decode bench-quant quant-w8a8 quant-w8a8s convert-visualglm convert-glm4v convert-llava convert-glm-edge-v
