@@ -103,6 +103,10 @@ hostile: setup  ## 20,000 hostile requests to a service of its own, on loopback:
 overload: setup  ## 10 minutes of requests at twice the rate that a service of its own can keep up with
 	@$(PY) benchmarks/overload.py
 
+bench-decode: setup  ## MODEL=checkpoint [WEIGHTS=int8] [BATCH=1,8]: where the time of a token goes on this CPU
+	@test -n "$(MODEL)" || { echo "usage: make bench-decode MODEL=/path/to/checkpoint [WEIGHTS=float|int8|int4] [BATCH=1,8]"; exit 2; }
+	@$(PY) benchmarks/bench_decode.py --model "$(MODEL)" --cpu-weights "$(or $(WEIGHTS),float)" --batch "$(or $(BATCH),1)"
+
 chat: setup  ## MODEL=checkpoint: interactive chat
 	@test -n "$(MODEL)" || { echo "usage: make chat MODEL=/path/to/checkpoint"; exit 2; }
 	@$(PY) -m runtime.chat --model "$(MODEL)"
@@ -123,4 +127,5 @@ clean:  ## remove what demo and tests wrote
 
 comma := ,
 .PHONY: help setup demo test test-npu test-ui test-ray lint convert chat bench compare doctor clean hostile overload \
-	bench-export bench-peers bench-quant quant-w8a8 quant-w8a8s convert-visualglm convert-glm4v convert-llava convert-glm-edge-v
+	bench-decode bench-export bench-peers bench-quant quant-w8a8 quant-w8a8s convert-visualglm convert-glm4v convert-llava \
+	convert-glm-edge-v

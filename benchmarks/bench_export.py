@@ -37,9 +37,9 @@ def plain(model: str, out: Path):
 
     from models import family_of
     from models.checkpoint import Checkpoint
-    from runtime.vision import TorchVision
+    from runtime.vision import plain_tower
     family = family_of(model)
-    tower = TorchVision(family, Checkpoint(model)).tower
+    tower = plain_tower(family, Checkpoint(model), torch.float32)
     pixels = torch.zeros(family.vision.input_shape)
     path = out / "files" / "vision.onnx"
     path.parent.mkdir()

@@ -32,11 +32,11 @@ class Dense(nn.Module):
 
 
 class Attention(nn.Module):
-    """Bidirectional multi-head attention; `context_width` is the width of the keys' source where it differs."""
+    """Bidirectional multi-head attention; `context_width` is the width of the keys' source where that is another one."""
 
     def __init__(self, width: int, heads: int, context_width: int | None = None):
         super().__init__()
-        self.heads, self.head_dim = heads, width // heads
+        self.heads, self.head_dim, self.crossed = heads, width // heads, context_width is not None
         self.q = Dense(width, width)
         self.k = Dense(context_width or width, width)
         self.v = Dense(context_width or width, width)

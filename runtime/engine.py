@@ -288,7 +288,7 @@ class Engine:
         if self._vision is None:
             from .vision import open_session
             self._vision = open_session(self.options.vision, self.family, self.checkpoint, self.options.artifact,
-                                        device=self.options.device)
+                                        device=self.options.device, precision=self.options.vision_precision)
         return self._vision
 
     def _run(self, requests):

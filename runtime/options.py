@@ -95,6 +95,8 @@ class EngineOptions:
     dtype: str = flag("weights and arithmetic of the decoder: auto, float32 (fp32), bfloat16 (bf16), float16 (fp16)",
                       default="auto", metavar="DTYPE")
     vision: str = flag("what runs the vision encoder", default="auto", choices=("auto", "onnx", "torch", "om"))
+    vision_precision: str = flag("CPU: products of the vision encoder; bf16 and int8 run in torch and are checked against "
+                                 "fp32 first", default="fp32", choices=("fp32", "bf16", "int8"))
     artifact: str | None = flag("folder written by `python -m convert`, or an .om file; without it the model is looked up "
                                 "in the cache and converted once", default=None, metavar="PATH")
     ops: str = flag("decoder operators: reference is plain torch, the yardstick of the others", default="auto",
@@ -133,6 +135,8 @@ class EngineOptions:
         require(self, "keep_dtype", not self.keep_dtype or (self.device == "cpu" and self.cpu_weights == "float"
                                                             and self.tensor_parallel_size == 1),
                 "it needs --device cpu, --cpu-weights float and one process")
+        require(self, "vision_precision", self.vision_precision == "fp32" or self.vision in ("auto", "torch"),
+                f"--vision {self.vision} runs what was converted; use --vision torch")
         require(self, "block_size", self.block_size is None or self.block_size >= 1,
                 "1 or more is needed, e.g. 16")
         for name in ("max_num_seqs", "max_num_batched_tokens"):

@@ -25,6 +25,7 @@ if TYPE_CHECKING:       # `--help` does without torch
 SEQUENCES = 8           # decoded together when --max-num-seqs is not given
 MOST_TOKENS = 8192      # longest sequence when --max-model-len is not given, whatever the model could
 SMALL = 2 << 30         # decoders up to this many fp32 bytes run in float32 on the CPU; larger ones in bfloat16
+VISION_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}        # per weight of the encoder on the CPU
 RELEASED = Path(__file__).parents[1] / "models" / "released"
 
 
@@ -138,7 +139,8 @@ def plan_engine(family, dtype: str, longest: int, options, free: int | None) -> 
     wanted = options.cache_tokens or max(longest, (options.max_num_seqs or SEQUENCES) * longest)
     plan = make_plan(family, dtype, wanted, options.tensor_parallel_size, options.cpu_weights, options.layer_by_layer)
     if options.device == "cpu":
-        plan = replace(plan, vision=4 * vision_parameters(family) * (options.vision != "om"))
+        encoder = VISION_BYTES[options.vision_precision] * vision_parameters(family)
+        plan = replace(plan, vision=encoder * (options.vision != "om"))
     else:
         plan = on_npu(plan, family, longest, vision="npu" in options.device and options.vision in ("auto", "om"))
     if free is None:

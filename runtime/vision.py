@@ -48,23 +48,26 @@ class VisionSession:
 
 
 class TorchVision(VisionSession):
-    """The family's own module on the CPU, weights streamed from the checkpoint as `dtype`."""
+    """The family's own module on the CPU, its layers packed for products in `precision`: fp32, bf16 or int8. The last two
+    are checked against float32 on a test picture."""
     stage = "torch vision encoder"
 
-    def __init__(self, family: Family, checkpoint: Checkpoint, dtype=None):
+    def __init__(self, family: Family, checkpoint: Checkpoint, precision: str = "fp32"):
         import torch
+
+        from .tower import pack, pack_checked
         super().__init__(family.vision)
-        self.torch, self.dtype, self.source = torch, dtype or torch.float32, checkpoint.directory
-        with torch.device("meta"):
-            self.tower = family.vision_encoder().eval().requires_grad_(False)
-        self.tower.load_state_dict(_tower_weights(family, checkpoint, self.dtype), assign=True)
+        self.torch, self.precision, self.source = torch, precision, checkpoint.directory
+        with torch.inference_mode():
+            tower = plain_tower(family, checkpoint)
+            self.tower = pack(tower, "fp32") if precision == "fp32" else pack_checked(tower, precision, self.spec.input_shape)
 
     def _encode(self, pixels):
         with self.torch.inference_mode():
-            return self.tower(self.torch.from_numpy(pixels).to(self.dtype)).float().numpy()
+            return self.tower(self.torch.from_numpy(pixels)).float().numpy()
 
     def describe(self):
-        return f"vision: torch {self.torch.__version__} CPU, {str(self.dtype).split('.')[-1]}, weights of {self.source}"
+        return f"vision: torch {self.torch.__version__} CPU, {self.precision}, weights of {self.source}"
 
 
 class OnnxVision(VisionSession):
@@ -92,16 +95,17 @@ class OnnxVision(VisionSession):
         return f"vision: onnxruntime {self.version} CPU, fp32, artifact {self.directory}"
 
 
-def open_session(kind: str, family: Family, checkpoint: Checkpoint, artifact=None,
-                 threads: int | None = None, device: str = "cpu") -> VisionSession:
-    """Session of `kind`: "torch", "onnx", "om" or "auto" (om where an NPU and a fitting .om are, else onnx).
+def open_session(kind: str, family: Family, checkpoint: Checkpoint, artifact=None, threads: int | None = None,
+                 device: str = "cpu", precision: str = "fp32") -> VisionSession:
+    """Session of `kind`: "torch", "onnx", "om" or "auto" (om where an NPU and a fitting .om are, else onnx; torch for a
+    `precision` other than fp32).
 
     Without `artifact` the cached one is used. An om runs on the NPU of `device`, with the decoder on the CPU on npu:0.
     """
     if family.vision is None:
         raise ToolkitError(f"{family.name} takes no pictures; leave the picture out")
-    if kind == "torch":
-        return TorchVision(family, checkpoint)
+    if kind == "torch" or precision != "fp32":
+        return TorchVision(family, checkpoint, precision)
     om = _wanted_om(kind, family, checkpoint, artifact)
     if om is None:
         return OnnxVision(ensure(family, checkpoint, artifact), family.vision, threads)
@@ -134,9 +138,14 @@ def _wanted_om(kind, family, checkpoint, artifact):
     return om if kind == "om" or om and (om.verified or named) else None
 
 
-def _tower_weights(family: Family, checkpoint: Checkpoint, dtype) -> dict:
-    from .progress import byte_progress
-    with byte_progress("loading vision weights") as update:
-        return {name.removeprefix("vision."): tensor for name, tensor
-                in checkpoint.assemble(family.weights(), prefix="vision.", dtype=dtype, progress=update)}
+def plain_tower(family: Family, checkpoint: Checkpoint, dtype=None):
+    """The family's module with the checkpoint's weights, as stored or as `dtype`."""
+    import torch
 
+    from .progress import byte_progress
+    with torch.device("meta"):
+        tower = family.vision_encoder().eval().requires_grad_(False)
+    with byte_progress("loading vision weights") as update:
+        tower.load_state_dict({name.removeprefix("vision."): tensor for name, tensor in checkpoint.assemble(
+            family.weights(), prefix="vision.", dtype=dtype, progress=update)}, assign=True)
+    return tower

@@ -65,11 +65,15 @@ def test_zeros_stay_zero(form):
     assert (y[0] == 0).all() and y[1, 3].abs() < 256 * 16 * SMALLEST and y[1].abs().max() > 1
 
 
-def test_int4_in_pieces_of_rows(monkeypatch):
-    weight, x = gaussian(320, 2 * GROUP), gaussian(3, 2 * GROUP, seed=1)
-    whole = Int4Weight.from_tensors(Int4Weight.tensors(weight))(x, None)
+@pytest.mark.parametrize("form", COSINE)
+def test_rounding_and_packing_in_pieces_of_rows(form, monkeypatch):
+    weight, x = gaussian(320, 2 * GROUP).bfloat16(), gaussian(3, 2 * GROUP, seed=1)
+    stored = form.tensors(weight)
+    whole = form.from_tensors(stored)(x, None)
     monkeypatch.setattr("runtime.ops.packed.ROWS", 128)
-    assert torch.equal(Int4Weight.from_tensors(Int4Weight.tensors(weight))(x, None), whole)
+    for name, tensor in form.tensors(weight).items():
+        assert torch.equal(tensor, stored[name]) and tensor.is_contiguous()
+    assert torch.equal(form.from_tensors(stored)(x, None), whole)
 
 
 @pytest.mark.parametrize("shape", [(PIECE + 192, 256), (48, 256)])     # pieces; rows that fill no block

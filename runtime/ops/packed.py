@@ -8,7 +8,7 @@ which is slow in float32, and in anything for many tokens: then a piece of the w
 import torch
 
 GROUP = 128
-ROWS = 4096             # of an int4 weight packed at a time
+ROWS = 4096             # of a weight rounded or packed at a time: heads are large
 PIECE = 1024            # rows of it that are made bfloat16 at a time, for MANY tokens or more (measured: as quick at 56)
 MANY = 64
 BLOCK = {"AVX512": 64, "AVX2": 32}      # rows that torch interleaves: row j in the low bits, j + BLOCK / 2 in the high ones
@@ -26,9 +26,10 @@ class Int8Weight:
 
     @staticmethod
     def tensors(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        weight = weight.float()
-        scale = weight.abs().amax(1).clamp_(min=SMALLEST) / 127
-        return {"int8": (weight / scale[:, None]).round_().to(torch.int8), "scale": scale}
+        scale = weight.abs().amax(1).float().clamp_(min=SMALLEST) / 127
+        rows = [(part.float() / of[:, None]).round_().to(torch.int8)
+                for part, of in zip(weight.split(ROWS), scale.split(ROWS))]
+        return {"int8": torch.cat(rows), "scale": scale}
 
     @classmethod
     def from_tensors(cls, stored: dict):
@@ -59,13 +60,8 @@ class Int4Weight:
 
     @staticmethod
     def tensors(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        groups = weight.float().unflatten(1, (-1, GROUP))
-        low, high = groups.amin(-1), groups.amax(-1)
-        scale = ((high - low) / 15).clamp_(min=SMALLEST).bfloat16()
-        zero = (low + 8 * scale.float()).bfloat16()
-        q = (groups - zero.float()[..., None]).div_(scale.float()[..., None]).round_().add_(8).clamp_(0, 15)
-        q = q.to(torch.uint8).flatten(1)
-        return {"int4": q[:, ::2] | q[:, 1::2] << 4, "scales": torch.stack((scale, zero), -1).transpose(0, 1).contiguous()}
+        q, scales = zip(*map(_rounded_to_4_bits, weight.split(ROWS)))
+        return {"int4": torch.cat(q), "scales": torch.cat(scales, 1)}
 
     @classmethod
     def from_tensors(cls, stored: dict):
@@ -93,3 +89,14 @@ class Int4Weight:
         q = torch.stack((blocks & 15, blocks >> 4), 2).view(torch.int8).sub_(8).bfloat16().view(-1, GROUP, rows)
         scale, zero = scales[:, None].unbind(-1)
         return torch.addcmul(zero.contiguous(), q, scale.contiguous()).view(k, rows)
+
+
+def _rounded_to_4_bits(weight):
+    """Rows [n, k] -> q and scales as Int4Weight takes them."""
+    groups = weight.float().unflatten(1, (-1, GROUP))
+    low, high = groups.amin(-1), groups.amax(-1)
+    scale = ((high - low) / 15).clamp_(min=SMALLEST).bfloat16()
+    zero = (low + 8 * scale.float()).bfloat16()
+    q = (groups - zero.float()[..., None]).div_(scale.float()[..., None]).round_().add_(8).clamp_(0, 15)
+    q = q.to(torch.uint8).flatten(1)
+    return q[:, ::2] | q[:, 1::2] << 4, torch.stack((scale, zero), -1).transpose(0, 1).contiguous()
