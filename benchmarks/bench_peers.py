@@ -2,7 +2,7 @@
 
     python benchmarks/bench_peers.py --model glm-edge-1.5b [--rounds 3] [--only ours,openvino] [--work FOLDER] [--fresh]
 
-Every measurement is a process of its own that loads, warms up and is timed once, on pinned threads; a round runs all
+Every measurement is a process of its own that loads, warms up and is timed, on pinned threads; a round runs all
 configurations one after another, with the memory bandwidth read in between. Each is kept in FOLDER/runs.jsonl as it
 comes: a run that was stopped goes on, a configuration that fails is named with its reason and the others go on.
 FOLDER/peers.md and peers.json hold the tables. --rounds 0 only makes environments and models.
@@ -27,6 +27,7 @@ from runtime.errors import MISSING_COMPONENT, ToolkitError, run_command  # noqa:
 
 WORKERS, TIMEOUT, REPEATS = ROOT / "benchmarks/peers", 1800, 5
 PROBE = ("512", "5")            # MiB, repeats
+OPENMP = ("transformers", "llamacpp", "ours")       # the others pin their threads themselves
 
 
 def main(argv: list[str]) -> int:
@@ -99,19 +100,21 @@ def worker(entry, job: dict) -> tuple[dict, str | None]:
     job = {"seed": 0, **job, "variant": entry.variant, "batch": entry.batch, **dict(entry.extra)}
     command = [environment.python_of(entry.peer), WORKERS / f"run_{entry.peer}.py", json.dumps(job)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=pinned(job["threads"]),
-                              cwd=job["work"])
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, cwd=job["work"],
+                              env=threaded(job["threads"], bind=entry.peer in OPENMP and "new" in job))
     except subprocess.TimeoutExpired:
         return {}, f"took longer than {TIMEOUT} s"
     if done.returncode:
         return {}, f"failed (exit status {done.returncode}): {environment.last_line(done.stderr)}"
-    return json.loads(done.stdout.splitlines()[-1]), None
+    said = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    return (json.loads(said[-1]), None) if said else ({}, "printed no figures")
 
 
-def pinned(threads: int) -> dict:
-    """One OpenMP thread per core, each on its own; nothing is looked up on a hub."""
-    return os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_PROC_BIND": "true", "OMP_PLACES": "cores",
-                         "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+def threaded(threads: int, bind: bool) -> dict:
+    """Environment with so many OpenMP threads, `bind`: each on a core of its own (which other thread pools of the process
+    would inherit); nothing is looked up on a hub."""
+    places = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"} if bind else {}
+    return os.environ | places | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def measured(entry, told, number: int, probe, weights: int | None) -> dict:
@@ -152,7 +155,8 @@ class Probe:
         subprocess.run(["gcc", "-O3", "-march=native", "-fopenmp", WORKERS / "bandwidth.c", "-o", self.program], check=True)
 
     def read(self) -> float:
-        said = subprocess.run([self.program, *PROBE], capture_output=True, text=True, check=True, env=pinned(self.threads))
+        said = subprocess.run([self.program, *PROBE], capture_output=True, text=True, check=True,
+                              env=threaded(self.threads, bind=True))
         return max(map(float, said.stdout.split())) * 1e9
 
 

@@ -1,7 +1,8 @@
 """`python -m runtime.bench`: how fast a model is here.
 
 A checkpoint and lengths flow in. The grid of the VisualGLM guide (default) flows out as one csv per batch size with the
-guide's header, bench.json and bench.png; --perf gives the `***Perf Info***` of the vllm_utils guides, --demo an answer.
+guide's header, bench.json, bench.png and bench.html; --perf gives the `***Perf Info***` of the vllm_utils guides, --demo an
+answer.
 """
 import csv
 import json
@@ -9,11 +10,12 @@ import platform
 import resource
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 
-from .errors import ToolkitError, run_command
+from .errors import INTERRUPTED, ToolkitError, run_command
 from .options import EngineOptions, InputOptions, Parser, SamplingParams, check_pictures, flag, require
 from .questions import content
 
@@ -65,7 +67,7 @@ def main(argv: list[str]) -> int:
     elif options.perf:
         perf(engine, options, folder)
     else:
-        grid(engine, options, folder)
+        return grid(engine, options, folder)
     return 0
 
 
@@ -85,56 +87,68 @@ def demo(engine, options):
 
 
 def perf(engine, options, folder: Path):
-    """The guides' csv: every argument, then every figure, as Key,Value; named after the time."""
+    """The guides' csv: every argument, then every figure, as Key,Value; named after the time. A json beside it has the
+    figures as numbers, under vLLM's names."""
     from . import load
-    words = Words(engine, options)
+    from .artifact import write_atomically
+    words, output = Words(engine, options), options.outputs[0]
     load.run(engine, words.prompts(1, options.inputs[0]), 1)
-    lines = load.run(engine, words.prompts(options.num_prompts, options.inputs[0]), options.outputs[0])
+    prompts = words.prompts(options.num_prompts, options.inputs[0])
+    with token_progress(sum(len(prompt.ids) + output for prompt in prompts)) as (_, advance):
+        lines = load.run(engine, prompts, output, advance)
     info = load.perf_info(lines)
     print("\n***Perf Info***\n" + json.dumps(info, indent=4))
     rows = [("Key", "Value"), *((k, v) for k, v in asdict(options).items()), *info.items()]
     path = folder / f"{time.strftime('%Y%m%d%H%M%S')}.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
-    print(f"written: {path}", file=sys.stderr)
+    write_atomically(path.with_suffix(".json"), json.dumps(asdict(options) | load.serving_figures(lines), indent=2) + "\n")
+    print(f"peak memory: {peak_bytes() / 2**30:.2f} GiB on the host\nwritten: {path} and .json", file=sys.stderr)
 
 
-def grid(engine, options, folder: Path):
-    """Rows are written as they are measured, so that Ctrl-C keeps them."""
-    from rich.console import Console
-    cases = [case for case in product(options.batches, options.inputs, options.outputs)
-             if sum(case[1:]) <= engine.max_model_len]
+def grid(engine, options, folder: Path) -> int:
+    """Rows are written as they are measured, so that Ctrl-C keeps them. The exit code."""
+    words = Words(engine, options)
+    inputs = words.lengths(options.inputs)
+    cases = [case for case in product(options.batches, inputs, options.outputs) if sum(case[1:]) <= engine.max_model_len]
     if not cases:
-        raise ToolkitError(f"no case fits: the shortest has {min(options.inputs) + min(options.outputs)} tokens, the limit "
+        raise ToolkitError(f"no case fits: the shortest has {min(inputs) + min(options.outputs)} tokens, the limit "
                            f"is {engine.max_model_len}; lower --input-len or --output-len")
-    rows, console = [], Console(stderr=True)
+    rows = []
     try:
-        for row in measured(engine, options, cases, console):
+        for row in measured(engine, words, cases):
             rows.append(row)
             append_csv(folder / f"{row['batch']}_batch_performance_{engine.family.name}.csv", row, engine.max_model_len,
                        fresh=sum(r["batch"] == row["batch"] for r in rows) == 1)
     except KeyboardInterrupt:
-        console.print(f"stopped after {len(rows)} of {len(cases)} cases; finished rows are kept")
+        print(f"stopped after {len(rows)} of {len(cases)} cases; finished rows are kept", file=sys.stderr)
     if rows:
-        finish(engine, options, folder, rows)
+        finish(engine, options, folder, rows, len(cases))
+    return 0 if len(rows) == len(cases) else INTERRUPTED
 
 
-def measured(engine, options, cases, console):
+def measured(engine, words, cases):
     """Yields a row per case."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from . import load
-    words = Words(engine, options)
-    load.run(engine, words.prompts(1, min(options.inputs)), WARM_UP)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=sum(b * (i + o) for b, i, o in cases))        # tokens: cases differ a hundredfold
+    load.run(engine, words.prompts(1, cases[0][1]), WARM_UP)
+    with token_progress(sum(b * (i + o) for b, i, o in cases)) as (title, advance):
         for batch, inputs, outputs in cases:
-            bar.update(task, description=f"batch {batch}, {inputs} in, {outputs} out")
-            lines = load.run(engine, words.prompts(batch, inputs), outputs)
+            title(f"batch {batch}, {inputs} in, {outputs} out")
+            lines = load.run(engine, words.prompts(batch, inputs), outputs, advance)
             yield {"batch": batch, "input": lines[0].input_tokens, "output": outputs, **load.case_figures(lines),
                    **load.serving_figures(lines)}
-            bar.advance(task, batch * (inputs + outputs))
+
+
+@contextmanager
+def token_progress(total: int):
+    """Yields title(text) and advance(tokens): a bar with the time left, in tokens because cases differ a hundredfold."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+        yield (lambda text: bar.update(task, description=text)), (lambda tokens: bar.advance(task, tokens))
 
 
 class Words:
@@ -147,8 +161,12 @@ class Words:
     def prompts(self, count: int, length: int) -> list:
         from . import load
         if self.pictures:
-            return load.picture_prompts(self.engine, self.pictures[0], count, self.rng)
+            return load.picture_prompts(self.engine, self.pictures, count, self.rng)
         return load.text_prompts(self.engine, count, length, self.rng)
+
+    def lengths(self, asked: list[int]) -> list[int]:
+        """Of the prompts: a question about a picture has one, whatever was asked for."""
+        return [len(self.prompts(1, 0)[0].ids)] if self.pictures else asked
 
 
 def append_csv(path: Path, row: dict, longest: int, fresh: bool):
@@ -158,52 +176,23 @@ def append_csv(path: Path, row: dict, longest: int, fresh: bool):
         csv.writer(file).writerows(([HEADER] if fresh else []) + [values])
 
 
-def finish(engine, options, folder: Path, rows: list[dict]):
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def finish(engine, options, folder: Path, rows: list[dict], cases: int):
     from .artifact import write_atomically
+    from .bench_page import page, plot, show
     found = {"model": options.model, "family": engine.family.name, "lines": engine.describe(),
              "memory": engine.plan.describe(),
-             "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "machine": platform.platform(),
-             "warm_up": f"{WARM_UP} tokens, not counted", "rows": rows}
+             "peak_host_bytes": peak_bytes(), "machine": platform.platform(), "date": time.strftime("%F %T"),
+             "warm_up": f"{WARM_UP} tokens, not counted", "cases": cases, "finished": len(rows), "rows": rows}
     write_atomically(folder / "bench.json", json.dumps(found, indent=2) + "\n")
     plot(rows, folder / "bench.png")
+    write_atomically(folder / "bench.html", page(found, folder / "bench.png"))
     show(rows)
     print(f"peak memory: {found['peak_host_bytes'] / 2**30:.2f} GiB on the host\nwritten: {folder / 'bench.json'}, bench.png, "
-          f"*_batch_performance_{engine.family.name}.csv", file=sys.stderr)
-
-
-def show(rows: list[dict]):
-    """Averages per batch size over the grid."""
-    from rich.console import Console
-    from rich.table import Table
-    table = Table("batch", "cases", "first token ms", "per token ms", "tokens/s each", "tokens/s together", "picture ms")
-    for batch in sorted({row["batch"] for row in rows}):
-        mine = [row for row in rows if row["batch"] == batch]
-        def mean(name, mine=mine):
-            values = [row[name] for row in mine if row[name] is not None]
-            return f"{sum(values) / len(values):.2f}" if values else "-"
-        table.add_row(str(batch), str(len(mine)), *map(mean, ("FirstTokenTime(ms)", "TimePerTokens(ms)",
-                      "TokensPerSecond(ms)", "output_throughput", "vision_encode_ms")))
-    Console().print(table)
-
-
-def plot(rows: list[dict], path: Path):
-    """First token over the prompt's length, and time per token over the whole length, per batch size."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
-    for batch in sorted({row["batch"] for row in rows}):
-        mine = [row for row in rows if row["batch"] == batch]
-        left.plot([r["input"] for r in mine], [r["FirstTokenTime(ms)"] for r in mine], "o", label=f"batch {batch}")
-        several = [r for r in mine if r["TimePerTokens(ms)"] is not None]
-        right.plot([r["input"] + r["output"] for r in several], [r["TimePerTokens(ms)"] for r in several], "o",
-                   label=f"batch {batch}")
-    for axes, x, y in ((left, "prompt, tokens", "first token, ms"), (right, "prompt + answer, tokens", "per token, ms")):
-        axes.set(xlabel=x, ylabel=y, xscale="log")
-        axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+          f"bench.html, *_batch_performance_{engine.family.name}.csv", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from .questions import content
 FILLER = ("The harbour was quiet in the morning; boats lay beside the pier and gulls waited for bread. "
           "清晨的港口很安静，渔船停在码头旁边，海鸥等着有人撒面包。")
 QUESTION = "描述这张图片。"
-PERCENTILES = (50, 90, 99)
+PERCENTILES = (50, 90, 95, 99)
+SPREAD = {"mean": np.mean, "median": np.median, "std": np.std}
 
 
 @dataclass
@@ -41,18 +42,20 @@ def text_prompts(engine, count: int, length: int, rng: np.random.Generator) -> l
     return [engine.prompt_from_ids(np.concatenate((head, rng.choice(words, room), tail))) for _ in range(count)]
 
 
-def picture_prompts(engine, picture, count: int, rng: np.random.Generator) -> list:
-    """The same question about `count` pictures that differ in one pixel, so that each is encoded."""
+def picture_prompts(engine, pictures, count: int, rng: np.random.Generator) -> list:
+    """The same question about `count` pictures, the given ones in turn with one pixel changed, so that each is encoded."""
     from models.image import open_image
-    image, prompts = open_image(picture), []
-    for _ in range(count):
+    images, prompts = [open_image(picture) for picture in pictures], []
+    for i in range(count):
+        image = images[i % len(images)]
         image.putpixel((0, 0), tuple(int(v) for v in rng.integers(0, 256, 3)))
         prompts.append(engine.prompt([{"role": "user", "content": content(QUESTION, [image.copy()])}]))
     return prompts
 
 
-def run(engine, prompts: list, output_tokens: int) -> list[Timeline]:
-    """Decode all prompts together, greedily, each to exactly `output_tokens`."""
+def run(engine, prompts: list, output_tokens: int, progress=lambda tokens: None) -> list[Timeline]:
+    """Decode all prompts together, greedily, each to exactly `output_tokens`; progress(tokens of prompts and answers that
+    have been computed since the last call)."""
     params = SamplingParams(max_tokens=output_tokens, temperature=0, repetition_penalty=1.0, ignore_eos=True)
     start = time.perf_counter()
     requests = [engine.add(prompt, params) for prompt in prompts]
@@ -62,7 +65,9 @@ def run(engine, prompts: list, output_tokens: int) -> list[Timeline]:
             for request, _ in engine.step():
                 if request.error:
                     raise request.error
-                lines[id(request)].tokens.append(time.perf_counter() - start)
+                line = lines[id(request)]
+                progress(1 if line.tokens else 1 + line.input_tokens)
+                line.tokens.append(time.perf_counter() - start)
     finally:
         for request in requests:
             engine.cancel(request)
@@ -94,7 +99,7 @@ def serving_figures(lines: list[Timeline]) -> dict:
              "vision_encode_ms": 1000 * float(np.mean([line.vision for line in lines]))}
     for name, values in spread.items():
         if values:
-            found[f"mean_{name}_ms"] = 1000 * float(np.mean(values))
+            found |= {f"{kind}_{name}_ms": 1000 * float(measure(values)) for kind, measure in SPREAD.items()}
             found |= {f"p{p}_{name}_ms": 1000 * float(np.percentile(values, p)) for p in PERCENTILES}
     return found
 

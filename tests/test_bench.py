@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from runtime import Engine, bench, load
-from runtime.errors import ToolkitError, run_command
+from runtime.errors import INTERRUPTED, ToolkitError, run_command
 from runtime.load import Timeline
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -52,6 +52,12 @@ def test_prompts_have_the_exact_length_and_differ(family):
         load.text_prompts(engine, 1, 2, np.random.default_rng(0))
 
 
+def test_progress_counts_every_token_of_prompts_and_answers():
+    engine, told = Engine(GOLDEN / "glm4", dtype="float32"), []
+    load.run(engine, load.text_prompts(engine, 2, 20, np.random.default_rng(0)), 3, told.append)
+    assert sum(told) == 2 * (20 + 3) and len(told) == 6
+
+
 def run(out, *argv, family="visualglm"):
     return run_command(bench.main, ["--model", str(GOLDEN / family), "--vision", "torch", "--out", str(out), *argv])
 
@@ -71,6 +77,11 @@ def test_grid(tmp_path, capsys):
     stored = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
     assert len(stored["rows"]) == 8 and stored["peak_host_bytes"] > 1e7 and (tmp_path / "bench.png").stat().st_size > 1000
     assert "per token" in capsys.readouterr().out
+    page = (tmp_path / "bench.html").read_text(encoding="utf-8")
+    assert "8 of 8 cases." in page and "data:image/png;base64,iVBOR" in page and page.count("<tr>") == 2 + 2 + 8
+    row = stored["rows"][-1]
+    assert {f"{kind}_{name}_ms" for kind in ("mean", "median", "std", "p50", "p90", "p95", "p99")
+            for name in ("ttft", "tpot", "itl", "e2el")} <= set(row)
 
 
 def test_interrupted_grid_keeps_its_rows(tmp_path, monkeypatch):
@@ -82,16 +93,17 @@ def test_interrupted_grid_keeps_its_rows(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*arguments)
     monkeypatch.setattr(load, "run", interrupted)
-    assert run(tmp_path, "--input-len", "16,20,24", "--output-len", "2") == 0
+    assert run(tmp_path, "--input-len", "16,20,24", "--output-len", "2") == INTERRUPTED
     assert len(rows(tmp_path / "1_batch_performance_visualglm.csv")) == 3
-    assert len(json.loads((tmp_path / "bench.json").read_text())["rows"]) == 2
+    stored = json.loads((tmp_path / "bench.json").read_text())
+    assert len(stored["rows"]) == stored["finished"] == 2 and stored["cases"] == 3
+    assert "2 of 3 cases: the run was stopped." in (tmp_path / "bench.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("family", PICTURES)
 def test_pictures_are_encoded_for_every_request(family, tmp_path):
     picture = str(GOLDEN / family / PICTURES[family])
-    assert run(tmp_path, "--batch-size", "2", "--image", picture, "--output-len", "3", "--input-len", "1",
-               family=family) == 0
+    assert run(tmp_path, "--batch-size", "2", "--image", picture, "--output-len", "3", family=family) == 0
     [row] = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert row["vision_encode_ms"] > 0 and row["input"] > 20
 
@@ -102,6 +114,8 @@ def test_perf(tmp_path, capsys):
     assert printed.startswith("\n***Perf Info***\n{\n    \"latency_num_prompts\": \"")
     [path] = tmp_path.glob("*.csv")
     table = dict(rows(path))
+    stored = json.loads(path.with_suffix(".json").read_text())
+    assert stored["completed"] == 3 and stored["p99_ttft_ms"] >= stored["median_ttft_ms"] > 0
     assert table["Key"] == "Value" and table["num_prompts"] == "3" and table["latency_per_token"].endswith(" ms")
 
 

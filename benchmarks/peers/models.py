@@ -46,7 +46,8 @@ LANGUAGE_TARGETS = (
 
 F32, BF16 = (("precision", "f32"),), (("precision", "bf16"),)
 ENCODERS = (Entry("onnxruntime", "float32"), Entry("openvino", "float32", extra=F32),
-            Entry("openvino", "bfloat16", extra=BF16), Entry("ours", "torch"), Entry("ours", "default"), Entry("ours", "int8"))
+            Entry("openvino", "bfloat16", extra=BF16), Entry("ours", "torch"), Entry("ours", "default"), Entry("ours", "bf16"),
+            Entry("ours", "int8"))
 ENCODER_TARGETS = (
     Target("image encode, int8 vs ORT fp32", 2.5, "encode_s", "ours int8", ("onnxruntime float32",)),
     Target("image encode, bf16/fp32 default vs torch eager fp32", 1.8, "encode_s", "ours default", ("ours torch",)))

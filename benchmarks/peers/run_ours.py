@@ -63,7 +63,7 @@ def encode(work, folder):
     from runtime import load
     dice = np.random.default_rng(work["seed"])
     picture = Image.fromarray(dice.integers(0, 256, (224, 224, 3), dtype=np.uint8))
-    prompts = iter(load.picture_prompts(engine, picture, 1 + work["repeats"], dice))
+    prompts = iter(load.picture_prompts(engine, [picture], 1 + work["repeats"], dice))
     seconds = job.median_time(lambda: engine.features(next(prompts)), work)
     return {"encode_s": seconds, "settings": "; ".join(engine.describe())}
 
