@@ -260,7 +260,6 @@ def svg(draw, *what) -> str:
 
 def draw(axes, series: list[list], limit: float | None = None):
     """One line per question over its tokens, logarithmic; red marks where a value is NaN."""
-    from matplotlib.ticker import LogFormatter
     for index, values in enumerate(series):
         place = range(1, len(values) + 1)
         axes.plot(place, [math.nan if v is None else max(v, FLOOR) for v in values], marker=".", markersize=4,
@@ -270,9 +269,16 @@ def draw(axes, series: list[list], limit: float | None = None):
     if limit:
         axes.axhline(limit, color="#c62828", linewidth=1, linestyle="--")
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(LogFormatter())      # plain 1e-04 as in the tables; 10⁻⁴ takes a second per plot
-    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.8)))
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_formatter(lambda y, _: power(y))       # 1e-04 as in the tables; 10⁻⁴ takes a second per plot
+    axes.yaxis.set_minor_formatter(lambda y, _: power(y) if high < 10 * low else "")
     axes.grid(True, alpha=0.25, linewidth=0.5)
+
+
+def power(value: float) -> str:
+    """Of a tick: "1e-04", "2.5e-04"."""
+    short = f"{value:.0e}"
+    return short if math.isclose(float(short), value, rel_tol=1e-6) else f"{value:.1e}"
 
 
 def draw_histogram(axes, histogram: dict):
