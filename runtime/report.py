@@ -167,6 +167,10 @@ def number(value: float | None) -> str:
     return "NaN" if value is None or math.isnan(value) else "0" if value == 0 else f"{value:.2e}"
 
 
+def decimals(form: str):
+    return lambda value: "NaN" if value is None else format(value, form)
+
+
 def percent(value: float) -> str:
     """Cut, not rounded: 100 % means all."""
     return f"{math.floor(value * 1000) / 10:g} %"
@@ -180,8 +184,7 @@ def html(found: dict, pictures: list[list]) -> str:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True,
                                      undefined=jinja2.StrictUndefined)
     environment.filters |= {"cosine": cosine, "number": number, "percent": percent, "visible": visible,
-                            "gain": lambda x: "NaN" if x is None else f"{x:.6f}", "limit": lambda x: f"{x:.4g}",
-                            "round4": lambda x: "NaN" if x is None else f"{x:.4f}"}
+                            "gain": decimals(".6f"), "limit": decimals(".4g"), "round4": decimals(".4f")}
     page = environment.from_string((templates / "compare.html").read_text(encoding="utf-8"))
     labels = json.loads((templates / "labels.json").read_text(encoding="utf-8"))
     both = {name: in_both(labels, name) for name in labels["en"] if name != "how_text"}
