@@ -21,10 +21,11 @@ BRANCH = {"attention_norm": "attention", "qkv": "attention", "out": "attention",
           "mlp_norm": "mlp", "up": "mlp", "down": "mlp"}
 
 
-def compared(model, tmp_path, reference=None, search=False, **engine):
+def compared(model, tmp_path, reference=None, max_tokens=4, search=False, layer_by_layer=False, **engine):
     """The findings of a short text question."""
     options = compare.CompareOptions(model=str(model), reference=str(reference or model), out=str(tmp_path),
-                                     prompt=["What is this?"], max_tokens=4, search=search)
+                                     prompt=["What is this?"], max_tokens=max_tokens, search=search,
+                                     layer_by_layer=layer_by_layer)
     settings = EngineOptions(**{"dtype": "float32", "vision": "torch", "max_model_len": 256} | engine)
     return compare.findings(options, settings, tmp_path)[0]
 
@@ -215,11 +216,8 @@ def test_layer_by_layer(family, tmp_path):
 def test_layer_by_layer_report(tmp_path):
     model = GOLDEN / "llava"
     bad = edited(model, tmp_path, scale(sources(family_of(model), "layers.1.down.weight")[0]))
-    argv = ["--reference", str(model), "--out", str(tmp_path / "out"), "--layer-by-layer", "--prompt", "What is this?",
-            "--max-tokens", "20", "--vision", "torch", "--dtype", "bfloat16"]
-    assert compare.main(["--model", str(model), *argv]) == 0
-    assert compare.main(["--model", str(bad), *argv]) == 1
-    found = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert compared(model, tmp_path, dtype="bfloat16", max_tokens=20, layer_by_layer=True)["passed"]
+    found = compared(bad, tmp_path, model, dtype="bfloat16", max_tokens=20, layer_by_layer=True)
     assert departed(found) == "layers.1.mlp" and found["stages"]["decode"]["rows"] == 20
 
 
