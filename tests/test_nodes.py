@@ -80,7 +80,7 @@ def change(graph, name, edit):
 def another_epsilon(graph):
     node = next(n for n in inside(graph, "blocks.1.mlp_norm") if n.op_type == "LayerNormalization")
     attribute = next(a for a in node.attribute if a.name == "epsilon")
-    attribute.f *= 10
+    attribute.f *= 1000         # ten times moves this tower's values by less than fp32 rounds
     return "blocks.1.mlp_norm"
 
 
