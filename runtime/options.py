@@ -132,9 +132,10 @@ class EngineOptions:
         require(self, "cpu_weights", self.cpu_weights == "float" or (self.device == "cpu" and self.ops != "reference"),
                 "it needs --device cpu, and --ops auto or cpu")
         self.keep_dtype = tuple(self.keep_dtype)
-        require(self, "keep_dtype", not self.keep_dtype or (self.device == "cpu" and self.cpu_weights == "float"
-                                                            and self.tensor_parallel_size == 1),
-                "it needs --device cpu, --cpu-weights float and one process")
+        plain = self.device == "cpu" and self.cpu_weights == "float" and self.tensor_parallel_size == 1
+        require(self, "keep_dtype", not self.keep_dtype or plain, "it needs --device cpu, --cpu-weights float and one process")
+        require(self, "layer_by_layer", not self.layer_by_layer or plain and not self.keep_dtype,
+                "it needs --device cpu, --cpu-weights float and one process, and no --keep-dtype")
         require(self, "vision_precision", self.vision_precision == "fp32" or self.vision in ("auto", "torch"),
                 f"--vision {self.vision} runs what was converted; use --vision torch")
         require(self, "block_size", self.block_size is None or self.block_size >= 1,

@@ -167,6 +167,10 @@ def number(value: float | None) -> str:
     return "NaN" if value is None or math.isnan(value) else "0" if value == 0 else f"{value:.2e}"
 
 
+def decimals(form: str):
+    return lambda value: "NaN" if value is None else format(value, form)
+
+
 def percent(value: float) -> str:
     """Cut, not rounded: 100 % means all."""
     return f"{math.floor(value * 1000) / 10:g} %"
@@ -180,8 +184,7 @@ def html(found: dict, pictures: list[list]) -> str:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True,
                                      undefined=jinja2.StrictUndefined)
     environment.filters |= {"cosine": cosine, "number": number, "percent": percent, "visible": visible,
-                            "gain": lambda x: "NaN" if x is None else f"{x:.6f}", "limit": lambda x: f"{x:.4g}",
-                            "round4": lambda x: "NaN" if x is None else f"{x:.4f}"}
+                            "gain": decimals(".6f"), "limit": decimals(".4g"), "round4": decimals(".4f")}
     page = environment.from_string((templates / "compare.html").read_text(encoding="utf-8"))
     labels = json.loads((templates / "labels.json").read_text(encoding="utf-8"))
     both = {name: in_both(labels, name) for name in labels["en"] if name != "how_text"}
@@ -260,7 +263,6 @@ def svg(draw, *what) -> str:
 
 def draw(axes, series: list[list], limit: float | None = None):
     """One line per question over its tokens, logarithmic; red marks where a value is NaN."""
-    from matplotlib.ticker import LogFormatter
     for index, values in enumerate(series):
         place = range(1, len(values) + 1)
         axes.plot(place, [math.nan if v is None else max(v, FLOOR) for v in values], marker=".", markersize=4,
@@ -270,9 +272,16 @@ def draw(axes, series: list[list], limit: float | None = None):
     if limit:
         axes.axhline(limit, color="#c62828", linewidth=1, linestyle="--")
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(LogFormatter())      # plain 1e-04 as in the tables; 10⁻⁴ takes a second per plot
-    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.8)))
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_formatter(lambda y, _: power(y))       # 1e-04 as in the tables; 10⁻⁴ takes a second per plot
+    axes.yaxis.set_minor_formatter(lambda y, _: power(y) if high < 10 * low else "")
     axes.grid(True, alpha=0.25, linewidth=0.5)
+
+
+def power(value: float) -> str:
+    """Of a tick: "1e-04", "2.5e-04"."""
+    short = f"{value:.0e}"
+    return short if math.isclose(float(short), value, rel_tol=1e-6) else f"{value:.1e}"
 
 
 def draw_histogram(axes, histogram: dict):

@@ -1,11 +1,14 @@
 """Precision report: measures against their definitions, the verdict, files, and the command on a tiny checkpoint."""
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from runtime import compare, metrics, questions, report, sides, verdict
 from runtime.errors import ToolkitError, run_command
@@ -136,6 +139,20 @@ def test_page_is_self_contained_and_escaped(tmp_path):
     assert "&lt;i&gt;什么？" in page and "data:image/jpeg;base64," in page and page.count("<svg") == 4
     assert page.count('lang="zh"') > 30
     assert sorted(p.name for p in tmp_path.iterdir()) == ["layers.csv", "report.html", "report.json"]
+
+
+@pytest.mark.skipif(not (shutil.which("chromium") or shutil.which("google-chrome")), reason="no Chromium")
+def test_page_in_a_browser(tmp_path):
+    """A phone's width: the page is drawn, and the console stays silent (it would name a missing resource, too)."""
+    a, rows = logits(), logits(2, 8)
+    report.write(found_with(a, a + 0.01, features=(rows, rows)), [[questions.house()]], tmp_path)
+    run = subprocess.run([shutil.which("chromium") or "google-chrome", "--headless", "--no-sandbox", "--disable-gpu",
+                          "--disable-background-networking", "--no-first-run", f"--user-data-dir={tmp_path / 'profile'}",
+                          "--enable-logging=stderr", "--window-size=390,900", f"--screenshot={tmp_path / 'page.png'}",
+                          f"file://{tmp_path / 'report.html'}"], capture_output=True, text=True, timeout=300)
+    assert "CONSOLE" not in run.stderr and "net::ERR" not in run.stderr
+    with Image.open(tmp_path / "page.png") as picture:
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 50
 
 
 def test_numbers_are_cut_not_rounded():

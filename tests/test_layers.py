@@ -21,10 +21,11 @@ BRANCH = {"attention_norm": "attention", "qkv": "attention", "out": "attention",
           "mlp_norm": "mlp", "up": "mlp", "down": "mlp"}
 
 
-def compared(model, tmp_path, reference=None, **engine):
+def compared(model, tmp_path, reference=None, max_tokens=4, search=False, layer_by_layer=False, **engine):
     """The findings of a short text question."""
     options = compare.CompareOptions(model=str(model), reference=str(reference or model), out=str(tmp_path),
-                                     prompt=["What is this?"], max_tokens=4)
+                                     prompt=["What is this?"], max_tokens=max_tokens, search=search,
+                                     layer_by_layer=layer_by_layer)
     settings = EngineOptions(**{"dtype": "float32", "vision": "torch", "max_model_len": 256} | engine)
     return compare.findings(options, settings, tmp_path)[0]
 
@@ -151,13 +152,11 @@ def test_fp16_overflow(family, tmp_path):
 def test_search_for_what_must_stay_float32(tmp_path):
     """What it prints is taken by the next command, which passes."""
     bad = overflowing("glm_edge", tmp_path)
-    argv = ["--model", str(bad), "--out", str(tmp_path / "out"), "--prompt", "What is this?", "--max-tokens", "2",
-            "--max-model-len", "256"]
-    assert compare.main([*argv, "--dtype", "float32"]) == 0
-    assert compare.main([*argv, "--dtype", "float16", "--search"]) == 1
-    culprit = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))["culprit"]
+    assert compared(bad, tmp_path)["passed"]
+    culprit = compared(bad, tmp_path, search=True, dtype="float16")["culprit"]
     assert culprit["flags"] == "--keep-dtype layers.1.mlp"
-    assert compare.main([*argv, "--dtype", "float16", *culprit["flags"].split()]) == 0
+    found = compared(bad, tmp_path, dtype="float16", keep_dtype=[culprit["flags"].split()[1]])
+    assert found["passed"], found["verdict"]
 
 
 @pytest.mark.parametrize("pattern, sentence", [("layers.9.mlp", "layers.0.attention to layers.2.mlp"),
@@ -197,11 +196,7 @@ def test_quantised_folders(family, tmp_path):
     assert found["passed"] and len(found["layers"]) == 2 * family_of(GOLDEN / family).decoder.layers + 3, found["verdict"]
     shutil.rmtree(tmp_path / "edited")
     victim = sources(family_of(GOLDEN / family), "layers.1.down.weight")[0]
-    bad = quantised(GOLDEN / family, tmp_path, victim)
-    argv = ["--model", str(bad), "--reference", str(GOLDEN / family), "--out", str(tmp_path / "out"), "--vision", "torch",
-            "--prompt", "What is this?", "--max-tokens", "4", "--max-model-len", "256", "--search"]
-    assert compare.main(argv) == 1
-    found = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    found = compared(quantised(GOLDEN / family, tmp_path, victim), tmp_path, GOLDEN / family, search=True)
     assert departed(found) == "layers.1.mlp"
     assert f"--keep-float {victim.removesuffix('.weight')}" in found["culprit"]["flags"]
 
@@ -221,11 +216,8 @@ def test_layer_by_layer(family, tmp_path):
 def test_layer_by_layer_report(tmp_path):
     model = GOLDEN / "llava"
     bad = edited(model, tmp_path, scale(sources(family_of(model), "layers.1.down.weight")[0]))
-    argv = ["--reference", str(model), "--out", str(tmp_path / "out"), "--layer-by-layer", "--prompt", "What is this?",
-            "--max-tokens", "20", "--vision", "torch", "--dtype", "bfloat16"]
-    assert compare.main(["--model", str(model), *argv]) == 0
-    assert compare.main(["--model", str(bad), *argv]) == 1
-    found = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert compared(model, tmp_path, dtype="bfloat16", max_tokens=20, layer_by_layer=True)["passed"]
+    found = compared(bad, tmp_path, model, dtype="bfloat16", max_tokens=20, layer_by_layer=True)
     assert departed(found) == "layers.1.mlp" and found["stages"]["decode"]["rows"] == 20
 
 
