@@ -24,7 +24,7 @@ def free_port() -> int:
 class Client:
     """Of the service at self.url."""
 
-    def wait(self, seconds=300):
+    def wait(self, seconds=600):
         """Until it is ready."""
         end = time.monotonic() + seconds
         while True:
