@@ -277,7 +277,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="which ones (default: 0)")
     options = parser.parse_args()
     canary, report = Canary(), Report()
-    service = Process("--model", str(MODEL), "--max-model-len", "1024", "--max-num-seqs", "4", "--max-image-pixels", "1000000",
+    service = Process("--model", str(MODEL), "--max-model-len", "128", "--max-num-seqs", "4", "--max-image-pixels", "1000000",
                       "--max-image-bytes", "500000", "--max-body-bytes", "2000000", "--allowed-local-media-path", str(MODEL),
                       *canary.allowed)
     try:

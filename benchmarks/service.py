@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 
 ROOT = Path(__file__).resolve().parents[1]
+HTTP = httpx.Client(timeout=120, trust_env=False)      # one for all: making one is slow
 MODEL = ROOT / "tests" / "golden" / "glm_edge_v"        # small, with pictures
 
 
@@ -24,14 +25,14 @@ def free_port() -> int:
 class Client:
     """Of the service at self.url."""
 
-    def wait(self, seconds=300):
+    def wait(self, seconds=600):
         """Until it is ready."""
         end = time.monotonic() + seconds
         while True:
             if time.monotonic() > end or self.ended():
                 raise RuntimeError(f"the service did not start {self.ended() or ''}")
             try:
-                if httpx.get(self.url + "/health").status_code == 200:
+                if HTTP.get(self.url + "/health").status_code == 200:
                     return
             except httpx.TransportError:
                 pass
@@ -41,7 +42,7 @@ class Client:
         """Why it will never be ready, or None."""
 
     def gauge(self, name: str) -> float:
-        lines = httpx.get(self.url + "/metrics").text.splitlines()
+        lines = HTTP.get(self.url + "/metrics").text.splitlines()
         return sum(float(line.split()[-1]) for line in lines if line.startswith(f"ascend_vlm:{name}{{"))
 
 

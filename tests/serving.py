@@ -1,14 +1,14 @@
 """What the tests of the service share: the service in a thread of this process, listening on 127.0.0.1."""
 import base64
+import functools
 import io
 import threading
 import time
 
-import httpx
 import openai
 import uvicorn
 from PIL import Image
-from service import Client, free_port
+from service import HTTP, Client, free_port
 
 from runtime.options import EngineOptions, Parser
 from runtime.serve import ServeOptions, build
@@ -16,14 +16,19 @@ from runtime.serve import ServeOptions, build
 FIXED = ["--vision", "torch", "--dtype", "float32"]
 
 
+@functools.cache
+def openai_client(url, api_key="any"):
+    return openai.OpenAI(base_url=url, api_key=api_key, max_retries=0)
+
+
 class Asking(Client):
     """How the tests ask."""
 
     def post(self, path, body=None, **more):
-        return httpx.post(self.url + path, json=body, timeout=120, **more)
+        return HTTP.post(self.url + path, json=body, **more)
 
     def client(self, **more):
-        return openai.OpenAI(base_url=self.url + "/v1", **{"api_key": "any", "max_retries": 0, **more})
+        return openai_client(self.url + "/v1", **more)
 
     def until(self, name, value, seconds=20):
         end = time.monotonic() + seconds
@@ -46,6 +51,8 @@ class Server(Asking):
         self._worker.start()
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
+        while not self._server.started:
+            time.sleep(0.01)
         if wait:
             self.wait()
 

@@ -8,7 +8,7 @@ from overload import QUEUE, SEQUENCES, measure
 from service import MODEL
 from serving import Server
 
-LIMITS = ["--model", str(MODEL), "--max-model-len", "1024", "--max-num-seqs", str(SEQUENCES), "--max-queue", str(QUEUE)]
+LIMITS = ["--model", str(MODEL), "--max-num-seqs", str(SEQUENCES), "--max-queue", str(QUEUE)]
 
 
 @pytest.fixture
@@ -19,8 +19,8 @@ def canary():
 
 
 def test_200_hostile_bodies(canary):
-    server = Server(*LIMITS, "--max-image-pixels", "1000000", "--max-image-bytes", "500000", "--max-body-bytes", "2000000",
-                    "--allowed-local-media-path", str(MODEL), *canary.allowed)
+    server = Server(*LIMITS, "--max-model-len", "128", "--max-image-pixels", "1000000", "--max-image-bytes", "500000",
+                    "--max-body-bytes", "2000000", "--allowed-local-media-path", str(MODEL), *canary.allowed)
     report = Report()
     try:
         send(server.url, itertools.islice(bodies(1, canary.port, str(MODEL)), 200), report)
@@ -46,8 +46,8 @@ def test_the_canary_sings(canary):
         time.sleep(0.01)
 
 
-def test_overload(canary):
-    server = Server(*LIMITS)
+def test_overload():
+    server = Server(*LIMITS, "--max-model-len", "256")
     try:
         line, fine = asyncio.run(measure(server, 1, 3, 0))
     finally:
