@@ -127,11 +127,14 @@ class Secluded:
 
 
 def launch(page, host: str, port: int):
-    """Returns the running page. OSError when the port is taken."""
-    page.launch(server_name=host, server_port=port, share=False, inbrowser=False, quiet=True, prevent_thread_lock=True,
-                footer_links=["settings"], run_history=False, max_file_size=MAX_PICTURE, enable_monitoring=False,
-                ssr_mode=False, pwa=False, mcp_server=False, i18n=I18N, theme=theme(), css=CSS,
-                app_kwargs={"middleware": [Middleware(Secluded)]})
+    """Returns the running page. ToolkitError when the port is taken."""
+    try:
+        page.launch(server_name=host, server_port=port, share=False, inbrowser=False, quiet=True, prevent_thread_lock=True,
+                    footer_links=["settings"], run_history=False, max_file_size=MAX_PICTURE, enable_monitoring=False,
+                    ssr_mode=False, pwa=False, mcp_server=False, i18n=I18N, theme=theme(), css=CSS,
+                    app_kwargs={"middleware": [Middleware(Secluded)]})
+    except OSError as error:
+        raise ToolkitError(f"--port {port} on {host} cannot be listened on; give another one") from error
     return page
 
 

@@ -5,6 +5,7 @@ answers back in the order of the questions. They go to the file of the local run
 or without it. A batch whose actor dies every time does not end the run: Ray drops it, and its lines become errors here.
 """
 import json
+import logging
 import os
 import pickle
 from dataclasses import replace
@@ -18,6 +19,8 @@ RETRIES = 2         # of a batch whose actor died
 
 def predict(options, engine_options, sampling, questions, answers):
     """Ask what has no answer yet; as predict.predict."""
+    from models import family_of
+    family_of(options.model)        # a folder that is no checkpoint is told before anything starts
     ray = started()
     try:
         actors, share = divided(ray, engine_options, options.actors)
@@ -40,9 +43,16 @@ def started():
         import ray.data
     except ImportError as error:
         raise ToolkitError(f"--engine ray needs {error.name}; run: pip install 'ascend-vlm[ray]'", MISSING_COMPONENT) from None
+    for handler in logging.getLogger("ray.data").handlers:
+        if handler.name == "console":       # what it says of lost batches is in its log file, too
+            handler.setLevel(logging.CRITICAL)
     address = os.environ.get("RAY_ADDRESS")
     here = {"address": "local", "_node_ip_address": "127.0.0.1", "include_dashboard": False}
-    ray.init(**({"address": address} if address else here), log_to_driver=False, logging_level="ERROR")
+    try:
+        ray.init(**({"address": address} if address else here), log_to_driver=False, logging_level=logging.CRITICAL)
+    except Exception as error:              # of many kinds
+        raise ToolkitError(f"Ray does not start ({error}); its logs lie in /tmp/ray/session_latest/logs",
+                           MISSING_COMPONENT) from error
     return ray
 
 
@@ -76,7 +86,8 @@ def asked(ray, batches, job, actors: int, share: dict):
     """Yields {"number": of the batch, "answers": json}, in order; batches that were lost are missing."""
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order, context.enable_progress_bars = True, False
-    context.max_errored_blocks = -1
+    context.max_errored_blocks, context.max_consecutive_actor_init_deaths = -1, RETRIES
+    context.print_on_execution_start = False
     # a block each: it is Ray's unit of order, of retries and of loss. Nothing is read by tasks, which would need CPUs.
     items = [{"number": number, "questions": pickle.dumps(batch)} for number, batch in enumerate(batches)]
     return ray.data.from_items(items, override_num_blocks=len(items)).map_batches(

@@ -103,6 +103,8 @@ class Local:
 
     def __exit__(self, *error):
         self._worker.stop()
+        if self._worker.failure:
+            raise self._worker.failure
 
     async def stream(self, messages: list[dict], sampling: SamplingParams):
         """Yields the answer in pieces; messages are as Engine.prompt takes them, with paths of pictures."""

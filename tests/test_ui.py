@@ -110,13 +110,33 @@ def test_a_server_that_is_not_there():
         ui.Remote(ui.UiOptions(server="http://127.0.0.1:9"))
 
 
+def test_settings_become_sampling():
+    pytest.importorskip("gradio", reason="run: make test-ui")
+    from runtime.page import chosen, examples
+    assert chosen("Be brief.", True, 0.5, 0.9, 40.0, 1.1, 64.0) == ("Be brief.", SamplingParams(max_tokens=64))
+    assert chosen("", False, 0, 0.9, 40.0, 1.1, 64.0) == ("", SamplingParams(
+        max_tokens=64, temperature=0, top_p=0.9, top_k=40, repetition_penalty=1.1))
+    assert {Path(file).exists() for example in examples(True) for file in example["files"]} == {True}
+    assert all(isinstance(example, str) for example in examples(False)) and examples(False)
+
+
+def test_the_port_is_taken(capsys):
+    pytest.importorskip("gradio", reason="run: make test-ui")
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert run_command(ui.main, ["--model", str(DEMO / "checkpoint"), "--port", str(port)]) == 2
+    assert f"--port {port} on 127.0.0.1 cannot be listened on; give another one" in capsys.readouterr().err
+
+
 # in a browser
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 browser_test = pytest.mark.skipif(not (CHROMIUM and all(map(importlib.util.find_spec, ("gradio", "playwright")))),
                                   reason="run: make test-ui")
-PATIENCE = 120_000          # milliseconds, on a busy machine
+PATIENCE = 300_000          # milliseconds, on a busy machine
 # runs a command and writes down every address that it talks to
 WATCHED = """
 import runpy, sys
@@ -144,7 +164,7 @@ def running(module, folder, *argv):
         process = subprocess.Popen([sys.executable, "-c", WATCHED, folder / "addresses", module, "--port", str(port), *argv],
                                    cwd=ROOT, stderr=stream, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
-        end = time.monotonic() + 300
+        end = time.monotonic() + 900
         while "ready: " not in log.read_text():
             assert time.monotonic() < end and process.poll() is None, log.read_text()
             time.sleep(0.2)
@@ -267,10 +287,11 @@ def test_stop_on_a_server_ends_its_request_there(chromium, tmp_path):
         def running_requests():
             metrics = httpx.get(server + "/metrics", headers={"Authorization": "Bearer k"}).text
             return float(next(line for line in metrics.splitlines() if "num_requests_running{" in line).split()[-1])
-        with running("runtime.ui", tmp_path, "--server", server, "--api-key", "k", "--max-tokens", "1900") as url:
+        with running("runtime.ui", tmp_path, "--server", server, "--api-key", "k", "--max-tokens", "1900",
+                     "--temperature", "0", "--repetition-penalty", "1") as url:
             visit = Visit(chromium, url, viewport={"width": 1280, "height": 800}, locale="en-US")
             visit.ask("Tell me a story.")
-            visit.page.wait_for_function("[...document.querySelectorAll('.message.bot')].some(m => m.innerText.length > 40)")
+            visit.page.wait_for_function("[...document.querySelectorAll('.message.bot')].some(m => m.innerText.length > 15)")
             visit.shot("desktop-streaming")
             assert running_requests() == 1
             visit.page.locator(".stop-button").click()
