@@ -291,5 +291,5 @@ def draw_histogram(axes, histogram: dict):
     axes.set_yscale("symlog")
     axes.set_yticks([10 ** p for p in range(0, 9, 2) if 10 ** p <= 10 * max(histogram["counts"])])
     axes.xaxis.set_major_formatter(lambda x, _: f"1e{x:.0f}" if x == round(x) else "")
-    axes.yaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    axes.yaxis.set_major_formatter(lambda x, _: f"{x:,.0f}" if x < 1e6 else f"{x / 1e6:,.0f} M")
     axes.yaxis.set_minor_formatter(lambda x, _: "")

@@ -87,7 +87,7 @@ def another_epsilon(graph):
 def another_gelu(graph):
     """tanh's approximation for erf's, erf's for all others; it shows where the next module ends."""
     x, at, down = between(graph)
-    if any(node.op_type == "Erf" for node in graph.node):
+    if any(node.op_type == "Erf" for node in inside(graph, "blocks.1.mlp")):
         made = formula(x, "y", [("Mul", x, x), ("Mul", 0, 0.044715), ("Add", 1, 1.0), ("Mul", 2, x), ("Mul", 3, 0.7978845608),
                                 ("Tanh", 4), ("Add", 5, 1.0), ("Mul", 6, x), ("Mul", 7, 0.5)])
     else:
@@ -190,7 +190,7 @@ def edited(model, tmp_path, edit, config=None):
 def scaled_weight(family, tmp_path):
     """One weight of the tower, of the second block's MLP."""
     victim = next(w for w in family_of(GOLDEN / family).weights() for part in w.parts
-                  if re.fullmatch(r"vision\.(tower\.)?blocks\.1\.mlp\.down\.weight", part.target))
+                  if re.fullmatch(r"vision\.(\w+\.)?blocks\.1\.mlp\.down\.weight", part.target))
 
     def edit(tensors):
         if victim.source in tensors:
@@ -200,7 +200,8 @@ def scaled_weight(family, tmp_path):
 
 def config_epsilon(family, tmp_path):
     def config(stored):
-        stored["vision_config"]["layer_norm_eps"] = stored["vision_config"].get("layer_norm_eps", 1e-6) * 10
+        tower, key = ("eva_config", "layernorm_epsilon") if family == "visualglm" else ("vision_config", "layer_norm_eps")
+        stored[tower][key] = stored[tower].get(key, 1e-6) * 1000
     return edited(GOLDEN / family, tmp_path, lambda tensors: None, config), "norm"
 
 
@@ -212,7 +213,7 @@ def in_process(module, *arguments, **_):
 
 
 @pytest.mark.parametrize("family, plant", [(f, scaled_weight) for f in FAMILIES] + [
-    (f, config_epsilon) for f in ("glm4v", "llava")])
+    (f, config_epsilon) for f in ("visualglm", "glm4v", "llava")])
 def test_the_report_names_the_vision_module(family, plant, tmp_path, monkeypatch):
     monkeypatch.setattr(artifact, "start_module", in_process)
     bad, module = plant(family, tmp_path)
