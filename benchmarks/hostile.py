@@ -186,7 +186,7 @@ def tools(source, *_):
 
 
 def compressed(source, *_):
-    yield sent(gzip.compress(json.dumps(chat()).encode() + b" " * 3_000_000), **{"content-encoding": "gzip"})
+    yield sent(gzip.compress(json.dumps(chat()).encode() + b" " * 3_000_000, mtime=0), **{"content-encoding": "gzip"})
     yield sent(json.dumps(chat()).encode(), source.choice(PATHS), **{"content-type": source.choice(TYPES)})
 
 

@@ -81,20 +81,20 @@ async def overload(client, rate: float, seconds: float, source, service) -> tupl
     return asked, len(tasks), longest
 
 
-async def measure(service, warm: float, seconds: float, seed: int) -> tuple[str, bool]:
-    """One line of figures, and whether all of it is as it should be."""
+async def measure(service, warm: float, seconds: float, seed: int, queue=QUEUE, factor=2) -> tuple[str, bool]:
+    """Overload by `factor` -> one line of figures, and whether all of it is as it should be. queue: what may wait."""
     source = random.Random(seed)
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=SEQUENCES + QUEUE)
     async with httpx.AsyncClient(base_url=service.url, timeout=300, limits=limits, trust_env=False) as client:
         await sustainable(client, warm / 4, source)         # warms up
         rate = await sustainable(client, warm, source)
-        asked, sent, longest = await overload(client, 2 * rate, seconds, source, service)
+        asked, sent, longest = await overload(client, factor * rate, seconds, source, service)
     left = [service.gauge(name) for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")]
     took, lost = sorted(asked.seconds), sent - sum(asked.statuses.values())
-    line = (f"sustainable {rate:.2f}/s; {sent} sent in {seconds:.0f} s at {2 * rate:.2f}/s: {dict(asked.statuses)}, "
+    line = (f"sustainable {rate:.2f}/s; {sent} sent in {seconds:.0f} s at {factor * rate:.2f}/s: {dict(asked.statuses)}, "
             f"{lost} lost, at most {longest:.0f} waiting; answered {len(took) / seconds:.2f}/s, "
             f"p50 {took[len(took) // 2]:.2f} s, p99 {took[int(len(took) * 0.99)]:.2f} s")
-    fine = not (asked.wrong or lost or any(left)) and longest <= QUEUE and asked.statuses[429] and asked.statuses[200]
+    fine = not (asked.wrong or lost or any(left)) and longest <= queue and asked.statuses[429] and asked.statuses[200]
     return "\n".join([line, *asked.wrong[:20]]), bool(fine)
 
 

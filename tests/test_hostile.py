@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 from hostile import BOMBS, Canary, Report, bodies, send
-from overload import QUEUE, SEQUENCES, measure
+from overload import SEQUENCES, measure
 from service import MODEL
 from serving import Server
 
-LIMITS = ["--model", str(MODEL), "--max-num-seqs", str(SEQUENCES), "--max-queue", str(QUEUE)]
+LIMITS = ["--model", str(MODEL), "--max-num-seqs", str(SEQUENCES)]
 
 
 @pytest.fixture
@@ -47,9 +47,9 @@ def test_the_canary_sings(canary):
 
 
 def test_overload():
-    server = Server(*LIMITS, "--max-model-len", "256")
+    server = Server(*LIMITS, "--max-model-len", "256", "--max-queue", "2")
     try:
-        line, fine = asyncio.run(measure(server, 1, 3, 0))
+        line, fine = asyncio.run(measure(server, 1, 2, 0, queue=2, factor=4))
     finally:
         server.stop()
     assert fine, line
