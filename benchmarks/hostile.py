@@ -177,7 +177,7 @@ def texts(source, *_):
 def tools(source, *_):
     schema = {}
     for _ in range(source.choice((1, 31, 40, 400))):
-        schema = {"x": schema, "y": [schema] if source.random() < 0.05 else 1}
+        schema = {"y": [schema]} if source.random() < 0.05 else {"x": schema}
     function = {"name": source.choice(("f", "", "a b", "x" * 70, "\n")), "parameters": source.choice((schema, [], None, "x"))}
     call = {"type": "function", "function": {"name": "f", "arguments": source.choice(("{}", "{", None, {}, "x" * 1000))}}
     described = [{"type": "function", "function": function}] * source.choice((1, 2, 200))

@@ -104,7 +104,7 @@ def main() -> int:
     parser.add_argument("--warm", type=float, default=20, help="seconds that the sustainable rate is measured (default: 20)")
     parser.add_argument("--seed", type=int, default=0, help="which requests (default: 0)")
     options = parser.parse_args()
-    service = Process("--model", str(MODEL), "--max-model-len", "256", "--max-num-seqs", str(SEQUENCES),
+    service = Process("--model", str(MODEL), "--max-model-len", "512", "--max-num-seqs", str(SEQUENCES),
                       "--max-queue", str(QUEUE))
     try:
         service.wait()

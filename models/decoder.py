@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .base import DecoderConfig
-from .layers import Linear, Norm, Wide, rotary_angles
+from .layers import Late, Linear, Norm, Wide, rotary_angles
 from .quantized import Stacked
 
 
@@ -79,8 +79,8 @@ class LayerArithmetic:
             return torch.cat([self._linear(x, part) for part in linear.parts], -1)
         if isinstance(linear, Wide):
             return self.ops.linear(x.float(), linear.linear).to(linear.out)
-        if callable(linear):            # one that is read when its turn comes
-            return self._linear(x, linear())
+        if isinstance(linear, Late):
+            return self._linear(x, linear.read())
         return self.ops.quantized_linear(x, linear)
 
 

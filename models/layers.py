@@ -1,4 +1,5 @@
 """Decoder pieces that are pure arithmetic: linear weights, rotary angles and the row permutations that unify the ropes."""
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,12 @@ class Wide:
 def widened(name: str, linear: Linear, dtype: torch.dtype) -> Wide:
     """name: of the linear layer in its Layer. What lies inside an MLP stays float32, all else goes on in `dtype`."""
     return Wide(linear, torch.float32 if name == "up" else dtype)
+
+
+@dataclass
+class Late:
+    """A linear layer that `read()` gives when its turn comes."""
+    read: Callable[[], Linear]
 
 
 @dataclass

@@ -37,6 +37,8 @@ from .tools import Reader
 from .worker import Worker
 
 VERSION = version("ascend-vlm") or "unknown"
+# uvicorn ends a connection whose answer was an unexpected error: the client should know, and not use it again
+HEADERS = {429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}, 500: {"Connection": "close"}}
 HAN = re.compile(r"[\u4e00-\u9fff]")
 
 
@@ -240,7 +242,7 @@ def add_errors(app: FastAPI):
 
 async def answer_error(_, error: Exception) -> JSONResponse:
     error = as_api_error(error)
-    return JSONResponse(error.body(), error.status, headers={"Retry-After": "1"} if error.status in (429, 503) else None)
+    return JSONResponse(error.body(), error.status, headers=HEADERS.get(error.status))
 
 
 def as_api_error(error: Exception) -> ApiError:

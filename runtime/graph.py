@@ -31,7 +31,7 @@ class DecodeGraphs:
 
     def __init__(self, decoder, cache, width: int, device: str):
         self._decoder, self._cache, self._width, self._device = decoder, cache, width, device
-        self._torch = getattr(torch, device.split(":")[0])      # torch.npu or torch.cuda: the same calls
+        self._torch = decoder.ops.accelerator       # torch.npu or torch.cuda: the same calls
         self._spare = int(cache.allocate(1)[0])
         self._recordings: dict[int, Recording] = {}
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from models.decoder import linear_of
+from models.layers import Late
 from models.quantized import PIECE
 
 from .loading import BRANCH, decoder_rows, load_rows, read_rows, without_zero_biases
@@ -28,10 +29,10 @@ class Shelf:
         self.index, self.held, self.advance = None, {}, lambda: None
 
     def weights(self) -> dict:
-        """As loading.decoder_weights, with functions that read in place of the layers' linear layers."""
+        """As loading.decoder_weights, with Late ones in place of the layers' linear layers."""
         resident = load_rows(self.checkpoint, self.resident, self.dtype, "cpu", self.ops)
         return without_zero_biases(resident, self.family) | {
-            f"layers.{i}.{name}": partial(self._linear, i, name) for i in self.rows for name in BRANCH}
+            f"layers.{i}.{name}": Late(partial(self._linear, i, name)) for i in self.rows for name in BRANCH}
 
     def score(self, runner, sequence, features, token_ids: list[int]) -> np.ndarray:
         """Engine.score in one piece: float32 [n, vocab], row i predicts token_ids[i]."""

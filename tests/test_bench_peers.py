@@ -121,4 +121,4 @@ def test_our_own_worker_on_a_small_model(bench, tmp_path):
     told = {"work": str(tmp_path), "checkpoint": str(tmp_path / "checkpoint"), "threads": 1, "prompt": 24, "new": 4}
     found, error = bench.worker(entry, told | {"task": "run"})
     assert error is None and found["first_s"] > 0 and found["token_s"] > 0 and "int8" in found["settings"]
-    assert [folder.name for folder in (tmp_path / "ours-int8").iterdir()] == ["packed"]
+    assert {folder.name for folder in (tmp_path / "ours-int8").iterdir()} >= {"packed"}

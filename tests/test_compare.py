@@ -89,10 +89,10 @@ INFO = {"model": "/m", "sha256": "0" * 64, "family": "fake", "stages": ["decoder
 
 def found_with(a, b, threshold=0.9999, features=None):
     pictures = [] if features is None else [questions.shapes()]
-    sides = [sides.Side(dict(INFO), FAMILY, [sides.Outcome([1, 2], f, list(range(len(x))), "你 <b>", x)])
+    pair = [sides.Side(dict(INFO), FAMILY, [sides.Outcome([1, 2], f, list(range(len(x))), "你 <b>", x)])
              for x, f in zip((a, b), features or [np.zeros((0, 8), np.float32)] * 2)]
     limits = dict.fromkeys(("vision", "decode"), {"cosine_min": threshold}) | {"layers": {}}
-    found = verdict.judge(*sides, [sides.Case("<i>什么？", None, pictures)], limits)
+    found = verdict.judge(*pair, [sides.Case("<i>什么？", None, pictures)], limits)
     return {**found, "command": "c", "environment": {"python": "3"}, "options": {"max_tokens": 4},
             "culprit": None, "dataset": None, "vision_node": None}
 

@@ -26,8 +26,9 @@ WITH_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here
 @pytest.fixture
 def on_cpu(monkeypatch):
     """CudaOps where the CPU's operators would be; graphs are recorded by the stand-in of tests/npu."""
-    monkeypatch.setattr(torch.cpu, "graph_pool_handle", lambda: None, raising=False)
-    monkeypatch.setattr(torch.cpu, "graph", cpu_kernels.fake_graph_context, raising=False)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", cpu_kernels.fake_graph_context)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", cpu_kernels.FakeGraph)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 33, 1 << 33))
     choose = runtime.ops.choose

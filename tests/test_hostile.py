@@ -47,7 +47,7 @@ def test_the_canary_sings(canary):
 
 
 def test_overload():
-    server = Server(*LIMITS, "--max-model-len", "256", "--max-queue", "2")
+    server = Server(*LIMITS, "--max-model-len", "512", "--max-queue", "2")
     try:
         line, fine = asyncio.run(measure(server, 1, 2, 0, queue=2, factor=4))
     finally:

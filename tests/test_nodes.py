@@ -3,6 +3,7 @@ import csv
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,7 @@ def planted(plant, folder, tmp_path):
     model = onnx.load(folder / "vision.onnx")
     module = plant(model.graph)
     (copy / "vision.onnx").write_bytes(model.SerializeToString())
+    artifact.save(copy, replace(artifact.load(folder), files={"vision.onnx": artifact.entry(copy / "vision.onnx")}))
     return copy, module
 
 

@@ -44,6 +44,8 @@ class CudaOps(ReferenceOps):
         """Bytes free on the device."""
         return torch.cuda.mem_get_info(self.device)[0]
 
+    accelerator = property(lambda self: torch.cuda)       # the module that records graphs
+
     def new_graph(self, step):
         """(graph, what `torch.cuda.graph` is told)"""
         return torch.cuda.CUDAGraph(), {}

@@ -94,6 +94,8 @@ class NpuOps(ReferenceOps):
         """Bytes free on the device."""
         return torch.npu.mem_get_info(self.device)[0]
 
+    accelerator = property(lambda self: torch.npu)        # the module that records graphs
+
     def new_graph(self, step):
         """(graph, what `torch.npu.graph` is told)"""
         return torch.npu.NPUGraph(), {"auto_dispatch_capture": step.kv_tensor is None}
