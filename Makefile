@@ -36,7 +36,7 @@ demo: setup  ## the main job on a small trained model: convert, ask two question
 	@$(PY) -m runtime.compare --model $(DEMO) --artifact $(DEMO_OUT)/vision --out $(DEMO_OUT)/report
 
 test: setup  ## all tests
-	@$(PY) -m pytest tests
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile tests
 
 test-npu: $(VENV_NPU)/.installed  ## the NPU path under the real torch_npu wheel on stand-in CANN libraries (needs gcc)
 	@$(VENV_NPU)/bin/python tests/npu/run.py

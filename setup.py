@@ -43,6 +43,6 @@ setup(
         "serve": SERVE,
         "ui": UI,
         "ray": RAY,
-        "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.9", "openai>=1", "httpx>=0.27", *SERVE, *QUANT],
+        "dev": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.9", "openai>=1", "httpx>=0.27", *SERVE, *QUANT],
     },
 )

@@ -18,6 +18,7 @@ from models.base import Weight
 from models.decoder import Layer, LayerArithmetic
 from models.layers import rotary_angles
 from runtime.ops.cpu import CpuOps, _attend
+from runtime.ops.reference import ReferenceOps
 
 LINEARS, NORMS = ("qkv", "out", "up", "down"), ("attention_norm", "mlp_norm")
 NO_CACHE = SimpleNamespace(layers=[(None, None)])
@@ -48,6 +49,8 @@ class LayerOps(CpuOps):
 
     def quantized_linear(self, x, layer):
         return layer(x) if callable(layer) else super().quantized_linear(x, layer)
+
+    turned_heads = ReferenceOps.turned_heads       # from the angles, which are all that a SampleStep has
 
     def cache_write(self, k, v, keys, values, slots):
         pass
