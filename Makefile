@@ -27,7 +27,7 @@ $(VENV)/.installed: setup.py
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo "installing packages into $(VENV) (a few minutes the first time)"
 	@$(if $(TORCH_INDEX),$(PY) -m pip install --quiet --index-url "$(TORCH_INDEX)" "torch>=2.13$(comma)<2.14")
-	@$(PY) -m pip install --quiet --no-compile --disable-pip-version-check -e '.[dev]'
+	@$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
 demo: setup  ## the main job on a small trained model: convert, ask two questions, prove it (SEED=n: another picture)
