@@ -2,6 +2,7 @@
 import asyncio
 import hmac
 import json
+from contextlib import contextmanager
 
 from .protocol import ApiError
 
@@ -31,11 +32,23 @@ class Guard:
             self._admit()
         except ApiError as error:
             return await respond(send, error)
+        with self._place() as leave:
+            await self._serve(scope, receive, before_last(send, leave))
+
+    @contextmanager
+    def _place(self):
+        """Counts a request as under way until the function it gives is called, at the latest until its end."""
+        held = [None]
         self._under_way += 1
+
+        def leave():
+            if held:
+                held.pop()
+                self._under_way -= 1
         try:
-            await self._serve(scope, receive, send)
+            yield leave
         finally:
-            self._under_way -= 1
+            leave()
 
     def _authenticate(self, header: bytes):
         if self._key and not hmac.compare_digest(header, b"Bearer " + self._key):
@@ -71,6 +84,15 @@ class Guard:
     def _check_size(self, size: int):
         if size > self._max_body:
             raise ApiError(f"the body exceeds the limit of {self._max_body:,} bytes", 413, "request_too_large")
+
+
+def before_last(send, leave):
+    """`send` that calls leave() before the end of the answer goes out, because the client may ask again at once."""
+    async def sending(message):
+        if message["type"] == "http.response.body" and not message.get("more_body"):
+            leave()
+        await send(message)
+    return sending
 
 
 class Replay:

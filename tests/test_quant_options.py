@@ -1,6 +1,7 @@
 """What `python -m quant` keeps in float by itself, and what a tired engineer gets wrong on its command line."""
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from quant.layer import linear_groups
 from quant.recipe import kept_by_range, whole_groups
 from runtime.errors import ToolkitError
 
-pytest.importorskip("msmodelslim", reason="needs msmodelslim: pip install 'ascend-vlm[quant]'")
+pytestmark = pytest.mark.skipif(find_spec("msmodelslim") is None, reason="needs msmodelslim: pip install 'ascend-vlm[quant]'")
 
 GOLDEN = Path(__file__).parent / "golden"
 GLM = GOLDEN / "msmodelslim" / "float" / "glm_f16"
