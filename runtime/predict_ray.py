@@ -11,7 +11,7 @@ import pickle
 from dataclasses import replace
 from pathlib import Path
 
-from .errors import MISSING_COMPONENT, ToolkitError
+from .errors import CHECK_FAILED, MISSING_COMPONENT, USER_MISTAKE, ToolkitError
 from .predict import Asker, tell
 
 RETRIES = 2         # of a batch whose actor died
@@ -30,7 +30,8 @@ def predict(options, engine_options, sampling, questions, answers):
             answers.append(found)
             tell(found, answers.count, len(questions))
     except ray.exceptions.RayError as error:
-        raise cause_of(error) from None
+        raise ToolkitError(f"Ray ended the run ({str(error).splitlines()[0]}); its logs lie in /tmp/ray/session_latest/logs, "
+                           "and the same command continues", CHECK_FAILED) from error
     finally:
         ray.shutdown()
 
@@ -83,7 +84,7 @@ def for_actors(ray, engine_options, actors: int):
 
 
 def asked(ray, batches, job, actors: int, share: dict):
-    """Yields {"number": of the batch, "answers": json}, in order; batches that were lost are missing."""
+    """Yields {"number": of the batch, "answers": json, "refused": json}, in order; batches that were lost are missing."""
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order, context.enable_progress_bars = True, False
     context.max_errored_blocks, context.max_consecutive_actor_init_deaths = -1, RETRIES
@@ -99,6 +100,8 @@ def with_lost(rows, batches):
     """The answers of every batch: errors for those that `rows` has not."""
     expected = 0
     for row in rows:
+        if refused := json.loads(row["refused"]):
+            raise ToolkitError(*refused)
         yield from map(lost, batches[expected:row["number"]])
         yield json.loads(row["answers"])
         expected = row["number"] + 1
@@ -110,23 +113,22 @@ def lost(batch: list) -> list[dict]:
     return [Asker.failed(question, question if isinstance(question, Exception) else error) for question in batch]
 
 
-def cause_of(error: Exception) -> Exception:
-    """The mistake or limit that an actor told about, such as too little memory, instead of Ray's report of it."""
-    from models.base import ModelError
-    inner = error
-    while inner is not None and not isinstance(inner, (ToolkitError, ModelError)):
-        inner = getattr(inner, "cause", None) or inner.__cause__
-    return inner or error
-
-
 class AskBatch:
-    """An actor: loads an engine once, then answers batches."""
+    """An actor: loads an engine once, then answers batches. Why an engine cannot be loaded goes back as an answer, because
+    of an actor that fails Ray hands on no more than text."""
 
     def __init__(self, options, engine_options, sampling):
+        from models.base import ModelError
+
         from . import Engine
-        engine = Engine(Path(options.model).resolve(), **vars(engine_options))
-        self.asker = Asker(engine, sampling, options.language, Path(options.input).resolve().parent)
+        self.refused = None
+        try:
+            engine = Engine(Path(options.model).resolve(), **vars(engine_options))
+        except (ToolkitError, ModelError) as error:
+            self.refused = str(error), getattr(error, "exit_code", USER_MISTAKE)
+        else:
+            self.asker = Asker(engine, sampling, options.language, Path(options.input).resolve().parent)
 
     def __call__(self, batch: dict) -> dict:
-        answers = self.asker.ask(pickle.loads(batch["questions"][0]))
-        return {"number": batch["number"], "answers": [json.dumps(answers)]}
+        answers = [] if self.refused else self.asker.ask(pickle.loads(batch["questions"][0]))
+        return {"number": batch["number"], "answers": [json.dumps(answers)], "refused": [json.dumps(self.refused)]}

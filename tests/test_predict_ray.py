@@ -85,7 +85,7 @@ def test_actors_of_one_machine_share_its_memory_and_see_only_their_npu():
 
 def test_lost_batches_become_errors_in_their_places():
     batches = [[{"prompt": "a"}], [{"prompt": "b"}, ToolkitError("no JSON")], [{"prompt": "c"}], [{"prompt": "d"}]]
-    rows = [{"number": n, "answers": json.dumps([{"answer": n}])} for n in (0, 2)]
+    rows = [{"number": n, "answers": json.dumps([{"answer": n}]), "refused": "null"} for n in (0, 2)]
     found = list(predict_ray.with_lost(rows, batches))
     assert [found[0], found[2]] == [[{"answer": 0}], [{"answer": 2}]] and len(found) == 4
     assert [line["error"].split(",")[0] for line in found[1] + found[3]] == [
