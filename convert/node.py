@@ -4,6 +4,7 @@ import io
 from dataclasses import dataclass
 
 from runtime.errors import ToolkitError
+from runtime.limits import limit_value
 
 # the largest that pass; "cosine_min": the smallest. gain: |what the candidate gives where the reference gives 1, less 1|
 FP32 = {"relative_euclidean": 3e-5, "gain": 5e-7}   # clean towers of all families: up to 2e-6 and 3e-8
@@ -29,14 +30,10 @@ def read_limits(texts: list[str], defaults: dict[str, float]) -> dict[str, float
     """`defaults` and what is given as "relative_euclidean=0.01"."""
     limits = dict(defaults)
     for text in texts:
-        name, _, value = text.partition("=")
-        name = name.replace("-", "_")
+        name = text.partition("=")[0].replace("-", "_")
         if name not in FP32 | MSIT:
             raise ToolkitError(f"--limit {text} names no measure; there are {', '.join(FP32 | MSIT)}")
-        try:
-            limits[name] = float(value)
-        except ValueError:
-            raise ToolkitError(f"--limit {text} has no number; write it like {name}=0.01") from None
+        limits[name] = limit_value(text)
     return limits
 
 

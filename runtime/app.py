@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from models.base import ModelError
 
 from .errors import USER_MISTAKE, ToolkitError
-from .guard import Guard
+from .guard import RETRY_SECONDS, Guard
 from .pictures import PictureRules
 from .protocol import (
     ApiError,
@@ -38,7 +38,7 @@ from .worker import Worker
 
 VERSION = version("ascend-vlm") or "unknown"
 # uvicorn ends a connection whose answer was an unexpected error: the client should know, and not use it again
-HEADERS = {429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}, 500: {"Connection": "close"}}
+HEADERS = {429: {"Retry-After": str(RETRY_SECONDS)}, 503: {"Retry-After": str(RETRY_SECONDS)}, 500: {"Connection": "close"}}
 HAN = re.compile(r"[\u4e00-\u9fff]")
 
 

@@ -16,14 +16,20 @@ KNOWN = {"vision": ("cosine_min", "cosine_mean", *ERRORS),
 
 def read_limit(text: str) -> tuple[str, str, float]:
     """"decode.kl_max=0.005" -> ("decode", "kl_max", 0.005)."""
-    name, _, value = text.partition("=")
+    name = text.partition("=")[0]
     stage, _, measure = name.partition(".")
     measure = measure.replace("-", "_")
     if measure not in KNOWN.get(stage, ()):
         known = "; ".join(f"{stage}: {', '.join(measures)}" for stage, measures in KNOWN.items())
         raise ToolkitError(f"--limit {text} names no measure of a stage; there are {known}")
+    return stage, measure, limit_value(text)
+
+
+def limit_value(text: str) -> float:
+    """The number of a --limit; ToolkitError when there is none."""
+    name, _, value = text.partition("=")
     try:
-        return stage, measure, float(value)
+        return float(value)
     except ValueError:
         raise ToolkitError(f"--limit {text} has no number; write it like {name}=0.01") from None
 

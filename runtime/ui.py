@@ -17,10 +17,9 @@ from pathlib import Path
 from .errors import MISSING_COMPONENT, ToolkitError, run_command
 from .options import EngineOptions, Parser, SamplingParams, check_choices, check_folder, flag, require
 from .questions import content
-from .serve import KEY, LOCAL
+from .serve import KEY, LOCAL, ServeOptions
 
-MAX_PICTURE = 10 << 20      # bytes of a picture file
-MAX_PIXELS = 50_000_000
+MAX_PICTURE, MAX_PIXELS = ServeOptions.max_image_bytes, ServeOptions.max_image_pixels       # what the service takes by default
 
 
 @dataclass(kw_only=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from planting import edited
 
 from models import family_of
 from runtime import Engine, compare, layers
@@ -36,17 +36,6 @@ def departed(found):
     check = next(c for c in found["checks"] if c["stage"] == "layers")
     assert not check["passed"] and check["worst"]["stage"] in found["verdict"]
     return check["worst"]["stage"]
-
-
-def edited(model, tmp_path, edit):
-    """A copy of the checkpoint, its tensors changed by edit(tensors)."""
-    copy = tmp_path / "edited"
-    shutil.copytree(model, copy, ignore=shutil.ignore_patterns("hf", "*.npz"))
-    for path in copy.glob("*.safetensors"):
-        tensors = load_file(path)
-        edit(tensors)
-        save_file(tensors, path, {"format": "pt"})
-    return copy
 
 
 def sources(family, target):

@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
-from safetensors.torch import load_file, save_file
+from planting import edited
 
 from convert import nodes
 from convert.__main__ import main as convert
@@ -174,20 +174,6 @@ def test_a_wrong_node_in_pieces(operator, edit, module, pieces, artifacts, tmp_p
 
 
 # a checkpoint
-
-def edited(model, tmp_path, edit, config=None):
-    """A copy of the checkpoint with edit(tensors), its config.json with config(config)."""
-    copy = tmp_path / "edited"
-    shutil.copytree(model, copy, ignore=shutil.ignore_patterns("hf", "*.npz"))
-    for path in copy.glob("*.safetensors"):
-        tensors = load_file(path)
-        edit(tensors)
-        save_file(tensors, path, {"format": "pt"})
-    stored = json.loads((copy / "config.json").read_text())
-    (config or dict)(stored)
-    (copy / "config.json").write_text(json.dumps(stored))
-    return copy
-
 
 def scaled_weight(family, tmp_path):
     """One weight of the tower, of the second block's MLP."""
