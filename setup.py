@@ -19,7 +19,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["models", "models.*", "convert", "convert.*", "quant", "quant.*",
                                     "runtime", "runtime.*"]),
-    package_data={"models": ["released/*.json"], "convert": ["*.json"], "runtime": ["templates/*", "*.json"]},
+    package_data={"models": ["released/*.json"], "convert": ["*.json"], "runtime": ["templates/*", "*.json", "ops/kernels/*"]},
     install_requires=[
         "torch>=2.13,<2.14",
         "numpy>=1.26",

@@ -62,11 +62,8 @@ class LayerArithmetic:
         return apply(x, norm, self.config.eps)
 
     def _attention(self, x, layer, index, step, cache):
-        c = self.config
-        q, k, v = self.ops.turned_heads(self._linear(x, layer.qkv), c, step)
-        keys, values = cache.layers[index]
-        self.ops.cache_write(k, v, keys, values, step.slots)
-        return self._linear(self.ops.attention(q, k, v, keys, values, step).flatten(1), layer.out)
+        mixed = self.ops.attend(self._linear(x, layer.qkv), *cache.layers[index], self.config, step)
+        return self._linear(mixed, layer.out)
 
     def _mlp(self, x, layer):
         activation = self.ops.swiglu if self.config.activation == "swiglu" else self.ops.gelu_tanh

@@ -50,7 +50,8 @@ class LayerOps(CpuOps):
     def quantized_linear(self, x, layer):
         return layer(x) if callable(layer) else super().quantized_linear(x, layer)
 
-    turned_heads = ReferenceOps.turned_heads       # from the angles, which are all that a SampleStep has
+    attend = ReferenceOps.attend                    # from the angles, which are all that a SampleStep has
+    turned_heads = ReferenceOps.turned_heads
 
     def cache_write(self, k, v, keys, values, slots):
         pass

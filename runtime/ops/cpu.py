@@ -1,5 +1,5 @@
-"""Fast torch kernels on the CPU: fused norms, scaled-dot-product attention with grouped heads, in-place cache writes,
-int8 products on VNNI instructions.
+"""Fast kernels on the CPU: torch's fused norms, scaled-dot-product attention with grouped heads, in-place cache writes, int8
+products on VNNI instructions; our own (native.py) for a few tokens in bfloat16, each step of an answer.
 """
 from dataclasses import dataclass
 
@@ -10,38 +10,45 @@ from models.decoder import Step
 from models.layers import Linear
 from models.quantized import Quantized
 
+from . import native
+from .native import ZERO
+from .packed import FloatWeight, row_sums
 from .reference import ReferenceOps, dequantize, dequantized, quantize, shifted
 
-ZERO = 128      # oneDNN's fast kernels take activations as uint8 with a zero point
 BLOCK = 1 << 17     # activations rounded at a time: what stays in the cache is 3 times as fast
 
 
 @dataclass
 class PackedInt8:
     """A Quantized layer for oneDNN: weight in its blocked layout, zero point of the activations, and what is added to the
-    float result: the part of quant_bias that the zero point does not bring in (static), or nothing."""
+    float result: the part of quant_bias that the zero point does not bring in (static), or nothing. For native.py: where
+    the weight lies, and what is added to its whole sums."""
     layer: Quantized
     weight: torch.Tensor
     zero_point: int
     bias: torch.Tensor | None
     weight_zeros: torch.Tensor
+    blocks: native.Blocks | None
+    rest: torch.Tensor
+
+    def few(self, x):
+        """bfloat16 [m, k] -> [m, n]."""
+        layer = self.layer
+        if layer.static:
+            return self.blocks.linear_int8(x, self.rest, layer.scale, None, layer.input_scale, layer.input_offset)
+        return self.blocks.linear_int8(x, self.rest, layer.scale, layer.bias)
 
 
 class CpuOps(ReferenceOps):
     name = "cpu"
 
     def pack(self, weight):
-        """oneDNN's blocked layout: about 1.5 times the bandwidth of the plain one at one row, same arithmetic."""
-        if weight.dtype not in (torch.float32, torch.bfloat16):     # fp16 has no packed kernel
-            return weight
-        return torch.ops.mkldnn._reorder_linear_weight(weight)
+        return FloatWeight(weight) if weight.dtype in (torch.float32, torch.bfloat16) else weight   # fp16 has no kernel
 
     def linear(self, x, linear):
-        if not isinstance(linear.weight, torch.Tensor):     # packed.Int8Weight, packed.Int4Weight
-            return linear.weight(x, linear.bias)
-        if not linear.weight.is_mkldnn:
+        if isinstance(linear.weight, torch.Tensor):
             return super().linear(x, linear)
-        return torch.ops.mkldnn._linear_pointwise(x, linear.weight, linear.bias, "none", [], "")
+        return linear.weight(x, linear.bias)
 
     def pack_quantized(self, layer, dtype):
         if layer.kind == "W8A16":       # the arithmetic is float; so is the form
@@ -49,17 +56,21 @@ class CpuOps(ReferenceOps):
             return Linear(self.pack(linear.weight), linear.bias)
         if not torch.cpu._is_vnni_supported():      # without VNNI oneDNN's 16-bit sums may saturate
             return layer
-        bias = None
+        sums, bias = row_sums(layer.weight), None
+        rest = sums.mul(-ZERO)
         if layer.static:                # (q - offset) @ w + rest = q @ w + quant_bias
-            sums = torch._int_mm(layer.weight, layer.weight.new_ones(layer.weight.shape[1], 1))[:, 0]   # 10 x faster than sum
             bias = (layer.bias + layer.input_offset * sums.long()).float() * layer.scale
+            rest += layer.bias
         packed = torch.ops.onednn.qlinear_prepack(layer.weight, None)
-        return PackedInt8(layer, packed, ZERO + layer.input_offset, bias, torch.zeros(len(layer.scale), dtype=torch.int32))
+        return PackedInt8(layer, packed, ZERO + layer.input_offset, bias, torch.zeros(len(layer.scale), dtype=torch.int32),
+                          native.blocks_of(packed, layer.weight), rest)
 
     def quantized_linear(self, x, layer):
         if isinstance(layer, Quantized):
             q, token_scale = quantize(x, layer)
             return dequantize(torch._int_mm(q.to(torch.int8), layer.weight.t()), token_scale, layer).to(x.dtype)
+        if layer.blocks and native.suits(x):
+            return layer.few(x)
         unsigned, token_scale = _unsigned(x, layer.layer)
         direct = token_scale is None and x.dtype in (torch.float32, torch.bfloat16)
         y = torch.ops.onednn.qlinear_pointwise(
@@ -75,10 +86,21 @@ class CpuOps(ReferenceOps):
 
     def rms_norm(self, x, norm, eps):
         """In float32 and in place: torch's own is several times slower on many rows of bfloat16."""
+        if native.suits(x) and norm.weight.dtype == x.dtype:
+            return shifted(native.add_rms_norm(x, None, norm.weight, eps)[0], norm)
         y = x.to(torch.float32, copy=True)
         size = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
         y.mul_(size.square_().div_(x.shape[-1]).add_(eps).rsqrt_()).mul_(norm.weight.float())
         return shifted(y.to(x.dtype), norm)
+
+    def add_rms_norm(self, x, residual, norm, eps):
+        if not (native.suits(x) and norm.weight.dtype == x.dtype):
+            return super().add_rms_norm(x, residual, norm, eps)
+        normed, total = native.add_rms_norm(x, residual, norm.weight, eps)
+        return shifted(normed, norm), total
+
+    def swiglu(self, x):
+        return native.swiglu(x) if native.suits(x) else super().swiglu(x)
 
     def turned_heads(self, qkv, config, step):
         """q and k together: half the calls of turning each (see ReferenceOps.rope)."""
@@ -95,6 +117,12 @@ class CpuOps(ReferenceOps):
         first, second = step.sin[:, None].chunk(2, dim=-1)
         return CpuStep(**vars(super().begin(step, config, device)), wide_cos=step.cos[:, None],
                        signed_sin=torch.cat((-first, second), -1))
+
+    def attend(self, qkv, keys, values, config, step):
+        if step.few is None:            # the same for every layer
+            one_each = step.q_lens == [1] * len(qkv) and config.head_dim % 32 == 0
+            step.few = one_each and native.suits(qkv) and native.Attention(step, config, keys.shape[1])
+        return step.few(qkv, keys, values) if step.few else super().attend(qkv, keys, values, config, step)
 
     def attention(self, q, k, v, keys, values, step):
         if step.places is None:         # the same for every layer
@@ -126,10 +154,12 @@ def _block(x, layer):
 @dataclass
 class CpuStep(Step):
     """wide_cos, signed_sin [T, 1, head_dim]: for all heads of a token; the first half of the sines negative.
-    places: per sequence the index of its first block when its blocks lie in a row, else the blocks' indices."""
+    places: per sequence the index of its first block when its blocks lie in a row, else the blocks' indices.
+    few: native.Attention where it suits the step, else False."""
     wide_cos: torch.Tensor | None = None
     signed_sin: torch.Tensor | None = None
     places: list | None = None
+    few: native.Attention | bool | None = None
 
 
 def _places(table, length, block_size):

@@ -1,18 +1,37 @@
-"""Linear weights of 8 or 4 bits for the CPU, made from float ones (--cpu-weights); each stands in `Linear.weight`.
+"""Linear weights packed for the CPU, each stands in `Linear.weight`: float ones as they are, and 8 or 4 bits made from float
+ones (--cpu-weights). Products of a few rows in bfloat16 are native.py's, all others torch's.
 
 int8: one scale per output row; activations are rounded to 8 bits with one scale per token, sums are exact integers
-(W8A8 dynamic; oneDNN). int4: scale and zero per row and group of 128 inputs, activations in bfloat16 (torch's own kernel,
-which is slow in float32, and in anything for many tokens: then a piece of the weight at a time is made bfloat16).
-`tensors` of a packed weight are what is stored of it, the same on every machine; `from_tensors` packs them for this one.
+(W8A8 dynamic; oneDNN). int4: scale and zero per row and group of 128 inputs, activations in bfloat16; for many tokens a
+piece of the weight at a time is made bfloat16. `tensors` of a packed weight are what is stored of it, the same on every
+machine; `from_tensors` packs them for this one.
 """
+import sys
+
 import torch
+from torch.nn import functional as F
+
+from . import native
 
 GROUP = 128
 ROWS = 4096             # of a weight rounded or packed at a time: heads are large
-PIECE = 1024            # rows of it that are made bfloat16 at a time, for MANY tokens or more (measured: as quick at 56)
-MANY = 64
+PIECE = 1024            # rows of it that are made bfloat16 at a time, for `many` tokens
+MANY = 64               # measured for torch's kernel: as quick at 56
 BLOCK = {"AVX512": 64, "AVX2": 32}      # rows that torch interleaves: row j in the low bits, j + BLOCK / 2 in the high ones
 SMALLEST = 1e-20        # largest value of a token whose values are all zero
+
+
+class FloatWeight:
+    """weight bfloat16 or float32 [n, k]; about 1.5 times the bandwidth of the plain layout at one row, same arithmetic."""
+
+    def __init__(self, weight: torch.Tensor):
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self._blocks = native.blocks_of(self._packed, weight) if weight.dtype == torch.bfloat16 else None
+
+    def __call__(self, x, bias):
+        if self._blocks and native.suits(x):
+            return self._blocks.linear(x, widened(bias))
+        return torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")
 
 
 class Int8Weight:
@@ -23,6 +42,9 @@ class Int8Weight:
         self._levels = 127 if torch.cpu._is_vnni_supported() else 63
         self._scale, self._zeros = scale / self._levels, torch.zeros(len(scale), dtype=torch.int32)
         self._packed = torch.ops.onednn.qlinear_prepack(q, None)
+        self._blocks = native.blocks_of(self._packed, q)
+        if self._blocks:
+            self._row_scale, self._rest = scale, row_sums(q).mul_(-native.ZERO)
 
     @staticmethod
     def tensors(weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -37,6 +59,8 @@ class Int8Weight:
 
     def __call__(self, x, bias):
         """x [T, k] -> [T, n] in its dtype. Activations are uint8 around a zero point: oneDNN has no fast kernel for int8."""
+        if self._blocks and native.suits(x):
+            return self._blocks.linear_int8(x, self._rest, self._row_scale, widened(bias))
         largest = x.abs().amax(-1, keepdim=True).float().clamp_(min=SMALLEST)
         q = x.to(torch.float32, copy=True).mul_(self._levels / largest).add_(self._levels + 1.5)    # the half rounds
         out = torch.float32 if x.dtype == torch.float16 else x.dtype
@@ -50,9 +74,7 @@ class Int4Weight:
 
     def __init__(self, q: torch.Tensor, scales: torch.Tensor):
         """q uint8 [n, k / 2], two values each, the first in the low bits; scales [k / GROUP, n, 2]."""
-        self._scales, self._block = scales, BLOCK.get(torch.backends.cpu.get_cpu_capability())
-        blocks = [torch.stack((rows & 15, rows >> 4), -1).flatten(1).int() for rows in q.split(ROWS)]
-        self._packed = torch.cat([torch._convert_weight_to_int4pack_for_cpu(block, 1) for block in blocks])
+        self._form = (TorchInt4 if native.kernels() is None else native.Int4Blocks)(q, scales)
 
     @staticmethod
     def fits(weight: torch.Tensor) -> bool:
@@ -69,26 +91,48 @@ class Int4Weight:
 
     def __call__(self, x, bias):
         """x [T, k] -> [T, n] in its dtype."""
-        many = len(x) >= MANY and self._block and len(self._packed) % self._block == 0
-        y = (self._by_pieces if many else self._direct)(x.bfloat16().contiguous()).to(x.dtype)
+        product = self._by_pieces if len(x) >= self._form.many else self._form.linear
+        y = product(x.bfloat16().contiguous()).to(x.dtype)
         return y if bias is None else y.add_(bias)
 
-    def _direct(self, x):
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self._packed, GROUP, self._scales)
-
     def _by_pieces(self, x):
-        y = x.new_empty(len(x), len(self._packed))
-        for out, packed, scales in zip(y.split(PIECE, 1), self._packed.split(PIECE), self._scales.split(PIECE, 1)):
-            out.copy_(x @ self._floats(packed, scales))
+        y = x.new_empty(len(x), self._form.n)
+        for start, out in zip(range(0, self._form.n, PIECE), y.split(PIECE, 1)):
+            out.copy_(F.linear(x, self._form.floats(start, start + out.shape[1])))
         return y
 
-    def _floats(self, packed, scales):
-        """Rows as torch packed them uint8 [rows, k / 2], their scales [k / GROUP, rows, 2] -> bfloat16 [k, rows]."""
+
+class TorchInt4:
+    """4-bit weights as torch's own kernel reads them. From `many` rows on it loses to making them bfloat16."""
+
+    def __init__(self, q: torch.Tensor, scales: torch.Tensor):
+        """As Int4Weight takes them."""
+        self.n, self._scales = len(q), scales
+        self._block = BLOCK.get(torch.backends.cpu.get_cpu_capability())
+        self.many = MANY if self._block and self.n % self._block == 0 else sys.maxsize
+        blocks = [torch.stack((rows & 15, rows >> 4), -1).flatten(1).int() for rows in q.split(ROWS)]
+        self._packed = torch.cat([torch._convert_weight_to_int4pack_for_cpu(block, 1) for block in blocks])
+
+    def linear(self, x):
+        """bfloat16 [m, k] -> [m, n]."""
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self._packed, GROUP, self._scales)
+
+    def floats(self, start: int, end: int) -> torch.Tensor:
+        """Rows start..end in bfloat16 [end - start, k]."""
+        packed, (scale, zero) = self._packed[start:end], self._scales[:, None, start:end].unbind(-1)
         rows, k = len(packed), 2 * packed.shape[1]
         blocks = packed.view(-1, k, self._block // 2).transpose(0, 1).contiguous()
         q = torch.stack((blocks & 15, blocks >> 4), 2).view(torch.int8).sub_(8).bfloat16().view(-1, GROUP, rows)
-        scale, zero = scales[:, None].unbind(-1)
-        return torch.addcmul(zero.contiguous(), q, scale.contiguous()).view(k, rows)
+        return torch.addcmul(zero.contiguous(), q, scale.contiguous()).view(k, rows).t()
+
+
+def row_sums(weight):
+    """int8 [n, k] -> int32 [n]; ten times as fast as `sum`."""
+    return torch._int_mm(weight, weight.new_ones(weight.shape[1], 1))[:, 0]
+
+
+def widened(bias):
+    return None if bias is None else bias.float()
 
 
 def _rounded_to_4_bits(weight):

@@ -121,6 +121,12 @@ class ReferenceOps:
         keys.view(-1, *keys.shape[2:])[slots] = k
         values.view(-1, *values.shape[2:])[slots] = v
 
+    def attend(self, qkv, keys, values, config, step):
+        """qkv [T, width] -> what the tokens see [T, heads * head_dim]; their keys and values go into the cache."""
+        q, k, v = self.turned_heads(qkv, config, step)
+        self.cache_write(k, v, keys, values, step.slots)
+        return self.attention(q, k, v, keys, values, step).flatten(1)
+
     def attention(self, q, k, v, keys, values, step):
         """softmax(q k / sqrt(head_dim)) v per sequence over its cached keys and values -> [T, heads, head_dim]."""
         outputs = []

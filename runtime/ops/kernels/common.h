@@ -1,0 +1,48 @@
+/* The decode step's kernels: products of a few rows, norms, gates, attention in bfloat16, for CPUs with AVX-512 BF16 and VNNI.
+ *
+ * With one token at a time every weight is used once: a product is as fast as memory is read, if little happens between two
+ * products. Each function is one parallel region at most. Built and called by native.py, which checks shapes and layouts.
+ */
+#pragma once
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef uint16_t bf16;
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 8")
+#define AHEAD 4096      /* bytes fetched before they are needed: hides the latency that one core's own prefetcher leaves */
+
+INLINE __m512 load(const bf16 *p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
+}
+
+INLINE void store(bf16 *p, __m512 v) { _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(v)); }
+
+INLINE __m512i pair(const void *p) {        /* 4 bytes in every lane */
+    int32_t bits;
+    memcpy(&bits, p, 4);
+    return _mm512_set1_epi32(bits);
+}
+
+INLINE __m512 exponential(__m512 x) {       /* 2^n * e^r, |r| <= ln 2 / 2, Taylor's polynomial: 2e-7 relative */
+    x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
+    __m512 p = _mm512_set1_ps(1 / 720.0f);
+    const float factors[] = {1 / 120.0f, 1 / 24.0f, 1 / 6.0f, 0.5f, 1, 1};
+    UNROLL for (int i = 0; i < 6; i++) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(factors[i]));
+    return _mm512_scalef_ps(p, n);
+}
+
+/* with m and z_count as constants: CALL(M) for m rows, TILE(M, Z) for z_count registers */
+#define WIDTHS(M) (z_count == 4 ? TILE(M, 4) : z_count == 2 ? TILE(M, 2) : TILE(M, 1))
+#define ROWS(CALL) switch (m) { \
+    case 1: CALL(1); break; case 2: CALL(2); break; case 3: CALL(3); break; case 4: CALL(4); break; \
+    case 5: CALL(5); break; case 6: CALL(6); break; case 7: CALL(7); break; default: CALL(8); }
+
+/* registers of a tile: as many as a block has and 32 registers allow */
+static int width(long block, int m) { return block % 64 == 0 && m <= 4 ? 4 : block % 32 == 0 ? 2 : 1; }
+

@@ -1,0 +1,109 @@
+"""The decode step's own kernels against torch's operators; skipped where the CPU or a compiler is missing."""
+import pytest
+import torch
+from torch.nn import functional as F
+
+from models.base import DecoderConfig, Rope
+from models.decoder import Step
+from models.layers import Norm
+from models.quantized import Quantized
+from runtime.ops import native
+from runtime.ops.cpu import CpuOps
+from runtime.ops.packed import FloatWeight, Int4Weight, Int8Weight, TorchInt4
+from runtime.ops.reference import ReferenceOps
+
+pytestmark = pytest.mark.skipif(native.kernels() is None, reason=native.missing() or "the kernels cannot be built")
+OPS, PLAIN = CpuOps(), ReferenceOps()
+ROUNDED = {"rtol": 0.008, "atol": 0.001}        # the last of bfloat16's 8 bits
+
+
+def gaussian(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """Calls a function with torch's operators alone."""
+    def call(function, *arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "FEW", 0)
+            return function(*arguments)
+    return call
+
+
+@pytest.mark.parametrize("rows", range(1, native.FEW + 1))
+@pytest.mark.parametrize("shape", [(64, 128), (192, 512), (96, 384), (304, 256), (2048, 6144)])
+def test_products(rows, shape, without):
+    weight, x, bias = 0.05 * gaussian(*shape), gaussian(rows, shape[1], seed=1), gaussian(shape[0], seed=2)
+    for form in (FloatWeight(weight), Int8Weight.from_tensors(Int8Weight.tensors(weight))):
+        assert form._blocks, "oneDNN's order of the weights is not known"
+        for b in (None, bias):
+            torch.testing.assert_close(form(x, b), without(form, x, b), rtol=0.02, atol=0.02)
+    exact = FloatWeight(weight)(x, None).float()
+    torch.testing.assert_close(exact, x.float() @ weight.float().T, rtol=0.008, atol=0.01)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 9, 17, 31, 33])
+@pytest.mark.parametrize("shape", [(64, 128), (48, 256), (1072, 384)])
+def test_int4_products(rows, shape):
+    weight, x = 0.05 * gaussian(*shape), gaussian(rows, shape[1], seed=1)
+    stored = Int4Weight.tensors(weight)
+    ours, theirs = Int4Weight.from_tensors(stored), TorchInt4(stored["int4"], stored["scales"])
+    torch.testing.assert_close(ours(x, None), theirs.linear(x), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(ours._form.floats(0, shape[0]).float(), dequantised(stored), rtol=0.008, atol=1e-4)
+
+
+def dequantised(stored):
+    q = torch.stack((stored["int4"] & 15, stored["int4"] >> 4), -1).flatten(1).float().unflatten(1, (-1, 128)) - 8
+    scale, zero = stored["scales"].float().transpose(0, 1).unbind(-1)
+    return (q * scale[..., None] + zero[..., None]).flatten(1)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("kind, offset", [("W8A8", -13), ("W8A8", 0), ("W8A8_DYNAMIC", 0)])
+def test_quantised_layers_are_exact(kind, offset, rows):
+    """The same whole numbers: what differs is one rounding to bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-128, 128, (192, 256), dtype=torch.int8, generator=generator)
+    bias = torch.randint(-9999, 9999, (192,), dtype=torch.int32, generator=generator)
+    layer = Quantized(kind, weight, torch.rand(192, generator=generator) / 1000, bias, 0.031, offset)
+    if kind == "W8A8_DYNAMIC":
+        layer.bias = bias.float() / 1000
+    packed, x = OPS.pack_quantized(layer, torch.bfloat16), gaussian(rows, 256)
+    x[-1] = 0
+    torch.testing.assert_close(OPS.quantized_linear(x, packed), PLAIN.quantized_linear(x, layer), rtol=0.008, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_between_the_products(rows):
+    x, residual, norm = gaussian(rows, 192), gaussian(rows, 192, seed=1), Norm(gaussian(192, seed=2))
+    for found, expected in zip(OPS.add_rms_norm(x, residual, norm, 1e-5), PLAIN.add_rms_norm(x, residual, norm, 1e-5)):
+        torch.testing.assert_close(found, expected, **ROUNDED)
+    torch.testing.assert_close(OPS.rms_norm(x, norm, 1e-5), PLAIN.rms_norm(x, norm, 1e-5), **ROUNDED)
+    gates = torch.cat((40 * x, residual), -1)
+    torch.testing.assert_close(OPS.swiglu(gates).float(), F.silu(40 * x.float()) * residual.float(), rtol=0.02, atol=0.001)
+
+
+@pytest.mark.parametrize("heads, kv_heads, d", [(4, 4, 32), (16, 4, 128), (32, 2, 64), (6, 2, 96), (5, 1, 64)])
+@pytest.mark.parametrize("lengths", [[1], [37], [16, 1, 130], [5] * 8])
+def test_attention(heads, kv_heads, d, lengths):
+    """Blocks in any order; what is in the cache afterwards, too."""
+    config = DecoderConfig(8, heads * d, 1, heads, kv_heads, d, 8, Rope(d), 1e-5, 512)
+    rows, block, generator = len(lengths), 16, torch.Generator().manual_seed(3)
+    width = -(-max(lengths) // block)
+    table = torch.randperm(rows * width, generator=generator).view(rows, width).int()
+    last = torch.tensor(lengths) - 1
+    slots = table[torch.arange(rows), last // block].long() * block + last % block
+    angles = gaussian(rows, d // 2, seed=4).float()
+    cos, sin = (torch.cat((t, t), -1).bfloat16() for t in (angles.cos(), angles.sin()))
+    step = Step(cos, sin, slots, table, [1] * rows, lengths)
+    qkv = gaussian(rows, (heads + 2 * kv_heads) * d)
+    caches = [gaussian(rows * width, block, kv_heads, d, seed=5 + i) for i in range(2)]
+    ours, theirs = ([cache.clone() for cache in caches] for _ in range(2))
+    begun = OPS.begin(step, config, "cpu")
+    found = OPS.attend(qkv, *ours, config, begun)
+    assert begun.few
+    expected = PLAIN.attend(qkv, *theirs, config, PLAIN.begin(step, config, "cpu"))
+    torch.testing.assert_close(found, expected, rtol=0.03, atol=0.03)
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=0.016, atol=0.016)
