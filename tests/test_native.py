@@ -59,7 +59,7 @@ def dequantised(stored):
     return (q * scale[..., None] + zero[..., None]).flatten(1)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("rows", [1, 3, 8, 70])
 @pytest.mark.parametrize("kind, offset", [("W8A8", -13), ("W8A8", 0), ("W8A8_DYNAMIC", 0)])
 def test_quantised_layers_are_exact(kind, offset, rows):
     """The same whole numbers: what differs is one rounding to bfloat16."""
@@ -74,7 +74,7 @@ def test_quantised_layers_are_exact(kind, offset, rows):
     torch.testing.assert_close(OPS.quantized_linear(x, packed), PLAIN.quantized_linear(x, layer), rtol=0.008, atol=1e-6)
 
 
-@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("rows", [1, 4, 70])
 def test_between_the_products(rows):
     x, residual, norm = gaussian(rows, 192), gaussian(rows, 192, seed=1), Norm(gaussian(192, seed=2))
     for found, expected in zip(OPS.add_rms_norm(x, residual, norm, 1e-5), PLAIN.add_rms_norm(x, residual, norm, 1e-5)):
@@ -82,6 +82,17 @@ def test_between_the_products(rows):
     torch.testing.assert_close(OPS.rms_norm(x, norm, 1e-5), PLAIN.rms_norm(x, norm, 1e-5), **ROUNDED)
     gates = torch.cat((40 * x, residual), -1)
     torch.testing.assert_close(OPS.swiglu(gates).float(), F.silu(40 * x.float()) * residual.float(), rtol=0.02, atol=0.001)
+
+
+@pytest.mark.parametrize("rows", [1, 70])
+def test_turned_heads(rows):
+    config = DecoderConfig(8, 256, 1, 4, 2, 64, 8, Rope(64), 1e-5, 512)
+    angles, qkv = gaussian(rows, 32, seed=1).float(), gaussian(rows, 8 * 64)
+    cos, sin = (torch.cat((t, t), -1).bfloat16() for t in (angles.cos(), angles.sin()))
+    step = Step(cos, sin, torch.arange(rows), torch.zeros(1, 9, dtype=torch.int32), [rows], [rows])
+    expected = PLAIN.turned_heads(qkv.clone(), config, step)
+    for a, b in zip(OPS.turned_heads(qkv, config, OPS.begin(step, config, "cpu")), expected):
+        torch.testing.assert_close(a, b, rtol=0.016, atol=0.016)
 
 
 @pytest.mark.parametrize("heads, kv_heads, d", [(4, 4, 32), (16, 4, 128), (32, 2, 64), (6, 2, 96), (5, 1, 64)])

@@ -1,7 +1,7 @@
 """Fast kernels on the CPU: torch's fused norms, scaled-dot-product attention with grouped heads, in-place cache writes, int8
 products on VNNI instructions; our own (native.py) for a few tokens in bfloat16, each step of an answer.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional as F
@@ -20,9 +20,9 @@ BLOCK = 1 << 17     # activations rounded at a time: what stays in the cache is 
 
 @dataclass
 class PackedInt8:
-    """A Quantized layer for oneDNN: weight in its blocked layout, zero point of the activations, and what is added to the
-    float result: the part of quant_bias that the zero point does not bring in (static), or nothing. For native.py: where
-    the weight lies, and what is added to its whole sums."""
+    """A Quantized layer (its weight taken out) for oneDNN: weight in its blocked layout, zero point of the activations, and
+    what is added to the float result: the part of quant_bias that the zero point does not bring in (static), or nothing.
+    For native.py: where the weight lies, and what is added to its whole sums."""
     layer: Quantized
     weight: torch.Tensor
     zero_point: int
@@ -62,8 +62,9 @@ class CpuOps(ReferenceOps):
             bias = (layer.bias + layer.input_offset * sums.long()).float() * layer.scale
             rest += layer.bias
         packed = torch.ops.onednn.qlinear_prepack(layer.weight, None)
+        blocks, layer = native.blocks_of(packed, layer.weight), replace(layer, weight=layer.weight.new_empty(0))
         return PackedInt8(layer, packed, ZERO + layer.input_offset, bias, torch.zeros(len(layer.scale), dtype=torch.int32),
-                          native.blocks_of(packed, layer.weight), rest)
+                          blocks, rest)
 
     def quantized_linear(self, x, layer):
         if isinstance(layer, Quantized):
@@ -86,7 +87,7 @@ class CpuOps(ReferenceOps):
 
     def rms_norm(self, x, norm, eps):
         """In float32 and in place: torch's own is several times slower on many rows of bfloat16."""
-        if native.suits(x) and norm.weight.dtype == x.dtype:
+        if native.suits(x, native.ANY) and norm.weight.dtype == x.dtype:
             return shifted(native.add_rms_norm(x, None, norm.weight, eps)[0], norm)
         y = x.to(torch.float32, copy=True)
         size = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
@@ -94,16 +95,19 @@ class CpuOps(ReferenceOps):
         return shifted(y.to(x.dtype), norm)
 
     def add_rms_norm(self, x, residual, norm, eps):
-        if not (native.suits(x) and norm.weight.dtype == x.dtype):
+        if not (native.suits(x, native.ANY) and norm.weight.dtype == x.dtype):
             return super().add_rms_norm(x, residual, norm, eps)
         normed, total = native.add_rms_norm(x, residual, norm.weight, eps)
         return shifted(normed, norm), total
 
     def swiglu(self, x):
-        return native.swiglu(x) if native.suits(x) else super().swiglu(x)
+        return native.swiglu(x) if native.suits(x, native.ANY) and x.shape[1] % 32 == 0 else super().swiglu(x)
 
     def turned_heads(self, qkv, config, step):
-        """q and k together: half the calls of turning each (see ReferenceOps.rope)."""
+        """In place, or q and k together: half the calls of turning each (see ReferenceOps.rope)."""
+        if native.suits(qkv, native.ANY) and config.head_dim % 32 == 0 and qkv.is_contiguous():
+            native.turn(qkv, step.cos, step.sin, config.heads + config.kv_heads)
+            return self.heads(qkv, config, step)
         turned, v = qkv.view(len(qkv), -1, config.head_dim).split((config.heads + config.kv_heads, config.kv_heads), dim=1)
         first, second = turned.chunk(2, dim=-1)
         turned = torch.addcmul(turned * step.wide_cos, torch.cat((second, first), -1), step.signed_sin)
@@ -139,6 +143,10 @@ class CpuOps(ReferenceOps):
 
 def _unsigned(x, layer):
     """x [T, k] -> (its values as `quantize` rounds them, + ZERO, uint8 [T, k]; scale of each token or None)."""
+    if native.suits(x, native.ANY):
+        if layer.static:
+            return native.rounded(x, layer.input_scale, layer.input_offset)[0], None
+        return native.rounded(x)
     found = [_block(rows, layer) for rows in x.split(max(1, BLOCK // x.shape[1]))]
     if len(found) == 1:
         return found[0]

@@ -20,16 +20,18 @@ import torch
 
 from ..artifact import cache_root
 
-FEW = 8                 # rows of a kernel's tile
+FEW = 8                 # rows of a product's tile
+ANY = sys.maxsize
 ZERO = 128              # what stands for 0 in its unsigned activations
 NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16"}
 SOURCES = Path(__file__).with_name("kernels")
 COMMAND = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 P, N, L, F = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
 SIGNATURES = {
-    "linear_bf16": (P, P, P, P, N, L, L, L), "linear_int8": (P, P, P, P, P, P, P, N, L, L, L, F, F, F),
-    "linear_int4": (P, P, P, P, P, N, L, L), "floats_int4": (P, P, P, L, L),
-    "add_rms_norm": (P, P, P, P, P, N, L, F), "swiglu": (P, P, N, L), "attend": (P, P, P, P, P, P, L, P, P, P)}
+    "linear_bf16": (P, P, P, P, N, L, L, L), "linear_int8": (P, P, P, P, P, P, P, N, L, L, L, F, F),
+    "linear_int4": (P, P, P, P, P, N, L, L), "floats_int4": (P, P, P, L, L), "round_rows": (P, P, P, N, L, F, F),
+    "add_rms_norm": (P, P, P, P, P, N, L, F), "swiglu": (P, P, N, L), "turn_rows": (P, P, P, N, L, L, L),
+    "attend": (P, P, P, P, P, P, L, P, P, P)}
 
 
 def missing() -> str:
@@ -74,9 +76,9 @@ def _built() -> Path:
     return library
 
 
-def suits(x: torch.Tensor) -> bool:
-    """Can the kernels take the activations x [m, k]?"""
-    return x.dtype == torch.bfloat16 and len(x) <= FEW and x.shape[1] % 16 == 0 and kernels() is not None
+def suits(x: torch.Tensor, rows: int = FEW) -> bool:
+    """Can the kernels take the activations x [m, k], at most `rows` of them?"""
+    return x.dtype == torch.bfloat16 and len(x) <= rows and x.shape[1] % 16 == 0 and kernels() is not None
 
 
 @dataclass
@@ -93,13 +95,13 @@ class Blocks:
         kernels().linear_bf16(x.data_ptr(), self.address, address(bias), y.data_ptr(), len(x), self.n, self.k, self.block)
         return y
 
-    def linear_int8(self, x, add, scale, bias, fixed: float = 0, offset: float = 0, levels: float = 127):
+    def linear_int8(self, x, add, scale, bias, fixed: float = 0, offset: float = 0):
         """bfloat16 [m, k] -> [m, n] = (q @ w.T + add) * scale * s + bias. q: x / s rounded to whole numbers, s of each
         token from its largest value; or, with a fixed s, those of x / s + offset. add: int32, with ZERO times the sums of
         the weight's rows taken off, for the kernel's q are unsigned."""
         x, y, q = x.contiguous(), x.new_empty(len(x), self.n), x.new_empty(x.shape, dtype=torch.uint8)
         kernels().linear_int8(x.data_ptr(), self.address, add.data_ptr(), scale.data_ptr(), address(bias), q.data_ptr(),
-                              y.data_ptr(), len(x), self.n, self.k, self.block, fixed, offset, levels)
+                              y.data_ptr(), len(x), self.n, self.k, self.block, fixed, offset)
         return y
 
 
@@ -183,6 +185,18 @@ class Attention:
                          values.data_ptr(), ctypes.byref(self._shape), self._room, self._q.data_ptr(), self._p.data_ptr(),
                          out.data_ptr())
         return out
+
+
+def rounded(x, fixed: float = 0, offset: float = 0):
+    """bfloat16 [m, k] -> uint8 [m, k], the whole numbers q of `Blocks.linear_int8` + ZERO, and float32 [m, 1], their s."""
+    x, q, scales = x.contiguous(), torch.empty(x.shape, dtype=torch.uint8), torch.empty(len(x), 1)
+    kernels().round_rows(x.data_ptr(), q.data_ptr(), scales.data_ptr(), *x.shape, fixed, offset)
+    return q, scales
+
+
+def turn(qkv, cos, sin, heads: int):
+    """The first `heads` of every token's heads are turned to its position, in place; qkv [m, width], cos and sin [m, d]."""
+    kernels().turn_rows(qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), *qkv.shape, heads, cos.shape[1])
 
 
 def add_rms_norm(x, residual, weight, eps):

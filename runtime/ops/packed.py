@@ -40,11 +40,9 @@ class Int8Weight:
     def __init__(self, q: torch.Tensor, scale: torch.Tensor):
         # without VNNI oneDNN adds pairs of products in 16 bits: 7 bits of activations keep them from saturating
         self._levels = 127 if torch.cpu._is_vnni_supported() else 63
-        self._scale, self._zeros = scale / self._levels, torch.zeros(len(scale), dtype=torch.int32)
-        self._packed = torch.ops.onednn.qlinear_prepack(q, None)
+        self._scale, self._zeros = scale, torch.zeros(len(scale), dtype=torch.int32)
+        self._packed, self._rest = torch.ops.onednn.qlinear_prepack(q, None), row_sums(q).mul_(-native.ZERO)
         self._blocks = native.blocks_of(self._packed, q)
-        if self._blocks:
-            self._row_scale, self._rest = scale, row_sums(q).mul_(-native.ZERO)
 
     @staticmethod
     def tensors(weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -60,13 +58,16 @@ class Int8Weight:
     def __call__(self, x, bias):
         """x [T, k] -> [T, n] in its dtype. Activations are uint8 around a zero point: oneDNN has no fast kernel for int8."""
         if self._blocks and native.suits(x):
-            return self._blocks.linear_int8(x, self._rest, self._row_scale, widened(bias))
-        largest = x.abs().amax(-1, keepdim=True).float().clamp_(min=SMALLEST)
-        q = x.to(torch.float32, copy=True).mul_(self._levels / largest).add_(self._levels + 1.5)    # the half rounds
+            return self._blocks.linear_int8(x, self._rest, self._scale, widened(bias))
+        q, token_scale = (native.rounded if native.suits(x, native.ANY) else self._rounded)(x)
         out = torch.float32 if x.dtype == torch.float16 else x.dtype
-        y = torch.ops.onednn.qlinear_pointwise(q.to(torch.uint8), 1.0, self._levels + 1, self._packed, self._scale,
-                                               self._zeros, None, 1.0, 0, out, "none", [], "").mul_(largest.to(out))
+        y = torch.ops.onednn.qlinear_pointwise(q, 1.0, self._levels + 1, self._packed, self._scale, self._zeros, None,
+                                               1.0, 0, out, "none", [], "").mul_(token_scale.to(out))
         return (y if bias is None else y.add_(bias)).to(x.dtype)
+
+    def _rounded(self, x):
+        scale = x.abs().amax(-1, keepdim=True).float().clamp_(min=SMALLEST).div_(self._levels)
+        return x.to(torch.float32, copy=True).div_(scale).add_(self._levels + 1.5).to(torch.uint8), scale     # the half rounds
 
 
 class Int4Weight:

@@ -2,28 +2,31 @@
 
 /* sum = x + residual (no residual: x alone, and no sum); y = sum / rms(sum) * weight */
 void add_rms_norm(const bf16 *x, const bf16 *residual, const bf16 *weight, bf16 *sum, bf16 *y, int m, long width, float eps) {
-    for (int row = 0; row < m; row++, x += width, y += width) {
-        const bf16 *from = x;
+    #pragma omp parallel for if (m > 8)
+    for (long row = 0; row < m; row++) {
+        const bf16 *from = x + row * width;
         if (residual) {
-            for (long i = 0; i < width; i += 16) store(sum + i, _mm512_add_ps(load(x + i), load(residual + i)));
-            from = sum;
+            for (long i = row * width; i < (row + 1) * width; i += 16)
+                store(sum + i, _mm512_add_ps(load(x + i), load(residual + i)));
+            from = sum + row * width;
         }
         __m512 squares = _mm512_setzero_ps();
         for (long i = 0; i < width; i += 16) { __m512 v = load(from + i); squares = _mm512_fmadd_ps(v, v, squares); }
         __m512 factor = _mm512_set1_ps(1 / sqrtf(_mm512_reduce_add_ps(squares) / width + eps));
         for (long i = 0; i < width; i += 16)
-            store(y + i, _mm512_mul_ps(_mm512_mul_ps(load(from + i), factor), load(weight + i)));
-        if (residual) { sum += width; residual += width; }
+            store(y + row * width + i, _mm512_mul_ps(_mm512_mul_ps(load(from + i), factor), load(weight + i)));
     }
 }
 
 /* x [m, 2 * width], gate first -> y [m, width] */
 void swiglu(const bf16 *x, bf16 *y, int m, long width) {
-    for (int row = 0; row < m; row++, x += 2 * width, y += width)
+    #pragma omp parallel for if (m > 8)
+    for (long row = 0; row < m; row++)
         for (long i = 0; i < width; i += 16) {
-            __m512 gate = load(x + i), one = _mm512_set1_ps(1);
+            const bf16 *from = x + 2 * row * width + i;
+            __m512 gate = load(from), one = _mm512_set1_ps(1);
             __m512 down = _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), gate)));
-            store(y + i, _mm512_mul_ps(_mm512_div_ps(gate, down), load(x + width + i)));
+            store(y + row * width + i, _mm512_mul_ps(_mm512_div_ps(gate, down), load(from + width)));
         }
 }
 
@@ -39,6 +42,14 @@ INLINE void turn(const bf16 *x, const bf16 *cos, const bf16 *sin, bf16 *y, long 
         store(y + i, _mm512_fnmadd_ps(b, load(sin + i), _mm512_mul_ps(a, load(cos + i))));
         store(y + d / 2 + i, _mm512_fmadd_ps(a, load(sin + d / 2 + i), _mm512_mul_ps(b, load(cos + d / 2 + i))));
     }
+}
+
+/* The first `heads` of every row of qkv [m, width], in place; cos, sin [m, d]. */
+void turn_rows(bf16 *qkv, const bf16 *cos, const bf16 *sin, int m, long width, long heads, long d) {
+    #pragma omp parallel for if (m > 8)
+    for (long row = 0; row < m; row++)
+        for (long h = 0; h < heads; h++)
+            turn(qkv + row * width + h * d, cos + row * d, sin + row * d, qkv + row * width + h * d, d);
 }
 
 INLINE const bf16 *cached(const bf16 *cache, const Shape *s, long row, long kv, long t) {

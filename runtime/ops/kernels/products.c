@@ -58,13 +58,13 @@ void linear_bf16(const bf16 *x, const char *w, const float *bias, bf16 *y, int m
         }
 }
 
-/* A row of x as whole numbers around 128, and its scale: `fixed`, with an offset; or (0) the largest value is `levels`. */
-static float round_row(const bf16 *x, uint8_t *q, long k, float fixed, float offset, float levels) {
+/* A row of x as whole numbers around 128 -> its scale: `fixed`, which stands for 1, or (0) the largest value is 127. */
+static float round_row(const bf16 *x, uint8_t *q, long k, float fixed, float offset) {
     float scale = fixed;
     if (!fixed) {
         __m512 largest = _mm512_setzero_ps();
         for (long i = 0; i < k; i += 16) largest = _mm512_max_ps(largest, _mm512_abs_ps(load(x + i)));
-        scale = fmaxf(_mm512_reduce_max_ps(largest), 1e-12f) / levels;
+        scale = fmaxf(_mm512_reduce_max_ps(largest), 1e-12f) / 127;
     }
     for (long i = 0; i < k; i += 16) {
         __m512 v = _mm512_add_ps(_mm512_div_ps(load(x + i), _mm512_set1_ps(scale)), _mm512_set1_ps(offset));
@@ -74,12 +74,18 @@ static float round_row(const bf16 *x, uint8_t *q, long k, float fixed, float off
     return fixed ? 1 : scale;
 }
 
+/* All rows; scales [m]. */
+void round_rows(const bf16 *x, uint8_t *q, float *scales, int m, long k, float fixed, float offset) {
+    #pragma omp parallel for if (m > 8)
+    for (long i = 0; i < m; i++) scales[i] = round_row(x + i * k, q + i * k, k, fixed, offset);
+}
+
 /* y = (round(x) @ w + add) * scale * (scale of the row) + bias; q: room for m * k bytes */
 void linear_int8(const bf16 *x, const char *w, const int32_t *add, const float *scale, const float *bias, uint8_t *q, bf16 *y,
-                 int m, long n, long k, long block, float fixed, float offset, float levels) {
+                 int m, long n, long k, long block, float fixed, float offset) {
     const int z_count = width(block, m);
     float row_scale[8];
-    for (int i = 0; i < m; i++) row_scale[i] = round_row(x + i * k, q + i * k, k, fixed, offset, levels);
+    for (int i = 0; i < m; i++) row_scale[i] = round_row(x + i * k, q + i * k, k, fixed, offset);
     #pragma omp parallel for schedule(static)
     for (long b = 0; b < (n + block - 1) / block; b++)
         for (long c = 0; c < block && b * block + c < n; c += 16 * z_count) {
