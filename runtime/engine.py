@@ -174,7 +174,8 @@ class Engine:
         """One line per stage: what runs where."""
         packed = "" if self.options.cpu_weights == "float" else f", weights packed to {self.options.cpu_weights}"
         lines = [f"model: {self.family.name} ({self.family.rule})",
-                 f"decoder: {self._ops.name} ops on {self._devices()}, {str(self.plan.dtype).split('.')[1]}{packed}"]
+                 f"decoder: {self._ops.name} ops on {self._devices()}, {str(self.plan.dtype).split('.')[1]}{packed}"
+                 f"{self._ops.remark(self.plan.dtype)}"]
         return lines + ([self._vision.describe()] if self._vision else [])
 
     def close(self):

@@ -118,3 +118,32 @@ def test_attention(heads, kv_heads, d, lengths):
     torch.testing.assert_close(found, expected, rtol=0.03, atol=0.03)
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b, rtol=0.016, atol=0.016)
+
+
+def test_without_a_compiler_torch_does_everything(monkeypatch):
+    monkeypatch.setattr("runtime.ops.native.shutil.which", lambda name: None)
+    assert "there is no C compiler; run: apt-get install gcc" in OPS.remark(torch.bfloat16) and not OPS.remark(torch.float32)
+    native.kernels.cache_clear()
+    try:
+        weight, x = gaussian(64, 128), gaussian(1, 128, seed=1)
+        packed = FloatWeight(weight)
+        assert native.kernels() is None and not packed._blocks and not native.suits(x)
+        torch.testing.assert_close(packed(x, None), F.linear(x, weight), **ROUNDED)
+    finally:
+        monkeypatch.undo()
+        native.kernels.cache_clear()
+
+
+def test_built_once_per_machine_and_again_when_the_compiler_fails(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("ASCEND_VLM_CACHE", str(tmp_path))
+    built = native._built()
+    first = built.stat().st_mtime_ns
+    assert native._built() == built and built.stat().st_mtime_ns == first and [built] == list((tmp_path / "kernels").iterdir())
+    monkeypatch.setattr(native, "COMMAND", ("-no-such-option",))
+    native.kernels.cache_clear()
+    try:
+        assert native.kernels() is None
+        assert "warning: decoding is slower" in capsys.readouterr().err and [built] == list((tmp_path / "kernels").iterdir())
+    finally:
+        monkeypatch.undo()
+        native.kernels.cache_clear()

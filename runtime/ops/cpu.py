@@ -42,6 +42,10 @@ class PackedInt8:
 class CpuOps(ReferenceOps):
     name = "cpu"
 
+    def remark(self, dtype):
+        slower = dtype == torch.bfloat16 and native.missing()
+        return f" (answers come slower than they could: {slower})" if slower else ""
+
     def pack(self, weight):
         return FloatWeight(weight) if weight.dtype in (torch.float32, torch.bfloat16) else weight   # fp16 has no kernel
 

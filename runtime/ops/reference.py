@@ -30,6 +30,10 @@ class ReferenceOps:
         """What --dtype auto means: here still "auto", the plan chooses by size."""
         return "auto"
 
+    def remark(self, dtype: torch.dtype) -> str:
+        """What a user who computes in `dtype` should know of the operators, to be put behind their name."""
+        return ""
+
     def free_memory(self) -> int:
         """Bytes free for weights and cache."""
         return available_memory()
