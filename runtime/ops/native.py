@@ -29,7 +29,7 @@ COMMAND = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 P, N, L, F = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
 SIGNATURES = {
     "linear_bf16": (P, P, P, P, N, L, L, L), "linear_int8": (P, P, P, P, P, P, P, N, L, L, L, F, F),
-    "linear_int4": (P, P, P, P, P, N, L, L), "floats_int4": (P, P, P, L, L), "round_rows": (P, P, P, N, L, F, F),
+    "linear_int4": (P, P, P, P, P, P, P, N, L, L), "floats_int4": (P, P, P, L, L), "round_rows": (P, P, P, N, L, F, F),
     "add_rms_norm": (P, P, P, P, P, N, L, F), "swiglu": (P, P, N, L), "turn_rows": (P, P, P, N, L, L, L),
     "attend": (P, P, P, P, P, P, L, P, P, P)}
 
@@ -128,8 +128,8 @@ def blocks_of(packed: torch.Tensor, weight: torch.Tensor) -> Blocks | None:
 
 
 class Int4Blocks:
-    """4-bit weights [n, k] as the kernels read them: 16 rows at a time, of each a word of 8 values; the 16 words of a group
-    of 128 have the pairs 16 j + s (s the word, j its nibble in the lower and in the upper half)."""
+    """4-bit weights [n, k] as the kernels read them: 16 rows at a time, of each a word of 8 values. Word s of the 16 of a
+    group of 128 has the pairs of values s, 16 + s (lower nibbles of its four bytes), 32 + s, 48 + s (upper ones)."""
 
     def __init__(self, q: torch.Tensor, scales: torch.Tensor):
         """As packed.Int4Weight takes them: q uint8 [n, k / 2], scales bfloat16 [k / 128, n, 2]."""
@@ -139,11 +139,12 @@ class Int4Blocks:
         self._scales = scales.unflatten(1, (-1, 16)).permute(1, 0, 3, 2).contiguous()
 
     def linear(self, x):
-        """bfloat16 [m, k] -> [m, n]."""
-        y, sums = x.new_empty(len(x), self.n), torch.empty(FEW * self.k // 128)
+        """bfloat16 [m, k] -> [m, n]; x is rounded to 8 bits, each group of 128 values with a scale of its own."""
+        y, q = x.new_empty(len(x), self.n), torch.empty(FEW, self.k, dtype=torch.int8)
+        scales, sums = torch.empty(2, FEW * self.k // 128)
         for rows, out in zip(x.split(FEW), y.split(FEW)):
-            kernels().linear_int4(rows.data_ptr(), self._words.data_ptr(), self._scales.data_ptr(), sums.data_ptr(),
-                                  out.data_ptr(), len(rows), self.n, self.k)
+            kernels().linear_int4(rows.data_ptr(), self._words.data_ptr(), self._scales.data_ptr(), q.data_ptr(),
+                                  scales.data_ptr(), sums.data_ptr(), out.data_ptr(), len(rows), self.n, self.k)
         return y
 
     def floats(self, start: int, end: int) -> torch.Tensor:
@@ -157,7 +158,7 @@ class Int4Blocks:
 def _words(q):
     """[n, k / 2] -> int32 [n / 16, k / 128, 16 words, 16 rows]."""
     pairs = q.view(len(q), -1, 4, 16).int()
-    words = sum((pairs[:, :, j] & 15) << 4 * j | pairs[:, :, j] >> 4 << 16 + 4 * j for j in range(4))
+    words = sum((pairs[:, :, j] & 15) << at | pairs[:, :, j] >> 4 << at + 8 for j, at in enumerate((0, 16, 4, 20)))
     return words.unflatten(0, (-1, 16)).permute(0, 2, 3, 1).contiguous()
 
 

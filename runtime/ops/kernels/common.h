@@ -44,5 +44,38 @@ INLINE __m512 exponential(__m512 x) {       /* 2^n * e^r, |r| <= ln 2 / 2, Taylo
     case 5: CALL(5); break; case 6: CALL(6); break; case 7: CALL(7); break; default: CALL(8); }
 
 /* registers of a tile: as many as a block has and 32 registers allow */
-static int width(long block, int m) { return block % 64 == 0 && m <= 4 ? 4 : block % 32 == 0 ? 2 : 1; }
+INLINE int width(long block, int m) { return block % 64 == 0 && m <= 4 ? 4 : block % 32 == 0 ? 2 : 1; }
 
+/* AMX: 8 rows for the price of one. tmm0..3: sums of 16 columns each, 4: 64 bytes of k of the rows of x, 5: of the columns. */
+#ifdef __AMX_INT8__
+#define AMX 1
+
+INLINE void begin_tiles(int m) {
+    struct { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; } tiles = {.palette = 1};
+    for (int i = 0; i < 6; i++) { tiles.bytes[i] = 64; tiles.rows[i] = i < 5 ? m : 16; }
+    _tile_loadconfig(&tiles);
+}
+
+#define AMX_COLUMNS(DOT, T) _tile_loadd(5, tile + 64 * T, step_); DOT(T, 4, 5)
+
+/* sums [4][8][16] of 32 or 64 columns; step: bytes from 4 bytes of k to the next, row: of a row of x, a multiple of 64 */
+#define AMX_TILE(DOT, w, step, x, row, sums) do { \
+    const long step_ = step; \
+    const int wide = step_ == 256; \
+    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3); \
+    for (long at = 0; at < (row); at += 64) { \
+        const char *tile = (w) + at / 4 * step_; \
+        for (long i = 0; i < 16 * step_; i += 64) _mm_prefetch(tile + i + AHEAD, _MM_HINT_T0); \
+        _tile_loadd(4, (const char *)(x) + at, row); \
+        AMX_COLUMNS(DOT, 0); AMX_COLUMNS(DOT, 1); \
+        if (wide) { AMX_COLUMNS(DOT, 2); AMX_COLUMNS(DOT, 3); } \
+    } \
+    _tile_stored(0, sums[0], 64); _tile_stored(1, sums[1], 64); \
+    if (wide) { _tile_stored(2, sums[2], 64); _tile_stored(3, sums[3], 64); } \
+} while (0)
+#else
+#define AMX 0
+#define begin_tiles(m)
+#define _tile_release()
+#define AMX_TILE(...)
+#endif
