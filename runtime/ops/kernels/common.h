@@ -75,7 +75,7 @@ INLINE void begin_tiles(int m) {
 } while (0)
 #else
 #define AMX 0
-#define begin_tiles(m)
-#define _tile_release()
-#define AMX_TILE(...)
+#define begin_tiles(m) ((void)(m))
+#define _tile_release() ((void)0)
+#define AMX_TILE(...) ((void)0)
 #endif
