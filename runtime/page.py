@@ -55,7 +55,7 @@ def build(backend, given: SamplingParams) -> gr.ChatInterface:
 
     async def answer(message, history, *values):
         """Yields what is known of the answer so far. Stop closes it, and with it the request."""
-        text, files = (message, []) if isinstance(message, str) else (message["text"], message["files"])
+        text, files = (message, []) if isinstance(message, str) else (message["text"], [*map(path_of, message["files"])])
         system, sampling = chosen(*values)
         told = ""
         try:
@@ -64,7 +64,7 @@ def build(backend, given: SamplingParams) -> gr.ChatInterface:
                     told += piece
                     yield told
         except Exception as error:          # raised, it would leave the page with a closed box and no conversation
-            gr.Warning(sentence(error), duration=None, title="Error")
+            gr.Warning(sentence(error), duration=None)
             yield told
 
     page = gr.ChatInterface(
@@ -77,6 +77,11 @@ def build(backend, given: SamplingParams) -> gr.ChatInterface:
         controls[1].change(lambda released: [gr.update(interactive=not released)] * 4, controls[1], controls[2:6],
                            api_visibility="private", queue=False)
     return page
+
+
+def path_of(file: str | dict) -> str:
+    """A question that is asked again names its pictures as the conversation does."""
+    return file if isinstance(file, str) else file["path"]
 
 
 def sentence(error: Exception) -> str:
