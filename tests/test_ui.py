@@ -227,6 +227,8 @@ class Visit:
         field = self.page.locator("input[type=number]").last
         field.fill(str(tokens))
         field.press("Tab")
+        self.until(lambda: self.page.locator("input[type=range]").last.input_value() == str(tokens))
+        self.until(self.box.is_enabled)
 
     def bots(self) -> list[str]:
         return [text.strip() for text in self.page.locator(".message.bot").all_inner_texts()]
@@ -271,10 +273,10 @@ def test_ask_about_a_picture_ask_again_and_clear(chromium, demo_page):
     visit.ask("Describe the picture.")
     visit.wait_for(SHORTEST)
     visit.longest(100)
-    visit.page.get_by_label("Retry").click()
+    visit.page.get_by_role("button", name="Retry").click()
     visit.wait_for(DESCRIBED)
-    assert visit.bots() == [DESCRIBED] and not visit.page.get_by_label("Share").filter(visible=True).count()
-    visit.page.get_by_label("Undo").click()
+    assert visit.bots() == [DESCRIBED] and not visit.page.get_by_role("button", name="Share").count()
+    visit.page.get_by_role("button", name="Undo").click()
     visit.until(lambda: not visit.bots() and visit.box.input_value() == "Describe the picture.")
     visit.box.press("Enter")
     visit.wait_for(DESCRIBED)
