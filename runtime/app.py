@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from models.base import ModelError
 
 from .errors import USER_MISTAKE, ToolkitError
-from .guard import RETRY_SECONDS, Guard
+from .guard import Guard, as_response
 from .pictures import PictureRules
 from .protocol import (
     ApiError,
@@ -37,8 +37,6 @@ from .tools import Reader
 from .worker import Worker
 
 VERSION = version("ascend-vlm") or "unknown"
-# uvicorn ends a connection whose answer was an unexpected error: the client should know, and not use it again
-HEADERS = {429: {"Retry-After": str(RETRY_SECONDS)}, 503: {"Retry-After": str(RETRY_SECONDS)}, 500: {"Connection": "close"}}
 HAN = re.compile(r"[\u4e00-\u9fff]")
 
 
@@ -241,8 +239,7 @@ def add_errors(app: FastAPI):
 
 
 async def answer_error(_, error: Exception) -> JSONResponse:
-    error = as_api_error(error)
-    return JSONResponse(error.body(), error.status, headers=HEADERS.get(error.status))
+    return as_response(as_api_error(error))
 
 
 def as_api_error(error: Exception) -> ApiError:

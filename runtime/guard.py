@@ -1,13 +1,16 @@
 """What stands before the routes: API key, body limits, the bound on requests under way, and clients that go away."""
 import asyncio
 import hmac
-import json
 from contextlib import contextmanager
+
+from starlette.responses import JSONResponse
 
 from .protocol import ApiError
 
 BODY_SECONDS = 60       # a client that sends its body more slowly is not waited for
-RETRY_SECONDS = 1       # suggested to clients that found the queue full
+RETRY = {"Retry-After": "1"}        # second, for clients that found the queue full
+CLOSE = {"Connection": "close"}     # the rest of a body is not read; after an unexpected error uvicorn ends the connection
+HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 408: CLOSE, 413: CLOSE, 429: RETRY, 500: CLOSE, 503: RETRY}
 OPEN_PATHS = {"/health"}
 
 
@@ -31,7 +34,7 @@ class Guard:
             self._check()
             self._admit()
         except ApiError as error:
-            return await respond(send, error)
+            return await as_response(error)(scope, receive, send)
         with self._place() as leave:
             await self._serve(scope, receive, before_last(send, leave))
 
@@ -62,9 +65,10 @@ class Guard:
         try:
             body = await asyncio.wait_for(self._body(scope, receive), BODY_SECONDS)
         except ApiError as error:
-            return await respond(send, error)
+            return await as_response(error)(scope, receive, send)
         except asyncio.TimeoutError:
-            return await respond(send, ApiError(f"the body did not arrive within {BODY_SECONDS} seconds", 408))
+            late = ApiError(f"the body did not arrive within {BODY_SECONDS} seconds", 408)
+            return await as_response(late)(scope, receive, send)
         if body is not None:
             await _while_connected(self.app(scope, Replay(body), send), receive)
 
@@ -126,10 +130,5 @@ async def _disconnect(receive):
         pass
 
 
-async def respond(send, error: ApiError):
-    headers = [(b"content-type", b"application/json")]
-    headers += [(b"retry-after", str(RETRY_SECONDS).encode())] * (error.status in (429, 503))
-    headers += [(b"www-authenticate", b"Bearer")] * (error.status == 401)
-    headers += [(b"connection", b"close")] * (error.status in (408, 413))
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
-    await send({"type": "http.response.body", "body": json.dumps(error.body()).encode()})
+def as_response(error: ApiError) -> JSONResponse:
+    return JSONResponse(error.body(), error.status, headers=HEADERS.get(error.status))

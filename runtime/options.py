@@ -185,7 +185,7 @@ class SamplingParams:
         self._check("top_p", lambda p: 0 < p <= 1, "above 0 and up to 1 is needed; to take the most likely token give "
                                                    "--temperature 0")
         self._check("top_k", lambda k: k >= 0, "0 or more is needed; 0 keeps all tokens")
-        self._check("repetition_penalty", lambda r: 0 < r < math.inf, "more than 0 is needed; 1 switches it off")
+        self._check("repetition_penalty", lambda r: 0.01 <= r <= 100, "0.01 to 100 is needed; 1 switches it off")
         self.stop_token_ids = tuple(self.stop_token_ids)
         self._check("min_p", lambda p: 0 <= p <= 1, "0 to 1 is needed; 0 keeps all tokens")
         for name in ("presence_penalty", "frequency_penalty"):

@@ -1,5 +1,6 @@
 """The page of `python -m runtime.ui`: Gradio's chat with our settings, in two languages, cut off from every other site."""
 import json
+import traceback
 from contextlib import aclosing
 from pathlib import Path
 
@@ -21,10 +22,16 @@ EXAMPLES = (("scene10000.png", "describe", "en"), ("scene10000.png", "describe",
 HEADERS = [(b"content-security-policy", b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; "
             b"frame-ancestors 'none'; form-action 'self'"), (b"referrer-policy", b"no-referrer")]
 OWN = ("temperature", "top_p", "top_k", "repetition_penalty")
-CSS = ".example { border: 1px solid var(--border-color-primary) !important; border-radius: 12px; padding: 12px }"
+CSS = """
+.example { border: 1px solid var(--border-color-primary) !important; border-radius: 12px; padding: 12px }
+/* the layer that says "busy" would lie over the stop button and take its clicks */
+.block:has(textarea) > [data-testid="status-tracker"] { display: none }
+/* shares on a site that this page does not talk to */
+.download-link + button { display: none }
+footer .divider { display: none }
+"""
 ENGLISH = {
-    "ask": "Ask something; add a picture with the button, by drag and drop, or by pasting",
-    "ask_text": "Ask something", "settings": "How to answer", "system": "System prompt",
+    "ask": "Ask, and add pictures", "ask_text": "Ask something", "settings": "How to answer", "system": "System prompt",
     "system_info": "What the model should keep to, in every answer", "released": "Sample as the model was released",
     "released_info": "Untick to use the values below", "temperature": "Temperature",
     "temperature_info": "0 always takes the most likely token", "top_p": "Top p",
@@ -33,7 +40,7 @@ ENGLISH = {
     "repetition_penalty_info": "Above 1 discourages tokens already seen", "max_tokens": "Longest answer",
     "max_tokens_info": "In tokens"}
 CHINESE = {
-    "ask": "输入问题；可点按钮、拖放或粘贴来添加图片", "ask_text": "输入问题", "settings": "回答设置", "system": "系统提示词",
+    "ask": "输入问题，可添加图片", "ask_text": "输入问题", "settings": "回答设置", "system": "系统提示词",
     "system_info": "模型在每个回答中都应遵守的要求", "released": "按模型发布时的方式采样",
     "released_info": "取消勾选后使用下面的数值", "temperature": "温度", "temperature_info": "0 表示总取概率最高的词元",
     "top_p": "Top p", "top_p_info": "累计概率达到此值的最小词元集合", "top_k": "Top k",
@@ -48,7 +55,7 @@ def build(backend, given: SamplingParams) -> gr.ChatInterface:
 
     async def answer(message, history, *values):
         """Yields what is known of the answer so far. Stop closes it, and with it the request."""
-        text, files = (message, []) if isinstance(message, str) else (message["text"], message["files"])
+        text, files = (message, []) if isinstance(message, str) else (message["text"], [*map(path_of, message["files"])])
         system, sampling = chosen(*values)
         told = ""
         try:
@@ -56,8 +63,9 @@ def build(backend, given: SamplingParams) -> gr.ChatInterface:
                 async for piece in pieces:
                     told += piece
                     yield told
-        except (ToolkitError, ModelError, ApiError, OpenAIError) as error:
-            raise gr.Error(said(error), duration=None, print_exception=False) from error
+        except Exception as error:          # raised, it would leave the page with a closed box and no conversation
+            gr.Warning(sentence(error), duration=None)
+            yield told
 
     page = gr.ChatInterface(
         answer, multimodal=backend.pictures, title=backend.name, additional_inputs=controls, chatbot=gr.Chatbot(
@@ -69,6 +77,19 @@ def build(backend, given: SamplingParams) -> gr.ChatInterface:
         controls[1].change(lambda released: [gr.update(interactive=not released)] * 4, controls[1], controls[2:6],
                            api_visibility="private", queue=False)
     return page
+
+
+def path_of(file: str | dict) -> str:
+    """A question that is asked again names its pictures as the conversation does."""
+    return file if isinstance(file, str) else file["path"]
+
+
+def sentence(error: Exception) -> str:
+    """What the visitor is told; the traceback of an error that nobody foresaw is for the command's own output."""
+    if isinstance(error, (ToolkitError, ModelError, ApiError, OpenAIError)):
+        return said(error)
+    traceback.print_exception(error)
+    return "internal error; what the command printed says more"
 
 
 def settings(backend, given: SamplingParams) -> list:

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 
 from .answer import AnswerText
-from .errors import ToolkitError
 from .runner import Sequence
 from .sampler import sample
 
@@ -69,7 +68,7 @@ class Request:
         seen = torch.from_numpy(self.sequence.ids(0, self.sequence.known))
         try:
             token = sample(logits, seen, seen[len(self.prompt.ids):], self.settings, self._generator)
-        except ToolkitError as error:
+        except Exception as error:          # whatever it is, it is this request's alone
             return self.fail(error)
         if token in self._stop_ids:
             return self.finish("stop")

@@ -5,6 +5,8 @@ import torch
 
 from .errors import CHECK_FAILED, ToolkitError
 
+GREEDY = 1e-5       # a temperature below it takes the most likely token, as in vLLM; logits divided by it would overflow
+
 
 def sample(logits: torch.Tensor, seen: torch.Tensor, answer: torch.Tensor, settings, generator: torch.Generator) -> int:
     """logits float32 [vocab]; seen, answer: int64 ids of prompt and answer so far, and of the answer alone; temperature 0
@@ -14,7 +16,7 @@ def sample(logits: torch.Tensor, seen: torch.Tensor, answer: torch.Tensor, setti
                            "python -m runtime.compare", CHECK_FAILED)
     logits = penalise(logits, seen, settings.repetition_penalty)
     logits = discourage(logits, answer, settings.presence_penalty, settings.frequency_penalty)
-    if settings.temperature == 0:
+    if settings.temperature < GREEDY:
         return int(logits.argmax())
     logits = min_p(logits / settings.temperature, settings.min_p)
     probabilities = nucleus(top_k(logits, settings.top_k), settings.top_p).softmax(-1)
@@ -54,4 +56,4 @@ def nucleus(logits, p: float):
         return logits
     ordered, order = logits.sort(descending=True)
     before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-    return logits.index_fill(0, order[before >= p], float("-inf"))
+    return logits.index_fill(0, order[1:][before[1:] >= p], float("-inf"))

@@ -75,3 +75,16 @@ def test_min_p_is_a_share_of_the_likeliest():
         assert int(torch.isfinite(min_p(logits, p)).sum()) == kept
     assert set(draw(logits, n=300, min_p=0.5).tolist()) == {0, 1}
     assert set(draw(logits, n=300, min_p=0.5, temperature=0.2).tolist()) == {0}, "behind the temperature, as in vLLM"
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-5, 100.0])
+@pytest.mark.parametrize("top_p", [5e-324, 1e-9, 1.0])
+@pytest.mark.parametrize("min_p", [0.0, 5e-324, 1.0])
+@pytest.mark.parametrize("top_k", [0, 1, 3])
+def test_the_ends_of_every_range_give_a_token(temperature, top_p, min_p, top_k):
+    logits, generator = torch.tensor([1e4, 1e4, -1e4, 0.0, -2.0]), torch.Generator().manual_seed(0)
+    ids = torch.tensor([0, 0, 2, 3])
+    for penalty, presence in ((0.01, 2.0), (100.0, -2.0)):
+        chosen = settings(temperature=temperature, top_p=top_p, min_p=min_p, top_k=top_k, repetition_penalty=penalty,
+                          presence_penalty=presence, frequency_penalty=-presence)
+        assert 0 <= sample(logits, ids, ids[1:], chosen, generator) < len(logits)

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runtime import Engine, SamplingParams
+from runtime import Engine, SamplingParams, request
 from runtime.cache import KVCache
 from runtime.errors import ToolkitError
 from runtime.runner import Runner
+from runtime.sampler import sample
 
 GOLDEN = Path(__file__).parent / "golden"
 SETTINGS = {"dtype": "float32", "vision": "torch", "max_model_len": 256}
@@ -216,6 +217,11 @@ def test_a_request_that_fails_leaves_the_others_alone(monkeypatch):
     assert good.result.token_ids == expected.token_ids and engine._cache.used_blocks == 0
     with pytest.raises(ZeroDivisionError):
         engine.generate([text, picture], GREEDY)
+    monkeypatch.setattr(request, "sample", lambda *args: sample(*args) if args[3].max_tokens == 8 else 1 / 0)
+    bad, good = engine.add(text, replace(GREEDY, max_tokens=7)), engine.add(text, GREEDY)
+    while engine.busy:
+        engine.step()
+    assert isinstance(bad.error, ZeroDivisionError) and good.result.token_ids == expected.token_ids
     assert not engine.busy and engine._cache.used_blocks == 0
 
 
