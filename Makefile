@@ -89,8 +89,8 @@ quant-w8a8 quant-w8a8s: setup  ## MODEL=checkpoint OUT=folder: quantise the lang
 bench-quant: setup  ## time and memory of quantisation against msmodelslim's own run; W8A8 against bfloat16 on this CPU
 	@$(PY) benchmarks/bench_quant.py
 
-bench-peers: setup  ## MODEL=glm-edge-1.5b | llava-7b-vision | visualglm-vision [ARGS="--rounds 5"]: transformers, OpenVINO, llama.cpp and us
-	@test -n "$(MODEL)" || { echo "usage: make bench-peers MODEL=glm-edge-1.5b (or llava-7b-vision, visualglm-vision)"; exit 2; }
+bench-peers: setup  ## MODEL=glm-edge-1.5b | llava-7b-vision | visualglm-vision | tiny | tiny-vision [ARGS="--rounds 5"]: other runtimes and us
+	@test -n "$(MODEL)" || { echo "usage: make bench-peers MODEL=glm-edge-1.5b (or llava-7b-vision, visualglm-vision, tiny, tiny-vision)"; exit 2; }
 	@$(PY) benchmarks/bench_peers.py --model "$(MODEL)" $(ARGS)
 
 bench-export: setup  ## MODEL=checkpoint: time and peak memory of the vision export

@@ -41,6 +41,11 @@ def test_medians_and_targets(bench):
     assert int8["without"] == ["llamacpp q8_0"]
 
 
+def test_targets_name_rows_that_are_measured(bench):
+    for case in bench.CASES.values():
+        assert {name for target in case.targets for name in (target.ours, *target.peers)} <= {e.name for e in case.entries}
+
+
 def options(bench, work, *more):
     return ["--model", "glm-edge-1.5b", "--work", str(work), "--prompt", "16", "--new", "4", *more]
 
@@ -121,4 +126,13 @@ def test_our_own_worker_on_a_small_model(bench, tmp_path):
     told = {"work": str(tmp_path), "checkpoint": str(tmp_path / "checkpoint"), "threads": 1, "prompt": 24, "new": 4}
     found, error = bench.worker(entry, told | {"task": "run"})
     assert error is None and found["first_s"] > 0 and found["token_s"] > 0 and "int8" in found["settings"]
+    assert 50e6 < found["peak_bytes"] < 4e9
     assert {folder.name for folder in (tmp_path / "ours-int8").iterdir()} >= {"packed"}
+
+
+def test_the_plain_encoder_is_measured_without_the_engine(bench, tmp_path):
+    from models.synthetic import write_checkpoint
+    write_checkpoint("llava-1.5-7b", tmp_path / "checkpoint", "tiny", report=lambda line: None)
+    told = {"work": str(tmp_path), "checkpoint": str(tmp_path / "checkpoint"), "threads": 1, "repeats": 1, "task": "run"}
+    found, error = bench.worker(bench.Entry("ours", "eager"), told)
+    assert error is None and found["encode_s"] > 0

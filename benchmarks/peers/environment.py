@@ -13,7 +13,7 @@ PACKAGES = {
     "onnxruntime": ("onnxruntime>=1.20",),
 }
 REMOVED = {"openvino": ("torchvision",)}        # optimum-intel's import fails beside a torch it was not built for
-BUILD = {"CMAKE_ARGS": "-DGGML_NATIVE=ON"}
+BUILD = {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"}         # this CPU's instructions, no picture tools
 
 
 def python_of(peer: str) -> Path:

@@ -26,7 +26,7 @@ def open_engine(work, folder, **options):
 
 def language_options(work) -> dict:
     if work.get("repeats"):
-        return {"max_model_len": 512, "max_num_seqs": 1}
+        return {"max_model_len": 1024, "max_num_seqs": 1}
     packed = {"cpu_weights": work["variant"]} if work["variant"] != "bfloat16" else {}
     return packed | {"max_model_len": work["prompt"] + max(work["new"], job.WARM_UP), "max_num_seqs": work["batch"],
                      "max_num_batched_tokens": work["batch"] * work["prompt"]}      # all answers begin in the same step
@@ -55,10 +55,12 @@ def generate(work, folder):
 
 
 def encode(work, folder):
-    """Every picture differs in one pixel, so that each is encoded."""
+    """Every picture differs in one pixel, so that each is encoded. eager: the plain module in float32, for comparison."""
+    if work["variant"] == "eager":
+        return eager(work)
     import numpy as np
     from PIL import Image
-    options = {"torch": {"vision": "torch"}, "default": {}}.get(work["variant"], {"vision_precision": work["variant"]})
+    options = {} if work["variant"] == "default" else {"vision_precision": work["variant"]}
     engine = open_engine(work, folder, artifact=work["artifact"], **options)
     from runtime import load
     dice = np.random.default_rng(work["seed"])
@@ -66,6 +68,19 @@ def encode(work, folder):
     prompts = iter(load.picture_prompts(engine, [picture], 1 + work["repeats"], dice))
     seconds = job.median_time(lambda: engine.features(next(prompts)), work)
     return {"encode_s": seconds, "settings": "; ".join(engine.describe())}
+
+
+def eager(work):
+    import torch
+
+    from models import family_of
+    from models.checkpoint import Checkpoint
+    from runtime.vision import plain_tower
+    torch.set_num_threads(work["threads"])
+    family = family_of(work["checkpoint"])
+    tower, pixels = plain_tower(family, Checkpoint(family.directory), torch.float32), torch.rand(family.vision.input_shape)
+    with torch.inference_mode():
+        return {"encode_s": job.median_time(lambda: tower(pixels), work)}
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """transformers: generate() of the checkpoint as its users run it (sdpa attention), in the variant's dtype; CLIP's tower."""
+import json
 import time
+from pathlib import Path
 
 import job
 
@@ -42,7 +44,8 @@ def generate(work, torch, transformers):
 
 def tower(work, torch, transformers):
     """CLIP's tower without the projector; random weights of its own, whose values do not matter to the time."""
-    config = transformers.CLIPVisionConfig(**work["clip"])
+    stored = json.loads((Path(work["checkpoint"]) / "config.json").read_text())
+    config = transformers.CLIPVisionConfig.from_dict(stored["vision_config"])
     model = transformers.CLIPVisionModel(config).to(getattr(torch, work["variant"])).eval()
     pixels = torch.rand(1, 3, config.image_size, config.image_size).to(model.dtype)
     with torch.inference_mode():

@@ -66,7 +66,8 @@ def markdown(found: dict) -> str:
              "bandwidth is the mean of what was read before and after.", "", *_figures(found["rows"]), ""]
     if found["missing"]:
         lines += ["| missing | why |", "|---|---|", *(f"| {n} | {_cell(why)} |" for n, why in found["missing"].items()), ""]
-    lines += ["| target | at least | measured | |", "|---|---|---|---|"]
+    if found["targets"]:
+        lines += ["| target | at least | measured | |", "|---|---|---|---|"]
     for row in found["targets"]:
         value = "-" if row["measured"] is None else f"{row['measured']:.2f}"
         note = f" (without {', '.join(row['without'])})" if row["without"] else ""
