@@ -163,11 +163,12 @@ def test_what_the_model_is_told(server, tmp_path):
     """Golden texts: the first tokenizer code's wording, and the release's template, which loses a line break behind every
     block tag where transformers renders it."""
     first = ask(server, CALL).choices[0].message
+    said = first.model_dump(exclude_none=True)     # openai cannot write its own objects once msmodelslim was imported
     described = json.dumps(WEATHER["function"], ensure_ascii=False, indent=4)
     system = "[gMASK]<sop>" + SYSTEM.replace("{}", described)
     told_clock = '\n\n## clock\n\n{\n    "name": "clock"\n}\n在调用上述函数时，请使用 Json 格式表示调用的参数。'
     assert server.engine.prompts[-1] == system + told_clock + "<|user|>\n北京天气<|assistant|>"
-    more = [*ASKED, first, {"role": "tool", "tool_call_id": first.tool_calls[0].id, "content": "20 度"}]
+    more = [*ASKED, said, {"role": "tool", "tool_call_id": first.tool_calls[0].id, "content": "20 度"}]
     behind = '<|user|>\n北京天气<|assistant|>get_weather\n{"city": "北京 {x}"}<|observation|>\n20 度<|assistant|>'
     assert ask(server, "\n20 度", "<|user|>", more, tools=[WEATHER]).choices[0].message.content == "20 度"
     assert server.engine.prompts[-1] == system + behind
