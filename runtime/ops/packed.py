@@ -40,7 +40,8 @@ class Int8Weight:
     def __init__(self, q: torch.Tensor, scale: torch.Tensor):
         # without VNNI oneDNN adds pairs of products in 16 bits: 7 bits of activations keep them from saturating
         self._levels = 127 if torch.cpu._is_vnni_supported() else 63
-        self._scale, self._zeros = scale.clone(), torch.zeros(len(scale), dtype=torch.int32)    # a view would keep its file's q
+        self._scale = scale.clone()         # a view would keep its file's q in memory, too
+        self._zeros = torch.zeros(len(scale), dtype=torch.int32)
         self._packed, self._rest = torch.ops.onednn.qlinear_prepack(q, None), row_sums(q).mul_(-native.ZERO)
         self._blocks = native.blocks_of(self._packed, q)
 
@@ -108,7 +109,7 @@ class TorchInt4:
 
     def __init__(self, q: torch.Tensor, scales: torch.Tensor):
         """As Int4Weight takes them."""
-        self.n, self._scales = len(q), scales.clone()       # a view would keep its file's q
+        self.n, self._scales = len(q), scales.clone()       # as above
         self._block = BLOCK.get(torch.backends.cpu.get_cpu_capability())
         self.many = MANY if self._block and self.n % self._block == 0 else sys.maxsize
         blocks = [torch.stack((rows & 15, rows >> 4), -1).flatten(1).int() for rows in q.split(ROWS)]
