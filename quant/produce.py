@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from models import family_of
 from models.base import read_json
@@ -19,7 +20,7 @@ from runtime.progress import byte_progress
 from . import gate, slim, write
 from .calibrate import choose, default_lines, held_out_lines, make_samples, read_lines
 from .recipe import input_ranges, kept_by_group, kept_by_name, kept_by_range, recipe_for
-from .run import Job, Work, quantise_layers
+from .run import METADATA, Job, Work, quantise_layers
 from .texts import CALIBRATION
 
 WORK, REPORT = ".partial", "quant_report.json"
@@ -157,10 +158,12 @@ def finish(job: Job, work: Work, verdict: gate.Verdict, statistics: dict, out: P
     folder = out / WORK / "result"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    entries, kind = all_entries(job, work, verdict.kept), job.scheme.kind
+    entries, kind = entries_outside(job), job.scheme.kind
+    kinds, layers = finished_layers(job, work, verdict.kept, folder.with_name("kept"))
     with byte_progress("writing") as update:
-        names = write.write_weights(entries, folder, kind, update)
-    texts = {FILE: write.write_description(entries, kind), REPORT: report(job, verdict, statistics, work),
+        names = write.write_weights(entries, folder, kind, update, layers)
+    kinds = {entry.name: entry.kind for entry in entries} | kinds
+    texts = {FILE: write.write_description(kinds, kind), REPORT: report(job, verdict, statistics, work),
              "config.json": write.write_config(read_json(Path(job.checkpoint.directory) / "config.json"), kind, job.dtype)}
     names += write.copy_small_files(Path(job.checkpoint.directory), folder)
     for name, text in texts.items():
@@ -174,37 +177,31 @@ def finish(job: Job, work: Work, verdict: gate.Verdict, statistics: dict, out: P
     shutil.rmtree(out / WORK)
 
 
-def all_entries(job: Job, work: Work, kept) -> list[write.Entry]:
-    """What stands before and behind the layers, as stored but in the result's float type; then layer after layer."""
+def entries_outside(job: Job) -> list[write.Entry]:
+    """What stands before and behind the layers, as stored but in the result's float type."""
     inside = {row.source for row in job.family.weights() if any(p.target.startswith("layers.") for p in row.parts)}
     entries = []
     for name in (n for n in job.checkpoint.names if n not in inside):
         dtype = job.checkpoint.dtype(name)
         entries.append(write.Entry(name, job.dtype if dtype.is_floating_point else dtype, job.checkpoint.shapes[name],
                                    "FLOAT", partial(job.checkpoint.tensor, name)))
-    reader = LayerReader(job, work, kept)
-    for index in range(job.layers):
-        tensors, kinds = reader.layer(index)
-        entries += [write.Entry(name, t.dtype, tuple(t.shape), kinds[name], partial(reader.tensor, index, name))
-                    for name, t in tensors.items()]
     return entries
 
 
-class LayerReader:
-    """Tensors of finished layers, one layer in memory at a time."""
-
-    def __init__(self, job, work, kept):
-        self._read, self._index, self._parts = partial(gate.layer_parts, job, work), None, None
-        self._kept = kept
-
-    def layer(self, index):
-        if index != self._index:
-            self._parts = None
-            self._index, self._parts = index, self._read(index, self._kept)
-        return self._parts
-
-    def tensor(self, index, name):
-        return self.layer(index)[0][name]
+def finished_layers(job: Job, work: Work, kept, folder: Path) -> tuple[dict[str, str], list[Path]]:
+    """(kinds of all tensors, a file for every layer): the work file, or one in `folder` where groups went back to float."""
+    kinds, files = {}, []
+    folder.mkdir(exist_ok=True)
+    for index in range(job.layers):
+        if any(place[0] == index for place in kept):
+            tensors, found = gate.layer_parts(job, work, index, kept)
+            files.append(folder / work.weights(index).name)
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, files[-1], METADATA)
+        else:
+            found = work.record(index).kinds
+            files.append(work.weights(index))
+        kinds |= found
+    return kinds, files
 
 
 def report(job: Job, verdict: gate.Verdict, statistics: dict, work: Work) -> str:

@@ -25,6 +25,7 @@ from . import slim
 from .calibrate import Sample
 from .layer import NO_CACHE, LayerModule, LayerOps, release_memory
 
+METADATA = {"format": "pt"}     # transformers wants that in every shard, and layers become shards
 STREAMS = ("float", "quantised")
 MEASURED = 5            # calibration samples on which msmodelslim measures input ranges
 Streams = dict[str, dict[int, torch.Tensor]]        # of each of STREAMS: number of a sample -> its residual stream
@@ -113,7 +114,7 @@ class Work:
 
     def keep(self, index: int, tensors: dict, floats: dict, record: Record, streams: Streams):
         """Tensors, streams behind the layer, then the note that says it is finished."""
-        save_file(tensors, self.weights(index))
+        save_file(tensors, self.weights(index), METADATA)
         if floats:
             save_file(floats, self.floats(index))
         self.save_streams(index + 1, streams)

@@ -56,7 +56,7 @@ def test_published_recipe_of_glm4():
     (["--keep-float", "layers.0.nothing"], "--keep-float layers.0.nothing names no linear layer; they are called like"),
     (["--disable-level", "25"], "--disable-level is '25': use L and a number"),
     (["--act-method", "4"], "use 1, 2 or 3"),
-    (["--scheme", "w8a8sc"], "w8a8sc is made from w8a8s on the machine with the 310P"),
+    (["--scheme", "w8a8sc"], "w8a8sc is w8a8s compressed for the 310P: run .* python -m quant compress"),
     (["--scheme", "w4a4"], "--scheme is 'w4a4': use one of w8a8"),
     (["--scheme", "w8a8s", "--act-method", "3"], "--act-method 3 is not possible with --scheme w8a8s"),
     (["--fraction", "0.5"], "from 0.01 to 0.1 is possible"),
