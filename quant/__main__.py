@@ -5,6 +5,7 @@ nothing that looks finished is written unless the quality gate holds. `python -m
 """
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from runtime.errors import ToolkitError, run_command
 from runtime.options import Parser, check_choices, check_folder, flag, require
@@ -40,6 +41,7 @@ class CalibrationOptions:
 
     def __post_init__(self):
         require(self, "samples", self.samples >= 1, "1 or more is needed, e.g. 24")
+        require(self, "calib", self.calib is None or Path(self.calib).is_file(), "there is no such file")
 
 
 @dataclass(kw_only=True)

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from models import family_of
 from models.base import read_json
@@ -20,7 +19,7 @@ from runtime.progress import byte_progress
 from . import gate, slim, write
 from .calibrate import choose, default_lines, held_out_lines, make_samples, read_lines
 from .recipe import input_ranges, kept_by_group, kept_by_name, kept_by_range, recipe_for
-from .run import METADATA, Job, Work, quantise_layers
+from .run import Job, Work, quantise_layers, store
 from .texts import CALIBRATION
 
 WORK, REPORT = ".partial", "quant_report.json"
@@ -28,15 +27,17 @@ WORK, REPORT = ".partial", "quant_report.json"
 
 def produce(options, calibration, recipe_options, gate_options) -> int:
     family, checkpoint = open_model(options.model)
+    lines = chosen_lines(family, calibration)
     out = prepare(options.out, options.model)
     slim.open_slim()
     with locked(out):
-        job, statistics = plan(family, checkpoint, options, calibration, recipe_options, out / WORK)
+        job, statistics = plan(family, checkpoint, options, *lines, recipe_options, out / WORK)
         check_disk(job, out)
         work = Work(out / WORK / "layers", job)
         for index, record in quantise_layers(job, work):
             print(f"layer {index + 1}/{job.layers}: cosine {record.cosine:.6f}, {record.snr:.1f} dB", flush=True)
-        verdict = gate.pass_gate(job, work, gate_options.max_kl, gate_options.min_top1, say_figures)
+        with job.spending("judging"):
+            verdict = gate.pass_gate(job, work, gate_options.max_kl, gate_options.min_top1, say_figures)
         finish(job, work, verdict, statistics, out)
     print(f"{out}: {job.scheme.kind}, KL {verdict.figures.kl:.3g}, top-1 {verdict.figures.top1:.1%} on "
           f"{verdict.figures.tokens} held-out tokens, {len(verdict.kept)} layer groups put back to float")
@@ -67,9 +68,9 @@ def prepare(out: str, model: str) -> Path:
     return out
 
 
-def plan(family, checkpoint, options, calibration, recipe_options, work: Path) -> tuple[Job, dict]:
-    """Samples, and the layers that stay float from the start."""
-    recipe, lines, held = recipe_for(family, options.scheme), *chosen_lines(family, calibration)
+def plan(family, checkpoint, options, lines, held, recipe_options, work: Path) -> tuple[Job, dict]:
+    """Samples, and the layers that stay float from the start. lines: to calibrate on; held: to judge on."""
+    recipe = recipe_for(family, options.scheme)
     samples = make_samples(family, checkpoint, lines + held)
     anti = {None: recipe.anti, "none": None}.get(recipe_options.anti, recipe_options.anti)
     act_method = recipe_options.act_method or recipe.act_method
@@ -88,6 +89,7 @@ def plan(family, checkpoint, options, calibration, recipe_options, work: Path) -
 
 
 def chosen_lines(family, calibration) -> tuple[list, list]:
+    """(lines to calibrate on, lines to judge on)"""
     lines = read_lines(calibration.calib) if calibration.calib else default_lines(family, CALIBRATION)
     lines, held = held_out_lines(family, lines, calibration.calib)
     return choose(lines, calibration.samples, calibration.seed), held
@@ -196,7 +198,7 @@ def finished_layers(job: Job, work: Work, kept, folder: Path) -> tuple[dict[str,
         if any(place[0] == index for place in kept):
             tensors, found = gate.layer_parts(job, work, index, kept)
             files.append(folder / work.weights(index).name)
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, files[-1], METADATA)
+            store(tensors, files[-1])
         else:
             found = work.record(index).kinds
             files.append(work.weights(index))
@@ -209,4 +211,5 @@ def report(job: Job, verdict: gate.Verdict, statistics: dict, work: Work) -> str
     records = [work.record(index) for index in range(job.layers)]
     layers = [{"cosine": r.cosine, "snr_db": r.snr} for r in records]
     return json.dumps({"settings": job.identity | {"model": str(job.checkpoint.directory)}, "gate": verdict.report(),
-                       "kept_float_by_recipe": sorted(job.keep), "layers": layers, "statistics": statistics}, indent=2) + "\n"
+                       "kept_float_by_recipe": sorted(job.keep), "layers": layers, "seconds": job.seconds,
+                       "statistics": statistics}, indent=2) + "\n"

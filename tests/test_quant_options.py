@@ -84,12 +84,26 @@ def test_quantised_model_as_input(tmp_path):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("", "is empty"), ("not json", "line 1, is no calibration line"), ('{"prompt": "x"}', "line 1, is no calibration line")])
+    (b"", "is empty"), (b"not json", "line 1, is no calibration line"), (b'{"prompt": "x"}', "line 1, is no calibration line"),
+    (b'{"text": "x"}\n{"text": 5}', "line 2, is no"), (b'{"messages": []}', "line 1, is no"), (b'{"ids": ["a"]}', "is no"),
+    (b'{"messages": [{"role": "assistant", "content": "x"}]}', "line 1, is no"), ("描述".encode("gbk"), "is not UTF-8")])
 def test_bad_calibration_file(text, message, tmp_path):
     file = tmp_path / "bad.jsonl"
-    file.write_text(text)
+    file.write_bytes(text)
     with pytest.raises(ToolkitError, match=message):
         quantise(tmp_path / "out", "--calib", str(file))
+
+
+def test_calibration_file_missing(tmp_path):
+    with pytest.raises(ToolkitError, match="--calib is .*: there is no such file"):
+        quantise(tmp_path / "out", "--calib", str(tmp_path / "none.jsonl"))
+
+
+def test_lines_as_windows_and_databases_write_them(tmp_path):
+    file = tmp_path / "lines.jsonl"
+    text = '\ufeff{"text": "a\u2028b"}\r\n\r\n{"text": null, "messages": [{"role": "user", "content": "c"}]}'
+    file.write_bytes(text.encode())
+    assert len(produce.read_lines(str(file))) == 2
 
 
 def test_token_id_outside_the_vocabulary(tmp_path):
