@@ -18,6 +18,7 @@ from runtime.progress import byte_progress
 
 from . import gate, slim, write
 from .calibrate import choose, default_lines, held_out_lines, make_samples, read_lines
+from .layer import linear_groups
 from .recipe import input_ranges, kept_by_group, kept_by_name, kept_by_range, recipe_for
 from .run import Job, Work, quantise_layers, store
 from .texts import CALIBRATION
@@ -96,7 +97,6 @@ def chosen_lines(family, calibration) -> tuple[list, list]:
 
 
 def wanted_level(given: str | None, share: float, family) -> int:
-    from .layer import linear_groups
     if given is not None:
         return int(given[1:])
     return round(share * len(linear_groups(family)))
@@ -144,13 +144,18 @@ def say_figures(count: int, found: gate.Figures):
 
 
 def check_disk(job: Job, out: Path):
-    """The layers' work files and the result lie on the disk of `out`; anti-outlier keeps float weights besides."""
-    stored = sum(job.checkpoint.nbytes(name) for name in job.checkpoint.names)
-    need, free = stored * (2 if job.anti else 1), shutil.disk_usage(out).free
-    print(f"{job.layers} layers, {stored / 1e9:.1f} GB of weights; up to "
+    """The result, on the disk of `out`: layers are written once; anti-outlier keeps their float weights besides. Groups that
+    the gate puts back to float come on top."""
+    small = {f"{name}.weight" for names in linear_groups(job.family).values() for name in names} - {
+        f"{name}.weight" for name in job.keep}
+    need = sum(torch.Size(shape).numel() if name in small else job.checkpoint.nbytes(name)
+               for name, shape in job.checkpoint.shapes.items())
+    need += sum(job.checkpoint.nbytes(name) for name in small) if job.anti else 0
+    free = shutil.disk_usage(out).free
+    print(f"{job.layers} layers, {sum(map(job.checkpoint.nbytes, job.checkpoint.names)) / 1e9:.1f} GB of weights; about "
           f"{need / 1e9:.1f} GB of disk for {out}, {free / 1e9:.1f} GB free", flush=True)
     if need > free:
-        raise ToolkitError(f"--out {out} needs up to {need / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free; free some "
+        raise ToolkitError(f"--out {out} needs about {need / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free; free some "
                            "space or give another folder")
 
 

@@ -115,5 +115,5 @@ def test_token_id_outside_the_vocabulary(tmp_path):
 
 def test_disk_too_small(calib, tmp_path, monkeypatch):
     monkeypatch.setattr(produce.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 1000))
-    with pytest.raises(ToolkitError, match="needs up to 0.0 GB, its disk has 0.0 GB free"):
+    with pytest.raises(ToolkitError, match="needs about 0.0 GB, its disk has 0.0 GB free"):
         quantise(tmp_path, "--calib", calib)
