@@ -228,8 +228,9 @@ def _scales(layer: str, t: dict, dtype, rows: int) -> Iterator[Finding]:
         yield Finding(f"{layer}.deq_scale has {scale.numel()} values for {rows} rows (made with mm_tensor=True)")
     if not torch.isfinite(scale).all() or (scale <= 0).any():
         yield Finding(f"{layer}.deq_scale has values that are zero, negative or not finite (float16 underflow)")
-    elif scale.numel() > 16 and scale.unique().numel() < FEW_SCALES * scale.numel():
-        yield Finding(f"{layer}.deq_scale has only {scale.unique().numel()} different values (float16 rounding)", ())
+    elif dtype == "float16" and scale.numel() > 16 and scale.unique().numel() < FEW_SCALES * scale.numel():
+        yield Finding(f"{layer}.deq_scale has only {scale.unique().numel()} different values (float16 rounding, "
+                      "if the float weights were no coarser)", ())
     scale, offset = t["input_scale"].float(), t["input_offset"].float()
     if scale.numel() != 1 or offset.numel() != 1 or not (scale > 0).all() or not torch.isfinite(scale).all():
         yield Finding(f"{layer}.input_scale is not one positive number")
