@@ -5,14 +5,14 @@ nothing that looks finished is written unless the quality gate holds. `python -m
 """
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
-from runtime.errors import MISSING_COMPONENT, ToolkitError, run_command
+from runtime.errors import ToolkitError, run_command
 from runtime.options import Parser, check_choices, check_folder, flag, require
 
 SCHEMES = ("w8a8", "w8a8s", "w8a8-dynamic", "w8a16")
-COMPRESSED = ("w8a8sc is made from w8a8s on the machine with the 310P, where CANN builds msmodelslim's compressor: run here "
-              "python -m quant --scheme w8a8s, and there MindIE's examples/convert/model_slim/sparse_compressor.py under "
-              "torchrun, one process per 310P chip")
+COMPRESSED = ("w8a8sc is w8a8s compressed for the 310P: run python -m quant --scheme w8a8s --dtype float16 here and, on a "
+              "machine with CANN, python -m quant compress --model THAT_FOLDER --out DIR -tp RANKS")
 ANTI = ("m1", "m2", "m3", "m4", "m5", "m6", "none")
 
 
@@ -27,7 +27,7 @@ class QuantOptions:
 
     def __post_init__(self):
         if self.scheme == "w8a8sc":
-            raise ToolkitError(COMPRESSED, MISSING_COMPONENT)
+            raise ToolkitError(COMPRESSED)
         check_choices(self)
         check_folder("model", self.model)
 
@@ -41,6 +41,7 @@ class CalibrationOptions:
 
     def __post_init__(self):
         require(self, "samples", self.samples >= 1, "1 or more is needed, e.g. 24")
+        require(self, "calib", self.calib is None or Path(self.calib).is_file(), "there is no such file")
 
 
 @dataclass(kw_only=True)
@@ -77,10 +78,23 @@ class GateOptions:
         require(self, "min_top1", 0 <= self.min_top1 <= 1, "from 0 to 1 is possible")
 
 
+@dataclass(kw_only=True)
+class CompressOptions:
+    model: str = flag("folder that --scheme w8a8s wrote, in float16", "-m", "--model-path", metavar="DIR")
+    out: str = flag("folder to write config.json and one folder per rank to (made if missing)", "-o", "--output",
+                    metavar="DIR")
+    tensor_parallel_size: int = flag("ranks that will run it: 1, 2, 4 or 8", "-tp", "--tp", default=1, kind=int, metavar="N")
+
+    def __post_init__(self):
+        check_folder("model", self.model)
+        require(self, "tensor_parallel_size", self.tensor_parallel_size in (1, 2, 4, 8), "use 1, 2, 4 or 8")
+
+
 def parser() -> Parser:
-    return Parser("python -m quant", "--model DIR --out DIR [options] | validate DIR",
+    return Parser("python -m quant", "--model DIR --out DIR [options] | validate DIR | compress --model DIR --out DIR",
                   "Quantises the language model of a checkpoint with msmodelslim, layer by layer, proves it against the "
-                  "float model and writes what MindIE and vllm-ascend load. `validate DIR` checks such a folder instead.",
+                  "float model and writes what MindIE and vllm-ascend load. `validate DIR` checks such a folder instead; "
+                  "`compress` makes W8A8SC of W8A8S, for the 310P.",
                   {"quantisation": QuantOptions, "calibration": CalibrationOptions, "recipe": RecipeOptions,
                    "quality gate": GateOptions})
 
@@ -88,6 +102,8 @@ def parser() -> Parser:
 def main(argv: list[str]) -> int:
     if argv[:1] == ["validate"]:
         return validate(argv[1:])
+    if argv[:1] == ["compress"]:
+        return compress(argv[1:])
     options = parser().parse(argv)
     from .produce import produce
     return produce(*options)
@@ -99,6 +115,14 @@ def validate(argv: list[str]) -> int:
         raise ToolkitError("give one folder: python -m quant validate DIR [--json]")
     from .validate import report
     return report(folders[0], "--json" in argv)
+
+
+def compress(argv: list[str]) -> int:
+    (options,) = Parser("python -m quant compress", "--model DIR --out DIR [-tp N]",
+                        "Compresses a W8A8S folder to W8A8SC with msmodelslim's Compressor, a folder for every rank. It needs "
+                        "msmodelslim's compressor binary, which CANN builds.", {"compression": CompressOptions}).parse(argv)
+    from .compress import compress as run
+    return run(options)
 
 
 if __name__ == "__main__":

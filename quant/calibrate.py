@@ -42,21 +42,36 @@ def default_lines(family, texts) -> list[dict]:
 def read_lines(file: str) -> list[dict]:
     """Lines of a calibration file; ToolkitError with the number of a line that is none."""
     lines = []
-    for number, text in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        texts = Path(file).read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ToolkitError(f"--calib {file} is not UTF-8 (byte {error.start}); convert it first, e.g. with iconv -f GBK -t "
+                           "UTF-8") from None
+    for number, text in enumerate(texts, 1):
         if not text.strip():
             continue
         try:
             line = json.loads(text)
-            known = isinstance(line, dict) and {"text", "inputs_pretokenized", "messages", "ids"} & line.keys()
         except json.JSONDecodeError:
-            known = False
-        if not known:
+            line = None
+        if not _is_line(line):
             raise ToolkitError(f'--calib {file}, line {number}, is no calibration line; write {{"text": "..."}} or '
-                               '{"messages": [...]}')
+                               '{"messages": [{"role": "user", "content": "..."}]}')
         lines.append(_with_paths(line, Path(file).parent))
     if not lines:
         raise ToolkitError(f"--calib {file} is empty; give a jsonl file with one text or conversation per line")
     return lines
+
+
+def _is_line(line) -> bool:
+    if not isinstance(line, dict):
+        return False
+    if (ids := line.get("ids")) is not None:
+        return isinstance(ids, list) and bool(ids) and all(type(i) is int and 0 <= i < 1 << 31 for i in ids)
+    if (messages := line.get("messages")) is not None:
+        return isinstance(messages, list) and all(isinstance(m, dict) and isinstance(m.get("content"), (str, list))
+                                                  for m in messages) and any(m.get("role") == "user" for m in messages)
+    return isinstance(line.get("text", line.get("inputs_pretokenized")), str)
 
 
 def choose(lines: list[dict], count: int, seed: int) -> list[dict]:
@@ -92,10 +107,10 @@ def _with_paths(value, folder: Path):
 
 def _tokens(family, line: dict):
     """(prompt, ids of the answer that follows it)."""
-    if "ids" in line:
+    if line.get("ids"):
         return family.prompt_from_ids(line["ids"]), []
     text = line.get("text", line.get("inputs_pretokenized"))
-    messages = line.get("messages", [{"role": "user", "content": text}])
+    messages = line.get("messages") or [{"role": "user", "content": text}]
     answer = []
     if messages[-1]["role"] == "assistant":
         answer = family.tokenizer.encode(messages[-1]["content"])

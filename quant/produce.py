@@ -18,8 +18,9 @@ from runtime.progress import byte_progress
 
 from . import gate, slim, write
 from .calibrate import choose, default_lines, held_out_lines, make_samples, read_lines
+from .layer import linear_groups
 from .recipe import input_ranges, kept_by_group, kept_by_name, kept_by_range, recipe_for
-from .run import Job, Work, quantise_layers
+from .run import Job, Work, quantise_layers, store
 from .texts import CALIBRATION
 
 WORK, REPORT = ".partial", "quant_report.json"
@@ -27,15 +28,17 @@ WORK, REPORT = ".partial", "quant_report.json"
 
 def produce(options, calibration, recipe_options, gate_options) -> int:
     family, checkpoint = open_model(options.model)
+    lines = chosen_lines(family, calibration)
     out = prepare(options.out, options.model)
     slim.open_slim()
     with locked(out):
-        job, statistics = plan(family, checkpoint, options, calibration, recipe_options, out / WORK)
+        job, statistics = plan(family, checkpoint, options, *lines, recipe_options, out / WORK)
         check_disk(job, out)
         work = Work(out / WORK / "layers", job)
         for index, record in quantise_layers(job, work):
             print(f"layer {index + 1}/{job.layers}: cosine {record.cosine:.6f}, {record.snr:.1f} dB", flush=True)
-        verdict = gate.pass_gate(job, work, gate_options.max_kl, gate_options.min_top1, say_figures)
+        with job.spending("judging"):
+            verdict = gate.pass_gate(job, work, gate_options.max_kl, gate_options.min_top1, say_figures)
         finish(job, work, verdict, statistics, out)
     print(f"{out}: {job.scheme.kind}, KL {verdict.figures.kl:.3g}, top-1 {verdict.figures.top1:.1%} on "
           f"{verdict.figures.tokens} held-out tokens, {len(verdict.kept)} layer groups put back to float")
@@ -66,9 +69,9 @@ def prepare(out: str, model: str) -> Path:
     return out
 
 
-def plan(family, checkpoint, options, calibration, recipe_options, work: Path) -> tuple[Job, dict]:
-    """Samples, and the layers that stay float from the start."""
-    recipe, lines, held = recipe_for(family, options.scheme), *chosen_lines(family, calibration)
+def plan(family, checkpoint, options, lines, held, recipe_options, work: Path) -> tuple[Job, dict]:
+    """Samples, and the layers that stay float from the start. lines: to calibrate on; held: to judge on."""
+    recipe = recipe_for(family, options.scheme)
     samples = make_samples(family, checkpoint, lines + held)
     anti = {None: recipe.anti, "none": None}.get(recipe_options.anti, recipe_options.anti)
     act_method = recipe_options.act_method or recipe.act_method
@@ -87,13 +90,13 @@ def plan(family, checkpoint, options, calibration, recipe_options, work: Path) -
 
 
 def chosen_lines(family, calibration) -> tuple[list, list]:
+    """(lines to calibrate on, lines to judge on)"""
     lines = read_lines(calibration.calib) if calibration.calib else default_lines(family, CALIBRATION)
     lines, held = held_out_lines(family, lines, calibration.calib)
     return choose(lines, calibration.samples, calibration.seed), held
 
 
 def wanted_level(given: str | None, share: float, family) -> int:
-    from .layer import linear_groups
     if given is not None:
         return int(given[1:])
     return round(share * len(linear_groups(family)))
@@ -141,13 +144,18 @@ def say_figures(count: int, found: gate.Figures):
 
 
 def check_disk(job: Job, out: Path):
-    """The layers' work files and the result lie on the disk of `out`; anti-outlier keeps float weights besides."""
-    stored = sum(job.checkpoint.nbytes(name) for name in job.checkpoint.names)
-    need, free = stored * (2 if job.anti else 1), shutil.disk_usage(out).free
-    print(f"{job.layers} layers, {stored / 1e9:.1f} GB of weights; up to "
+    """The result, on the disk of `out`: layers are written once; anti-outlier keeps their float weights besides. Groups that
+    the gate puts back to float come on top."""
+    small = {f"{name}.weight" for names in linear_groups(job.family).values() for name in names} - {
+        f"{name}.weight" for name in job.keep}
+    need = sum(torch.Size(shape).numel() if name in small else job.checkpoint.nbytes(name)
+               for name, shape in job.checkpoint.shapes.items())
+    need += sum(job.checkpoint.nbytes(name) for name in small) if job.anti else 0
+    free = shutil.disk_usage(out).free
+    print(f"{job.layers} layers, {sum(map(job.checkpoint.nbytes, job.checkpoint.names)) / 1e9:.1f} GB of weights; about "
           f"{need / 1e9:.1f} GB of disk for {out}, {free / 1e9:.1f} GB free", flush=True)
     if need > free:
-        raise ToolkitError(f"--out {out} needs up to {need / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free; free some "
+        raise ToolkitError(f"--out {out} needs about {need / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free; free some "
                            "space or give another folder")
 
 
@@ -157,10 +165,12 @@ def finish(job: Job, work: Work, verdict: gate.Verdict, statistics: dict, out: P
     folder = out / WORK / "result"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    entries, kind = all_entries(job, work, verdict.kept), job.scheme.kind
+    entries, kind = entries_outside(job), job.scheme.kind
+    kinds, layers = finished_layers(job, work, verdict.kept, folder.with_name("kept"))
     with byte_progress("writing") as update:
-        names = write.write_weights(entries, folder, kind, update)
-    texts = {FILE: write.write_description(entries, kind), REPORT: report(job, verdict, statistics, work),
+        names = write.write_weights(entries, folder, kind, update, layers)
+    kinds = {entry.name: entry.kind for entry in entries} | kinds
+    texts = {FILE: write.write_description(kinds, kind), REPORT: report(job, verdict, statistics, work),
              "config.json": write.write_config(read_json(Path(job.checkpoint.directory) / "config.json"), kind, job.dtype)}
     names += write.copy_small_files(Path(job.checkpoint.directory), folder)
     for name, text in texts.items():
@@ -174,37 +184,31 @@ def finish(job: Job, work: Work, verdict: gate.Verdict, statistics: dict, out: P
     shutil.rmtree(out / WORK)
 
 
-def all_entries(job: Job, work: Work, kept) -> list[write.Entry]:
-    """What stands before and behind the layers, as stored but in the result's float type; then layer after layer."""
+def entries_outside(job: Job) -> list[write.Entry]:
+    """What stands before and behind the layers, as stored but in the result's float type."""
     inside = {row.source for row in job.family.weights() if any(p.target.startswith("layers.") for p in row.parts)}
     entries = []
     for name in (n for n in job.checkpoint.names if n not in inside):
         dtype = job.checkpoint.dtype(name)
         entries.append(write.Entry(name, job.dtype if dtype.is_floating_point else dtype, job.checkpoint.shapes[name],
                                    "FLOAT", partial(job.checkpoint.tensor, name)))
-    reader = LayerReader(job, work, kept)
-    for index in range(job.layers):
-        tensors, kinds = reader.layer(index)
-        entries += [write.Entry(name, t.dtype, tuple(t.shape), kinds[name], partial(reader.tensor, index, name))
-                    for name, t in tensors.items()]
     return entries
 
 
-class LayerReader:
-    """Tensors of finished layers, one layer in memory at a time."""
-
-    def __init__(self, job, work, kept):
-        self._read, self._index, self._parts = partial(gate.layer_parts, job, work), None, None
-        self._kept = kept
-
-    def layer(self, index):
-        if index != self._index:
-            self._parts = None
-            self._index, self._parts = index, self._read(index, self._kept)
-        return self._parts
-
-    def tensor(self, index, name):
-        return self.layer(index)[0][name]
+def finished_layers(job: Job, work: Work, kept, folder: Path) -> tuple[dict[str, str], list[Path]]:
+    """(kinds of all tensors, a file for every layer): the work file, or one in `folder` where groups went back to float."""
+    kinds, files = {}, []
+    folder.mkdir(exist_ok=True)
+    for index in range(job.layers):
+        if any(place[0] == index for place in kept):
+            tensors, found = gate.layer_parts(job, work, index, kept)
+            files.append(folder / work.weights(index).name)
+            store(tensors, files[-1])
+        else:
+            found = work.record(index).kinds
+            files.append(work.weights(index))
+        kinds |= found
+    return kinds, files
 
 
 def report(job: Job, verdict: gate.Verdict, statistics: dict, work: Work) -> str:
@@ -212,4 +216,5 @@ def report(job: Job, verdict: gate.Verdict, statistics: dict, work: Work) -> str
     records = [work.record(index) for index in range(job.layers)]
     layers = [{"cosine": r.cosine, "snr_db": r.snr} for r in records]
     return json.dumps({"settings": job.identity | {"model": str(job.checkpoint.directory)}, "gate": verdict.report(),
-                       "kept_float_by_recipe": sorted(job.keep), "layers": layers, "statistics": statistics}, indent=2) + "\n"
+                       "kept_float_by_recipe": sorted(job.keep), "layers": layers, "seconds": job.seconds,
+                       "statistics": statistics}, indent=2) + "\n"

@@ -7,11 +7,14 @@ of a layer depend on the samples' residual streams in front of it, and those are
 import json
 import math
 import shutil
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from models.checkpoint import Checkpoint
@@ -50,6 +53,13 @@ class Job:
     fraction: float = 0.01
     ranges: dict[str, float] | None = None
     identity: dict = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)     # that this run has spent, by what on
+
+    @contextmanager
+    def spending(self, what: str):
+        start = time.perf_counter()
+        yield
+        self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
 
     @property
     def layers(self) -> int:
@@ -113,17 +123,16 @@ class Work:
 
     def keep(self, index: int, tensors: dict, floats: dict, record: Record, streams: Streams):
         """Tensors, streams behind the layer, then the note that says it is finished."""
-        save_file(tensors, self.weights(index))
+        store(tensors, self.weights(index))
         if floats:
-            save_file(floats, self.floats(index))
+            store(floats, self.floats(index))
         self.save_streams(index + 1, streams)
         write_atomically(self._note(index), json.dumps(vars(record)))
         self._streams(index).unlink(missing_ok=True)
 
     def save_streams(self, index: int, streams: Streams):
         part = self._streams(index).with_suffix(".part")
-        save_file({f"{kind}.{i}": t.contiguous() for kind in STREAMS for i, t in streams[kind].items()},
-                  part)
+        store({f"{kind}.{i}": t for kind in STREAMS for i, t in streams[kind].items()}, part)
         part.replace(self._streams(index))
 
     def load_streams(self, index: int) -> Streams:
@@ -138,6 +147,14 @@ class Work:
 
     def _streams(self, index):
         return self.folder / f"streams-{index:04}.safetensors"
+
+
+def store(tensors: dict[str, torch.Tensor], file: Path):
+    """A safetensors file as transformers wants it; OSError where the disk is full or may not be written."""
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{file} cannot be written ({error}); free some space, run the same command again to continue") from None
 
 
 def quantise_layers(job: Job, work: Work) -> Iterator[tuple[int, Record]]:
@@ -157,7 +174,8 @@ def _one_layer(job: Job, work: Work, index: int, streams: Streams) -> tuple[Reco
     n, steps = job.calibrating, [sample.step for sample in job.samples]
     layer = LayerModule(job.family, job.checkpoint, index, steps)
     slim.configure(layer, job.dtype)
-    after = layer.float_outputs(streams["float"])
+    with job.spending("judging"):
+        after = layer.float_outputs(streams["float"])
     floats = {}
     if job.anti:
         layer.stream = [streams["float"][i] for i in range(n)]
@@ -170,17 +188,20 @@ def _one_layer(job: Job, work: Work, index: int, streams: Streams) -> tuple[Reco
         kinds, outputs = dict.fromkeys(tensors, "FLOAT"), {}
     else:
         float_stream = [x for i, x in streams["float"].items() if i < n]
-        tensors, kinds = slim.quantise(layer, job.scheme, keep, float_stream, [streams["quantised"][i] for i in range(n)],
-                                       job.act_method, job.fraction, job.ranges)
+        with job.spending("calibrating"):
+            tensors, kinds = slim.quantise(layer, job.scheme, keep, float_stream,
+                                           [streams["quantised"][i] for i in range(n)], job.act_method, job.fraction,
+                                           job.ranges)
         tensors = {name: t.to(job.dtype) if kinds[name] == "FLOAT" and not name.endswith("norm.bias") else t
                    for name, t in tensors.items()}
         outputs = layer.outputs
     del layer
     release_memory()
-    quantised = integer_layer(job.family, index, tensors, kinds)
-    behind = {"float": after, "quantised": {i: outputs[i] if i in outputs else run(job, quantised, x, i)
-                                            for i, x in streams["quantised"].items()}}
-    record = Record(kinds, groups, *_measure(job, quantised, streams["float"], after))
+    with job.spending("judging"):
+        quantised = integer_layer(job.family, index, tensors, kinds)
+        behind = {"float": after, "quantised": {i: outputs[i] if i in outputs else run(job, quantised, x, i)
+                                                for i, x in streams["quantised"].items()}}
+        record = Record(kinds, groups, *_measure(job, quantised, streams["float"], after))
     work.keep(index, tensors, floats, record, behind)
     return record, behind
 

@@ -16,10 +16,13 @@ from models.base import ModelError, read_json
 from models.checkpoint import Checkpoint
 from models.quantized import FILE, KINDS, STATIC, TENSORS, Description, find_description, float_scale, stored_weights
 from runtime.errors import CHECK_FAILED
+from runtime.split import Split
+
+from .parts import check_parts, find_parts
 
 MINDIE, A2, P310 = "MindIE-LLM", "vllm-ascend on 910B", "vllm-ascend on 310P"
 CONSUMERS = (MINDIE, A2, P310)
-LOADED_BY = {"W8A8": CONSUMERS, "W8A8S": (MINDIE, P310), "W8A8SC": (MINDIE, P310), "W8A8_DYNAMIC": (MINDIE, A2),
+LOADED_BY = {"W8A8": CONSUMERS, "W8A8S": (MINDIE, P310), "W8A8SC": (MINDIE,), "W8A8_DYNAMIC": (MINDIE, A2),
              "W8A16": (MINDIE, A2), "W8A8_MIX": (MINDIE, A2), "W16A16S": (MINDIE,), "FLOAT": CONSUMERS, "C8": CONSUMERS}
 SPARSE = ("W8A8S", "W8A8SC")
 NEEDED = {kind: set(k.needed) for kind, k in KINDS.items()}
@@ -80,15 +83,26 @@ def validate(folder: Path) -> Findings:
 
 
 def _findings(folder: Path) -> Iterator[Finding]:
+    """Of a folder, or of the folders of every rank in it, which share its config.json."""
+    parts = find_parts(folder)
+    for rank, part in enumerate(parts):
+        for finding in _findings_of(part, folder, len(parts), rank):
+            yield Finding(f"{part.name}: {finding.text}", finding.stops)
+    if not parts:
+        yield from _findings_of(folder, folder, 1, 0)
+
+
+def _findings_of(folder: Path, top: Path, size: int, rank: int) -> Iterator[Finding]:
+    """config.json lies in `top`; the weights in `folder` are those of `rank` of `size`."""
     description = find_description(folder)
     if description is None:
         raise ModelError(f"{folder} has no quant_model_description.json; it is no quantised directory")
-    config = read_json(folder / "config.json")
+    config = read_json(top / "config.json")
     dtype = _dtype(config)
     yield from _files(folder, description)
     yield from _config(config, description, dtype)
     checkpoint = Checkpoint(folder)
-    yield from _names(folder, description, checkpoint)
+    yield from _names(description, checkpoint, top, size, rank)
     yield from _kinds(description, dtype)
     yield from _fused(description)
     for layer in _quantised_layers(description):
@@ -130,14 +144,17 @@ def _config(config: dict, description: Description, dtype) -> Iterator[Finding]:
         yield Finding("bfloat16 is not computed by the 310P; quantise with --dtype float16", (P310,))
 
 
-def _names(folder: Path, description: Description, checkpoint: Checkpoint) -> Iterator[Finding]:
+def _names(description: Description, checkpoint: Checkpoint, top: Path, size: int, rank: int) -> Iterator[Finding]:
     described, stored = set(description.kinds), set(checkpoint.names)
     for names, what in ((described - stored, "described but not stored"), (stored - described, "stored but not described")):
         if names:
             yield Finding(f"{len(names)} tensors are {what}, e.g. {min(names)}")
     try:
-        family = family_of(folder)
-        checkpoint.check(stored_weights(family))
+        family = family_of(top)
+        if size > 1 or "W8A8SC" in description.kinds.values():
+            check_parts(family, description, checkpoint, Split(family.decoder, size, rank))
+        else:
+            checkpoint.check(stored_weights(family))
     except ModelError as error:
         known = "does not fit" in str(error) or "do not fit" in str(error)
         yield Finding(str(error), CONSUMERS if known else ())
@@ -148,7 +165,8 @@ def _kinds(description: Description, dtype) -> Iterator[Finding]:
         if kind not in LOADED_BY:
             yield Finding(f"tensors of kind {kind} are known to no engine")
         elif missing := tuple(c for c in CONSUMERS if c not in LOADED_BY[kind]):
-            yield Finding(f"{kind} layers are not loaded by everyone", missing)
+            yield Finding(f"{kind} layers are not loaded by everyone" + (
+                " (vllm-ascend: only as its own save_sharded_state_310.py writes them)" if kind == "W8A8SC" else ""), missing)
         if kind in SPARSE and dtype == "bfloat16":
             yield Finding(f"{kind} is for the 310P, which computes float16 only")
     if description.type in NEEDED and not any(True for _ in _quantised_layers(description)):
@@ -210,8 +228,9 @@ def _scales(layer: str, t: dict, dtype, rows: int) -> Iterator[Finding]:
         yield Finding(f"{layer}.deq_scale has {scale.numel()} values for {rows} rows (made with mm_tensor=True)")
     if not torch.isfinite(scale).all() or (scale <= 0).any():
         yield Finding(f"{layer}.deq_scale has values that are zero, negative or not finite (float16 underflow)")
-    elif scale.numel() > 16 and scale.unique().numel() < FEW_SCALES * scale.numel():
-        yield Finding(f"{layer}.deq_scale has only {scale.unique().numel()} different values (float16 rounding)", ())
+    elif dtype == "float16" and scale.numel() > 16 and scale.unique().numel() < FEW_SCALES * scale.numel():
+        yield Finding(f"{layer}.deq_scale has only {scale.unique().numel()} different values (float16 rounding, "
+                      "if the float weights were no coarser)", ())
     scale, offset = t["input_scale"].float(), t["input_offset"].float()
     if scale.numel() != 1 or offset.numel() != 1 or not (scale > 0).all() or not torch.isfinite(scale).all():
         yield Finding(f"{layer}.input_scale is not one positive number")

@@ -6,14 +6,14 @@ directory is filled in a work folder and published at the end: the description, 
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from models.quantized import FILE
-from models.shards import SAFETENSORS_DTYPES
+from models.shards import SAFETENSORS_DTYPES, stored_entries
 from runtime.artifact import write_atomically
 
 STORED = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
@@ -35,10 +35,13 @@ class Entry:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def write_weights(entries: list[Entry], folder: Path, kind: str, progress) -> list[str]:
-    """Shards of at most SHARD_BYTES named as msmodelslim names them, and an index if there are several -> file names."""
+def write_weights(entries: list[Entry], folder: Path, kind: str, progress, layers: Sequence[Path] = ()) -> list[str]:
+    """Shards named as msmodelslim names them, and an index if there are several -> file names.
+
+    layers: complete shards that come after those of `entries`, which have at most SHARD_BYTES each; they are linked.
+    """
     shards = _split(entries)
-    stem, count = f"quant_model_weight_{kind.lower()}", len(shards)
+    stem, count = f"quant_model_weight_{kind.lower()}", len(shards) + len(layers)
     names = [f"{stem}.safetensors"] if count == 1 else [f"{stem}-{k:05}-of-{count:05}.safetensors"
                                                        for k in range(1, count + 1)]
     total, done = sum(entry.nbytes for entry in entries), 0
@@ -46,11 +49,27 @@ def write_weights(entries: list[Entry], folder: Path, kind: str, progress) -> li
         for written in _write_shard(folder / name, shard):
             done += written
             progress(done, total)
+    for name, file in zip(names[len(shards):], layers):
+        _link(file, folder / name)
     if count == 1:
         return names
-    index = {"metadata": {"total_size": total}, "weight_map": {e.name: name for name, s in zip(names, shards) for e in s}}
-    write_atomically(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-    return [*names, f"{stem}.safetensors.index.json"]
+    index = f"{stem}.safetensors.index.json"
+    write_atomically(folder / index, json.dumps(_index(folder, names), indent=2) + "\n")
+    return [*names, index]
+
+
+def _link(file: Path, target: Path):
+    """The same bytes under a second name, without a copy where the file system can do that."""
+    try:
+        os.link(file, target)
+    except OSError:
+        shutil.copyfile(file, target)
+
+
+def _index(folder: Path, names: list[str]) -> dict:
+    stored = {name: stored_entries(folder / name) for name in names}
+    return {"metadata": {"total_size": sum(entry.nbytes for entries in stored.values() for entry in entries.values())},
+            "weight_map": {tensor: name for name, entries in stored.items() for tensor in entries}}
 
 
 def _split(entries: list[Entry]) -> list[list[Entry]]:
@@ -78,9 +97,9 @@ def _write_shard(file: Path, entries: list[Entry]) -> Iterator[int]:
             yield stream.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
-def write_description(entries: list[Entry], kind: str) -> str:
-    description = {"model_quant_type": kind, "version": "1.0.0"} | {entry.name: entry.kind for entry in entries}
-    return json.dumps(description, indent=2) + "\n"
+def write_description(kinds: dict[str, str], kind: str) -> str:
+    """kinds: of every tensor; kind: what the folder is called."""
+    return json.dumps({"model_quant_type": kind, "version": "1.0.0", **kinds}, indent=2) + "\n"
 
 
 def write_config(config: dict, kind: str, dtype: torch.dtype) -> str:

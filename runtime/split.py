@@ -76,14 +76,14 @@ class Split:
         if part.target.startswith("vision.") or kind not in (*ROWS, *COLUMNS):
             return [part]
         if kind in ROWS:
-            piece, blocks = PIECE.fullmatch(part.target), self._row_blocks(kind)
+            piece, blocks = PIECE.fullmatch(part.target), self.row_blocks(kind)
             return [_rows_of_piece(part, piece, blocks)] if piece else self._rows(weight, part, blocks)
         return self._columns(weight, part)
 
     def _columns(self, weight, part) -> list[Part]:
         tensor = part.target.rpartition(".")[2]
         if tensor == "weight":
-            span = slice(*self._span(weight.shape[1]))
+            span = slice(*self.span(weight.shape[1]))
             return [replace(part, transform=_then(part.transform, lambda rows: rows[:, span]))]
         if self.rank and tensor == "quant_bias":        # a static layer must have one
             return [replace(part, transform=torch.zeros_like)]
@@ -102,24 +102,24 @@ class Split:
         return [replace(part, take=(source + a - first, source + b - first), at=(a + shift, ends[-1]))
                 for a, b, shift in wanted]
 
-    def _row_blocks(self, kind: str) -> list[tuple[int, int]]:
+    def row_blocks(self, kind: str) -> list[tuple[int, int]]:
         c = self.whole
         if kind == "lm_head":
-            return [self._span(c.vocab_size)]
+            return [self.span(c.vocab_size)]
         if kind == "up":
             halves = 2 if c.activation == "swiglu" else 1
-            return [(i * c.ffn + a, i * c.ffn + b) for i in range(halves) for a, b in [self._span(c.ffn)]]
-        q, kv, dim = self._span(c.heads), self._kv_span(), c.head_dim
+            return [(i * c.ffn + a, i * c.ffn + b) for i in range(halves) for a, b in [self.span(c.ffn)]]
+        q, kv, dim = self.span(c.heads), self._kv_span(), c.head_dim
         return [((start + a) * dim, (start + b) * dim)
                 for start, (a, b) in ((0, q), (c.heads, kv), (c.heads + c.kv_heads, kv))]
 
-    def _span(self, count: int) -> tuple[int, int]:
+    def span(self, count: int) -> tuple[int, int]:
         each = count // self.size
         return self.rank * each, (self.rank + 1) * each
 
     def _kv_span(self) -> tuple[int, int]:
         if self.whole.kv_heads >= self.size:
-            return self._span(self.whole.kv_heads)
+            return self.span(self.whole.kv_heads)
         head = self.rank * self.whole.kv_heads // self.size
         return head, head + 1
 

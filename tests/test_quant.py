@@ -165,7 +165,7 @@ def test_several_shards(lines, tmp_path, monkeypatch):
     whole, _ = quantise(tmp_path / "one", lines=lines)
     monkeypatch.setattr("quant.write.SHARD_BYTES", 400_000)
     split, _ = quantise(tmp_path / "many", lines=lines)
-    assert len(list((tmp_path / "many").glob("quant_model_weight_w8a8-0*.safetensors"))) > 3
+    assert len(list((tmp_path / "many").glob("quant_model_weight_w8a8-0*.safetensors"))) >= 3
     assert whole.keys() == split.keys() and all(torch.equal(whole[n], split[n]) for n in whole)
     Engine(tmp_path / "many", max_model_len=64)
 

@@ -56,7 +56,7 @@ def test_published_recipe_of_glm4():
     (["--keep-float", "layers.0.nothing"], "--keep-float layers.0.nothing names no linear layer; they are called like"),
     (["--disable-level", "25"], "--disable-level is '25': use L and a number"),
     (["--act-method", "4"], "use 1, 2 or 3"),
-    (["--scheme", "w8a8sc"], "w8a8sc is made from w8a8s on the machine with the 310P"),
+    (["--scheme", "w8a8sc"], "w8a8sc is w8a8s compressed for the 310P: run .* python -m quant compress"),
     (["--scheme", "w4a4"], "--scheme is 'w4a4': use one of w8a8"),
     (["--scheme", "w8a8s", "--act-method", "3"], "--act-method 3 is not possible with --scheme w8a8s"),
     (["--fraction", "0.5"], "from 0.01 to 0.1 is possible"),
@@ -84,12 +84,26 @@ def test_quantised_model_as_input(tmp_path):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("", "is empty"), ("not json", "line 1, is no calibration line"), ('{"prompt": "x"}', "line 1, is no calibration line")])
+    (b"", "is empty"), (b"not json", "line 1, is no calibration line"), (b'{"prompt": "x"}', "line 1, is no calibration line"),
+    (b'{"text": "x"}\n{"text": 5}', "line 2, is no"), (b'{"messages": []}', "line 1, is no"), (b'{"ids": ["a"]}', "is no"),
+    (b'{"messages": [{"role": "assistant", "content": "x"}]}', "line 1, is no"), ("描述".encode("gbk"), "is not UTF-8")])
 def test_bad_calibration_file(text, message, tmp_path):
     file = tmp_path / "bad.jsonl"
-    file.write_text(text)
+    file.write_bytes(text)
     with pytest.raises(ToolkitError, match=message):
         quantise(tmp_path / "out", "--calib", str(file))
+
+
+def test_calibration_file_missing(tmp_path):
+    with pytest.raises(ToolkitError, match="--calib is .*: there is no such file"):
+        quantise(tmp_path / "out", "--calib", str(tmp_path / "none.jsonl"))
+
+
+def test_lines_as_windows_and_databases_write_them(tmp_path):
+    file = tmp_path / "lines.jsonl"
+    text = '\ufeff{"text": "a\u2028b"}\r\n\r\n{"text": null, "messages": [{"role": "user", "content": "c"}]}'
+    file.write_bytes(text.encode())
+    assert len(produce.read_lines(str(file))) == 2
 
 
 def test_token_id_outside_the_vocabulary(tmp_path):
@@ -101,5 +115,5 @@ def test_token_id_outside_the_vocabulary(tmp_path):
 
 def test_disk_too_small(calib, tmp_path, monkeypatch):
     monkeypatch.setattr(produce.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 1000))
-    with pytest.raises(ToolkitError, match="needs up to 0.0 GB, its disk has 0.0 GB free"):
+    with pytest.raises(ToolkitError, match="needs about 0.0 GB, its disk has 0.0 GB free"):
         quantise(tmp_path, "--calib", calib)

@@ -121,7 +121,7 @@ def test_compressed_sparse_layout(folder):
     f = folder("glm_f16_w8a8s")
     sparse_compressed(f)
     found = f.write()
-    assert [c for c in CONSUMERS if found.loads(c)] == [MINDIE, P310], found.found
+    assert [c for c in CONSUMERS if found.loads(c)] == [MINDIE] and not found.problems, found.found
 
 
 # damaged directories
