@@ -13,7 +13,8 @@ PACKAGES = {
     "onnxruntime": ("onnxruntime>=1.20",),
 }
 REMOVED = {"openvino": ("torchvision",)}        # optimum-intel's import fails beside a torch it was not built for
-BUILD = {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"}         # this CPU's instructions, no picture tools
+BUILD = {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF",          # this CPU's instructions, no picture tools
+         "CXXFLAGS": f"-include {Path(__file__).with_name('tileconfig.h')}"}
 
 
 def python_of(peer: str) -> Path:
