@@ -53,7 +53,7 @@ INLINE int width(long block, int m) { return block % 64 == 0 && m <= 4 ? 4 : blo
 INLINE void begin_tiles(int m) {
     struct { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; } tiles = {.palette = 1};
     for (int i = 0; i < 6; i++) { tiles.bytes[i] = 64; tiles.rows[i] = i < 5 ? m : 16; }
-    _tile_loadconfig(&tiles);
+    __asm__ volatile("ldtilecfg %0" :: "m"(tiles));     /* GCC 12's intrinsic says that it reads 8 of the 64 bytes */
 }
 
 #define AMX_COLUMNS(DOT, T) _tile_loadd(5, tile + 64 * T, step_); DOT(T, 4, 5)
