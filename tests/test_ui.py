@@ -317,7 +317,7 @@ def test_stop_on_a_server_ends_its_request_there(chromium, tmp_path):
             visit.ask("Tell me a story.")
             visit.until(lambda: any(len(text) > 15 for text in visit.bots()))
             told = visit.bots()[0]
-            visit.until(lambda: len(visit.bots()[0]) > len(told) and visit.bots()[0].startswith(told))
+            visit.until(lambda: len(visit.bots()[0]) > len(told))
             visit.shot("desktop-streaming")
             assert running_requests() == 1
             layers = visit.page.locator(".block:has(.stop-button) > [data-testid=status-tracker]")
