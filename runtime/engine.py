@@ -242,6 +242,7 @@ class Engine:
         blocks = max(self.plan.cache_tokens // self._block_size, longest)
         self._cache = KVCache(decoder.config, blocks + graphs, self._block_size, self.plan.dtype, self.options.device,
                               self._ops)
+        self._ops.loaded()
         return Runner(decoder, self._cache, self._graphs(decoder, longest) if graphs else None, self._team)
 
     def _graphs(self, decoder, longest):

@@ -1,6 +1,7 @@
 """Fast kernels on the CPU: torch's fused norms, scaled-dot-product attention with grouped heads, in-place cache writes, int8
 products on VNNI instructions; our own (native.py) for a few tokens in bfloat16, each step of an answer.
 """
+import ctypes
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +16,8 @@ from .native import ZERO
 from .packed import FloatWeight, row_sums
 from .reference import ReferenceOps, dequantize, dequantized, quantize, shifted
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3         # of glibc
+ACTIVATION = 1 << 26        # bytes; larger ones, a vision encoder's scores, go back to the system
 BLOCK = 1 << 17     # activations rounded at a time: what stays in the cache is 3 times as fast
 
 
@@ -45,6 +48,13 @@ class CpuOps(ReferenceOps):
     def remark(self, dtype):
         slower = dtype == torch.bfloat16 and native.missing()
         return f" (answers come slower than they could: {slower})" if slower else ""
+
+    def loaded(self):
+        """From now on glibc keeps the memory of activations for the next step: asking the system for it anew, page by page,
+        takes half as long as a prompt's products."""
+        if keep := getattr(ctypes.CDLL(None), "mallopt", None):
+            keep(M_MMAP_THRESHOLD, ACTIVATION)
+            keep(M_TRIM_THRESHOLD, 4 * ACTIVATION)
 
     def pack(self, weight):
         return FloatWeight(weight) if weight.dtype in (torch.float32, torch.bfloat16) else weight   # fp16 has no kernel

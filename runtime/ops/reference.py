@@ -38,6 +38,9 @@ class ReferenceOps:
         """Bytes free for weights and cache."""
         return available_memory()
 
+    def loaded(self):
+        """Called when weights and cache are in memory."""
+
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
         """A linear weight [out, in] in the form `linear` wants; called once at load."""
         return weight
