@@ -12,7 +12,7 @@
 typedef uint16_t bf16;
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")
-#define AHEAD 4096      /* bytes fetched before they are needed: hides the latency that one core's own prefetcher leaves */
+#define AHEAD 8192      /* bytes fetched before they are needed: hides the latency that one core's own prefetcher leaves */
 
 INLINE __m512 load(const bf16 *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));

@@ -14,7 +14,7 @@ INLINE void tile_int4(const int M, const int Z, const char *w, const bf16 *scale
             __m512i low[Z], high[Z];
             UNROLL for (int z = 0; z < Z; z++) {
                 __m512i words = _mm512_loadu_si512(w + z * column);
-                _mm_prefetch(w + z * column + AHEAD / 2, _MM_HINT_T0);
+                _mm_prefetch(w + z * column + AHEAD / 4, _MM_HINT_T0);
                 low[z] = _mm512_and_si512(words, nibbles);
                 high[z] = _mm512_and_si512(_mm512_srli_epi32(words, 4), nibbles);
             }
