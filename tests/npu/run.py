@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import stand_in_cann
+import torch
 
 HERE = Path(__file__).parent
 LIBRARIES = Path(sys.prefix) / "stand-in-cann"
@@ -31,15 +32,19 @@ def up_to_date() -> bool:
 
 
 def main(arguments) -> int:
+    if torch.version.cuda:
+        print(f"torch {torch.__version__} is built for CUDA, torch_npu does not start beside it; remove {sys.prefix} and run: "
+              "make test-npu TORCH_INDEX=https://download.pytorch.org/whl/cpu", file=sys.stderr)
+        return 3
     if not up_to_date():
         print(f"building stand-in CANN libraries in {LIBRARIES}")
         stand_in_cann.build(LIBRARIES)
-    worst = 0
+    failed = False
     for chip in CHIPS:
         print(f"{chip}: torch_npu on stand-in CANN libraries", flush=True)
         command = [sys.executable, "-m", "pytest", str(HERE / "check_launches.py"), *arguments]
-        worst = max(worst, subprocess.run(command, env=environment(chip, LIBRARIES / f"{chip}.log")).returncode)
-    return worst
+        failed |= subprocess.run(command, env=environment(chip, LIBRARIES / f"{chip}.log")).returncode != 0     # or a signal
+    return int(failed)
 
 
 if __name__ == "__main__":
