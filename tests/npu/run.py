@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import stand_in_cann
-import torch
 
 HERE = Path(__file__).parent
 LIBRARIES = Path(sys.prefix) / "stand-in-cann"
@@ -31,9 +30,15 @@ def up_to_date() -> bool:
     return built.is_file() and built.stat().st_mtime > max(source.stat().st_mtime for source in sources)
 
 
+def built_for_cuda() -> bool:
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"       # torch_npu, before there are libraries
+    import torch
+    return torch.version.cuda is not None
+
+
 def main(arguments) -> int:
-    if torch.version.cuda:
-        print(f"torch {torch.__version__} is built for CUDA, torch_npu does not start beside it; remove {sys.prefix} and run: "
+    if built_for_cuda():
+        print(f"torch is a build for CUDA, torch_npu does not start beside it; remove {sys.prefix} and run: "
               "make test-npu TORCH_INDEX=https://download.pytorch.org/whl/cpu", file=sys.stderr)
         return 3
     if not up_to_date():
