@@ -137,15 +137,18 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--
 browser_test = pytest.mark.skipif(not (CHROMIUM and all(map(importlib.util.find_spec, ("gradio", "playwright")))),
                                   reason="run: make test-ui")
 PATIENCE = 60_000          # milliseconds, on a busy machine
-# runs a command and writes down every address that it talks to
+# runs a command, as slow as with a large model if need be, and writes down every address that it talks to
 WATCHED = """
-import runpy, sys
+import runpy, sys, time
 addresses = open(sys.argv[1], "a", buffering=1)
 def heard(event, arguments):
     if event in ("socket.connect", "socket.getaddrinfo"):
         print(repr(arguments[1] if event == "socket.connect" else arguments[0]), file=addresses)
 sys.addaudithook(heard)
-sys.argv = sys.argv[2:]
+from runtime.engine import Engine
+step, pause = Engine.step, float(sys.argv[2])
+Engine.step = lambda engine: time.sleep(pause) or step(engine)
+sys.argv = sys.argv[3:]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 
@@ -157,12 +160,12 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running(module, folder, *argv):
-    """A command until it is ready -> its URL. Afterwards: it ended by SIGTERM without an error."""
+def running(module, folder, *argv, pause=0):
+    """A command until it is ready -> its URL. Afterwards: it ended by SIGTERM without an error. pause: seconds per step."""
     port, log = free_port(), folder / f"{module}.log"
+    command = [sys.executable, "-c", WATCHED, folder / "addresses", str(pause), module, "--port", str(port), *argv]
     with open(log, "w") as stream:
-        process = subprocess.Popen([sys.executable, "-c", WATCHED, folder / "addresses", module, "--port", str(port), *argv],
-                                   cwd=ROOT, stderr=stream, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(command, cwd=ROOT, stderr=stream, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         end = time.monotonic() + 900
         while "ready: " not in log.read_text():
@@ -224,11 +227,15 @@ class Visit:
 
     def longest(self, tokens: int):
         """The longest answer; "How to answer" is open."""
-        field = self.page.locator("input[type=number]").last
-        field.fill(str(tokens))
-        field.press("Tab")
-        self.until(lambda: self.page.locator("input[type=range]").last.input_value() == str(tokens))
-        self.until(self.box.is_enabled)
+        field, slider = (self.page.locator(f"input[type={kind}]").last for kind in ("number", "range"))
+
+        def taken():        # not before the panel is alive
+            field.fill(str(tokens))
+            field.press("Tab")
+            self.page.wait_for_timeout(500)
+            return slider.input_value() == field.input_value() == str(tokens)
+        self.until(taken)
+        self.page.wait_for_timeout(500)         # until the server has it; the page shows nothing of that
 
     def bots(self) -> list[str]:
         return [text.strip() for text in self.page.locator(".message.bot").all_inner_texts()]
@@ -307,7 +314,7 @@ def test_stop_on_a_server_ends_its_request_there(chromium, tmp_path):
     """The golden checkpoint's random weights go on answering until they are stopped."""
     import httpx
     serve = ("--model", str(GOLDEN / "visualglm"), "--vision", "torch", "--api-key", "k")
-    with running("runtime.serve", tmp_path, *serve) as server:
+    with running("runtime.serve", tmp_path, *serve, pause=0.05) as server:
         def running_requests():
             metrics = httpx.get(server + "/metrics", headers={"Authorization": "Bearer k"}).text
             return float(next(line for line in metrics.splitlines() if "num_requests_running{" in line).split()[-1])
