@@ -47,9 +47,6 @@ class LayerOps(CpuOps):
     def layer_norm(self, x, norm, eps):
         return norm(x) if callable(norm) else super().layer_norm(x, norm, eps)
 
-    def quantized_linear(self, x, layer):
-        return layer(x) if callable(layer) else super().quantized_linear(x, layer)
-
     attend = ReferenceOps.attend                    # from the angles, which are all that a SampleStep has
     turned_heads = ReferenceOps.turned_heads
 

@@ -13,7 +13,7 @@ from models.quantized import Quantized
 
 from . import native
 from .native import ZERO
-from .packed import FloatWeight, row_sums
+from .packed import FloatWeight, Int8Rows
 from .reference import ReferenceOps, dequantize, dequantized, quantize, shifted
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3         # of glibc
@@ -21,25 +21,29 @@ ACTIVATION = 1 << 26        # bytes; larger ones, a vision encoder's scores, go 
 BLOCK = 1 << 17     # activations rounded at a time: what stays in the cache is 3 times as fast
 
 
-@dataclass
-class PackedInt8:
-    """A Quantized layer (its weight taken out) for oneDNN: weight in its blocked layout, zero point of the activations, and
-    what is added to the float result: the part of quant_bias that the zero point does not bring in (static), or nothing.
-    For native.py: where the weight lies, and what is added to its whole sums."""
-    layer: Quantized
-    weight: torch.Tensor
-    zero_point: int
-    bias: torch.Tensor | None
-    weight_zeros: torch.Tensor
-    blocks: native.Blocks | None
-    rest: torch.Tensor
+class PackedInt8(Int8Rows):
+    """A Quantized layer, static or W8A8_DYNAMIC, without its plain weight. To the float result is added the part of quant_bias
+    that the zero point does not bring in (static), or the bias."""
 
-    def few(self, x):
-        """bfloat16 [m, k] -> [m, n]."""
-        layer = self.layer
+    def __init__(self, layer: Quantized):
+        super().__init__(layer.weight, layer.scale)
+        self._layer, self._bias = replace(layer, weight=layer.weight.new_empty(0)), layer.bias
+        if layer.static:                # (q - offset) @ w + rest = q @ w + quant_bias
+            self._bias = (layer.bias - layer.input_offset * (self._rest.long() // ZERO)).float() * layer.scale
+            self._rest += layer.bias
+
+    def __call__(self, x):
+        """x [T, k] -> [T, n] in its dtype."""
+        layer = self._layer
+        if self.few(x):
+            given = (None, layer.input_scale, layer.input_offset) if layer.static else (self._bias,)
+            return self._blocks.linear_int8(x, self._rest, self._scale, *given)
+        q, token_scale = _unsigned(x, layer)
         if layer.static:
-            return self.blocks.linear_int8(x, self.rest, layer.scale, None, layer.input_scale, layer.input_offset)
-        return self.blocks.linear_int8(x, self.rest, layer.scale, layer.bias)
+            out = x.dtype if x.dtype in (torch.float32, torch.bfloat16) else torch.float32
+            return self.product(q, ZERO + layer.input_offset, self._bias, out).to(x.dtype)
+        y = self.product(q, ZERO, None, torch.float32).mul_(token_scale)
+        return (y if self._bias is None else y.add_(self._bias)).to(x.dtype)
 
 
 class CpuOps(ReferenceOps):
@@ -70,31 +74,13 @@ class CpuOps(ReferenceOps):
             return Linear(self.pack(linear.weight), linear.bias)
         if not torch.cpu._is_vnni_supported():      # without VNNI oneDNN's 16-bit sums may saturate
             return layer
-        sums, bias = row_sums(layer.weight), None
-        rest = sums.mul(-ZERO)
-        if layer.static:                # (q - offset) @ w + rest = q @ w + quant_bias
-            bias = (layer.bias + layer.input_offset * sums.long()).float() * layer.scale
-            rest += layer.bias
-        packed = torch.ops.onednn.qlinear_prepack(layer.weight, None)
-        blocks, layer = native.blocks_of(packed, layer.weight), replace(layer, weight=layer.weight.new_empty(0))
-        return PackedInt8(layer, packed, ZERO + layer.input_offset, bias, torch.zeros(len(layer.scale), dtype=torch.int32),
-                          blocks, rest)
+        return PackedInt8(layer)
 
     def quantized_linear(self, x, layer):
-        if isinstance(layer, Quantized):
-            q, token_scale = quantize(x, layer)
-            return dequantize(torch._int_mm(q.to(torch.int8), layer.weight.t()), token_scale, layer).to(x.dtype)
-        if layer.blocks and native.suits(x):
-            return layer.few(x)
-        unsigned, token_scale = _unsigned(x, layer.layer)
-        direct = token_scale is None and x.dtype in (torch.float32, torch.bfloat16)
-        y = torch.ops.onednn.qlinear_pointwise(
-            unsigned, 1.0, layer.zero_point, layer.weight, layer.layer.scale, layer.weight_zeros, layer.bias, 1.0, 0,
-            x.dtype if direct else torch.float32, "none", [], "")
-        if token_scale is not None:
-            y = y.mul_(token_scale)
-            y = y if layer.layer.bias is None else y.add_(layer.layer.bias)
-        return y.to(x.dtype)
+        if not isinstance(layer, Quantized):
+            return layer(x)
+        q, token_scale = quantize(x, layer)
+        return dequantize(torch._int_mm(q.to(torch.int8), layer.weight.t()), token_scale, layer).to(x.dtype)
 
     def layer_norm(self, x, norm, eps):
         return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, eps)

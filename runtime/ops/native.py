@@ -181,8 +181,8 @@ class Attention:
 
     def __call__(self, qkv, keys, values):
         """qkv [rows, width], one layer's caches -> [rows, heads * head_dim]."""
-        out = self._q.new_empty(len(qkv), self._q[0].numel())
-        kernels().attend(qkv.contiguous().data_ptr(), self._step.cos.data_ptr(), self._step.sin.data_ptr(), keys.data_ptr(),
+        qkv, out = qkv.contiguous(), self._q.new_empty(len(qkv), self._q[0].numel())
+        kernels().attend(qkv.data_ptr(), self._step.cos.data_ptr(), self._step.sin.data_ptr(), keys.data_ptr(),
                          values.data_ptr(), ctypes.byref(self._shape), self._room, self._q.data_ptr(), self._p.data_ptr(),
                          out.data_ptr())
         return out
@@ -202,8 +202,8 @@ def turn(qkv, cos, sin, heads: int):
 
 def add_rms_norm(x, residual, weight, eps):
     """(normalised sum, sum) of x [m, width] and the residual; without one of x alone."""
-    x, y = x.contiguous(), torch.empty_like(x)
-    total = None if residual is None else torch.empty_like(x)
+    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+    y, total = torch.empty_like(x), None if residual is None else torch.empty_like(x)
     kernels().add_rms_norm(x.data_ptr(), address(residual), weight.data_ptr(), address(total), y.data_ptr(), *x.shape, eps)
     return y, total
 

@@ -34,16 +34,32 @@ class FloatWeight:
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")
 
 
-class Int8Weight:
-    """weight about int8 [n, k] * scale float32 [n]."""
+class Int8Rows:
+    """int8 weight [n, k] * scale float32 [n], for oneDNN's products and those of native.py.
+
+    Activations are uint8 around a zero point: oneDNN has no fast kernel for int8.
+    """
 
     def __init__(self, q: torch.Tensor, scale: torch.Tensor):
-        # without VNNI oneDNN adds pairs of products in 16 bits: 7 bits of activations keep them from saturating
-        self._levels = 127 if torch.cpu._is_vnni_supported() else 63
         self._scale = scale.clone()         # a view would keep its file's q in memory, too
-        self._zeros = torch.zeros(len(scale), dtype=torch.int32)
-        self._packed, self._rest = torch.ops.onednn.qlinear_prepack(q, None), row_sums(q).mul_(-native.ZERO)
+        self._zeros, self._rest = torch.zeros(len(scale), dtype=torch.int32), row_sums(q) * -native.ZERO
+        self._packed = torch.ops.onednn.qlinear_prepack(q, None)
         self._blocks = native.blocks_of(self._packed, q)
+
+    def few(self, x) -> bool:
+        """Is the product native.py's?"""
+        return self._blocks is not None and native.suits(x)
+
+    def product(self, q, zero_point: int, bias, out: torch.dtype):
+        """q uint8 [m, k] -> (q - zero_point) @ weight.T * scale + bias as `out` [m, n]."""
+        return torch.ops.onednn.qlinear_pointwise(q, 1.0, zero_point, self._packed, self._scale, self._zeros, bias, 1.0, 0,
+                                                  out, "none", [], "")
+
+
+class Int8Weight(Int8Rows):
+    """weight about int8 [n, k] * scale float32 [n]."""
+    # without VNNI oneDNN adds pairs of products in 16 bits: 7 bits of activations keep them from saturating
+    _levels = 127 if torch.cpu._is_vnni_supported() else 63
 
     @staticmethod
     def tensors(weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -57,13 +73,12 @@ class Int8Weight:
         return cls(stored["int8"], stored["scale"])
 
     def __call__(self, x, bias):
-        """x [T, k] -> [T, n] in its dtype. Activations are uint8 around a zero point: oneDNN has no fast kernel for int8."""
-        if self._blocks and native.suits(x):
+        """x [T, k] -> [T, n] in its dtype."""
+        if self.few(x):
             return self._blocks.linear_int8(x, self._rest, self._scale, widened(bias))
         q, token_scale = (native.rounded if native.suits(x, native.ANY) else self._rounded)(x)
         out = torch.float32 if x.dtype == torch.float16 else x.dtype
-        y = torch.ops.onednn.qlinear_pointwise(q, 1.0, self._levels + 1, self._packed, self._scale, self._zeros, None,
-                                               1.0, 0, out, "none", [], "").mul_(token_scale.to(out))
+        y = self.product(q, self._levels + 1, None, out).mul_(token_scale.to(out))
         return (y if bias is None else y.add_(bias)).to(x.dtype)
 
     def _rounded(self, x):
