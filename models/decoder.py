@@ -106,6 +106,8 @@ class Decoder(LayerArithmetic):
 
     def forward(self, x: torch.Tensor, step: Step, cache) -> torch.Tensor:
         """x [T, hidden] -> normalised hidden states [T, hidden]; writes this step's keys and values into `cache`."""
+        if self.tap is None and (hidden := self.ops.all_layers(self, x, step, cache)) is not None:
+            return hidden
         run = self._plain_layers if self.config.residual_alpha is None else self._alpha_layers
         return self._tapped("final_norm", run(self._tapped("embed", x), step, cache))
 

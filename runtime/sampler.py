@@ -11,7 +11,7 @@ GREEDY = 1e-5       # a temperature below it takes the most likely token, as in 
 def sample(logits: torch.Tensor, seen: torch.Tensor, answer: torch.Tensor, settings, generator: torch.Generator) -> int:
     """logits float32 [vocab]; seen, answer: int64 ids of prompt and answer so far, and of the answer alone; temperature 0
     takes the most likely token."""
-    if not torch.isfinite(logits).all():
+    if not all(math.isfinite(end) for end in logits.aminmax()):     # NaN is both ends
         raise ToolkitError("the decoder's logits contain NaN or Inf; try --dtype float32, or compare the checkpoint with "
                            "python -m runtime.compare", CHECK_FAILED)
     logits = penalise(logits, seen, settings.repetition_penalty)

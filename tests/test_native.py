@@ -1,12 +1,15 @@
 """The decode step's own kernels against torch's operators; skipped where the CPU or a compiler is missing."""
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from models.base import DecoderConfig, Rope
-from models.decoder import Step
-from models.layers import Norm
+from models.decoder import Decoder, Step
+from models.layers import Linear, Norm
 from models.quantized import Quantized
+from runtime.cache import KVCache
 from runtime.ops import native
 from runtime.ops.cpu import CpuOps
 from runtime.ops.packed import FloatWeight, Int4Weight, Int8Weight, TorchInt4
@@ -137,6 +140,62 @@ def test_attention(heads, kv_heads, d, lengths):
     torch.testing.assert_close(found, expected, rtol=0.03, atol=0.03)
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b, rtol=0.016, atol=0.016)
+
+
+def decoder_of(kind, shifted):
+    """Two layers with random weights, its cache, and the step of three sequences."""
+    config = DecoderConfig(128, 256, 2, 4, 2, 64, 384, Rope(64), 1e-5, 512)
+    sizes = {"qkv": (512, 256), "out": (256, 256), "up": (768, 256), "down": (256, 384)}
+    weights = {"embed.weight": gaussian(128, 256), "lm_head.weight": OPS.pack(gaussian(128, 256)),
+               "final_norm.weight": gaussian(256)}
+    for i in range(config.layers):
+        for j, (name, shape) in enumerate(sizes.items()):
+            weight, target = 0.05 * gaussian(*shape, seed=4 * i + j), f"layers.{i}.{name}"
+            weights[f"{target}.weight"] = {"float": OPS.pack, "int8": lambda w: packed(Int8Weight, w),
+                                           "int4": lambda w: packed(Int4Weight, w)}[kind](weight)
+            weights[f"{target}.bias"] = gaussian(shape[0], seed=j) if name == "qkv" else None
+        for name in ("attention_norm", "mlp_norm"):
+            weights[f"layers.{i}.{name}.weight"] = gaussian(256, seed=i)
+            weights[f"layers.{i}.{name}.bias"] = gaussian(256, seed=9) if shifted else None
+    decoder, cache = Decoder(config, weights, CpuOps()), KVCache(config, 9, 16, torch.bfloat16, "cpu", OPS)
+    for pair in cache.layers:
+        for i, tensor in enumerate(pair):
+            tensor.copy_(gaussian(*tensor.shape, seed=i))
+    cos, sin = decoder.angles(torch.tensor([[0], [20], [47]]))
+    table = torch.tensor([[3, 0, 0], [7, 1, 0], [2, 8, 4]], dtype=torch.int32)
+    return decoder, cache, Step(cos, sin, torch.tensor([48, 20, 79]), table, [1] * 3, [1, 21, 48])
+
+
+def packed(form, weight):
+    return form.from_tensors(form.tensors(weight))
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("kind", ["float", "int8", "int4"])
+def test_all_layers_at_once_are_the_layers_one_by_one(kind, shifted):
+    decoder, cache, step = decoder_of(kind, shifted)
+    x, before = gaussian(3, 256), [[t.clone() for t in pair] for pair in cache.layers]
+
+    def begun():
+        return decoder.ops.begin(step, decoder.config, "cpu")
+    found, written = decoder.forward(x, begun(), cache), [t.clone() for pair in cache.layers for t in pair]
+    assert decoder.ops._layers and torch.equal(x, gaussian(3, 256))
+    for pair, old in zip(cache.layers, before):
+        for tensor, value in zip(pair, old):
+            tensor.copy_(value)
+    decoder.tap = lambda stage, values: values      # what is watched goes layer by layer
+    assert torch.equal(decoder.forward(x, begun(), cache), found)
+    assert all(map(torch.equal, written, (t for pair in cache.layers for t in pair)))
+    decoder.tap, decoder.layers[1] = None, decoder.layers[0]        # what is put into the list is what runs
+    changed = decoder.forward(x, begun(), cache)
+    assert not torch.allclose(changed, found, atol=0.1)
+
+
+def test_layers_of_which_torch_computes_one_go_one_by_one():
+    decoder, cache, step = decoder_of("float", shifted=False)
+    decoder.layers[1] = replace(decoder.layers[1], down=Linear(gaussian(256, 384)))
+    decoder.forward(gaussian(3, 256), decoder.ops.begin(step, decoder.config, "cpu"), cache)
+    assert decoder.ops._made and decoder.ops._layers is None
 
 
 def test_without_a_compiler_torch_does_everything(monkeypatch):

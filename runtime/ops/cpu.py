@@ -13,7 +13,7 @@ from models.quantized import Quantized
 
 from . import native
 from .native import ZERO
-from .packed import FloatWeight, Int8Rows
+from .packed import FloatWeight, Int8Rows, product_of
 from .reference import ReferenceOps, dequantize, dequantized, quantize, shifted
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3         # of glibc
@@ -35,9 +35,8 @@ class PackedInt8(Int8Rows):
     def __call__(self, x):
         """x [T, k] -> [T, n] in its dtype."""
         layer = self._layer
-        if self.few(x):
-            given = (None, layer.input_scale, layer.input_offset) if layer.static else (self._bias,)
-            return self._blocks.linear_int8(x, self._rest, self._scale, *given)
+        if self._blocks and native.suits(x):
+            return self.few(None)(x)
         q, token_scale = _unsigned(x, layer)
         if layer.static:
             out = x.dtype if x.dtype in (torch.float32, torch.bfloat16) else torch.float32
@@ -45,9 +44,16 @@ class PackedInt8(Int8Rows):
         y = self.product(q, ZERO, None, torch.float32).mul_(token_scale)
         return (y if self._bias is None else y.add_(self._bias)).to(x.dtype)
 
+    def _product(self, _):
+        layer = self._layer
+        return super()._product(None, layer.input_scale, layer.input_offset) if layer.static else super()._product(self._bias)
+
 
 class CpuOps(ReferenceOps):
     name = "cpu"
+
+    def __init__(self):
+        self._made, self._layers = [], None         # what native.Layers were last made from, and they
 
     def remark(self, dtype):
         slower = dtype == torch.bfloat16 and native.missing()
@@ -88,7 +94,7 @@ class CpuOps(ReferenceOps):
     def rms_norm(self, x, norm, eps):
         """In float32 and in place: torch's own is several times slower on many rows of bfloat16."""
         if native.suits(x, native.ANY) and norm.weight.dtype == x.dtype:
-            return shifted(native.add_rms_norm(x, None, norm.weight, eps)[0], norm)
+            return native.add_rms_norm(x, None, norm, eps)[0]
         y = x.to(torch.float32, copy=True)
         size = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
         y.mul_(size.square_().div_(x.shape[-1]).add_(eps).rsqrt_()).mul_(norm.weight.float())
@@ -97,8 +103,7 @@ class CpuOps(ReferenceOps):
     def add_rms_norm(self, x, residual, norm, eps):
         if not (native.suits(x, native.ANY) and norm.weight.dtype == x.dtype):
             return super().add_rms_norm(x, residual, norm, eps)
-        normed, total = native.add_rms_norm(x, residual, norm.weight, eps)
-        return shifted(normed, norm), total
+        return native.add_rms_norm(x, residual, norm, eps)
 
     def swiglu(self, x):
         return native.swiglu(x) if native.suits(x, native.ANY) and x.shape[1] % 32 == 0 else super().swiglu(x)
@@ -122,11 +127,31 @@ class CpuOps(ReferenceOps):
         return CpuStep(**vars(super().begin(step, config, device)), wide_cos=step.cos[:, None],
                        signed_sin=torch.cat((-first, second), -1))
 
+    def all_layers(self, decoder, x, step, cache):
+        few = self._few(x, decoder.config, step, cache.block_size)
+        layers = few and self.team is None and self._native_layers(decoder, cache)
+        return layers(x, few) if layers else None
+
+    def _native_layers(self, decoder, cache):
+        """native.Layers of what now makes up the decoder; None where it computes layer by layer."""
+        made = [cache, decoder.final_norm, *decoder.layers]
+        if len(made) != len(self._made) or any(a is not b for a, b in zip(made, self._made)):
+            linears = [[product_of(linear) for linear in (layer.qkv, layer.out, layer.up, layer.down)]
+                       for layer in decoder.layers]
+            suit = native.Layers.suit(decoder) and all(map(all, linears))
+            self._made, self._layers = made, native.Layers(decoder, linears, cache) if suit else None
+        return self._layers
+
     def attend(self, qkv, keys, values, config, step):
+        few = self._few(qkv, config, step, keys.shape[1])
+        return few.attend(qkv, keys, values) if few else super().attend(qkv, keys, values, config, step)
+
+    def _few(self, x, config, step, block):
+        """The step for native.py's kernels where it suits them, else False."""
         if step.few is None:            # the same for every layer
-            one_each = step.q_lens == [1] * len(qkv) and config.head_dim % 32 == 0
-            step.few = one_each and native.suits(qkv) and native.Attention(step, config, keys.shape[1])
-        return step.few(qkv, keys, values) if step.few else super().attend(qkv, keys, values, config, step)
+            one_each = step.q_lens == [1] * len(x) and config.head_dim % 32 == 0
+            step.few = one_each and native.suits(x) and native.Step(step, config, block)
+        return step.few
 
     def attention(self, q, k, v, keys, values, step):
         if step.places is None:         # the same for every layer
@@ -163,11 +188,11 @@ def _block(x, layer):
 class CpuStep(Step):
     """wide_cos, signed_sin [T, 1, head_dim]: for all heads of a token; the first half of the sines negative.
     places: per sequence the index of its first block when its blocks lie in a row, else the blocks' indices.
-    few: native.Attention where it suits the step, else False."""
+    few: native.Step where it suits the kernels, else False."""
     wide_cos: torch.Tensor | None = None
     signed_sin: torch.Tensor | None = None
     places: list | None = None
-    few: native.Attention | bool | None = None
+    few: native.Step | bool | None = None
 
 
 def _places(table, length, block_size):

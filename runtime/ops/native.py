@@ -22,16 +22,16 @@ from ..artifact import cache_root
 
 FEW = 8                 # rows of a product's tile
 ANY = sys.maxsize
+BF16, INT8, INT4 = range(3)     # kinds of products
 ZERO = 128              # what stands for 0 in its unsigned activations
 NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16"}
 SOURCES = Path(__file__).with_name("kernels")
 COMMAND = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 P, N, L, F = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
 SIGNATURES = {
-    "linear_bf16": (P, P, P, P, N, L, L, L), "linear_int8": (P, P, P, P, P, P, P, N, L, L, L, F, F),
-    "linear_int4": (P, P, P, P, P, P, P, N, L, L), "floats_int4": (P, P, P, L, L), "round_rows": (P, P, P, N, L, F, F),
-    "add_rms_norm": (P, P, P, P, P, N, L, F), "swiglu": (P, P, N, L), "turn_rows": (P, P, P, N, L, L, L),
-    "attend": (P, P, P, P, P, P, L, P, P, P)}
+    "product": (P, P, P, N), "attend": (P, P, P, P, P), "layers": (P, L, P, P, P, P, F), "floats_int4": (P, P, L, L),
+    "round_rows": (P, P, P, N, L, F, F), "add_rms_norm": (P, P, P, P, P, N, L, F), "swiglu": (P, P, N, L),
+    "turn_rows": (P, P, P, N, L, L, L)}
 
 
 def missing() -> str:
@@ -81,6 +81,29 @@ def suits(x: torch.Tensor, rows: int = FEW) -> bool:
     return x.dtype == torch.bfloat16 and len(x) <= rows and x.shape[1] % 16 == 0 and kernels() is not None
 
 
+class Product(ctypes.Structure):
+    """A linear layer [n, k] as the kernels read it, for up to FEW tokens: bfloat16 [m, k] -> [m, n].
+
+    INT8: (q @ w.T + add) * scale * s + bias, q: x / s rounded to whole numbers, s of each token from its largest value; or,
+    with a fixed s, those of x / s + offset. add: int32, with ZERO times the sums of the weight's rows taken off, for the
+    kernel's q are unsigned. INT4: x is rounded to 8 bits, each group of 128 values with a scale of its own.
+    """
+    _fields_ = [("weight", P), ("add", P), ("scale", P), ("bias", P), ("kind", L), ("n", L), ("k", L), ("block", L),
+                ("fixed", F), ("offset", F)]
+
+    def __init__(self, kind: int, blocks, bias=None, add=None, scale=None, fixed: float = 0, offset: float = 0):
+        """blocks: Blocks or Int4Blocks; bias of any dtype."""
+        bias = None if bias is None else bias.float()
+        self._kept = blocks, bias, add, scale       # they lie where the structure says
+        super().__init__(blocks.address, address(add), address(scale), address(bias), kind, blocks.n, blocks.k, blocks.block,
+                         fixed, offset)
+
+    def __call__(self, x):
+        x, y = x.contiguous(), x.new_empty(len(x), self.n)
+        kernels().product(ctypes.byref(self), x.data_ptr(), y.data_ptr(), len(x))
+        return y
+
+
 @dataclass
 class Blocks:
     """A weight [n, k] in oneDNN's blocks: [n / block, rounded up][k / each][block][each], 4 bytes of k side by side."""
@@ -88,21 +111,6 @@ class Blocks:
     n: int
     k: int
     block: int
-
-    def linear(self, x, bias):
-        """bfloat16 [m, k] -> [m, n]; bias float32 or None."""
-        x, y = x.contiguous(), x.new_empty(len(x), self.n)
-        kernels().linear_bf16(x.data_ptr(), self.address, address(bias), y.data_ptr(), len(x), self.n, self.k, self.block)
-        return y
-
-    def linear_int8(self, x, add, scale, bias, fixed: float = 0, offset: float = 0):
-        """bfloat16 [m, k] -> [m, n] = (q @ w.T + add) * scale * s + bias. q: x / s rounded to whole numbers, s of each
-        token from its largest value; or, with a fixed s, those of x / s + offset. add: int32, with ZERO times the sums of
-        the weight's rows taken off, for the kernel's q are unsigned."""
-        x, y, q = x.contiguous(), x.new_empty(len(x), self.n), x.new_empty(x.shape, dtype=torch.uint8)
-        kernels().linear_int8(x.data_ptr(), self.address, add.data_ptr(), scale.data_ptr(), address(bias), q.data_ptr(),
-                              y.data_ptr(), len(x), self.n, self.k, self.block, fixed, offset)
-        return y
 
 
 def address(tensor: torch.Tensor | None) -> int | None:
@@ -128,30 +136,22 @@ def blocks_of(packed: torch.Tensor, weight: torch.Tensor) -> Blocks | None:
 
 
 class Int4Blocks:
-    """4-bit weights [n, k] as the kernels read them: 16 rows at a time, of each a word of 8 values. Word s of the 16 of a
-    group of 128 has the pairs of values s, 16 + s (lower nibbles of its four bytes), 32 + s, 48 + s (upper ones)."""
+    """4-bit weights [n, k] as the kernels read them, one line of memory after another: of 16 rows and a group of 128 values 16
+    lines of words and one of scales and zeros. A word is 8 values of a row; word s has the pairs of values s, 16 + s (lower
+    nibbles of its four bytes), 32 + s, 48 + s (upper ones)."""
+    block, many = 16, 4 * FEW       # tokens from which making them bfloat16 is quicker
 
     def __init__(self, q: torch.Tensor, scales: torch.Tensor):
         """As packed.Int4Weight takes them: q uint8 [n, k / 2], scales bfloat16 [k / 128, n, 2]."""
         self.n, self.k = len(q), 2 * q.shape[1]
-        self.many = 4 * FEW
-        self._words = torch.cat([_words(rows) for rows in q.split(1024)])
-        self._scales = scales.unflatten(1, (-1, 16)).permute(1, 0, 3, 2).contiguous()
-
-    def linear(self, x):
-        """bfloat16 [m, k] -> [m, n]; x is rounded to 8 bits, each group of 128 values with a scale of its own."""
-        y, q = x.new_empty(len(x), self.n), torch.empty(FEW, self.k, dtype=torch.int8)
-        scales, sums = torch.empty(2, FEW * self.k // 128)
-        for rows, out in zip(x.split(FEW), y.split(FEW)):
-            kernels().linear_int4(rows.data_ptr(), self._words.data_ptr(), self._scales.data_ptr(), q.data_ptr(),
-                                  scales.data_ptr(), sums.data_ptr(), out.data_ptr(), len(rows), self.n, self.k)
-        return y
+        scales = scales.unflatten(1, (-1, 16)).permute(1, 0, 3, 2).contiguous().view(torch.int32).flatten(2).unsqueeze(2)
+        self._lines = torch.cat([torch.cat((_words(rows), own), 2) for rows, own in zip(q.split(1024), scales.split(64))])
+        self.address = self._lines.data_ptr()
 
     def floats(self, start: int, end: int) -> torch.Tensor:
         """Rows start..end, multiples of 16, in bfloat16 [end - start, k]."""
         out = torch.empty(end - start, self.k, dtype=torch.bfloat16)
-        kernels().floats_int4(self._words[start // 16].data_ptr(), self._scales[start // 16].data_ptr(), out.data_ptr(),
-                              end - start, self.k)
+        kernels().floats_int4(self._lines[start // 16].data_ptr(), out.data_ptr(), end - start, self.k)
         return out
 
 
@@ -162,30 +162,62 @@ def _words(q):
     return words.unflatten(0, (-1, 16)).permute(0, 2, 3, 1).contiguous()
 
 
-class Shape(ctypes.Structure):
-    _fields_ = [("slots", P), ("lengths", P), ("table", P)] + [
+class Step(ctypes.Structure):
+    """One token of each sequence, as models.decoder.Step has it."""
+    _fields_ = [("cos", P), ("sin", P), ("slots", P), ("lengths", P), ("table", P)] + [
         (name, L) for name in ("rows", "table_width", "block", "heads", "kv_heads", "d")]
 
-
-class Attention:
-    """Attention of one step, one token of each sequence, for all layers."""
-
     def __init__(self, step, config, block: int):
-        self._step, rows, (width,) = step, len(step.q_lens), step.block_table.shape[1:]
-        self._lengths, self._table = torch.tensor(step.kv_lens), step.block_table.contiguous()
-        self._shape = Shape(step.slots.data_ptr(), self._lengths.data_ptr(), self._table.data_ptr(), rows, width, block,
-                            config.heads, config.kv_heads, config.head_dim)
-        self._room = -(-max(step.kv_lens) // 16) * 16
-        self._q = step.cos.new_empty(rows, config.heads, config.head_dim)
-        self._p = torch.empty(rows * config.heads * self._room)
+        self._kept = kept = (step.cos.contiguous(), step.sin.contiguous(), step.slots, torch.tensor(step.kv_lens),
+                             step.block_table.contiguous())
+        super().__init__(*map(address, kept), *step.block_table.shape, block, config.heads, config.kv_heads, config.head_dim)
 
-    def __call__(self, qkv, keys, values):
+    def attend(self, qkv, keys, values):
         """qkv [rows, width], one layer's caches -> [rows, heads * head_dim]."""
-        qkv, out = qkv.contiguous(), self._q.new_empty(len(qkv), self._q[0].numel())
-        kernels().attend(qkv.data_ptr(), self._step.cos.data_ptr(), self._step.sin.data_ptr(), keys.data_ptr(),
-                         values.data_ptr(), ctypes.byref(self._shape), self._room, self._q.data_ptr(), self._p.data_ptr(),
-                         out.data_ptr())
+        qkv, out = qkv.contiguous(), qkv.new_empty(len(qkv), self.heads * self.d)
+        kernels().attend(qkv.data_ptr(), keys.data_ptr(), values.data_ptr(), ctypes.byref(self), out.data_ptr())
         return out
+
+
+class Norm(ctypes.Structure):
+    _fields_ = [("weight", P), ("shift", P)]
+
+    @classmethod
+    def of(cls, norm):
+        """Of a models.layers.Norm, which must be kept."""
+        return cls(address(norm.weight), address(norm.bias))
+
+
+class Layer(ctypes.Structure):
+    _fields_ = [("attention_norm", Norm), ("mlp_norm", Norm), ("qkv", Product), ("out", Product), ("up", Product),
+                ("down", Product), ("keys", P), ("values", P)]
+
+
+class Layers:
+    """All layers of a decoder and its last norm in one call: what Python does between two kernels takes as long as a tenth of
+    the weights."""
+
+    def __init__(self, decoder, products: list[list[Product]], cache):
+        """products: qkv, out, up and down of every layer."""
+        self._kept, self._eps, self._last = products, decoder.config.eps, Norm.of(decoder.final_norm)
+        self._layers = (Layer * len(products))(*(
+            Layer(Norm.of(layer.attention_norm), Norm.of(layer.mlp_norm), *four, *map(address, caches))
+            for layer, four, caches in zip(decoder.layers, products, cache.layers)))
+
+    @staticmethod
+    def suit(decoder) -> bool:
+        """Is this the arithmetic that the kernels know?"""
+        c = decoder.config
+        norms = [decoder.final_norm, *(n for layer in decoder.layers for n in (layer.attention_norm, layer.mlp_norm))]
+        return (c.norm, c.activation, c.residual_alpha) == ("rms", "swiglu", None) and c.ffn % 16 == 0 and all(
+            norm.weight.dtype == torch.bfloat16 for norm in norms)
+
+    def __call__(self, x, step: Step):
+        """x [rows, hidden] -> normalised hidden states [rows, hidden]."""
+        x, y = x.clone(), torch.empty_like(x)
+        kernels().layers(self._layers, len(self._layers), ctypes.byref(self._last), ctypes.byref(step), x.data_ptr(),
+                         y.data_ptr(), self._eps)
+        return y
 
 
 def rounded(x, fixed: float = 0, offset: float = 0):
@@ -200,11 +232,12 @@ def turn(qkv, cos, sin, heads: int):
     kernels().turn_rows(qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), *qkv.shape, heads, cos.shape[1])
 
 
-def add_rms_norm(x, residual, weight, eps):
+def add_rms_norm(x, residual, norm, eps):
     """(normalised sum, sum) of x [m, width] and the residual; without one of x alone."""
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     y, total = torch.empty_like(x), None if residual is None else torch.empty_like(x)
-    kernels().add_rms_norm(x.data_ptr(), address(residual), weight.data_ptr(), address(total), y.data_ptr(), *x.shape, eps)
+    kernels().add_rms_norm(x.data_ptr(), address(residual), ctypes.byref(Norm.of(norm)), address(total), y.data_ptr(),
+                           *x.shape, eps)
     return y, total
 
 

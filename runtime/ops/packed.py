@@ -11,6 +11,8 @@ import sys
 import torch
 from torch.nn import functional as F
 
+from models.layers import Linear
+
 from . import native
 
 GROUP = 128
@@ -21,7 +23,18 @@ BLOCK = {"AVX512": 64, "AVX2": 32}      # rows that torch interleaves: row j in 
 SMALLEST = 1e-20        # largest value of a token whose values are all zero
 
 
-class FloatWeight:
+class Few:
+    """A packed weight whose products of a few tokens may be native.py's."""
+    _blocks, _few, _bias = None, None, None
+
+    def few(self, bias) -> native.Product | None:
+        """The product with the layer's bias; made once."""
+        if self._blocks and (self._few is None or self._bias is not bias):
+            self._few, self._bias = self._product(bias), bias
+        return self._few
+
+
+class FloatWeight(Few):
     """weight bfloat16 or float32 [n, k]; about 1.5 times the bandwidth of the plain layout at one row, same arithmetic."""
 
     def __init__(self, weight: torch.Tensor):
@@ -30,11 +43,14 @@ class FloatWeight:
 
     def __call__(self, x, bias):
         if self._blocks and native.suits(x):
-            return self._blocks.linear(x, widened(bias))
+            return self.few(bias)(x)
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")
 
+    def _product(self, bias):
+        return native.Product(native.BF16, self._blocks, bias)
 
-class Int8Rows:
+
+class Int8Rows(Few):
     """int8 weight [n, k] * scale float32 [n], for oneDNN's products and those of native.py.
 
     Activations are uint8 around a zero point: oneDNN has no fast kernel for int8.
@@ -46,9 +62,8 @@ class Int8Rows:
         self._packed = torch.ops.onednn.qlinear_prepack(q, None)
         self._blocks = native.blocks_of(self._packed, q)
 
-    def few(self, x) -> bool:
-        """Is the product native.py's?"""
-        return self._blocks is not None and native.suits(x)
+    def _product(self, bias, *fixed):
+        return native.Product(native.INT8, self._blocks, bias, self._rest, self._scale, *fixed)
 
     def product(self, q, zero_point: int, bias, out: torch.dtype):
         """q uint8 [m, k] -> (q - zero_point) @ weight.T * scale + bias as `out` [m, n]."""
@@ -74,8 +89,8 @@ class Int8Weight(Int8Rows):
 
     def __call__(self, x, bias):
         """x [T, k] -> [T, n] in its dtype."""
-        if self.few(x):
-            return self._blocks.linear_int8(x, self._rest, self._scale, widened(bias))
+        if self._blocks and native.suits(x):
+            return self.few(bias)(x)
         q, token_scale = (native.rounded if native.suits(x, native.ANY) else self._rounded)(x)
         out = torch.float32 if x.dtype == torch.float16 else x.dtype
         y = self.product(q, self._levels + 1, None, out).mul_(token_scale.to(out))
@@ -86,12 +101,16 @@ class Int8Weight(Int8Rows):
         return x.to(torch.float32, copy=True).div_(scale).add_(self._levels + 1.5).to(torch.uint8), scale     # the half rounds
 
 
-class Int4Weight:
+class Int4Weight(Few):
     """weight about (q - 8) * scale + zero, q in 0..15 [n, k], scale and zero per row and group."""
 
     def __init__(self, q: torch.Tensor, scales: torch.Tensor):
         """q uint8 [n, k / 2], two values each, the first in the low bits; scales [k / GROUP, n, 2]."""
-        self._form = (TorchInt4 if native.kernels() is None else native.Int4Blocks)(q, scales)
+        self._blocks = native.Int4Blocks(q, scales) if native.kernels() else None
+        self._form = self._blocks or TorchInt4(q, scales)
+
+    def _product(self, bias):
+        return native.Product(native.INT4, self._blocks, bias)
 
     @staticmethod
     def fits(weight: torch.Tensor) -> bool:
@@ -108,8 +127,13 @@ class Int4Weight:
 
     def __call__(self, x, bias):
         """x [T, k] -> [T, n] in its dtype."""
-        product = self._by_pieces if len(x) >= self._form.many else self._form.linear
-        y = product(x.bfloat16().contiguous()).to(x.dtype)
+        rows = x.bfloat16().contiguous()
+        if len(x) >= self._form.many:
+            y = self._by_pieces(rows).to(x.dtype)
+        elif self._blocks:
+            return torch.cat([self.few(bias)(some) for some in rows.split(native.FEW)]).to(x.dtype)
+        else:
+            y = self._form.linear(rows).to(x.dtype)
         return y if bias is None else y.add_(bias)
 
     def _by_pieces(self, x):
@@ -148,8 +172,10 @@ def row_sums(weight):
     return torch._int_mm(weight, weight.new_ones(weight.shape[1], 1))[:, 0]
 
 
-def widened(bias):
-    return None if bias is None else bias.float()
+def product_of(layer) -> native.Product | None:
+    """native.py's product of a few tokens, of a Linear or a packed layer; None where torch computes it."""
+    form, bias = (layer.weight, layer.bias) if isinstance(layer, Linear) else (layer, None)
+    return form.few(bias) if isinstance(form, Few) else None
 
 
 def _rounded_to_4_bits(weight):

@@ -62,6 +62,9 @@ class ReferenceOps:
         tensors = {name: getattr(step, name).to(device) for name in ("cos", "sin", "slots", "block_table")}
         return replace(step, **tensors)
 
+    def all_layers(self, decoder, x, step, cache):
+        """All layers and the last norm at once, x [T, hidden] -> [T, hidden]; None where they are computed one by one."""
+
     def heads(self, qkv, config, step):
         """qkv [T, width] -> q, k, v."""
         qkv = qkv.view(len(qkv), -1, config.head_dim)

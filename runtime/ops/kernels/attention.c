@@ -1,41 +1,5 @@
 #include "common.h"
 
-/* sum = x + residual (no residual: x alone, and no sum); y = sum / rms(sum) * weight */
-void add_rms_norm(const bf16 *x, const bf16 *residual, const bf16 *weight, bf16 *sum, bf16 *y, int m, long width, float eps) {
-    #pragma omp parallel for if (m > 8)
-    for (long row = 0; row < m; row++) {
-        const bf16 *from = x + row * width;
-        if (residual) {
-            for (long i = row * width; i < (row + 1) * width; i += 16)
-                store(sum + i, _mm512_add_ps(load(x + i), load(residual + i)));
-            from = sum + row * width;
-        }
-        __m512 squares = _mm512_setzero_ps();
-        for (long i = 0; i < width; i += 16) { __m512 v = load(from + i); squares = _mm512_fmadd_ps(v, v, squares); }
-        __m512 factor = _mm512_set1_ps(1 / sqrtf(_mm512_reduce_add_ps(squares) / width + eps));
-        for (long i = 0; i < width; i += 16)
-            store(y + row * width + i, _mm512_mul_ps(_mm512_mul_ps(load(from + i), factor), load(weight + i)));
-    }
-}
-
-/* x [m, 2 * width], gate first -> y [m, width] */
-void swiglu(const bf16 *x, bf16 *y, int m, long width) {
-    #pragma omp parallel for if (m > 8)
-    for (long row = 0; row < m; row++)
-        for (long i = 0; i < width; i += 16) {
-            const bf16 *from = x + 2 * row * width + i;
-            __m512 gate = load(from), one = _mm512_set1_ps(1);
-            __m512 down = _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), gate)));
-            store(y + row * width + i, _mm512_mul_ps(_mm512_div_ps(gate, down), load(from + width)));
-        }
-}
-
-typedef struct {
-    const int64_t *slots, *lengths;         /* [rows]: where its key goes; tokens in the cache with it */
-    const int32_t *table;                   /* [rows, table_width]: blocks of the cache */
-    long rows, table_width, block, heads, kv_heads, d;
-} Shape;
-
 INLINE void turn(const bf16 *x, const bf16 *cos, const bf16 *sin, bf16 *y, long d) {
     for (long i = 0; i < d / 2; i += 16) {
         __m512 a = load(x + i), b = load(x + d / 2 + i);
@@ -52,7 +16,7 @@ void turn_rows(bf16 *qkv, const bf16 *cos, const bf16 *sin, int m, long width, l
             turn(qkv + row * width + h * d, cos + row * d, sin + row * d, qkv + row * width + h * d, d);
 }
 
-INLINE const bf16 *cached(const bf16 *cache, const Shape *s, long row, long kv, long t) {
+INLINE const bf16 *cached(const bf16 *cache, const Step *s, long row, long kv, long t) {
     return cache + ((s->table[row * s->table_width + t / s->block] * s->block + t % s->block) * s->kv_heads + kv) * s->d;
 }
 
@@ -72,7 +36,7 @@ INLINE void softmax(float *p, long length, float scale) {
 }
 
 /* G heads of one group and one sequence; p [G, room] */
-INLINE void group(const int G, const bf16 *q, const bf16 *keys, const bf16 *values, const Shape *s, long row, long kv,
+INLINE void group(const int G, const bf16 *q, const bf16 *keys, const bf16 *values, const Step *s, long row, long kv,
                   float *p, long room, bf16 *out) {
     long length = s->lengths[row], d = s->d;
     for (long t = 0; t < length; t++) {
@@ -109,16 +73,19 @@ INLINE void group(const int G, const bf16 *q, const bf16 *keys, const bf16 *valu
     }
 }
 
-/* One token of each sequence: turns q and k, writes k and v into the cache, attends. q [rows, heads, d] and p (rows * heads *
- * room floats, room: the longest length rounded up to 16) are scratch; out [rows, heads, d]. */
-void attend(const bf16 *qkv, const bf16 *cos, const bf16 *sin, bf16 *keys, bf16 *values, const Shape *s, long room, bf16 *q,
-            float *p, bf16 *out) {
+/* One token of each sequence: turns q and k, writes k and v into the cache, attends. out [rows, heads, d] */
+void attend(const bf16 *qkv, bf16 *keys, bf16 *values, const Step *s, bf16 *out) {
     const long d = s->d, per_kv = s->heads / s->kv_heads, tiles = (per_kv + 3) / 4;
+    long room = 0;
+    for (long row = 0; row < s->rows; row++) if (s->lengths[row] > room) room = s->lengths[row];
+    room = (room + 15) / 16 * 16;
+    bf16 *q = scratch(TURNED, s->rows * s->heads * d * sizeof(bf16));
+    float *p = scratch(SHARES, s->rows * s->heads * room * sizeof(float));
     for (long row = 0; row < s->rows; row++) {
-        const bf16 *own = qkv + row * (s->heads + 2 * s->kv_heads) * d;
-        for (long h = 0; h < s->heads; h++, own += d) turn(own, cos + row * d, sin + row * d, q + (row * s->heads + h) * d, d);
+        const bf16 *own = qkv + row * (s->heads + 2 * s->kv_heads) * d, *cos = s->cos + row * d, *sin = s->sin + row * d;
+        for (long h = 0; h < s->heads; h++, own += d) turn(own, cos, sin, q + (row * s->heads + h) * d, d);
         bf16 *key = keys + s->slots[row] * s->kv_heads * d, *value = values + s->slots[row] * s->kv_heads * d;
-        for (long h = 0; h < s->kv_heads; h++, own += d) turn(own, cos + row * d, sin + row * d, key + h * d, d);
+        for (long h = 0; h < s->kv_heads; h++, own += d) turn(own, cos, sin, key + h * d, d);
         memcpy(value, own, s->kv_heads * d * sizeof(bf16));
     }
     #pragma omp parallel for schedule(dynamic)

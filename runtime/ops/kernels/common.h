@@ -1,18 +1,46 @@
 /* The decode step's kernels: products of a few rows, norms, gates, attention in bfloat16, for CPUs with AVX-512 BF16 and VNNI.
  *
  * With one token at a time every weight is used once: a product is as fast as memory is read, if little happens between two
- * products. Each function is one parallel region at most. Built and called by native.py, which checks shapes and layouts.
+ * products. Built and called by native.py, whose structures these are and which checks shapes and layouts.
  */
 #pragma once
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 typedef uint16_t bf16;
+
+enum { BF16, INT8, INT4 };
+typedef struct {                    /* y = x @ w.T * scale + bias, w [n, k]; see products.c and int4.c */
+    const char *w;
+    const int32_t *add;             /* [n], INT8: joins the sums of whole numbers */
+    const float *scale, *bias;      /* [n]; scale: INT8 alone; bias: NULL where there is none */
+    long kind, n, k, block;
+    float fixed, offset;            /* INT8: the scale of x and what is added to x / scale; 0: each row has a scale of its own */
+} Product;
+
+typedef struct { const bf16 *weight, *shift; } Norm;        /* shift: NULL where there is none */
+
+typedef struct {
+    const bf16 *cos, *sin;                  /* [rows, d] */
+    const int64_t *slots, *lengths;         /* [rows]: where its key goes; tokens in the cache with it */
+    const int32_t *table;                   /* [rows, table_width]: blocks of the cache */
+    long rows, table_width, block, heads, kv_heads, d;
+} Step;
+
+void product(const Product *p, const bf16 *x, bf16 *y, int m);
+void product_int4(const Product *p, const bf16 *x, bf16 *y, int m);
+void attend(const bf16 *qkv, bf16 *keys, bf16 *values, const Step *s, bf16 *out);
+
+enum { ROUNDED, SCALES, TURNED, SHARES, NORMED, WIDE, GATED, MIXED, USES };
+void *scratch(int use, long bytes);         /* memory of the calling thread for one use, kept from call to call */
+
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")
-#define AHEAD 8192      /* bytes fetched before they are needed: hides the latency that one core's own prefetcher leaves */
+#define AHEAD 2048      /* bytes fetched before they are needed; more than half a page makes it slower than none */
+#define VECTORS 2       /* rows up to which vectors are quicker than AMX */
 
 INLINE __m512 load(const bf16 *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));

@@ -1,65 +1,26 @@
 #include "common.h"
 
-/* y [m, n] = x [m, k] @ w [n, k].T, m 1..8; w in oneDNN's blocks of `block` columns, `each` values of k side by side:
- * [n / block, rounded up][k / each][block][each]. A tile is M rows times Z registers of 16 columns. */
-
-INLINE void tile_bf16(const int M, const int Z, const char *w, long step, const bf16 *x, long k, __m512 sums[4][8]) {
-    __m512 acc[M][Z];
-    UNROLL for (int m = 0; m < M; m++) UNROLL for (int z = 0; z < Z; z++) acc[m][z] = _mm512_setzero_ps();
-    for (long i = 0; i < k / 2; i++, w += step) {
-        __m512i v[Z];
-        UNROLL for (int z = 0; z < Z; z++) {
-            v[z] = _mm512_loadu_si512(w + 64 * z);
-            _mm_prefetch(w + 64 * z + AHEAD, _MM_HINT_T0);
-        }
-        UNROLL for (int m = 0; m < M; m++) {
-            __m512bh xs = (__m512bh)pair(x + m * k + 2 * i);
-            UNROLL for (int z = 0; z < Z; z++) acc[m][z] = _mm512_dpbf16_ps(acc[m][z], xs, (__m512bh)v[z]);
-        }
-    }
-    UNROLL for (int m = 0; m < M; m++) UNROLL for (int z = 0; z < Z; z++) sums[z][m] = acc[m][z];
-}
-
-INLINE void tile_int8(const int M, const int Z, const char *w, long step, const uint8_t *x, long k, __m512i sums[4][8]) {
-    __m512i acc[M][Z];
+/* Weights [n, k] in oneDNN's blocks of `block` columns, 4 bytes of k side by side: [n / block, rounded up][k / each][block][each].
+ * A tile is M rows times Z registers of 16 columns.
+ *
+ * One load instruction walks the weights in the order of memory, the sums take turns: the CPU fetches ahead by instruction,
+ * and of four that walk side by side less comes in time. row: bytes of a row of x; step: from 4 of them to the next. */
+INLINE void tile(const int KIND, const int M, const int Z, const char *w, long step, const char *x, long row,
+                 __m512i sums[4][8]) {
+    __m512i acc[8][4];
     UNROLL for (int m = 0; m < M; m++) UNROLL for (int z = 0; z < Z; z++) acc[m][z] = _mm512_setzero_si512();
-    for (long i = 0; i < k / 4; i++, w += step) {
-        __m512i v[Z];
-        UNROLL for (int z = 0; z < Z; z++) {
-            v[z] = _mm512_loadu_si512(w + 64 * z);
+    for (long at = 0; at < row; at += 4, w += step)
+        _Pragma("GCC unroll 1") for (int z = 0; z < Z; z++) {
+            __m512i columns = _mm512_loadu_si512(w + 64 * z);
             _mm_prefetch(w + 64 * z + AHEAD, _MM_HINT_T0);
-        }
-        UNROLL for (int m = 0; m < M; m++) {
-            __m512i xs = pair(x + m * k + 4 * i);
-            UNROLL for (int z = 0; z < Z; z++) acc[m][z] = _mm512_dpbusd_epi32(acc[m][z], xs, v[z]);
-        }
-    }
-    UNROLL for (int m = 0; m < M; m++) UNROLL for (int z = 0; z < Z; z++) sums[z][m] = acc[m][z];
-}
-
-void linear_bf16(const bf16 *x, const char *w, const float *bias, bf16 *y, int m, long n, long k, long block) {
-    const int amx = AMX && k % 32 == 0 && (block == 32 || block == 64), z_count = amx ? block / 16 : width(block, m);
-    #pragma omp parallel
-    {
-        if (amx) begin_tiles(m);
-        #pragma omp for schedule(static)
-        for (long b = 0; b < (n + block - 1) / block; b++)
-            for (long c = 0; c < block && b * block + c < n; c += 16 * z_count) {
-                const char *from = w + (b * block * k + c * 2) * 2;
-                __m512 sums[4][8];
-                #define TILE(M, Z) tile_bf16(M, Z, from, block * 4, x, k, sums)
-                if (amx) AMX_TILE(_tile_dpbf16ps, from, block * 4, x, k * 2, sums);
-                else ROWS(WIDTHS)
-                #undef TILE
-                for (int i = 0; i < m; i++)
-                    for (int z = 0; z < z_count && b * block + c + 16 * z < n; z++) {
-                        long at = b * block + c + 16 * z;
-                        __m512 v = bias ? _mm512_add_ps(sums[z][i], _mm512_loadu_ps(bias + at)) : sums[z][i];
-                        store(y + i * n + at, v);
-                    }
+            UNROLL for (int m = 0; m < M; m++) {
+                __m512i xs = pair(x + m * row + at), first = acc[m][0];
+                UNROLL for (int i = 1; i < Z; i++) acc[m][i - 1] = acc[m][i];
+                acc[m][Z - 1] = KIND == INT8 ? _mm512_dpbusd_epi32(first, xs, columns)
+                    : _mm512_castps_si512(_mm512_dpbf16_ps(_mm512_castsi512_ps(first), (__m512bh)xs, (__m512bh)columns));
             }
-        if (amx) _tile_release();
-    }
+        }
+    UNROLL for (int m = 0; m < M; m++) UNROLL for (int z = 0; z < Z; z++) sums[z][m] = acc[m][z];
 }
 
 /* A row of x as whole numbers around 128 -> its scale: `fixed`, which stands for 1, or (0) the largest value is 127. */
@@ -84,32 +45,53 @@ void round_rows(const bf16 *x, uint8_t *q, float *scales, int m, long k, float f
     for (long i = 0; i < m; i++) scales[i] = round_row(x + i * k, q + i * k, k, fixed, offset);
 }
 
-/* y = (round(x) @ w + add) * scale * (scale of the row) + bias; q: room for m * k bytes */
-void linear_int8(const bf16 *x, const char *w, const int32_t *add, const float *scale, const float *bias, uint8_t *q, bf16 *y,
-                 int m, long n, long k, long block, float fixed, float offset) {
-    const int amx = AMX && k % 64 == 0 && (block == 32 || block == 64), z_count = amx ? block / 16 : width(block, m);
-    float row_scale[8];
-    for (int i = 0; i < m; i++) row_scale[i] = round_row(x + i * k, q + i * k, k, fixed, offset);
+INLINE __m512 summed(const int KIND, const Product *p, __m512i sums, float x_scale, long at) {
+    __m512 v = _mm512_castsi512_ps(sums);
+    if (KIND == INT8) {
+        v = _mm512_cvtepi32_ps(_mm512_add_epi32(sums, _mm512_loadu_si512(p->add + at)));
+        v = _mm512_mul_ps(v, _mm512_mul_ps(_mm512_loadu_ps(p->scale + at), _mm512_set1_ps(x_scale)));
+    }
+    return p->bias ? _mm512_add_ps(v, _mm512_loadu_ps(p->bias + at)) : v;
+}
+
+/* row: bytes of a row of x; x_scales [m]: INT8 alone */
+INLINE void blocks(const int KIND, const Product *p, const char *x, long row, const float *x_scales, bf16 *y, int m) {
+    const long n = p->n, block = p->block;
+    const int amx = AMX && m > VECTORS && row % 64 == 0 && (block == 32 || block == 64);
+    const int z_count = amx ? block / 16 : width(block, m);
     #pragma omp parallel
     {
         if (amx) begin_tiles(m);
         #pragma omp for schedule(static)
         for (long b = 0; b < (n + block - 1) / block; b++)
             for (long c = 0; c < block && b * block + c < n; c += 16 * z_count) {
-                const char *from = w + b * block * k + c * 4;
+                const char *from = p->w + b * block * row + c * 4;
                 __m512i sums[4][8];
-                #define TILE(M, Z) tile_int8(M, Z, from, block * 4, q, k, sums)
-                if (amx) AMX_TILE(_tile_dpbusd, from, block * 4, q, k, sums);
-                else ROWS(WIDTHS)
+                #define TILE(M, Z) tile(KIND, M, Z, from, block * 4, x, row, sums)
+                if (!amx) ROWS(WIDTHS)
+                else if (KIND == INT8) AMX_TILE(_tile_dpbusd, from, block * 4, x, row, sums);
+                else AMX_TILE(_tile_dpbf16ps, from, block * 4, x, row, sums);
                 #undef TILE
                 for (int i = 0; i < m; i++)
                     for (int z = 0; z < z_count && b * block + c + 16 * z < n; z++) {
                         long at = b * block + c + 16 * z;
-                        __m512 v = _mm512_cvtepi32_ps(_mm512_add_epi32(sums[z][i], _mm512_loadu_si512(add + at)));
-                        v = _mm512_mul_ps(v, _mm512_mul_ps(_mm512_loadu_ps(scale + at), _mm512_set1_ps(row_scale[i])));
-                        store(y + i * n + at, bias ? _mm512_add_ps(v, _mm512_loadu_ps(bias + at)) : v);
+                        store(y + i * n + at, summed(KIND, p, sums[z][i], KIND == INT8 ? x_scales[i] : 1, at));
                     }
             }
         if (amx) _tile_release();
     }
+}
+
+static void product_int8(const Product *p, const bf16 *x, bf16 *y, int m) {
+    uint8_t *q = scratch(ROUNDED, m * p->k);
+    float scales[8];
+    for (int i = 0; i < m; i++) scales[i] = round_row(x + i * p->k, q + i * p->k, p->k, p->fixed, p->offset);
+    blocks(INT8, p, (const char *)q, p->k, scales, y, m);
+}
+
+/* x [m, k] -> y [m, n], m 1..8 */
+void product(const Product *p, const bf16 *x, bf16 *y, int m) {
+    if (p->kind == BF16) blocks(BF16, p, (const char *)x, 2 * p->k, NULL, y, m);
+    else if (p->kind == INT8) product_int8(p, x, y, m);
+    else product_int4(p, x, y, m);
 }

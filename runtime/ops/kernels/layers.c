@@ -1,0 +1,71 @@
+#include "common.h"
+
+void *scratch(int use, long bytes) {
+    static _Thread_local struct { void *at; long bytes; } kept[USES];
+    if (bytes > kept[use].bytes) {
+        free(kept[use].at);
+        kept[use].bytes = (2 * bytes + 63) / 64 * 64;
+        if (!(kept[use].at = aligned_alloc(64, kept[use].bytes))) abort();
+    }
+    return kept[use].at;
+}
+
+/* sum = x + residual (no residual: x alone, and no sum); y = sum / rms(sum) * weight, + shift */
+void add_rms_norm(const bf16 *x, const bf16 *residual, const Norm *norm, bf16 *sum, bf16 *y, int m, long width, float eps) {
+    #pragma omp parallel for if (m > 8)
+    for (long row = 0; row < m; row++) {
+        const bf16 *from = x + row * width;
+        if (residual) {
+            for (long i = row * width; i < (row + 1) * width; i += 16)
+                store(sum + i, _mm512_add_ps(load(x + i), load(residual + i)));
+            from = sum + row * width;
+        }
+        __m512 squares = _mm512_setzero_ps();
+        for (long i = 0; i < width; i += 16) { __m512 v = load(from + i); squares = _mm512_fmadd_ps(v, v, squares); }
+        __m512 factor = _mm512_set1_ps(1 / sqrtf(_mm512_reduce_add_ps(squares) / width + eps));
+        for (long i = 0; i < width; i += 16) {
+            bf16 *to = y + row * width + i;
+            store(to, _mm512_mul_ps(_mm512_mul_ps(load(from + i), factor), load(norm->weight + i)));
+            if (norm->shift) store(to, _mm512_add_ps(load(to), load(norm->shift + i)));
+        }
+    }
+}
+
+/* x [m, 2 * width], gate first -> y [m, width] */
+void swiglu(const bf16 *x, bf16 *y, int m, long width) {
+    #pragma omp parallel for if (m > 8)
+    for (long row = 0; row < m; row++)
+        for (long i = 0; i < width; i += 16) {
+            const bf16 *from = x + 2 * row * width + i;
+            __m512 gate = load(from), one = _mm512_set1_ps(1);
+            __m512 down = _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), gate)));
+            store(y + row * width + i, _mm512_mul_ps(_mm512_div_ps(gate, down), load(from + width)));
+        }
+}
+
+typedef struct {
+    Norm attention_norm, mlp_norm;
+    Product qkv, out, up, down;
+    bf16 *keys, *values;            /* its caches */
+} Layer;
+
+/* Pre-norm layers with swiglu, one token of each sequence. x [rows, hidden]: the residual stream, also afterwards;
+ * y: normalised by `last`. */
+void layers(const Layer *all, long count, const Norm *last, const Step *s, bf16 *x, bf16 *y, float eps) {
+    const long m = s->rows, hidden = all->qkv.k, ffn = all->down.k;
+    const long widest = all->up.n > all->qkv.n ? all->up.n : all->qkv.n;
+    bf16 *normed = scratch(NORMED, m * hidden * sizeof(bf16)), *wide = scratch(WIDE, m * widest * sizeof(bf16));
+    bf16 *mixed = scratch(MIXED, m * all->out.k * sizeof(bf16)), *gated = scratch(GATED, m * ffn * sizeof(bf16));
+    add_rms_norm(x, NULL, &all->attention_norm, NULL, normed, m, hidden, eps);
+    for (const Layer *l = all; l < all + count; l++) {
+        product(&l->qkv, normed, wide, m);
+        attend(wide, l->keys, l->values, s, mixed);
+        product(&l->out, mixed, wide, m);
+        add_rms_norm(wide, x, &l->mlp_norm, x, normed, m, hidden, eps);
+        product(&l->up, normed, wide, m);
+        swiglu(wide, gated, m, ffn);
+        product(&l->down, gated, wide, m);
+        const int ends = l + 1 == all + count;
+        add_rms_norm(wide, x, ends ? last : &l[1].attention_norm, x, ends ? y : normed, m, hidden, eps);
+    }
+}
