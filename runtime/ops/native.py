@@ -221,7 +221,7 @@ class Layers:
 
 
 def rounded(x, fixed: float = 0, offset: float = 0):
-    """bfloat16 [m, k] -> uint8 [m, k], the whole numbers q of `Blocks.linear_int8` + ZERO, and float32 [m, 1], their s."""
+    """bfloat16 [m, k] -> uint8 [m, k], the whole numbers q of a Product + ZERO, and float32 [m, 1], their s."""
     x, q, scales = x.contiguous(), torch.empty(x.shape, dtype=torch.uint8), torch.empty(len(x), 1)
     kernels().round_rows(x.data_ptr(), q.data_ptr(), scales.data_ptr(), *x.shape, fixed, offset)
     return q, scales
