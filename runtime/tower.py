@@ -22,14 +22,14 @@ OPS = CpuOps()
 
 
 class PackedDense(nn.Module):
-    """Dense layers [k, n] of one input, their outputs side by side. bf16: bfloat16 comes out; int8: activations are
-    rounded to 8 bits with a scale per token, float32 comes out."""
+    """Dense layers [k, n] of one input, their outputs side by side; float32 goes in and out in fp32, else bfloat16. int8:
+    activations are rounded to 8 bits with a scale per token."""
 
     def __init__(self, parts: list[Dense], precision: str):
         super().__init__()
         rows = torch.cat([part.weight.detach().t() for part in parts])
         bias = None if parts[0].bias is None else torch.cat([part.bias.detach() for part in parts])
-        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         weight = (Int8Weight.from_tensors(Int8Weight.tensors(rows)) if precision == "int8"
                   else OPS.pack(rows.to(self.dtype)))
         self.linear = Linear(weight, None if bias is None else bias.to(self.dtype))

@@ -62,7 +62,7 @@ INLINE void blocks(const int KIND, const Product *p, const char *x, long row, co
     #pragma omp parallel
     {
         if (amx) begin_tiles(m);
-        #pragma omp for schedule(static)
+        #pragma omp for schedule(static) nowait
         for (long b = 0; b < (n + block - 1) / block; b++)
             for (long c = 0; c < block && b * block + c < n; c += 16 * z_count) {
                 const char *from = p->w + b * block * row + c * 4;
