@@ -51,7 +51,9 @@ def plot(rows: list[dict], path: Path):
         right.plot([r["input"] + r["output"] for r in several], [r["TimePerTokens(ms)"] for r in several], "o",
                    label=f"batch {batch}")
     for axes, x, y in ((left, "prompt, tokens", "first token, ms"), (right, "prompt + answer, tokens", "per token, ms")):
-        axes.set(xlabel=x, ylabel=y, xscale="log")
+        axes.set_xscale("log", base=2)          # lengths are mostly powers of two
+        axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.set(xlabel=x, ylabel=y, ylim=(0, None))
         axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
