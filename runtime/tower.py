@@ -1,8 +1,8 @@
 """A vision tower made quick on the CPU: weights packed for its products, q, k and v in one, fused attention.
 
 The plain module (models/vision.py), weights as stored, flows in; the same module with its Dense and Attention parts
-replaced, one after another, flows out, so that at most one layer is in memory twice. Between the products everything
-stays float32, whatever the precision.
+replaced, one after another, flows out, so that at most one layer is in memory twice. Norms and the residual stay float32,
+whatever the precision.
 """
 import numpy as np
 import torch
