@@ -36,7 +36,7 @@ class PackedInt8(Int8Rows):
         """x [T, k] -> [T, n] in its dtype."""
         layer = self._layer
         if self._blocks and native.suits(x):
-            return self.few(None)(x)
+            return self.few()(x)
         q, token_scale = _unsigned(x, layer)
         if layer.static:
             out = x.dtype if x.dtype in (torch.float32, torch.bfloat16) else torch.float32

@@ -25,13 +25,13 @@ SMALLEST = 1e-20        # largest value of a token whose values are all zero
 
 class Few:
     """A packed weight whose products of a few tokens may be native.py's."""
-    _blocks, _few, _bias = None, None, None
+    _blocks = _made = _made_with = None
 
-    def few(self, bias) -> native.Product | None:
+    def few(self, bias=None) -> native.Product | None:
         """The product with the layer's bias; made once."""
-        if self._blocks and (self._few is None or self._bias is not bias):
-            self._few, self._bias = self._product(bias), bias
-        return self._few
+        if self._blocks and (self._made is None or self._made_with is not bias):
+            self._made, self._made_with = self._product(bias), bias
+        return self._made
 
 
 class FloatWeight(Few):
