@@ -1,15 +1,5 @@
 #include "common.h"
 
-void *scratch(int use, long bytes) {
-    static _Thread_local struct { void *at; long bytes; } kept[USES];
-    if (bytes > kept[use].bytes) {
-        free(kept[use].at);
-        kept[use].bytes = (2 * bytes + 63) / 64 * 64;
-        if (!(kept[use].at = aligned_alloc(64, kept[use].bytes))) abort();
-    }
-    return kept[use].at;
-}
-
 /* sum = x + residual (no residual: x alone, and no sum); y = sum / rms(sum) * weight, + shift */
 void add_rms_norm(const bf16 *x, const bf16 *residual, const Norm *norm, bf16 *sum, bf16 *y, int m, long width, float eps) {
     #pragma omp parallel for if (m > 8)
