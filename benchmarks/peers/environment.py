@@ -13,6 +13,7 @@ PACKAGES = {
     "onnxruntime": ("onnxruntime>=1.20",),
 }
 REMOVED = {"openvino": ("torchvision",)}        # optimum-intel's import fails beside a torch it was not built for
+FRESH = {"llamacpp": ("--no-cache-dir",)}       # pip keeps what it built once, whatever flags it was built with
 BUILD = {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF",          # this CPU's instructions, no picture tools
          "CXXFLAGS": f"-include {Path(__file__).with_name('tileconfig.h')}"}
 
@@ -29,7 +30,8 @@ def ensure(peer: str) -> str | None:
         return None
     print(f"installing {' '.join(PACKAGES[peer])} into {python.parents[1].name}", file=sys.stderr)
     commands = [[sys.executable, "-m", "venv", python.parents[1]],
-                [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PACKAGES[peer]],
+                [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *FRESH.get(peer, ()),
+                 *PACKAGES[peer]],
                 *([python, "-m", "pip", "uninstall", "--quiet", "--yes", name] for name in REMOVED.get(peer, ()))]
     for command in commands:
         result = subprocess.run(command, capture_output=True, text=True, env=os.environ | BUILD)
