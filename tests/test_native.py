@@ -103,6 +103,9 @@ def test_between_the_products(rows):
     for found, expected in zip(OPS.add_rms_norm(x, residual, norm, 1e-5), PLAIN.add_rms_norm(x, residual, norm, 1e-5)):
         torch.testing.assert_close(found, expected, **ROUNDED)
     torch.testing.assert_close(OPS.rms_norm(x, norm, 1e-5), PLAIN.rms_norm(x, norm, 1e-5), **ROUNDED)
+    for bias in (gaussian(192, seed=3), gaussian(192, seed=3).float()):
+        shifting = Norm(norm.weight, bias)
+        torch.testing.assert_close(OPS.rms_norm(x, shifting, 1e-5), PLAIN.rms_norm(x, shifting, 1e-5), **ROUNDED)
     gates = torch.cat((40 * x, residual), -1)
     torch.testing.assert_close(OPS.swiglu(gates).float(), F.silu(40 * x.float()) * residual.float(), rtol=0.02, atol=0.001)
 

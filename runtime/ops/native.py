@@ -187,6 +187,11 @@ class Norm(ctypes.Structure):
         """Of a models.layers.Norm, which must be kept."""
         return cls(address(norm.weight), address(norm.bias))
 
+    @staticmethod
+    def suits(norm) -> bool:
+        """Can the kernels read it? Anti-outlier methods store biases in float32."""
+        return all(tensor is None or tensor.dtype == torch.bfloat16 for tensor in (norm.weight, norm.bias))
+
 
 class Layer(ctypes.Structure):
     _fields_ = [("attention_norm", Norm), ("mlp_norm", Norm), ("qkv", Product), ("out", Product), ("up", Product),
@@ -210,7 +215,7 @@ class Layers:
         c = decoder.config
         norms = [decoder.final_norm, *(n for layer in decoder.layers for n in (layer.attention_norm, layer.mlp_norm))]
         return (c.norm, c.activation, c.residual_alpha) == ("rms", "swiglu", None) and c.ffn % 16 == 0 and all(
-            norm.weight.dtype == torch.bfloat16 for norm in norms)
+            map(Norm.suits, norms))
 
     def __call__(self, x, step: Step):
         """x [rows, hidden] -> normalised hidden states [rows, hidden]."""
