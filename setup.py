@@ -19,7 +19,8 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["models", "models.*", "convert", "convert.*", "quant", "quant.*",
                                     "runtime", "runtime.*"]),
-    package_data={"models": ["released/*.json"], "convert": ["*.json"], "runtime": ["templates/*", "*.json", "ops/kernels/*"]},
+    package_data={"models": ["released/*.json"], "convert": ["*/*.json"],
+                  "runtime": ["bench/*.html", "compare/templates/*", "doctor/*.json", "ops/cpu/kernels/*"]},
     install_requires=[
         "torch>=2.13,<2.14",
         "numpy>=1.26",

@@ -19,11 +19,11 @@ ROOT = Path(__file__).resolve().parents[1]
 def streamed(model: str, out: Path):
     """Ours, as `python -m convert` does it: identify the checkpoint (hash its vision bytes), trace, stream, check."""
     from convert.__main__ import fresh
-    from convert.graph import preflight
-    from convert.trace import OPSET
+    from convert.export.trace import OPSET
+    from convert.verify.preflight import preflight
     from models import family_of
-    from models.checkpoint import Checkpoint
-    from runtime.artifact import ONNX
+    from models.checkpoint.reader import Checkpoint
+    from runtime.vision.artifact import ONNX
     family, checkpoint = family_of(model), Checkpoint(model)
     checkpoint.check(family.weights())
     fresh(family, checkpoint, out / "files")
@@ -36,7 +36,7 @@ def plain(model: str, out: Path):
     import torch
 
     from models import family_of
-    from models.checkpoint import Checkpoint
+    from models.checkpoint.reader import Checkpoint
     from runtime.vision import plain_tower
     family = family_of(model)
     tower = plain_tower(family, Checkpoint(model), torch.float32)

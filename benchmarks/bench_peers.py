@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from peers import environment, table  # noqa: E402
 from peers.models import CASES, Entry, prepare, streamed_bytes  # noqa: E402
 
-from runtime.errors import MISSING_COMPONENT, ToolkitError, run_command  # noqa: E402
+from runtime.common.errors import MISSING_COMPONENT, ToolkitError, run_command  # noqa: E402
 
 WORKERS, TIMEOUT, REPEATS = ROOT / "benchmarks/peers", 1800, 5
 PROBE = ("512", "5")            # MiB, repeats

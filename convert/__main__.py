@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Thread
 
-from runtime.errors import CHECK_FAILED, ToolkitError, run_command
-from runtime.options import Parser, check_folder, flag
+from runtime.common.errors import CHECK_FAILED, ToolkitError, run_command
+from runtime.common.flags import Parser, check_folder, flag
 
 WORK, EXPORTED = ".partial", "exported.json"
 SHOWN = 10              # findings of the graph check on screen
@@ -38,7 +38,7 @@ class ConvertOptions:
     force: bool = flag("replace an artifact in OUT, also one of another checkpoint", default=False, kind=bool)
 
     def __post_init__(self):
-        from .atc_options import check_soc, parse_extra, parse_gears, precision_option
+        from convert.atc.option_rules import check_soc, parse_extra, parse_gears, precision_option
         check_folder("model", self.model)
         check_soc(self.soc_version)
         if self.precision_mode != "auto":
@@ -47,7 +47,7 @@ class ConvertOptions:
         self.extra = parse_extra(self.atc_arg)
 
     def request(self):
-        from .atc import Request
+        from convert.atc.command import Request
         return Request(self.soc_version, self.precision_mode, self.aipp, self.gears, self.extra)
 
 
@@ -57,13 +57,14 @@ def main(argv: list[str]) -> int:
                     "installed.",
                     {"conversion": ConvertOptions})
     [options] = parser.parse(argv)
+    from convert.atc.option_rules import check_path
     from models import family_of
-    from models.checkpoint import Checkpoint
-    from models.quantized import stored_weights
-    from runtime.artifact import ONNX, locked
+    from models.checkpoint.quantized import stored_weights
+    from models.checkpoint.reader import Checkpoint
+    from runtime.vision.artifact import ONNX, locked
 
-    from . import atc_run, om
-    from .atc_options import check_path
+    from .atc import build as om
+    from .atc import run as atc_run
     family = family_of(options.model)
     if family.vision is None:
         raise ToolkitError(f"{options.model} is a {family.name} model without a vision encoder: nothing to convert")
@@ -91,7 +92,7 @@ def main(argv: list[str]) -> int:
 
 def prepare(out: str) -> Path:
     """The artifact folder, made if missing; ToolkitError if nothing can be written there."""
-    from runtime.artifact import LOCK
+    from runtime.vision.artifact import LOCK
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise ToolkitError(f"--out {out} is a file; give a folder")
@@ -105,7 +106,7 @@ def prepare(out: str) -> Path:
 
 def is_current(family, checkpoint, out: Path) -> bool:
     """Whether `out` holds this checkpoint's artifact already; ToolkitError if it holds another one's."""
-    from runtime.artifact import EXPORTER, load, source_hash
+    from runtime.vision.artifact import EXPORTER, load, source_hash
     try:
         manifest = load(out)
     except ToolkitError:
@@ -121,9 +122,8 @@ def is_current(family, checkpoint, out: Path) -> bool:
 
 def convert(family, checkpoint, out: Path):
     """Export into a work folder inside `out` (same file system), prove it there, then publish it."""
-    from runtime.artifact import Manifest, publish
-
-    from .trace import OPSET
+    from convert.export.trace import OPSET
+    from runtime.vision.artifact import Manifest, publish
     work = out / WORK
     source, files = left_over(family, checkpoint, work) or fresh(family, checkpoint, work)
     try:
@@ -140,7 +140,7 @@ def convert(family, checkpoint, out: Path):
 
 def left_over(family, checkpoint, work: Path) -> tuple[str, dict] | None:
     """(source, files) of an export that an interrupted run of the same checkpoint completed, else None."""
-    from runtime.artifact import source_hash
+    from runtime.vision.artifact import source_hash
     note = work / EXPORTED
     if not note.is_file():
         return None
@@ -153,10 +153,9 @@ def left_over(family, checkpoint, work: Path) -> tuple[str, dict] | None:
 
 def fresh(family, checkpoint, work: Path) -> tuple[str, dict]:
     """(source, files): {file: {bytes, sha256}} of a new export in `work`, which holds nothing else."""
-    from runtime.artifact import source_hash, vision_digest, write_atomically
-    from runtime.progress import spinner
-
-    from .export import check_space, export, reuse_memory
+    from convert.export.write import check_space, export, reuse_memory
+    from runtime.common.progress import spinner
+    from runtime.vision.artifact import source_hash, vision_digest, write_atomically
     start = time.perf_counter()
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
@@ -165,7 +164,7 @@ def fresh(family, checkpoint, work: Path) -> tuple[str, dict]:
         reuse_memory()
         digest = in_background(vision_digest, family, checkpoint)      # for source_hash: the cache keeps it
         with spinner("tracing the vision encoder"):
-            from .trace import trace
+            from convert.export.trace import trace
             model = trace(family.vision_encoder, family.vision)
             digest.result()
         files = export(model, family, checkpoint, work)
@@ -196,11 +195,10 @@ def in_background(function, *arguments) -> Future:
 
 def prove(family, checkpoint, work: Path) -> dict:
     """Graph check and verification of the export in `work`; measured errors per picture, or ToolkitError (exit 1)."""
-    from runtime.artifact import ONNX
-
-    from .graph import preflight
-    from .trace import OPSET
-    from .verify import verify
+    from convert.export.trace import OPSET
+    from convert.verify.__main__ import verify
+    from convert.verify.preflight import preflight
+    from runtime.vision.artifact import ONNX
     findings, operators = preflight(work / ONNX, family.vision, OPSET)
     print(f"graph: {sum(operators.values())} nodes, " + ", ".join(f"{n} {op}" for op, n in operators.most_common()))
     if findings:

@@ -2,7 +2,7 @@
 import re
 from pathlib import Path
 
-from .base import Family, ModelError, read_json
+from .family import Family, ModelError, read_json
 
 # module -> class; the module is imported when its turn comes
 FAMILIES = {"visualglm": "VisualGLM", "glm4": "Glm4", "glm4v": "Glm4V", "llava": "Llava", "glm_edge": "GlmEdge"}
@@ -25,9 +25,9 @@ RELATIVES = (
 )
 
 
-def families() -> list[type[Family]]:
+def known_families() -> list[type[Family]]:
     from importlib import import_module
-    return [getattr(import_module(f"{__name__}.{module}"), cls) for module, cls in FAMILIES.items()]
+    return [getattr(import_module(f"{__name__}.families.{module}"), cls) for module, cls in FAMILIES.items()]
 
 
 def family_of(directory) -> Family:
@@ -40,7 +40,7 @@ def family_of(directory) -> Family:
     if relative := relative_of(config):
         name, reason = relative
         raise ModelError(f"{directory} holds {name} ({_kind(config)}), which this toolkit does not run: {reason}")
-    for family in families():
+    for family in known_families():
         rule = family.matches(config)
         if rule:
             return _build(family, directory, config, rule)

@@ -7,8 +7,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.errors import ToolkitError, run_command
-from runtime.options import Parser, check_choices, check_folder, flag, require
+from runtime.common.errors import ToolkitError, run_command
+from runtime.common.flags import Parser, check_choices, check_folder, flag, require
 
 SCHEMES = ("w8a8", "w8a8s", "w8a8-dynamic", "w8a16")
 COMPRESSED = ("w8a8sc is w8a8s compressed for the 310P: run python -m quant --scheme w8a8s --dtype float16 here and, on a "
@@ -105,7 +105,7 @@ def main(argv: list[str]) -> int:
     if argv[:1] == ["compress"]:
         return compress(argv[1:])
     options = parser().parse(argv)
-    from .produce import produce
+    from .pipeline import produce
     return produce(*options)
 
 

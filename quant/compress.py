@@ -11,16 +11,17 @@ from pathlib import Path
 import torch
 
 from models import family_of
-from models.base import read_json
-from models.checkpoint import Checkpoint
-from models.quantized import FILE, Description, find_description
-from runtime.artifact import locked, write_atomically
-from runtime.errors import CHECK_FAILED, MISSING_COMPONENT, ToolkitError
-from runtime.progress import byte_progress
-from runtime.split import Split, check_split
+from models.checkpoint.quantized import FILE, Description, find_description
+from models.checkpoint.reader import Checkpoint
+from models.family import read_json
+from runtime.common.errors import CHECK_FAILED, MISSING_COMPONENT, ToolkitError
+from runtime.common.progress import byte_progress
+from runtime.parallel.split import Split, check_split
+from runtime.vision.artifact import locked, write_atomically
 
-from . import slim, write
-from .parts import Shares, part_folders, part_name
+from . import msmodelslim_calls as slim
+from . import output as write
+from .rank_shares import Shares, part_folders, part_name
 
 KIND, PROCESSES = "W8A8SC", 8
 WORK = ".partial"
@@ -71,7 +72,7 @@ def find_compressor() -> Path:
 
 def prepare(out: str, model: str) -> Path:
     """The output folder, empty but for what an earlier run left."""
-    from .produce import prepare as made
+    from .pipeline import prepare as made
     out = made(out, model)
     if find_description(out):
         raise ToolkitError(f"--out {out} holds quantised weights already; give an empty folder")

@@ -7,10 +7,10 @@ and up) stay float together, because vllm-ascend refuses mixed ones.
 import fnmatch
 from dataclasses import dataclass
 
-from runtime.errors import ToolkitError
+from runtime.common.errors import ToolkitError
 
-from . import slim
-from .layer import LayerModule, linear_groups, release_memory
+from . import msmodelslim_calls as slim
+from .layer_module import LayerModule, linear_groups, release_memory
 
 SHARE = 25 / 160        # disable_level L25 of the 160 linear layers of GLM-4-9B
 

@@ -12,13 +12,22 @@ from pathlib import Path
 import torch
 
 from models import family_of
-from models.base import ModelError, read_json
-from models.checkpoint import Checkpoint
-from models.quantized import FILE, KINDS, STATIC, TENSORS, Description, find_description, float_scale, stored_weights
-from runtime.errors import CHECK_FAILED
-from runtime.split import Split
+from models.checkpoint.quantized import (
+    FILE,
+    KINDS,
+    STATIC,
+    TENSORS,
+    Description,
+    find_description,
+    float_scale,
+    stored_weights,
+)
+from models.checkpoint.reader import Checkpoint
+from models.family import ModelError, read_json
+from runtime.common.errors import CHECK_FAILED
+from runtime.parallel.split import Split
 
-from .parts import check_parts, find_parts
+from .rank_shares import check_parts, find_parts
 
 MINDIE, A2, P310 = "MindIE-LLM", "vllm-ascend on 910B", "vllm-ascend on 310P"
 CONSUMERS = (MINDIE, A2, P310)

@@ -8,9 +8,9 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 def __getattr__(name):      # torch is imported with the first use, so that `--help` of a command answers at once
     if name == "Engine":
-        from .engine import Engine
+        from runtime.engine.engine import Engine
         return Engine
     if name == "SamplingParams":
-        from .options import SamplingParams
+        from runtime.common.flags import SamplingParams
         return SamplingParams
     raise AttributeError(name)

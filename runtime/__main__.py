@@ -6,10 +6,10 @@ arguments go there unchanged.
 import importlib
 import sys
 
-from .errors import ToolkitError, run_command
-from .options import kebab
+from runtime.common.errors import ToolkitError, run_command
+from runtime.common.flags import kebab
 
-MODES = {"run": "chat", "performance": "bench", "precision": "compare", "predict": "predict"}
+MODES = {"run": "chat", "performance": "bench.__main__", "precision": "compare.__main__", "predict": "predict.__main__"}
 USAGE = """\
 usage: python -m runtime --mode MODE --model_path DIR [--device_id N] [options of the mode's command]
 

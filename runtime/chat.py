@@ -8,9 +8,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import INTERRUPTED, ToolkitError, run_command
-from .options import EngineOptions, InputOptions, Parser, SamplingParams, check_pictures, flag, one_at_a_time
-from .questions import content
+from runtime.common.errors import INTERRUPTED, ToolkitError, run_command
+from runtime.common.flags import EngineOptions, InputOptions, Parser, SamplingParams, check_pictures, flag, one_at_a_time
+from runtime.common.sample_questions import content
 
 WELCOME = """\
 Type a question; /help lists the commands, Ctrl-C stops an answer.
@@ -129,7 +129,7 @@ def talk(conversation: Conversation) -> int:
 
 def respond(conversation: Conversation, line: str):
     """One line of the user: a command or a question. Mistakes are told, and the conversation goes on."""
-    from models.base import ModelError
+    from models.family import ModelError
     try:
         if not run_command_line(conversation, line):
             answer(conversation, line)

@@ -4,8 +4,12 @@ import shutil
 import pytest
 from atc_tools import MODEL, convert, in_process, install
 
-from convert import atc, atc_run, om, reference, verify
-from convert.atc import Request
+from convert.atc import build as om
+from convert.atc import command as atc
+from convert.atc import golden_features as reference
+from convert.atc import run as atc_run
+from convert.atc.command import Request
+from convert.verify import __main__ as verify
 from models import family_of
 
 

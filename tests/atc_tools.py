@@ -7,8 +7,8 @@ from pathlib import Path
 import stand_in_atc
 
 from convert import __main__ as command
-from convert import reference
-from runtime.errors import run_command
+from convert.atc import golden_features as reference
+from runtime.common.errors import run_command
 
 GOLDEN = Path(__file__).parent / "golden"
 MODEL = GOLDEN / "visualglm"

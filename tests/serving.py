@@ -10,9 +10,9 @@ import uvicorn
 from PIL import Image
 from service import HTTP, Client, free_port
 
-import runtime.app  # noqa: F401  msmodelslim, once imported, gives pydantic another BaseModel: FastAPI comes before it
-from runtime.options import EngineOptions, Parser
-from runtime.serve import ServeOptions, build
+import runtime.serve.routes  # noqa: F401  msmodelslim, once imported, gives pydantic another BaseModel: FastAPI comes before it
+from runtime.common.flags import EngineOptions, Parser
+from runtime.serve.__main__ import ServeOptions, build
 
 FIXED = ["--vision", "torch", "--dtype", "float32"]
 

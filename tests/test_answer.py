@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models import family_of
-from models.text import StreamDecoder
-from runtime.answer import AnswerText
+from models.prompt.tokenizers import StreamDecoder
+from runtime.engine.answer import AnswerText
 
 FAMILY = family_of(Path(__file__).parent / "golden" / "visualglm")
 TEXT = st.text(alphabet=st.one_of(st.sampled_from("描述这张图片，。 \n\tabc,!?;:[]训练时间0"), st.characters(codec="utf-8")),

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models import family_of
-from models.checkpoint import Checkpoint
-from runtime import artifact
-from runtime.artifact import Manifest
-from runtime.errors import ToolkitError
+from models.checkpoint.reader import Checkpoint
+from runtime.common.errors import ToolkitError
+from runtime.vision import artifact
+from runtime.vision.artifact import Manifest
 
 GOLDEN = Path(__file__).parent / "golden" / "visualglm"
 PROJECTION = "image_encoder.glm_proj.weight"
@@ -175,7 +175,7 @@ def test_a_failed_conversion_is_one_sentence(monkeypatch, original, tmp_path):
 
 
 def test_a_second_converter_waits_for_the_first(tmp_path, capsys):
-    code = ("import sys, time; from pathlib import Path; from runtime.artifact import locked\n"
+    code = ("import sys, time; from pathlib import Path; from runtime.vision.artifact import locked\n"
             "with locked(Path(sys.argv[1])):\n"
             "    print('in', flush=True); time.sleep(0.5); Path(sys.argv[1], 'done').touch()")
     with subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=artifact.ROOT, stdout=subprocess.PIPE) as first:

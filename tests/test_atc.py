@@ -10,8 +10,9 @@ import pytest
 import stand_in_atc
 from atc_tools import MODEL, convert, install
 
-from convert import atc, atc_run
-from convert.atc import Request
+from convert.atc import command as atc
+from convert.atc import run as atc_run
+from convert.atc.command import Request
 from models import family_of
 
 pytest_plugins = ["atc_fixtures"]

@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime import Engine, bench, load
-from runtime.errors import INTERRUPTED, ToolkitError, run_command
-from runtime.load import Timeline
+from runtime import Engine
+from runtime.bench import __main__ as bench
+from runtime.bench import workload as load
+from runtime.bench.workload import Timeline
+from runtime.common.errors import INTERRUPTED, ToolkitError, run_command
 
 GOLDEN = Path(__file__).parent / "golden"
 PICTURES = {"visualglm": "image.png", "llava": "image_a.png"}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from runtime import chat
-from runtime.errors import run_command
+from runtime.common.errors import run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "golden" / "visualglm"

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models import family_of
-from models.base import ModelError, Part, Weight
-from models.checkpoint import Checkpoint
+from models.checkpoint.reader import Checkpoint
+from models.family import ModelError, Part, Weight
 
 GOLDEN = Path(__file__).parent / "golden" / "visualglm"
 EMBED = "transformer.word_embeddings.weight"
@@ -247,10 +247,10 @@ def test_conversion_rounds_once(dtypes, tmp_path):
 
 PEAK = """
 import re, sys, torch
-import models.shards
-from models.base import Part, Weight
-from models.checkpoint import Checkpoint
-models.shards.REOPEN_BYTES = 32 << 20
+import models.checkpoint.shards
+from models.family import Part, Weight
+from models.checkpoint.reader import Checkpoint
+models.checkpoint.shards.REOPEN_BYTES = 32 << 20
 def peak():         # not getrusage: that one starts with the parent's peak
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 checkpoint = Checkpoint(sys.argv[1])

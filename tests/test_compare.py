@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runtime import compare, metrics, questions, report, sides, verdict
-from runtime.errors import ToolkitError, run_command
+from runtime.common import metrics
+from runtime.common import sample_questions as questions
+from runtime.common.errors import ToolkitError, run_command
+from runtime.compare import __main__ as compare
+from runtime.compare import report, verdict
+from runtime.compare import runs as sides
 
 GOLDEN = Path(__file__).parent / "golden" / "visualglm"
 RNG = np.random.default_rng(0)
@@ -246,7 +250,7 @@ def test_dataset_without_answers(line, tmp_path, capsys):
 
 
 def test_answers_that_differ():
-    from runtime.dataset import summary
+    from runtime.compare.dataset import summary
     found = summary("f", [{"prompt": "p", "answer": "a"}, {"prompt": "q", "answer": "b"}], ["a", "b"], ["a", "c"])
     assert (found["reference"], found["candidate"], found["same"]) == (1, 0.5, 0.5)
     assert found["differences"] == [{"question": 2, "prompt": "q", "answer": "b", "reference": "b", "candidate": "c"}]

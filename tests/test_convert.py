@@ -13,15 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from convert import __main__ as command
-from convert import export, verify
-from convert.graph import preflight
-from convert.piecewise import StreamedGraph, StreamedTower
-from convert.verify import Comparison, compare, pictures
+from convert.export import write as export
+from convert.verify import __main__ as verify
+from convert.verify.__main__ import Comparison, compare, pictures
+from convert.verify.piecewise import StreamedGraph, StreamedTower
+from convert.verify.preflight import preflight
 from models import family_of
-from models.checkpoint import Checkpoint
-from runtime import artifact
-from runtime.errors import ToolkitError, run_command
-from runtime.vision import OnnxVision, TorchVision, open_session, plain_tower
+from models.checkpoint.reader import Checkpoint
+from runtime.common.errors import ToolkitError, run_command
+from runtime.vision import OnnxVision, TorchVision, artifact, open_session, plain_tower
 
 GOLDEN = Path(__file__).parent / "golden" / "visualglm"
 
@@ -38,7 +38,7 @@ def convert(model, out, *more) -> tuple[int, str]:
 def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ASCEND_VLM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr("convert.atc_run.find", lambda: None)     # tests/test_atc.py has the rest
+        patch.setattr("convert.atc.run.find", lambda: None)     # tests/test_atc.py has the rest
         yield
 
 
@@ -59,7 +59,7 @@ def quick(monkeypatch, converted):
         (folder / artifact.ONNX).write_bytes(graph)
         shutil.copy(converted[0] / artifact.DATA, folder)
         return artifact.load(converted[0]).files
-    monkeypatch.setattr("convert.trace.trace", lambda build, spec: None)
+    monkeypatch.setattr("convert.export.trace.trace", lambda build, spec: None)
     monkeypatch.setattr(export, "export", copied)
     monkeypatch.setattr(verify, "verify", lambda family, directory, folder: verify.measure(directory, folder))
     return monkeypatch
@@ -221,7 +221,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(quick, tmp_path):
 def test_a_disk_that_becomes_full_leaves_nothing(tmp_path, quick):
     quick.undo()
     quick.setenv("ASCEND_VLM_CACHE", str(tmp_path / "cache"))
-    quick.setattr("convert.trace.trace", lambda build, spec: None)
+    quick.setattr("convert.export.trace.trace", lambda build, spec: None)
 
     def full(*arguments):
         raise OSError(28, os.strerror(28))

@@ -9,7 +9,7 @@ import torch
 
 import runtime.ops
 from runtime import Engine, SamplingParams
-from runtime.errors import MISSING_COMPONENT, ToolkitError
+from runtime.common.errors import MISSING_COMPONENT, ToolkitError
 from runtime.ops.cuda import CudaOps
 
 sys.path.insert(0, str(Path(__file__).parent / "npu"))

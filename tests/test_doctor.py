@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from runtime import checks, doctor, host
-from runtime.errors import run_command
-from runtime.host import Host, numbers, parse_npu_smi
+from runtime.ascend import host
+from runtime.ascend.host import Host, numbers, parse_npu_smi
+from runtime.common.errors import run_command
+from runtime.doctor import __main__ as doctor
+from runtime.doctor import checks
 
 sys.path.insert(0, str(Path(__file__).parent / "ascend"))
 import machines
@@ -249,7 +251,7 @@ def test_this_machine():
 
 
 def test_torch_is_never_imported_by_the_doctor():
-    code = ("import sys; from runtime import checks; checks.Host.run = lambda *command, timeout: (1, 'no')\n"
+    code = ("import sys; from runtime.doctor import checks; checks.Host.run = lambda *command, timeout: (1, 'no')\n"
             "checks.examine(checks.Host()); sys.exit(bool({'torch', 'torch_npu'} & sys.modules.keys()))")
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 

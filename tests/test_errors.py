@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from models.base import ModelError
-from runtime.errors import CHECK_FAILED, MISSING_COMPONENT, ToolkitError, run_command
+from models.family import ModelError
+from runtime.common.errors import CHECK_FAILED, MISSING_COMPONENT, ToolkitError, run_command
 
 
 def command(error):
@@ -40,7 +40,7 @@ def test_success_is_zero():
 
 
 def test_nobody_reads_our_output():
-    code = "import sys; from runtime.errors import run_command as run; sys.exit(run(lambda argv: print('x' * 10 ** 6)))"
+    code = "import sys; from runtime.common.errors import run_command as run; sys.exit(run(lambda argv: print('x' * 10 ** 6)))"
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run([sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE,

@@ -11,15 +11,15 @@ import torch
 from onnx import TensorProto, helper
 from torch import nn
 
-from convert import atc_options, export
-from convert.datafile import DataFile
-from convert.graph import preflight
-from convert.trace import trace
-from models.base import VisionSpec
-from models.vision import Dense, PreNormBlock
-from runtime import artifact
-from runtime.errors import ToolkitError
-from runtime.vision import OnnxVision
+from convert.atc import option_rules as atc_options
+from convert.export import write as export
+from convert.export.data_file import DataFile
+from convert.export.trace import trace
+from convert.verify.preflight import preflight
+from models.family import VisionSpec
+from models.network.vision_blocks import Dense, PreNormBlock
+from runtime.common.errors import ToolkitError
+from runtime.vision import OnnxVision, artifact
 
 # trace
 

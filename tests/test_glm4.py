@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from models import family_of
-from models.base import ModelError
-from models.glm4 import SPECIAL, Glm4, template_pieces
-from models.synthetic import RELEASED, glm4_files
-from models.template import ChatTemplate
-from models.text import JsonText, StreamDecoder, TiktokenText
+from models.families.glm4 import SPECIAL, Glm4, template_pieces
+from models.family import ModelError
+from models.prompt.chat_template import ChatTemplate
+from models.prompt.tokenizers import JsonText, StreamDecoder, TiktokenText
+from models.synthetic.__main__ import RELEASED, glm4_files
 from runtime import Engine, SamplingParams
 
 GOLDEN = Path(__file__).parent / "golden" / "glm4"

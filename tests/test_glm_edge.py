@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from models import family_of
-from models.base import ModelError, read_json
-from models.checkpoint import Checkpoint
-from models.glm_edge import GlmEdge
-from models.text import StreamDecoder
+from models.checkpoint.reader import Checkpoint
+from models.families.glm_edge import GlmEdge
+from models.family import ModelError, read_json
+from models.prompt.tokenizers import StreamDecoder
 from runtime import Engine, SamplingParams
 
 CHAT, EYES = (Path(__file__).parent / "golden" / name for name in ("glm_edge", "glm_edge_v"))

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models.base import ModelError
-from models.image import CLIP_MEAN, CLIP_STD, center_crop, denormalize, fit_pad, open_image, squash
+from models.family import ModelError
+from models.prompt.images import CLIP_MEAN, CLIP_STD, center_crop, denormalize, fit_pad, open_image, squash
 
 GOLDEN = Path(__file__).parent / "golden"
 HALF = (0.5, 0.5, 0.5)

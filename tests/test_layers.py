@@ -10,10 +10,12 @@ import torch
 from planting import edited
 
 from models import family_of
-from runtime import Engine, compare, layers
-from runtime.errors import ToolkitError
-from runtime.ops.cpu import CpuOps
-from runtime.options import EngineOptions
+from runtime import Engine
+from runtime.common.errors import ToolkitError
+from runtime.common.flags import EngineOptions
+from runtime.compare import __main__ as compare
+from runtime.compare import layerwise as layers
+from runtime.ops.cpu.ops import CpuOps
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = ("visualglm", "glm4", "glm4v", "llava", "glm_edge", "glm_edge_v")

@@ -13,11 +13,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from models import family_of
-from models.base import ModelError, read_json
-from models.checkpoint import Checkpoint
-from models.image import CLIP_MEAN, CLIP_STD
-from models.llava import Llava
-from models.text import SentencePieceText, StreamDecoder
+from models.checkpoint.reader import Checkpoint
+from models.families.llava import Llava
+from models.family import ModelError, read_json
+from models.prompt.images import CLIP_MEAN, CLIP_STD
+from models.prompt.tokenizers import SentencePieceText, StreamDecoder
 from runtime import Engine, SamplingParams
 
 GOLDEN = Path(__file__).parent / "golden" / "llava"

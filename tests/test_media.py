@@ -10,11 +10,11 @@ import time
 import pytest
 from serving import png
 
-from runtime import media
-from runtime.errors import ToolkitError
-from runtime.pictures import PictureRules
-from runtime.protocol import ApiError
-from runtime.serve import ServeOptions
+from runtime.common.errors import ToolkitError
+from runtime.serve import fetch as media
+from runtime.serve.__main__ import ServeOptions
+from runtime.serve.pictures import PictureRules
+from runtime.serve.schema import ApiError
 
 PICTURE = png(30, 20)
 

@@ -5,14 +5,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from models.base import DecoderConfig, Rope
-from models.decoder import Decoder, Step
-from models.layers import Linear, Norm
-from models.quantized import Quantized
-from runtime.cache import KVCache
-from runtime.ops import native
-from runtime.ops.cpu import CpuOps
-from runtime.ops.packed import FloatWeight, Int4Weight, Int8Weight, TorchInt4
+from models.checkpoint.quantized import Quantized
+from models.family import DecoderConfig, Rope
+from models.network.decoder import Decoder, Step
+from models.network.linear import Linear, Norm
+from runtime.engine.kv_cache import KVCache
+from runtime.ops.cpu import native
+from runtime.ops.cpu.ops import CpuOps
+from runtime.ops.cpu.packed_weights import FloatWeight, Int4Weight, Int8Weight, TorchInt4
 from runtime.ops.reference import ReferenceOps
 
 pytestmark = pytest.mark.skipif(native.kernels() is None, reason=native.missing() or "the kernels cannot be built")
@@ -203,7 +203,7 @@ def test_layers_of_which_torch_computes_one_go_one_by_one():
 
 
 def test_without_a_compiler_torch_does_everything(monkeypatch):
-    monkeypatch.setattr("runtime.ops.native.shutil.which", lambda name: None)
+    monkeypatch.setattr("runtime.ops.cpu.native.shutil.which", lambda name: None)
     assert "there is no C compiler; run: apt-get install gcc" in OPS.remark(torch.bfloat16) and not OPS.remark(torch.float32)
     native.kernels.cache_clear()
     try:

@@ -13,11 +13,12 @@ import pytest
 from onnx import helper, numpy_helper
 from planting import edited
 
-from convert import nodes
 from convert.__main__ import main as convert
+from convert.nodes import __main__ as nodes
 from models import family_of
-from runtime import artifact, compare
-from runtime.errors import run_command
+from runtime.common.errors import run_command
+from runtime.compare import __main__ as compare
+from runtime.vision import artifact
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = ("visualglm", "glm4v", "llava", "glm_edge_v")

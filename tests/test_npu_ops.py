@@ -12,9 +12,9 @@ import pytest
 
 import runtime.ops
 from runtime import Engine, SamplingParams
-from runtime.errors import MISSING_COMPONENT, ToolkitError
-from runtime.ops.npu import NpuOps, open_npu
-from runtime.ops.socs import A2, A3, P310, soc_of
+from runtime.ascend.socs import A2, A3, P310, soc_of
+from runtime.common.errors import MISSING_COMPONENT, ToolkitError
+from runtime.ops.npu.ops import NpuOps, open_npu
 
 sys.path.insert(0, str(Path(__file__).parent / "npu"))
 import cpu_kernels

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import runtime.ops
-from models.quantized import Quantized
+from models.checkpoint.quantized import Quantized
 from runtime import Engine
-from runtime.errors import ToolkitError
-from runtime.ops.npu import NpuOps
+from runtime.ascend.socs import A2, P310
+from runtime.common.errors import ToolkitError
+from runtime.ops.npu.ops import NpuOps
 from runtime.ops.reference import ReferenceOps
-from runtime.ops.socs import A2, P310
 
 sys.path.insert(0, str(Path(__file__).parent / "npu"))
 import cpu_kernels

@@ -15,15 +15,15 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from models import family_of
-from models.base import VisionSpec
-from models.checkpoint import Checkpoint
-from runtime import artifact, chat, vision
-from runtime.acl import OmModel
-from runtime.engine import Engine
-from runtime.errors import ToolkitError, run_command
-from runtime.host import Host, install_ais_bench
-from runtime.om import check_chip, find_om, open_om
-from runtime.vision import open_session
+from models.checkpoint.reader import Checkpoint
+from models.family import VisionSpec
+from runtime import chat, vision
+from runtime.ascend.aclruntime import OmModel
+from runtime.ascend.host import Host, install_ais_bench
+from runtime.common.errors import ToolkitError, run_command
+from runtime.engine.engine import Engine
+from runtime.vision import artifact, open_session
+from runtime.vision.om_session import check_chip, find_om, open_om
 
 HERE = Path(__file__).parent
 ROOT, GOLDEN = HERE.parent, HERE / "golden" / "visualglm"
@@ -215,7 +215,7 @@ def test_nothing_of_the_library_reaches_stdout(opened, capfd):
 
 @pytest.mark.parametrize("redirect", [">&-", "<&- >&-", "2>&1 | cat"])
 def test_any_stdout(redirect, tmp_path):
-    code = "import sys; from runtime.acl import OmModel; sys.stderr.write(str(OmModel(sys.argv[1]).gears))"
+    code = "import sys; from runtime.ascend.aclruntime import OmModel; sys.stderr.write(str(OmModel(sys.argv[1]).gears))"
     path = os.pathsep.join(map(str, (HERE / "ascend" / "2024", HERE / "ascend")))
     done = subprocess.run(["bash", "-o", "pipefail", "-c", f'"$@" {redirect}', "bash", sys.executable, "-c", code,
                            str(om(tmp_path / "a.om"))], cwd=ROOT, capture_output=True, text=True,
@@ -254,7 +254,7 @@ def run(code, generation, *arguments):
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_release_at_exit(generation, tmp_path):
     code = ("import atexit, sys, stand_in_aclruntime as acl; atexit.register(lambda: print('loaded', acl.LOADED))\n"
-            "from runtime.acl import OmModel; model = OmModel(sys.argv[1]); print(len(acl.LOADED))")
+            "from runtime.ascend.aclruntime import OmModel; model = OmModel(sys.argv[1]); print(len(acl.LOADED))")
     done = run(code, generation, om(tmp_path / "a.om"))
     assert (done.returncode, done.stdout, done.stderr) == (0, "1\nloaded []\n", "")
 
@@ -385,8 +385,8 @@ def test_without_cann(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def blip2(tmp_path_factory):
     """The golden VisualGLM's encoder with the fp16 NHWC interface of the blip2.om files of older guides."""
-    from convert.export import export
-    from convert.trace import trace
+    from convert.export.trace import trace
+    from convert.export.write import export
     folder, family = tmp_path_factory.mktemp("blip2"), family_of(GOLDEN)
     export(trace(family.vision_encoder, family.vision), family, Checkpoint(GOLDEN), folder)
     model = onnx.load(folder / "vision.onnx")

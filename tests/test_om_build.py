@@ -13,11 +13,15 @@ import onnxruntime
 import pytest
 from atc_tools import GOLDEN, MODEL, convert
 
-from convert import atc, atc_options, atc_run, om, variant
-from convert.atc import Request
+from convert.atc import build as om
+from convert.atc import command as atc
+from convert.atc import graph_variant as variant
+from convert.atc import option_rules as atc_options
+from convert.atc import run as atc_run
+from convert.atc.command import Request
 from models import family_of
-from runtime import artifact
-from runtime.errors import MISSING_COMPONENT, ToolkitError
+from runtime.common.errors import MISSING_COMPONENT, ToolkitError
+from runtime.vision import artifact
 
 VISION_MODELS = ("visualglm", "glm4v", "glm_edge_v", "llava")
 
@@ -115,7 +119,7 @@ def test_advice_in_chinese(out, cann, monkeypatch):
 
 
 def test_every_entry_of_the_error_table():
-    table = json.loads(Path(atc_run.__file__).with_name("atc_errors.json").read_text(encoding="utf-8"))
+    table = json.loads(Path(atc_run.__file__).with_name("error_advice.json").read_text(encoding="utf-8"))
     assert all(atc_run.CODE.fullmatch(code) for code in table["codes"]) and len(table["codes"]) > 40
     for entry in (entry for part in table.values() for entry in part.values()):
         assert all(len(entry[language]) == 2 and all(entry[language]) for language in ("en", "zh"))
@@ -284,7 +288,7 @@ def test_graphs_for_atc_compute_the_same(converted, tmp_path, name):
     om.prepare(family, folder, Request("Ascend310P3", aipp=True, gears=(1, 2)))         # compares; a difference raises
     model = onnx.load(folder / atc.VARIANT, load_external_data=False)
     onnx.checker.check_model(str(folder / atc.VARIANT), full_check=True)
-    known = json.loads(Path(atc.__file__).with_name("onnx_ops_cann.json").read_text())
+    known = json.loads((Path(atc.__file__).parents[1] / "verify" / "onnx_ops_cann.json").read_text())
     assert {node.op_type for node in model.graph.node} <= set(known) and "Shape" not in str(model.graph.node)
     [value] = model.graph.input
     _, height, width, channels = family.vision.input_shape

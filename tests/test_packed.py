@@ -9,12 +9,13 @@ from PIL import Image
 from test_demo import DEMO, answers
 from torch.nn import functional as F
 
-from models.synthetic import write_checkpoint
-from runtime import Engine, SamplingParams, packing
-from runtime.errors import ToolkitError
-from runtime.ops.packed import GROUP, MANY, PIECE, SMALLEST, Int4Weight, Int8Weight
-from runtime.options import EngineOptions
-from runtime.plan import find_family, plan_engine
+from models.synthetic.__main__ import write_checkpoint
+from runtime import Engine, SamplingParams
+from runtime.common.errors import ToolkitError
+from runtime.common.flags import EngineOptions
+from runtime.engine import cpu_weights as packing
+from runtime.ops.cpu.packed_weights import GROUP, MANY, PIECE, SMALLEST, Int4Weight, Int8Weight
+from runtime.plan.__main__ import find_family, plan_engine
 
 GOLDEN = Path(__file__).parent / "golden"
 COSINE = {Int8Weight: 0.9999, Int4Weight: 0.99}
@@ -70,7 +71,7 @@ def test_rounding_and_packing_in_pieces_of_rows(form, monkeypatch):
     weight, x = gaussian(320, 2 * GROUP).bfloat16(), gaussian(3, 2 * GROUP, seed=1)
     stored = form.tensors(weight)
     whole = form.from_tensors(stored)(x, None)
-    monkeypatch.setattr("runtime.ops.packed.ROWS", 128)
+    monkeypatch.setattr("runtime.ops.cpu.packed_weights.ROWS", 128)
     for name, tensor in form.tensors(weight).items():
         assert torch.equal(tensor, stored[name]) and tensor.is_contiguous()
     assert torch.equal(form.from_tensors(stored)(x, None), whole)

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime import Engine, SamplingParams, chat, parallel
-from runtime.errors import ToolkitError, run_command
+from runtime import Engine, SamplingParams, chat
+from runtime.common.errors import ToolkitError, run_command
+from runtime.parallel import team as parallel
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -238,7 +239,7 @@ def test_torchrun():
 
 def test_a_rank_that_cannot_load_says_why(monkeypatch):
     """The other rank sees another checkpoint: its sentence is the message."""
-    code = ("import os, runtime.parallel as p; load = p.Team.send\n"
+    code = ("import os, runtime.parallel.team as p; load = p.Team.send\n"
             "p.Team.send = lambda team, message: load(team, ('load', ('/nowhere', message[1][1])))\n"
             f"from runtime import Engine; Engine({str(GOLDEN / 'glm4')!r}, tensor_parallel_size=2, vision='torch')")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)

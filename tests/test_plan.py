@@ -7,13 +7,14 @@ from statistics import mean
 
 import pytest
 
-from models.base import DecoderConfig, Rope
-from runtime import Engine, plan
-from runtime.errors import ToolkitError, run_command
-from runtime.options import EngineOptions
-from runtime.plan import PlanOptions, estimate, find_family, longest_of, make_plan, on_npu, plan_engine, roofline_of
-from runtime.roofline import CHIPS, GIB, Roofline, layer_values
-from runtime.split import Split
+from models.family import DecoderConfig, Rope
+from runtime import Engine
+from runtime.common.errors import ToolkitError, run_command
+from runtime.common.flags import EngineOptions
+from runtime.parallel.split import Split
+from runtime.plan import __main__ as plan
+from runtime.plan.__main__ import PlanOptions, estimate, find_family, longest_of, make_plan, on_npu, plan_engine, roofline_of
+from runtime.plan.roofline import CHIPS, GIB, Roofline, layer_values
 
 GOLDEN = Path(__file__).parent / "golden"
 # bytes of the float16 decoder, and of the vision encoder, by the releases' own parameter counts (in 10^9)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from runtime import predict
 from runtime.__main__ import main as runtime_main
-from runtime.errors import run_command
+from runtime.common.errors import run_command
+from runtime.predict import __main__ as predict
 
 KILLS = int(os.environ.get("PREDICT_KILLS", 3))
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from runtime import predict, predict_ray
-from runtime.errors import ToolkitError, run_command
+from runtime.common.errors import ToolkitError, run_command
+from runtime.predict import __main__ as predict
+from runtime.predict import on_ray as predict_ray
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "golden" / "visualglm"

@@ -9,13 +9,15 @@ import torch
 from safetensors.torch import load_file
 
 from models import family_of
-from models.checkpoint import Checkpoint
-from quant import gate, produce, slim
+from models.checkpoint.reader import Checkpoint
+from quant import gate
+from quant import msmodelslim_calls as slim
+from quant import pipeline as produce
 from quant.__main__ import main
-from quant.layer import linear_groups
-from quant.run import Work
+from quant.layer_loop import Work
+from quant.layer_module import linear_groups
 from runtime import Engine
-from runtime.errors import CHECK_FAILED, MISSING_COMPONENT, ToolkitError
+from runtime.common.errors import CHECK_FAILED, MISSING_COMPONENT, ToolkitError
 
 pytestmark = pytest.mark.skipif(find_spec("msmodelslim") is None, reason="needs msmodelslim: pip install 'ascend-vlm[quant]'")
 
@@ -163,7 +165,7 @@ def test_config_and_small_files(lines, tmp_path):
 
 def test_several_shards(lines, tmp_path, monkeypatch):
     whole, _ = quantise(tmp_path / "one", lines=lines)
-    monkeypatch.setattr("quant.write.SHARD_BYTES", 400_000)
+    monkeypatch.setattr("quant.output.SHARD_BYTES", 400_000)
     split, _ = quantise(tmp_path / "many", lines=lines)
     assert len(list((tmp_path / "many").glob("quant_model_weight_w8a8-0*.safetensors"))) >= 3
     assert whole.keys() == split.keys() and all(torch.equal(whole[n], split[n]) for n in whole)
@@ -183,7 +185,7 @@ def test_scales_are_products_in_float32(lines, tmp_path):
 
 
 def test_fused_gate_and_up_are_not_paired_with_down(lines):
-    from quant.layer import LayerModule
+    from quant.layer_module import LayerModule
     layer = LayerModule(family_of(GLM), Checkpoint(GLM), 0, [])
     pairs = slim.subgraph(layer, "m4")
     assert all("down_proj" not in name for names in pairs.values() for name in names)

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from models import family_of
 from quant.__main__ import main
-from quant.parts import Shares
+from quant.rank_shares import Shares
 from quant.validate import MINDIE, validate
-from runtime.errors import CHECK_FAILED, MISSING_COMPONENT, ToolkitError
-from runtime.split import Split
+from runtime.common.errors import CHECK_FAILED, MISSING_COMPONENT, ToolkitError
+from runtime.parallel.split import Split
 
 pytestmark = pytest.mark.skipif(find_spec("msmodelslim") is None, reason="needs msmodelslim: pip install 'ascend-vlm[quant]'")
 
@@ -30,7 +30,7 @@ LAYER = "model.layers.0."
 @pytest.fixture(scope="module")
 def stand_in(tmp_path_factory):
     """The stand-in where msmodelslim looks for its own build."""
-    from quant import slim
+    from quant import msmodelslim_calls as slim
     slim.open_slim()
     from msmodelslim.pytorch.weight_compression import compress_utils
     home = tmp_path_factory.mktemp("slim")

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from models import family_of
-from models.base import ModelError
-from quant import produce
+from models.family import ModelError
+from quant import pipeline as produce
 from quant.__main__ import main
-from quant.layer import linear_groups
+from quant.layer_module import linear_groups
 from quant.recipe import kept_by_range, whole_groups
-from runtime.errors import ToolkitError
+from runtime.common.errors import ToolkitError
 
 pytestmark = pytest.mark.skipif(find_spec("msmodelslim") is None, reason="needs msmodelslim: pip install 'ascend-vlm[quant]'")
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from quant.__main__ import main
 from quant.validate import A2, CONSUMERS, MINDIE, P310, validate
-from runtime.errors import ToolkitError
+from runtime.common.errors import ToolkitError
 
 GOLDEN = Path(__file__).parent / "golden" / "msmodelslim"
 LAYER = "model.layers.0.self_attn.o_proj"

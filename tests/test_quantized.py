@@ -12,22 +12,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import runtime.engine
+import runtime.engine.engine
 from models import family_of
-from models.base import ModelError
-from models.checkpoint import Checkpoint
-from models.hf import decoder_weights as decoder_rows
-from models.layers import Linear
-from models.llava import _decoder as llama_decoder
-from models.quantized import KINDS, Quantized, Stacked, find_description, float_scale, layer_of, stored_weights
-from models.templated import TemplatedFamily
-from models.text import JsonText
+from models.checkpoint.quantized import KINDS, Quantized, Stacked, find_description, float_scale, layer_of, stored_weights
+from models.checkpoint.reader import Checkpoint
+from models.families.llava import _decoder as llama_decoder
+from models.families.templated import TemplatedFamily
+from models.families.weight_rows import decoder_weights as decoder_rows
+from models.family import ModelError
+from models.network.linear import Linear
+from models.prompt.tokenizers import JsonText
 from runtime import Engine
-from runtime.artifact import source_hash
-from runtime.loading import decoder_weights
-from runtime.ops.cpu import CpuOps, PackedInt8
+from runtime.engine.weights import decoder_weights
+from runtime.ops.cpu.ops import CpuOps, PackedInt8
 from runtime.ops.reference import ReferenceOps
-from runtime.split import Split
+from runtime.parallel.split import Split
+from runtime.vision.artifact import source_hash
 
 GOLDEN = Path(__file__).parent / "golden" / "msmodelslim"
 CASES = ("glm_f16_w8a8", "glm_bf16_w8a8", "glm_f16_w8a8_m4", "glm_f16_w8a8s", "glm_f16_w8a8_dynamic",
@@ -58,7 +58,7 @@ def plain_llama(monkeypatch):
         llama = Llama(directory, config)
         llama.rule = "a test says so"
         return llama
-    monkeypatch.setattr(runtime.engine, "family_of", family)
+    monkeypatch.setattr(runtime.engine.engine, "family_of", family)
 
 
 def golden(case):

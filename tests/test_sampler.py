@@ -4,8 +4,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from runtime.errors import ToolkitError
-from runtime.sampler import discourage, min_p, nucleus, penalise, sample, top_k
+from runtime.common.errors import ToolkitError
+from runtime.engine.sampler import discourage, min_p, nucleus, penalise, sample, top_k
 
 
 def settings(**changed):

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runtime import Engine, SamplingParams, request
-from runtime.cache import KVCache
-from runtime.errors import ToolkitError
-from runtime.runner import Runner
-from runtime.sampler import sample
+from runtime import Engine, SamplingParams
+from runtime.common.errors import ToolkitError
+from runtime.engine import request
+from runtime.engine.kv_cache import KVCache
+from runtime.engine.runner import Runner
+from runtime.engine.sampler import sample
 
 GOLDEN = Path(__file__).parent / "golden"
 SETTINGS = {"dtype": "float32", "vision": "torch", "max_model_len": 256}

@@ -16,8 +16,8 @@ import service
 from PIL import Image
 from serving import Asking, Server, about, asked, data_uri, png
 
-from runtime.errors import run_command
-from runtime.serve import main
+from runtime.common.errors import run_command
+from runtime.serve.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "golden"

@@ -9,19 +9,19 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import family_of
-from models.base import Part, Weight
-from models.checkpoint import Checkpoint
-from models.decoder import Decoder, Step
-from models.quantized import PIECE, Description, Stacked, quantized_weights
-from quant.run import MemoryCheckpoint
-from runtime.cache import KVCache
-from runtime.errors import ToolkitError
-from runtime.loading import decoder_weights, load_rows
-from runtime.ops.npu import NpuOps
+from models.checkpoint.quantized import PIECE, Description, Stacked, quantized_weights
+from models.checkpoint.reader import Checkpoint
+from models.family import Part, Weight
+from models.network.decoder import Decoder, Step
+from quant.layer_loop import MemoryCheckpoint
+from runtime.ascend.socs import A2, P310
+from runtime.common.errors import ToolkitError
+from runtime.engine.kv_cache import KVCache
+from runtime.engine.weights import decoder_weights, load_rows
+from runtime.ops.npu.ops import NpuOps
 from runtime.ops.reference import ReferenceOps
-from runtime.ops.socs import A2, P310
-from runtime.plan import make_plan
-from runtime.split import Split, check_split
+from runtime.parallel.split import Split, check_split
+from runtime.plan.__main__ import make_plan
 
 sys.path.insert(0, str(Path(__file__).parent / "npu"))
 import cpu_kernels

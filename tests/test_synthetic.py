@@ -10,10 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from models import family_of, synthetic
-from models.base import ModelError
-from models.checkpoint import Checkpoint
-from models.synthetic_text import ice_text
+from models import family_of
+from models.checkpoint.reader import Checkpoint
+from models.family import ModelError
+from models.synthetic import __main__ as synthetic
+from models.synthetic.tokenizer_files import ice_text
 
 GOLDEN = Path(__file__).parent / "golden"
 PARAMETERS = 7_802_193_408      # of the release; its 28 rotary tables of 32 frequencies come on top

@@ -3,8 +3,8 @@ import json
 
 import pytest
 
-from models.base import ModelError
-from models.template import ChatTemplate, directory_template, with_parts, with_text
+from models.family import ModelError
+from models.prompt.chat_template import ChatTemplate, directory_template, with_parts, with_text
 
 MESSAGES = [{"role": "user", "content": "a <b> & 'c'"}, {"role": "assistant", "content": "好"},
             {"role": "user", "content": "d"}]

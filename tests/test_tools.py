@@ -13,7 +13,7 @@ from serving import Server
 
 from models import family_of
 from runtime import Engine
-from runtime.tools import Reader
+from runtime.serve.tool_calls import Reader
 
 GOLDEN = Path(__file__).parent / "golden" / "glm4"
 WEATHER = {"type": "function", "function": {"name": "get_weather", "description": "查天气", "parameters": {

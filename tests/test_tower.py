@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from models import family_of
-from models.checkpoint import Checkpoint
-from runtime import metrics, tower
-from runtime.errors import CHECK_FAILED, ToolkitError
-from runtime.options import EngineOptions
-from runtime.plan import plan_engine
+from models.checkpoint.reader import Checkpoint
+from runtime.common import metrics
+from runtime.common.errors import CHECK_FAILED, ToolkitError
+from runtime.common.flags import EngineOptions
+from runtime.plan.__main__ import plan_engine
 from runtime.vision import TorchVision, open_session, plain_tower
+from runtime.vision import packed_tower as tower
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = ["visualglm", "glm4v", "glm_edge_v", "llava"]

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from models import family_of
-from runtime import SamplingParams, ui
-from runtime.errors import run_command
-from runtime.options import EngineOptions
+from runtime import SamplingParams
+from runtime.common.errors import run_command
+from runtime.common.flags import EngineOptions
+from runtime.ui import __main__ as ui
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -112,7 +113,7 @@ def test_a_server_that_is_not_there():
 
 def test_settings_become_sampling():
     pytest.importorskip("gradio", reason="run: make test-ui")
-    from runtime.page import chosen, examples
+    from runtime.ui.page import chosen, examples
     assert chosen("Be brief.", True, 0.5, 0.9, 40.0, 1.1, 64.0) == ("Be brief.", SamplingParams(max_tokens=64))
     assert chosen("", False, 0, 0.9, 40.0, 1.1, 64.0) == ("", SamplingParams(
         max_tokens=64, temperature=0, top_p=0.9, top_k=40, repetition_penalty=1.1))

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from models.base import ModelError
-from models.checkpoint import Checkpoint
-from models.visualglm import VisualGLM
+from models.checkpoint.reader import Checkpoint
+from models.families.visualglm import VisualGLM
+from models.family import ModelError
 from runtime import Engine, SamplingParams
 
 GOLDEN = Path(__file__).parent / "golden" / "visualglm"

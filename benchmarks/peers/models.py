@@ -80,13 +80,13 @@ CASES = {       # the tiny ones show in minutes that every peer works; their fig
 
 def prepare(case: Case, work: Path) -> dict:
     """Write the checkpoint and, for encoders, the ONNX, each once -> what every job is told."""
-    from models.synthetic import write_checkpoint
+    from models.synthetic.__main__ import write_checkpoint
     checkpoint = work / "checkpoint"
     write_checkpoint(case.release, checkpoint, changes=case.changes)
     told = {"checkpoint": str(checkpoint), "work": str(work)}
     if case.onnx:
         from convert.__main__ import main as convert
-        from runtime.artifact import ONNX
+        from runtime.vision.artifact import ONNX
         artifact = work / "artifact"
         if status := convert(["--model", str(checkpoint), "--out", str(artifact), "--onnx-only"]):
             raise SystemExit(status)
@@ -97,8 +97,8 @@ def prepare(case: Case, work: Path) -> dict:
 def streamed_bytes(case: Case, work: Path, variant: str) -> int | None:
     """Weights of ours that one decoded token reads: all but the embedding, of which it reads one row."""
     from models import family_of
-    from runtime.plan import choose_dtype, decoder_bytes
-    from runtime.split import Split
+    from runtime.parallel.split import Split
+    from runtime.plan.__main__ import choose_dtype, decoder_bytes
     if case.onnx:
         return None
     family = family_of(work / "checkpoint")

@@ -43,7 +43,7 @@ def generate(work, folder):
     start = time.perf_counter()
     engine = open_engine(work, folder)
     loaded = time.perf_counter() - start
-    from runtime import load
+    from runtime.bench import workload as load
     dice = np.random.default_rng(work["seed"])
 
     def answer(new):
@@ -62,7 +62,7 @@ def encode(work, folder):
     from PIL import Image
     options = {} if work["variant"] == "default" else {"vision_precision": work["variant"]}
     engine = open_engine(work, folder, artifact=work["artifact"], **options)
-    from runtime import load
+    from runtime.bench import workload as load
     dice = np.random.default_rng(work["seed"])
     picture = Image.fromarray(dice.integers(0, 256, (224, 224, 3), dtype=np.uint8))
     prompts = iter(load.picture_prompts(engine, [picture], 1 + work["repeats"], dice))
@@ -74,7 +74,7 @@ def eager(work):
     import torch
 
     from models import family_of
-    from models.checkpoint import Checkpoint
+    from models.checkpoint.reader import Checkpoint
     from runtime.vision import plain_tower
     torch.set_num_threads(work["threads"])
     family = family_of(work["checkpoint"])

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from models.visualglm import VisionEncoder
+from models.families.visualglm import VisionEncoder
 
 ALPHA = math.sqrt(2 * 28)       # the release computes it from 28 layers whatever the configuration says
 ROWS = 32

@@ -1,6 +1,6 @@
 """The operator set of the decoder, one module per backend: reference (plain torch, the oracle), cpu (fast), npu,
 cuda."""
-from ..errors import ToolkitError
+from runtime.common.errors import ToolkitError
 
 
 def choose(name: str, device: str):
@@ -22,7 +22,7 @@ def _reference(device):
 
 
 def _cpu(device):
-    from .cpu import CpuOps
+    from runtime.ops.cpu.ops import CpuOps
     return CpuOps()
 
 
@@ -32,5 +32,5 @@ def _cuda(device):
 
 
 def _npu(device):
-    from .npu import open_npu
+    from runtime.ops.npu.ops import open_npu
     return open_npu(device)

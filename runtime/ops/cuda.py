@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from models.decoder import Step
+from models.network.decoder import Step
+from runtime.common.errors import MISSING_COMPONENT, ToolkitError
 
-from ..errors import MISSING_COMPONENT, ToolkitError
 from .reference import ReferenceOps, shifted
 
 HALVES = ("bfloat16", "float16")

@@ -1,7 +1,7 @@
 """Plain torch on any device: the oracle for the other backends. Norms, softmax and scores are computed in fp32.
 
 Shapes: activations [T, width], q [T, heads, head_dim], k and v [T, kv_heads, head_dim], caches
-[blocks, block_size, kv_heads, head_dim]. `step` is models.decoder.Step.
+[blocks, block_size, kv_heads, head_dim]. `step` is models.network.decoder.Step.
 """
 import math
 from dataclasses import replace
@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from models.layers import Linear
-
-from ..plan import available_memory
+from models.network.linear import Linear
+from runtime.plan.__main__ import available_memory
 
 SMALLEST_SCALE = 1e-12      # of a token whose values are all zero
 
@@ -46,7 +45,7 @@ class ReferenceOps:
         return weight
 
     def pack_quantized(self, layer, dtype: torch.dtype):
-        """A models.quantized.Quantized layer for activations of `dtype` in the form `quantized_linear` wants, or a
+        """A models.checkpoint.quantized.Quantized layer for activations of `dtype` in the form `quantized_linear` wants, or a
         Linear; called once at load."""
         return layer
 
@@ -90,7 +89,7 @@ class ReferenceOps:
         return x if self.team is None else self.team.gather(x)
 
     def quantized_linear(self, x, layer):
-        """Exact integer arithmetic (see models.quantized.Quantized): float64 holds the sums of int8 products exactly."""
+        """Exact integer arithmetic (models.checkpoint.quantized): float64 holds the sums of int8 products exactly."""
         if layer.kind == "W8A16":
             return self.linear(x, dequantized(layer, x.dtype))
         q, token_scale = quantize(x, layer)

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from runtime.host import Host
+from runtime.ascend.host import Host
 
 HBM = """\
 +------------------------------------------------------------------------------------------------+

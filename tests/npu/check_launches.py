@@ -15,14 +15,14 @@ import torch
 from torch.distributed import TCPStore
 
 from models import family_of
-from models.decoder import Decoder, Step
+from models.network.decoder import Decoder, Step
 from runtime import Engine
-from runtime.cache import KVCache
-from runtime.graph import BATCH_SIZES, DecodeGraphs
-from runtime.loading import MATRICES
+from runtime.engine.device_graphs import BATCH_SIZES, DecodeGraphs
+from runtime.engine.kv_cache import KVCache
+from runtime.engine.runner import Sequence
+from runtime.engine.weights import MATRICES
 from runtime.ops import choose
-from runtime.parallel import Team, _leave
-from runtime.runner import Sequence
+from runtime.parallel.team import Team, _leave
 
 ROOT = Path(__file__).resolve().parents[2]
 CHIP, LOG = os.environ["STUB_SOC"], Path(os.environ["STUB_LOG"])

@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models.layers import Norm
+from models.network.linear import Norm
 from runtime.ops.reference import ReferenceOps, _attend
 
 PLAIN = ReferenceOps()

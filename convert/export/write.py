@@ -1,0 +1,85 @@
+"""A checkpoint's vision weights in, vision.onnx + vision.onnx.data out, streamed: one tensor in memory at a time.
+
+The graph is traced without weights; each weight becomes a reference into the data file when it is written.
+"""
+import ctypes
+import shutil
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+
+from models.checkpoint.reader import Checkpoint
+from models.family import Family
+from runtime.common.errors import ToolkitError
+from runtime.common.progress import byte_progress
+from runtime.vision.artifact import DATA, ONNX, entry
+
+from .data_file import ALIGNMENT, DataFile
+
+GRAPH_BYTES = 8 << 20       # generous: graph, manifest, atc.sh
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3     # glibc's malloc.h
+KEPT_BYTES = 64 << 20
+
+
+def bytes_needed(family: Family) -> int:
+    """Size on disk of the exported encoder, at most."""
+    with torch.device("meta"):
+        parameters = list(family.vision_encoder().parameters())
+    return sum(4 * p.numel() + ALIGNMENT for p in parameters) + GRAPH_BYTES
+
+
+def check_space(family: Family, out: Path) -> str:
+    """Says what will be written; ToolkitError if it does not fit on the disk of `out`."""
+    need, free = bytes_needed(family), shutil.disk_usage(out).free
+    if need > free:
+        raise ToolkitError(f"the exported encoder needs {_size(need)} in {out}, only {_size(free)} are free; "
+                           "free some space or choose another --out")
+    return f"writing {_size(need)} to {out} ({_size(free)} free)"
+
+
+def export(model: ir.Model, family: Family, checkpoint: Checkpoint, folder: Path) -> dict:
+    """Write the traced `model` and its weights, in fp32, into `folder`; {file name: {bytes, sha256}}.
+
+    ToolkitError if the family's table does not fill its tower exactly.
+    """
+    torch.set_num_threads(1)        # the other core hashes and writes
+    slots = {value.name: value for value in model.graph.inputs[1:]}
+    with DataFile(folder / DATA) as data, byte_progress("exporting vision weights") as update:
+        for target, tensor in checkpoint.assemble(family.weights(), "vision.", torch.float32, update):
+            name = target.removeprefix("vision.")
+            _fill(slots.pop(name, None), name, tensor, data)
+            del tensor          # or it would stay while the next one is built
+    if slots:
+        raise ToolkitError(f"{family.name}'s weight table leaves {len(slots)} tower weights empty, e.g. {min(slots)}")
+    _register(model.graph)
+    ir.save(model, folder / ONNX)
+    return {ONNX: entry(folder / ONNX), DATA: {"bytes": data.size, "sha256": data.sha256}}
+
+
+def reuse_memory():
+    """Make malloc keep the memory of freed tensors (up to KEPT_BYTES each) for the next ones: fresh pages from the
+    system cost more than the copies into them, above all in virtual machines."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+        libc.mallopt(M_TRIM_THRESHOLD, 2 * KEPT_BYTES)
+
+
+def _fill(slot: ir.Value | None, name: str, tensor: torch.Tensor, data: DataFile):
+    if slot is None or tuple(slot.shape) != tuple(tensor.shape):
+        expected = "no such weight" if slot is None else list(slot.shape)
+        raise ToolkitError(f"vision weight {name} {list(tensor.shape)} does not fit the tower, which has {expected}")
+    slot.const_value = data.write(name, tensor)
+
+
+def _register(graph: ir.Graph):
+    """Weights were graph inputs without data; now they are initializers."""
+    picture, *weights = graph.inputs
+    graph.inputs[:] = [picture]
+    for value in weights:
+        graph.register_initializer(value)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

@@ -1,0 +1,179 @@
+"""`python -m convert.nodes`: where inside does an encoder leave the reference? Exit 0 nowhere, 1 it does.
+
+Three candidates, one picture each, all elements compared, a table under msit's columns out, the first that departs named:
+an exported graph (the ONNX node that ends a torch module against that module), another checkpoint's tower (module against
+module), and the dump of an .om (dump.py: every dumped operator against its ONNX node). torch runs block by block and leaves
+its results in files, the graph runs in pieces.
+"""
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.common.errors import CHECK_FAILED, ToolkitError, run_command
+from runtime.common.flags import Parser, check_folder, flag, require
+
+from .node import FP32, MSIT, Node, describe, measure, passes, read_limits, table
+
+PIECE = 64 << 20        # bytes of weights in memory at a time
+NAMED = 5               # operators that could not be compared, named on the screen; the table has all
+
+
+@dataclass(kw_only=True)
+class NodesOptions:
+    model: str = flag("folder of the checkpoint, the reference", "-m", "--model-path", metavar="DIR")
+    artifact: str | None = flag("folder with vision.onnx, written by `python -m convert`", default=None, metavar="DIR")
+    candidate: str | None = flag("another checkpoint, in place of --artifact: its tower against the reference's, module by "
+                                 "module", default=None, metavar="DIR")
+    dump: str | None = flag("dump of the .om made from --artifact, as npy or bin files of msaccucmp.py convert: its operators "
+                            "against the ONNX nodes", default=None, metavar="DIR")
+    out: str = flag("table of all compared nodes", metavar="FILE.csv")
+    image: str | None = flag("picture (default: a drawn one)", "--input-image", default=None, metavar="FILE")
+    save_input: str | None = flag("also write what the encoder is fed, for ais_bench --input", default=None,
+                                  metavar="FILE.npy")
+    limit: tuple[str, ...] = flag("another limit, e.g. relative_euclidean=0.01 (default: 3e-5 and gain 5e-7; for a dump "
+                                  "msit's: cosine_min 0.99, relative_euclidean 0.05, kl 0.005, rmse 1, mean_relative 1); may "
+                                  "be repeated", default=(), metavar="MEASURE=X", many=True)
+
+    def __post_init__(self):
+        check_folder("model", self.model)
+        require(self, "artifact", bool(self.artifact) != bool(self.candidate), "give either --artifact or --candidate")
+        require(self, "artifact", not self.artifact or (Path(self.artifact) / "vision.onnx").is_file(),
+                "there is no vision.onnx in it; give the --out folder of python -m convert")
+        for name in ("candidate", "dump"):
+            if getattr(self, name):
+                check_folder(name, getattr(self, name))
+        require(self, "dump", not (self.dump and self.candidate), "it is compared with a graph; give --artifact")
+        for name in ("out", "save_input"):
+            path = getattr(self, name)
+            require(self, name, not path or Path(path).parent.is_dir(), "its folder does not exist; make it first")
+        self.limits = read_limits(self.limit, MSIT if self.dump else FP32)
+
+
+def main(argv) -> int:
+    options, = Parser("python -m convert.nodes", "--model DIR --artifact DIR --out FILE.csv [options]",
+                      "Compare the inside of a vision encoder with the reference, node by node. Exit code 0: all are within "
+                      "the limits, 1: the first that is not is named.", {"what to compare": NodesOptions}).parse(argv)
+    from runtime.vision.artifact import write_atomically
+    nodes = compare(options)
+    write_atomically(Path(options.out), table(nodes, options.limits))
+    return tell(nodes, options)
+
+
+def tell(nodes: list[Node], options) -> int:
+    compared = [node for node in nodes if node.measures]
+    failed = [node for node in compared if not passes(node, options.limits)]
+    print(f"{len(compared)} nodes compared, {len(failed)} depart; {options.out}")
+    for reason, count in Counter(node.reason for node in nodes if node.reason).items():
+        names = [node.golden if node.candidate == "*" else node.candidate for node in nodes if node.reason == reason]
+        print(f"{count} not compared, {reason}: {', '.join(names[:NAMED])}{' ...' * (count > NAMED)}")
+    if failed:
+        print(f"FAILED: {describe(failed[0], options.limits, 'ONNX node' if options.dump else 'torch module')}")
+        return CHECK_FAILED
+    worst = max(compared, key=lambda node: node.measures["relative_euclidean"])
+    print(f"PASSED: the largest relative Euclidean distance, {worst.measures['relative_euclidean']:.2e}, is at "
+          f"{worst.candidate}")
+    return 0
+
+
+def compare(options: NodesOptions) -> list[Node]:
+    """Every compared place, in the order it is computed. ToolkitError when nothing can be compared."""
+    import numpy as np
+
+    from convert.verify.__main__ import pictures
+    from models import family_of
+    family = family_of(options.model)
+    if family.vision is None:
+        raise ToolkitError(f"{family.name} is a text model; python -m runtime.compare compares its layers")
+    pixels = family.pixels(options.image or pictures()["scene"])
+    if options.save_input:
+        np.save(options.save_input, pixels)
+    if options.dump:
+        from .om_dump import compare_dump
+        return compare_dump(Path(options.artifact), Path(options.dump), pixels)
+    with tempfile.TemporaryDirectory(prefix="ascend-vlm-") as work:
+        shapes = record(family, pixels, Path(work))
+        if options.candidate:
+            return compare_towers(family_of(options.candidate), pixels, Path(work), shapes)
+        return compare_graph(family, Path(options.artifact), pixels, Path(work), shapes)
+
+
+def watch(family, pixels, see):
+    """Run the tower in torch; see(path, module, array) for every module's result, the inner ones first."""
+    from convert.verify.piecewise import StreamedTower
+    from models.checkpoint.reader import Checkpoint
+    from runtime.common.progress import step_progress
+    tower = StreamedTower(family, Checkpoint(family.directory))
+    for path, module in tower.tower.named_modules():
+        if path:
+            module.register_forward_hook(lambda module, _, output, path=path: see(path, module, output.numpy()))
+    with step_progress(f"torch: {family.directory}", tower.steps) as tower.advance:
+        tower.run(pixels)
+
+
+def record(family, pixels, work: Path) -> dict[str, tuple]:
+    """The result of every module that is called once goes to a file. {module path: shape}."""
+    import numpy as np
+    calls, shapes = Counter(), {}
+
+    def keep(path, module, output):
+        calls[path] += 1
+        shapes[path] = output.shape
+        np.save(work / f"{path}.npy", output)
+    watch(family, pixels, keep)
+    return {path: shape for path, shape in shapes.items() if calls[path] == 1}
+
+
+def compare_towers(family, pixels, work: Path, shapes: dict[str, tuple]) -> list[Node]:
+    """Another checkpoint's modules against the recorded ones."""
+    import numpy as np
+    nodes = []
+
+    def see(path, module, output):
+        if shapes.get(path) == output.shape:
+            measures = measure(np.load(work / f"{path}.npy"), output)
+            nodes.append(Node(len(nodes), path, type(module).__name__, "", path, output.shape, measures=measures))
+    watch(family, pixels, see)
+    if not nodes:
+        raise ToolkitError(f"{family.directory} has no module in common with the reference; give two checkpoints of one model",
+                           CHECK_FAILED)
+    return nodes
+
+
+def compare_graph(family, folder: Path, pixels, work: Path, shapes: dict[str, tuple]) -> list[Node]:
+    """Every ONNX node that ends a module against the recorded result."""
+    import numpy as np
+
+    from convert.verify.piecewise import StreamedGraph
+    from runtime.common.progress import step_progress
+    graph = StreamedGraph(folder, PIECE)
+    nodes = ends_of_modules(graph.model.graph, shapes)
+    if not nodes:
+        raise ToolkitError(f"{folder} has no node that ends a module of {family.name}'s encoder; give the folder that "
+                           "python -m convert wrote for this model", CHECK_FAILED)
+    by_output = {node.output: node for node in nodes}
+    with step_progress("ONNX", graph.steps) as graph.advance:
+        for name, value in graph.values(pixels, list(by_output)):
+            by_output[name].measures = measure(np.load(work / f"{by_output[name].golden}.npy"), value)
+    return nodes
+
+
+def ends_of_modules(graph, shapes: dict[str, tuple]) -> list[Node]:
+    """Nodes are named `module path/operator`: the last one under a module's path gives its result, if it is its own."""
+    last, known = {}, {v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim)
+                       for v in (*graph.value_info, *graph.output)}
+    for index, node in enumerate(graph.node):
+        scope = node.name.rpartition("/")[0]
+        own = next((path for path in (scope, f"tower.{scope}") if path in shapes), None)
+        parts = (own or scope).split(".")
+        for depth in range(1, len(parts) + 1):
+            last[".".join(parts[:depth])] = Node(index, node.name, node.op_type, node.output[0], own)
+    found = [node for path, node in last.items() if node.golden == path]
+    for node in found:
+        node.shape = known.get(node.output, ())
+    return sorted((n for n in found if n.shape == shapes[n.golden]), key=lambda n: n.index)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,157 @@
+"""GLM-4V-9B: an EVA2-CLIP tower and a gated projector in front of GLM-4.
+
+A picture squashed to S x S flows in, the rows [boi; patches; eoi] that replace its three prompt tokens flow out.
+"""
+import numpy as np
+import torch
+from torch import nn
+
+from models.family import Layout, ModelError, Part, Prompt, VisionSpec, Weight, dense, fused_dense, pair
+from models.network.vision_blocks import Attention, GluAdapter, Mlp, Normalize, glu_adapter_weights
+from models.prompt.images import CLIP_MEAN, CLIP_STD, denormalize, open_image, squash
+
+from .glm4 import Glm4, is_chatglm, released_pieces, supported
+
+
+class PostNormBlock(nn.Module):
+    """x += norm(attention(x)); x += norm(mlp(x))."""
+
+    def __init__(self, width: int, heads: int, inner: int, eps: float):
+        super().__init__()
+        self.attention, self.attention_norm = Attention(width, heads), nn.LayerNorm(width, eps=eps)
+        self.mlp, self.mlp_norm = Mlp(width, inner), nn.LayerNorm(width, eps=eps)
+
+    def forward(self, x):
+        x = x + self.attention_norm(self.attention(x))
+        return x + self.mlp_norm(self.mlp(x))
+
+
+class Tower(nn.Module):
+    """NHWC picture [B, S, S, 3], raw 0..255 -> [B, width, grid, grid]. No norm before or after the blocks."""
+
+    def __init__(self, config: dict):
+        super().__init__()
+        width, patch = config["hidden_size"], config["patch_size"]
+        self.grid = config["image_size"] // patch
+        self.normalize = Normalize(CLIP_MEAN, CLIP_STD)
+        self.patch = nn.Conv2d(3, width, patch, patch)
+        self.cls = nn.Parameter(torch.empty(1, width))
+        self.position = nn.Parameter(torch.empty(config["num_positions"], width))
+        block = (width, config["num_heads"], config["intermediate_size"], config["layer_norm_eps"])
+        self.blocks = nn.ModuleList(PostNormBlock(*block) for _ in range(config["num_hidden_layers"]))
+
+    def forward(self, nhwc):
+        x = self.patch(self.normalize(nhwc)).flatten(2).transpose(1, 2)
+        x = torch.cat((self.cls.expand(x.shape[0], 1, -1), x), dim=1) + self.position
+        for block in self.blocks:
+            x = block(x)
+        return x[:, 1:].transpose(1, 2).unflatten(2, (self.grid, self.grid))
+
+
+class VisionEncoder(nn.Module):
+    """NHWC picture [B, S, S, 3], raw 0..255 -> rows to splice [B, 1 + patches / 4 + 1, decoder hidden].
+
+    The rows of the begin and end marks are learned here, and all rows are divided by the release's scaling factor.
+    """
+
+    def __init__(self, config: dict, hidden: int, inner: int):
+        super().__init__()
+        self.tower, self.adapter = Tower(config), GluAdapter(config["hidden_size"], hidden, inner)
+        self.scaling = float(config["scaling_factor"])
+
+    def forward(self, nhwc):
+        return self.adapter(self.tower(nhwc)) / self.scaling
+
+
+class Glm4V(Glm4):
+    name, takes_tools = "glm-4v", False
+
+    @classmethod
+    def matches(cls, config):
+        if is_chatglm(config) and "vision_config" in config:
+            return "config.json has model_type chatglm, multi_query_group_num and a vision_config"
+
+    def __init__(self, directory, config):
+        super().__init__(directory, config)
+        tower = config["vision_config"]
+        supported(tower, {"hidden_act": "gelu", "in_channels": 3})
+        side, grid = tower["image_size"], tower["image_size"] // tower["patch_size"]
+        if tower["num_positions"] != grid * grid + 1:
+            raise ModelError(f"vision_config has num_positions {tower['num_positions']}, but a picture of {side} "
+                             f"pixels has {grid * grid} patches and one class token; take config.json from the release")
+        self.vision = VisionSpec((1, side, side, 3), (1, (grid // 2) ** 2 + 2, config["hidden_size"]))
+
+    def vision_encoder(self):
+        return VisionEncoder(self.config["vision_config"], self.decoder.hidden, self.decoder.ffn)
+
+    # pictures and prompt
+
+    def pixels(self, source) -> np.ndarray:
+        """Picture -> float32 [1, S, S, 3], raw 0..255.
+
+        source: path, bytes or PIL image (the camera's rotation tag is ignored, as by the release), the release's
+        normalised [1, 3, S, S] array, or the result itself.
+        """
+        if not isinstance(source, np.ndarray):
+            return squash(open_image(source, upright=False), self.vision.input_shape[1])
+        if source.shape == self.vision.input_shape:
+            return source.astype(np.float32)
+        return denormalize(source, CLIP_MEAN, CLIP_STD, self.vision.input_shape)
+
+    def _content(self, message):
+        """The release's own message form is taken too: {"role": "user", "image": picture, "content": text}."""
+        pictures, text = super()._content(message)
+        return [*([message["image"]] if message.get("image") is not None else []), *pictures], text
+
+    def _pieces(self, messages, tools):
+        """No template of a directory knows how the pictures stand."""
+        return released_pieces(messages, tools)
+
+    def _prompt(self, ids, pixels, image_starts=None, text="") -> Prompt:
+        """The picture's three ids (begin, placeholder, end) become as many as it has rows."""
+        if not pixels:
+            return Prompt(ids, [], Layout(np.arange(len(ids))[:, None], (len(ids),), (1,)), text)
+        start, patches = self._picture_start(ids, image_starts), self.vision.rows - 2
+        ids = np.concatenate((ids[:start + 1], np.full(patches, ids[start + 1]), ids[start + 2:]))
+        return Prompt(ids, pixels, expanded_layout(len(ids), start, patches), text)
+
+    def _picture_start(self, ids, image_starts) -> int:
+        """Index of the begin mark; the end mark must stand two places behind it."""
+        marks = self.config["boi_token_id"], self.config["eoi_token_id"]
+        starts = np.flatnonzero(ids == marks[0]) if image_starts is None else np.asarray(image_starts).reshape(-1)
+        if len(starts) != 1 or tuple(ids[starts[0]:starts[0] + 3:2]) != marks:
+            raise ModelError(f"the prompt has one picture, so its ids must hold {marks[0]}, one placeholder, "
+                             f"{marks[1]} once; build it with Engine.prompt, or pass ids of the release's tokenizer")
+        return int(starts[0])
+
+    # weights
+
+    def weights(self) -> list[Weight]:
+        return [*super().weights(), *self._vision_weights()]
+
+    def _vision_weights(self):
+        root, tower, d = "transformer.vision.", self.config["vision_config"], self.decoder
+        width, inner, patch = tower["hidden_size"], tower["intermediate_size"], tower["patch_size"]
+        embedding = root + "patch_embedding."
+        yield Weight(embedding + "cls_embedding", (1, width), (Part("vision.tower.cls"),))
+        yield from pair(embedding + "proj", (width, 3, patch, patch), "vision.tower.patch")
+        yield Weight(embedding + "position_embedding.weight", (tower["num_positions"], width),
+                     (Part("vision.tower.position"),))
+        for i in range(tower["num_hidden_layers"]):
+            layer, ours = f"{root}transformer.layers.{i}.", f"vision.tower.blocks.{i}."
+            heads = [f"{ours}attention.{name}" for name in "qkv"]
+            yield from pair(layer + "input_layernorm", (width,), ours + "attention_norm")
+            yield from fused_dense(layer + "attention.query_key_value", width, width, heads)
+            yield from dense(layer + "attention.dense", width, width, ours + "attention.out")
+            yield from dense(layer + "mlp.fc1", inner, width, ours + "mlp.up")
+            yield from dense(layer + "mlp.fc2", width, inner, ours + "mlp.down")
+            yield from pair(layer + "post_attention_layernorm", (width,), ours + "mlp_norm")
+        yield from glu_adapter_weights(root, "vision.adapter.", width, d.hidden, d.ffn)
+
+
+def expanded_layout(length: int, start: int, patches: int) -> Layout:
+    """All patch rows share one position, so that text after the picture counts on as if they were one token."""
+    place = np.arange(length)
+    first = start + 1                               # of the patch rows
+    positions = np.where(place < first, place, np.maximum(place - patches + 1, first))
+    return Layout(positions[:, None], (length - patches + 1,), (1,), image_starts=(start,))

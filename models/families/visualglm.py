@@ -1,0 +1,319 @@
+"""VisualGLM-6B: EVA-ViT-g + Q-Former + projection in front of ChatGLM-6B (first generation)."""
+import functools
+import math
+import re
+
+import numpy as np
+import torch
+from torch import nn
+
+from models.family import (
+    DecoderConfig,
+    Family,
+    Layout,
+    ModelError,
+    Part,
+    Prompt,
+    Rope,
+    SamplingDefaults,
+    VisionSpec,
+    Weight,
+    dense,
+    fused_dense,
+    pair,
+    split_content,
+)
+from models.network.linear import permute_heads, two_halves_order
+from models.network.vision_blocks import Attention, Dense, Mlp, Normalize, PreNormBlock
+from models.prompt.images import CLIP_MEAN, CLIP_STD, denormalize, open_image, squash
+from models.prompt.tokenizers import IceText, begun
+
+LN_VISION_EPS = 1e-5        # a plain nn.LayerNorm in the release, not the tower's 1e-6
+
+
+class Vit(nn.Module):
+    """EVA-ViT: NHWC picture [B, S, S, 3], raw 0..255 -> [B, 1 + patches, width], class token first."""
+
+    def __init__(self, eva: dict):
+        super().__init__()
+        width, patch = eva["hidden_size"], eva["patch_size"]
+        patches = (eva["image_size"][0] // patch) * (eva["image_size"][1] // patch)
+        self.normalize = Normalize(CLIP_MEAN, CLIP_STD)
+        self.patch = nn.Conv2d(3, width, patch, patch)
+        self.cls = nn.Parameter(torch.empty(1, width))
+        self.position = nn.Parameter(torch.empty(1 + patches, width))
+        block = (width, eva["num_attention_heads"], eva["inner_hidden_size"], eva["layernorm_epsilon"])
+        self.blocks = nn.ModuleList(PreNormBlock(*block) for _ in range(eva["num_layers"]))
+        self.norm = nn.LayerNorm(width, eps=LN_VISION_EPS)
+
+    def forward(self, nhwc):
+        x = self.patch(self.normalize(nhwc)).flatten(2).transpose(1, 2)
+        x = torch.cat((self.cls.expand(x.shape[0], 1, -1), x), dim=1) + self.position
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class QFormerLayer(nn.Module):
+    """Post-norm BERT layer whose residuals are the *normalised* values; cross-attention in some layers only."""
+
+    def __init__(self, width, heads, inner, context_width, cross: bool, eps: float):
+        super().__init__()
+        self.input_norm, self.attention = nn.LayerNorm(width, eps=eps), Attention(width, heads)
+        self.attention_norm = nn.LayerNorm(width, eps=eps)
+        self.cross = Attention(width, heads, context_width) if cross else None
+        self.cross_norm = nn.LayerNorm(width, eps=eps) if cross else None
+        self.mlp = Mlp(width, inner)
+
+    def forward(self, h, context):
+        x = self.input_norm(h)
+        x = self.attention_norm(x + self.attention(x))
+        if self.cross is not None:
+            x = self.cross_norm(x + self.cross(x, context))
+        return x + self.mlp(x)
+
+
+class QFormer(nn.Module):
+    """Learned queries look at the tower's tokens [B, T, context] -> [B, queries, width]."""
+
+    def __init__(self, config: dict):
+        super().__init__()
+        width, eps = config["hidden_size"], config["layernorm_epsilon"]
+        self.queries = nn.Parameter(torch.empty(config["vocab_size"], width))
+        self.layers = nn.ModuleList(
+            QFormerLayer(width, config["num_attention_heads"], config.get("inner_hidden_size") or 4 * width,
+                         config["cross_attn_hidden_size"], cross, eps)
+            for cross in config["is_decoder"])
+        self.norm = nn.LayerNorm(width, eps=eps)
+
+    def forward(self, context):
+        h = self.queries.expand(context.shape[0], -1, -1)
+        for layer in self.layers:
+            h = layer(h, context)
+        return self.norm(h)
+
+
+class VisionEncoder(nn.Module):
+    """NHWC picture [B, S, S, 3], raw 0..255 -> rows to splice [B, queries, decoder hidden]."""
+
+    def __init__(self, config: dict):
+        super().__init__()
+        self.vit, self.qformer = Vit(config["eva_config"]), QFormer(config["qformer_config"])
+        self.project = Dense(config["qformer_config"]["hidden_size"], config["hidden_size"])
+
+    def forward(self, nhwc):
+        return self.project(self.qformer(self.vit(nhwc)))
+
+
+WORDING = {"zh": ("问：{}\n答：", "问：{}\n答：{}\n"), "en": ("Q:{}\nA:", "Q:{}\nA:{}\n")}      # question, past turn
+TRAINED = "[[训练时间]]"        # the model's own placeholder for its date
+FULL_WIDTH = str.maketrans(",!:;?", "，！：；？")
+
+
+class VisualGLM(Family):
+    name = "visualglm"
+    prefix_lm = True
+
+    @classmethod
+    def matches(cls, config):
+        if "eva_config" in config and "qformer_config" in config:
+            return "config.json has eva_config and qformer_config"
+        if "eva_args" in config and "qformer_args" in config:
+            return "model_config.json (SAT layout) has eva_args and qformer_args"
+
+    def __init__(self, directory, config):
+        self.sat = "eva_args" in config
+        if self.sat:
+            config = {**config, "eva_config": config["eva_args"], "qformer_config": config["qformer_args"]}
+        super().__init__(directory, config)
+        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        self.decoder = DecoderConfig(
+            vocab_size=config["vocab_size"], hidden=hidden, layers=config["num_layers"], heads=heads, kv_heads=heads,
+            head_dim=hidden // heads, ffn=config.get("inner_hidden_size") or 4 * hidden, eps=config["layernorm_epsilon"],
+            rope=Rope(dim=hidden // heads // 2, channels=2, half_rounded=True), max_length=config["max_sequence_length"],
+            norm="layer", activation="gelu_tanh",
+            residual_alpha=math.sqrt(2 * 28))       # the release never passes num_layers to its blocks: always 28
+        side = self.config["eva_config"]["image_size"][0]
+        self.vision = VisionSpec((1, side, side, 3), (1, self.config["qformer_config"]["vocab_size"], hidden))
+        self.stop_ids = (config["eos_token_id"],)
+
+    def vision_encoder(self):
+        return VisionEncoder(self.config)
+
+    @functools.cached_property
+    def tokenizer(self):
+        return IceText(self.directory / "ice_text.model", self.config["bos_token_id"])
+
+    def release_sampling(self, with_picture):
+        if with_picture:        # the release also forces 100 tokens at least, which spoils short answers: not taken over
+            return SamplingDefaults(max_length=1024, temperature=0.8, top_p=0.4, top_k=100, repetition_penalty=1.2)
+        return SamplingDefaults(max_length=2048, temperature=0.95, top_p=0.7)
+
+    def clean(self, answer):
+        answer = answer.strip().replace(TRAINED, "2023年")
+        beside_chinese = r"(?<=[\u4e00-\u9fff])[,!:;?]|[,!:;?](?=[\u4e00-\u9fff])"
+        return re.sub(beside_chinese, lambda mark: mark[0].translate(FULL_WIDTH), answer)
+
+    def unsettled(self, answer):
+        tail = re.match(r"[\s,!:;?]*", answer[::-1])[0]
+        return max(len(tail), begun(TRAINED, answer))
+
+    # pictures and prompt
+
+    def pixels(self, source) -> np.ndarray:
+        """Picture (path, bytes, PIL, or the release's normalised [1, 3, S, S] array) -> float32 [1, S, S, 3], raw 0..255."""
+        side = self.vision.input_shape[1]
+        if isinstance(source, np.ndarray):
+            return denormalize(source, CLIP_MEAN, CLIP_STD, self.vision.input_shape)
+        return squash(open_image(source), side)
+
+    def prompt(self, messages, language="zh", tools=None) -> Prompt:
+        """Chat messages -> Prompt. The picture always stands at the very front, whichever turn brought it."""
+        if tools:
+            raise ModelError(f"{self.name} knows no tools; leave the tools out")
+        pictures, text = self._conversation(messages, WORDING[language])
+        self.one_picture_at_most(len(pictures))
+        if not pictures:
+            return self._finish(self.tokenizer.encode(text), [], (), text)
+        before, after = self.tokenizer.encode("<img>"), self.tokenizer.encode("</img>" + text)
+        ids = before + [self.placeholder_id] * self.vision.rows + after
+        return self._finish(ids, [self.pixels(p) for p in pictures], (len(before),), "<img></img>" + text)
+
+    def prompt_from_ids(self, ids, pixels=None, image_starts=None) -> Prompt:
+        """ids [T] as the release feeds its model (32 placeholders, gMASK, sop); pixels as its processor returns them."""
+        ids = np.asarray(ids, dtype=np.int64).reshape(-1)
+        pictures = [] if pixels is None else [self.pixels(np.asarray(p)[None]) for p in np.asarray(pixels)]
+        self.one_picture_at_most(len(pictures))
+        if pictures and image_starts is None:
+            image_starts = (self._find_placeholders(ids),)
+        return Prompt(ids, pictures, self._layout(ids, tuple(image_starts or ())))
+
+    @property
+    def placeholder_id(self):
+        return self.tokenizer.piece_id("<unk>")
+
+    def _conversation(self, messages, wording):
+        pictures, text, question = [], "", None
+        for message in messages:
+            new, content = split_content(message["content"])
+            pictures += new
+            if message["role"] == "user" and question is None:
+                question = content
+            elif message["role"] == "assistant" and question is not None:
+                text, question = text + wording[1].format(question, content), None
+            else:
+                raise ModelError(f"{self.name} wants user and assistant messages in turn, got {message['role']!r}; "
+                                 "it has no system messages")
+        if question is None:
+            raise ModelError("the conversation does not end with a user message; add a question")
+        return pictures, text + wording[0].format(question)
+
+    def _finish(self, ids, pixels, starts, text):
+        ids = np.array(ids + [self.config["gmask_token_id"], self.config["bos_token_id"]], dtype=np.int64)
+        return Prompt(ids, pixels, self._layout(ids, starts), text)
+
+    def _find_placeholders(self, ids) -> int:
+        rows = self.vision.rows
+        for start in range(len(ids) - rows + 1):
+            if len(set(ids[start:start + rows].tolist())) == 1:
+                return start
+        raise ModelError(f"the prompt has a picture but no run of {rows} equal placeholder ids; pass image_starts")
+
+    def _layout(self, ids, image_starts) -> Layout:
+        """Context tokens count 0, 1, 2, ...; <sop> and answer keep the mask token's position and count blocks 1, 2, ..."""
+        bos, masks = self.config["bos_token_id"], (self.config["gmask_token_id"], self.config["mask_token_id"])
+        sop = _index(ids, bos)
+        mask = next((m for m in (_index(ids, m) for m in masks) if m is not None), None)
+        if sop is None or mask is None:
+            raise ModelError(f"a {self.name} prompt needs gMASK ({masks[0]}) and <sop> ({bos}) among its ids")
+        place = np.arange(len(ids))
+        position, block = np.where(place < sop, place, mask), np.maximum(place - sop + 1, 0)
+        return Layout(np.stack((position, block), 1), (mask, len(ids) - sop + 1), (0, 1), sop, image_starts)
+
+    # weights
+
+    def weights(self) -> list[Weight]:
+        return [*self._decoder_weights(), *self._vision_weights()]
+
+    def _decoder_weights(self):
+        d, heads = self.decoder, self.decoder.heads
+        order = two_halves_order(d.head_dim)
+        qkv = functools.partial(fold_sat_qkv if self.sat else fold_head_major_qkv, heads=heads, order=order)
+        yield Weight("transformer.word_embeddings.weight", (d.vocab_size, d.hidden), (Part("embed.weight"),))
+        lm_head = "mixins.chatglm-final.lm_head.weight" if self.sat else "lm_head.weight"
+        yield Weight(lm_head, (d.vocab_size, d.hidden), (Part("lm_head.weight"),))
+        yield from pair("transformer.final_layernorm", (d.hidden,), "final_norm")
+        if self.sat:
+            yield Weight("mixins.chatglm-attn.rotary_emb.inv_freq", (d.rope.dim // 2,), optional=True)
+        for i in range(d.layers):
+            layer, ours = f"transformer.layers.{i}.", f"layers.{i}."
+            yield from pair(layer + "input_layernorm", (d.hidden,), ours + "attention_norm")
+            yield from pair(layer + "attention.query_key_value", (3 * d.hidden, d.hidden), ours + "qkv", qkv)
+            yield from pair(layer + "attention.dense", (d.hidden, d.hidden), ours + "out")
+            yield from pair(layer + "post_attention_layernorm", (d.hidden,), ours + "mlp_norm")
+            yield from pair(layer + "mlp.dense_h_to_4h", (d.ffn, d.hidden), ours + "up")
+            yield from pair(layer + "mlp.dense_4h_to_h", (d.hidden, d.ffn), ours + "down")
+            if not self.sat:
+                yield Weight(layer + "attention.rotary_emb.inv_freq", (d.rope.dim // 2,), optional=True)
+
+    def _vision_weights(self):
+        root = "mixins.eva.model." if self.sat else "image_encoder."
+        eva, qformer, (_, rows, hidden) = self.config["eva_config"], self.config["qformer_config"], self.vision.output_shape
+        yield from _vit_weights(root + "vit.", eva)
+        yield from _qformer_weights(root + "qformer.transformer.", qformer, rows)
+        yield from dense(root + "glm_proj", hidden, qformer["hidden_size"], "vision.project")
+
+
+def _vit_weights(root, eva):
+    width, inner, patch = eva["hidden_size"], eva["inner_hidden_size"], eva["patch_size"]
+    patches = (eva["image_size"][0] // patch) * (eva["image_size"][1] // patch)
+    yield Weight(root + "mixins.patch_embedding.proj.weight", (width, 3, patch, patch), (Part("vision.vit.patch.weight"),))
+    yield Weight(root + "mixins.patch_embedding.proj.bias", (width,), (Part("vision.vit.patch.bias"),))
+    yield from pair(root + "mixins.cls.ln_vision", (width,), "vision.vit.norm")
+    yield Weight(root + "transformer.word_embeddings.weight", (1, width), (Part("vision.vit.cls"),))
+    yield Weight(root + "transformer.position_embeddings.weight", (1 + patches, width), (Part("vision.vit.position"),))
+    for i in range(eva["num_layers"]):
+        layer, ours = f"{root}transformer.layers.{i}.", f"vision.vit.blocks.{i}."
+        yield from pair(layer + "input_layernorm", (width,), ours + "attention_norm")
+        yield from fused_dense(layer + "attention.query_key_value", width, width, [ours + "attention." + n for n in "qkv"])
+        yield from dense(layer + "attention.dense", width, width, ours + "attention.out")
+        yield from pair(layer + "post_attention_layernorm", (width,), ours + "mlp_norm")
+        yield from dense(layer + "mlp.dense_h_to_4h", inner, width, ours + "mlp.up")
+        yield from dense(layer + "mlp.dense_4h_to_h", width, inner, ours + "mlp.down")
+
+
+def _qformer_weights(root, config, rows):
+    width, context = config["hidden_size"], config["cross_attn_hidden_size"]
+    inner = config.get("inner_hidden_size") or 4 * width
+    yield Weight(root + "word_embeddings.weight", (rows, width), (Part("vision.qformer.queries"),))
+    yield from pair(root + "final_layernorm", (width,), "vision.qformer.norm")
+    for i, cross in enumerate(config["is_decoder"]):
+        layer, ours = f"{root}layers.{i}.", f"vision.qformer.layers.{i}."
+        yield from pair(layer + "input_layernorm", (width,), ours + "input_norm")
+        yield from fused_dense(layer + "attention.query_key_value", width, width, [ours + "attention." + n for n in "qkv"])
+        yield from dense(layer + "attention.dense", width, width, ours + "attention.out")
+        yield from pair(layer + "post_attention_layernorm", (width,), ours + "attention_norm")
+        if cross:
+            yield from dense(layer + "cross_attention.query", width, width, ours + "cross.q")
+            yield from fused_dense(layer + "cross_attention.key_value", width, context, [ours + "cross." + n for n in "kv"])
+            yield from dense(layer + "cross_attention.dense", width, width, ours + "cross.out")
+            yield from pair(layer + "post_cross_attention_layernorm", (width,), ours + "cross_norm")
+        yield from dense(layer + "mlp.dense_h_to_4h", inner, width, ours + "mlp.up")
+        yield from dense(layer + "mlp.dense_4h_to_h", width, inner, ours + "mlp.down")
+
+
+def fold_head_major_qkv(rows, heads, order):
+    """Released layout: rows per head (q, k, v) -> rows [q; k; v], q and k permuted for the full-width rotation."""
+    q, k, v = rows.view(heads, 3, len(order), *rows.shape[1:]).unbind(1)
+    return torch.cat((q[:, order], k[:, order], v)).reshape(rows.shape)
+
+
+def fold_sat_qkv(rows, heads, order):
+    """SAT layout: rows are [q; k; v] already."""
+    q, k, v = rows.chunk(3)
+    return torch.cat((permute_heads(q, order), permute_heads(k, order), v))
+
+
+def _index(ids, token_id):
+    found = np.flatnonzero(ids == token_id)
+    return int(found[0]) if len(found) else None

@@ -1,0 +1,135 @@
+"""Shared blocks of the vision towers: plain torch modules that trace to few, ATC-friendly ONNX operators.
+
+Linear weights are kept as [in, out] so that a projection is one MatMul without a Transpose, q, k and v are separate
+projections (no Slice/Squeeze chains), and attention is written out (MatMul, Softmax, MatMul).
+"""
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from models.family import Part, Weight, dense, pair
+
+
+def repeated_lists(tower: nn.Module) -> list[str]:
+    """Paths of the outermost ModuleLists: their members are the blocks that make up nearly all of a tower."""
+    lists = [name for name, module in tower.named_modules() if isinstance(module, nn.ModuleList)]
+    return [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
+
+
+class Dense(nn.Module):
+    """y = x @ weight + bias with weight [in, out]."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(inputs, outputs))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+
+    def forward(self, x):
+        y = torch.matmul(x, self.weight)
+        return y if self.bias is None else y + self.bias
+
+
+class Attention(nn.Module):
+    """Bidirectional multi-head attention; `context_width` is the width of the keys' source where that is another one."""
+
+    def __init__(self, width: int, heads: int, context_width: int | None = None):
+        super().__init__()
+        self.heads, self.head_dim, self.crossed = heads, width // heads, context_width is not None
+        self.q = Dense(width, width)
+        self.k = Dense(context_width or width, width)
+        self.v = Dense(context_width or width, width)
+        self.out = Dense(width, width)
+
+    def forward(self, x, context=None):
+        context = x if context is None else context
+        q = self._split(self.q(x)) * (1.0 / math.sqrt(self.head_dim))
+        scores = torch.matmul(q, self._split(self.k(context)).transpose(-1, -2))
+        mixed = torch.matmul(torch.softmax(scores, dim=-1), self._split(self.v(context)))
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def _split(self, t):
+        return t.view(t.shape[0], t.shape[1], self.heads, self.head_dim).transpose(1, 2)
+
+
+def gelu_erf(x):
+    return F.gelu(x)
+
+
+def gelu_tanh(x):
+    return F.gelu(x, approximate="tanh")
+
+
+def quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int, inner: int, activation=gelu_erf):
+        super().__init__()
+        self.up, self.down, self.activation = Dense(width, inner), Dense(inner, width), activation
+
+    def forward(self, x):
+        return self.down(self.activation(self.up(x)))
+
+
+class PreNormBlock(nn.Module):
+    """x += attention(norm(x)); x += mlp(norm(x))."""
+
+    def __init__(self, width: int, heads: int, inner: int, eps: float, activation=gelu_erf):
+        super().__init__()
+        self.attention_norm, self.attention = nn.LayerNorm(width, eps=eps), Attention(width, heads)
+        self.mlp_norm, self.mlp = nn.LayerNorm(width, eps=eps), Mlp(width, inner, activation)
+
+    def forward(self, x):
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Normalize(nn.Module):
+    """NHWC picture with raw values 0..255 -> NCHW, scaled to 0..1, channel-wise (x - mean) / std."""
+
+    def __init__(self, mean, std):
+        super().__init__()
+        self.mean, self.std = tuple(mean), tuple(std)
+
+    def forward(self, nhwc):
+        mean = torch.tensor(self.mean, dtype=nhwc.dtype).view(1, 3, 1, 1)
+        std = torch.tensor(self.std, dtype=nhwc.dtype).view(1, 3, 1, 1)
+        return (nhwc.permute(0, 3, 1, 2) / 255.0 - mean) / std
+
+
+class GluAdapter(nn.Module):
+    """From tower to decoder (GLM-4V, GLM-Edge-V): patches [B, width, g, g] -> [B, (g/2)^2 + 2, hidden].
+
+    Four patches become one row (convolution), then projection, norm and a gated MLP; the learned rows of the begin and
+    end marks stand around them.
+    """
+
+    def __init__(self, width: int, hidden: int, inner: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, hidden, 2, 2)
+        self.project, self.norm = Dense(hidden, hidden, bias=False), nn.LayerNorm(hidden, eps=1e-5)
+        self.gate, self.up = Dense(hidden, inner, bias=False), Dense(hidden, inner, bias=False)
+        self.down = Dense(inner, hidden, bias=False)
+        self.boi, self.eoi = (nn.Parameter(torch.empty(1, 1, hidden)) for _ in "be")
+
+    def forward(self, grid):
+        x = self.conv(grid).flatten(2).transpose(1, 2)
+        x = gelu_erf(self.norm(self.project(x)))
+        x = self.down(F.silu(self.gate(x)) * self.up(x))
+        batch = x.shape[0]
+        return torch.cat((self.boi.expand(batch, -1, -1), x, self.eoi.expand(batch, -1, -1)), dim=1)
+
+
+def glu_adapter_weights(source: str, target: str, width: int, hidden: int, inner: int):
+    """Table rows of a GluAdapter; `source` and `target` are prefixes with their dot."""
+    yield from pair(source + "conv", (hidden, width, 2, 2), target + "conv")
+    yield from dense(source + "linear_proj.linear_proj", hidden, hidden, target + "project", bias=False)
+    yield from pair(source + "linear_proj.norm1", (hidden,), target + "norm")
+    yield from dense(source + "linear_proj.gate_proj", inner, hidden, target + "gate", bias=False)
+    yield from dense(source + "linear_proj.dense_h_to_4h", inner, hidden, target + "up", bias=False)
+    yield from dense(source + "linear_proj.dense_4h_to_h", hidden, inner, target + "down", bias=False)
+    for mark in ("boi", "eoi"):
+        yield Weight(source + mark, (1, 1, hidden), (Part(target + mark),))

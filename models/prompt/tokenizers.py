@@ -1,0 +1,207 @@
+"""Tokenizers read straight from the vocabulary files, and streaming decode that never splits a character."""
+import base64
+import re
+from pathlib import Path
+
+from models.family import ModelError, read_json
+
+
+class IceText:
+    """ChatGLM-6B's sentencepiece file `ice_text.model`, without the remote tokenizer class.
+
+    Line breaks, tabs and runs of blanks have pieces of their own. `offset` is added to every piece id (20000 image
+    tokens of the first ChatGLM-6B files, 0 in the release); it follows from where the config says that <sop> is.
+    """
+    LONGEST_BLANK = 80
+
+    def __init__(self, path: Path, sop_id: int):
+        import sentencepiece
+        if not path.is_file():
+            raise ModelError(f"tokenizer file {path} is missing (released size about 2.7 MB); copy it from the release")
+        try:
+            self._pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except RuntimeError:
+            raise ModelError(f"{path} is not a sentencepiece file; download it again") from None
+        self.offset = sop_id - self._pieces.piece_to_id("<sop>")
+
+    def piece_id(self, piece: str) -> int:
+        return self._pieces.piece_to_id(piece) + self.offset
+
+    def encode(self, text: str) -> list[int]:
+        text = text.replace("\n", "<n>").replace("\t", "<|tab|>")
+        text = re.sub(" {2,80}", lambda run: f"<|blank_{len(run[0])}|>", text)
+        return [i + self.offset for i in self._pieces.encode(text)]
+
+    def decode(self, ids) -> str:
+        known = range(self._pieces.get_piece_size())
+        text = self._pieces.decode([int(i) - self.offset for i in ids if int(i) - self.offset in known])
+        text = text.replace("<n>", "\n").replace("<|tab|>", "\t")
+        return re.sub(r"<\|blank_(\d+)\|>", lambda mark: " " * int(mark[1]), text)
+
+
+class TiktokenText:
+    """GLM-4's `tokenizer.model`: one "base64-bytes rank" line per token, byte-pair encoding by rank.
+
+    Special pieces have ids of their own behind the ranks: those of tokenizer_config.json, else `special` in order.
+    """
+    PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+               r"\s+(?!\S)|\s+")
+
+    def __init__(self, path: Path, special: tuple[str, ...] = ()):
+        import tiktoken
+        ranks = _read_ranks(path)
+        self._pieces = {rank: piece for piece, rank in ranks.items()}
+        self._encoding = tiktoken.Encoding(path.name, pat_str=self.PATTERN, mergeable_ranks=ranks, special_tokens={})
+        self._special = added_tokens(path.with_name("tokenizer_config.json"))
+        self._special = self._special or {piece: len(ranks) + i for i, piece in enumerate(special)}
+
+    def token_id(self, piece: str) -> int | None:
+        """Id of a special piece."""
+        return self._special.get(piece)
+
+    def encode(self, text: str) -> list[int]:
+        """Plain text: what looks like a special piece is spelled out."""
+        return self._encoding.encode_ordinary(text)
+
+    def decode(self, ids) -> str:
+        """Special and unknown ids are left out; bytes that are no UTF-8 become U+FFFD."""
+        return b"".join(self._pieces.get(int(i), b"") for i in ids).decode("utf-8", errors="replace")
+
+
+class MissingTokenizer:
+    """A checkpoint without tokenizer file still takes prompts that are token ids already; its answers are ids too."""
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def token_id(self, piece: str) -> None:
+        return None
+
+    def encode(self, text: str):
+        raise ModelError(f"tokenizer file {self._path} is missing; copy it from the release")
+
+    def decode(self, ids) -> str:
+        return ""
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    try:
+        lines = [line.split() for line in path.read_bytes().splitlines() if line]
+        return {base64.b64decode(piece, validate=True): int(rank) for piece, rank in lines}
+    except (ValueError, OSError):
+        raise ModelError(f"{path} is not a tokenizer file of lines \"base64 rank\"; download it again") from None
+
+
+def added_tokens(path: Path) -> dict[str, int]:
+    """Special pieces of a tokenizer_config.json -> their ids; empty without file or list."""
+    added = (read_json(path) if path.is_file() else {}).get("added_tokens_decoder", {})
+    return {entry["content"]: int(token_id) for token_id, entry in added.items()}
+
+
+class JsonText:
+    """A `tokenizer.json` of the tokenizers library. `bos_id` (None: no such token) goes in front of every text, once.
+
+    plain: what looks like a special token in a text is spelled out.
+    """
+
+    def __init__(self, path: Path, bos_id: int | None = None, plain: bool = False):
+        from tokenizers import Tokenizer
+        try:
+            self._tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        except Exception as error:      # tokenizers raises plain Exceptions
+            raise ModelError(f"{path} is not a tokenizer file ({error}); download it again") from None
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._tokenizer.encode_special_tokens = plain
+        self._bos = [] if bos_id is None else [bos_id]
+        pieces = (self._tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+        self.byte_ids = frozenset(piece for piece in pieces if piece is not None)
+
+    def token_id(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
+
+    def encode(self, text: str) -> list[int]:
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids if ids[:1] == self._bos else self._bos + ids
+
+    def decode(self, ids) -> str:
+        """Text of the ids; special tokens and ids beyond the vocabulary are left out."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+class SentencePieceText:
+    """LLaMA's `tokenizer.model`, for directories without a tokenizer.json: the same ids.
+
+    `added` {token: id} are the tokens beside the sentencepiece file; they and its control pieces (<s>, </s>, <unk>) are
+    recognised in a text first. Only the very beginning of a text gets sentencepiece's blank in front.
+    """
+
+    def __init__(self, path: Path, added: dict[str, int], bos_id: int):
+        import sentencepiece
+        from sentencepiece import sentencepiece_model_pb2
+        try:
+            model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+            model.normalizer_spec.add_dummy_prefix = False      # `encode` adds it, where it belongs
+            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+        except Exception as error:      # protobuf's DecodeError, sentencepiece's RuntimeError
+            raise ModelError(f"{path} is not a sentencepiece file ({error}); download it again") from None
+        control = [i for i in range(len(self._pieces)) if self._pieces.is_control(i) or self._pieces.is_unknown(i)]
+        self._special = {self._pieces.id_to_piece(i): i for i in control} | added
+        self._split = re.compile("(" + "|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) + ")")
+        self._bos = bos_id
+
+    def token_id(self, token: str) -> int | None:
+        if token in self._special:
+            return self._special[token]
+        piece = self._pieces.piece_to_id(token)
+        return None if self._pieces.is_unknown(piece) else piece
+
+    def encode(self, text: str) -> list[int]:
+        ids = []
+        for part in filter(None, self._split.split(text)):
+            blank = "" if ids or part.startswith(" ") else " "
+            ids += [self._special[part]] if part in self._special else self._pieces.encode(blank + part)
+        return ids if ids[:1] == [self._bos] else [self._bos, *ids]
+
+    def decode(self, ids) -> str:
+        """Text of the ids; special tokens and ids beyond the vocabulary are left out."""
+        left_out = set(self._special.values())
+        text = self._pieces.decode([int(i) for i in ids if int(i) < len(self._pieces) and int(i) not in left_out])
+        return text.removeprefix(" ")
+
+
+def begun(mark: str, text: str) -> int:
+    """Length of the longest beginning of `mark`, short of all of it, that `text` ends with."""
+    return max(n for n in range(len(mark)) if text.endswith(mark[:n]))
+
+
+class StreamDecoder:
+    """Token by token -> text pieces whose concatenation equals decode(all ids).
+
+    A piece is given out only when it ends on a whole character; the window of ids that is decoded again stays short.
+    After one of the tokenizer's `byte_ids` nothing is given out: it decodes a run of them as a whole, and one wrong
+    byte at the end makes the whole run unreadable.
+    """
+
+    def __init__(self, tokenizer):
+        self._tokenizer, self._ids, self._start, self._given = tokenizer, [], 0, 0
+        self._byte_ids, self._open_run = getattr(tokenizer, "byte_ids", ()), False
+
+    def push(self, token_id: int) -> str:
+        self._ids.append(token_id)
+        if self._byte_ids and (token_id in self._byte_ids or self._tokenizer.decode([token_id])):
+            self._open_run = token_id in self._byte_ids         # an invisible token does not end a run
+        return self._next(final=False)
+
+    def finish(self) -> str:
+        return self._next(final=True)
+
+    def _next(self, final: bool) -> str:
+        before = self._tokenizer.decode(self._ids[self._start:self._given])
+        now = self._tokenizer.decode(self._ids[self._start:])
+        if not final and (self._open_run or now.endswith("\ufffd")):
+            return ""
+        piece = now[len(before):]
+        if piece:                       # a window that starts on an invisible id would lose the blank after it
+            self._start, self._given = self._given, len(self._ids)
+        return piece

@@ -1,0 +1,252 @@
+"""Layer by layer: calibrate, quantise, measure, keep; a killed run goes on behind the last finished layer.
+
+A Job flows in; a work folder with one file per layer flows out, and what the float and the quantised model make of the
+held-out samples. At any time one layer is in memory. msmodelslim's whole-model run gives the same numbers: its statistics
+of a layer depend on the samples' residual streams in front of it, and those are handed from layer to layer.
+"""
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from models.checkpoint.quantized import Description, quantized_weights
+from models.checkpoint.reader import Checkpoint
+from models.checkpoint.shards import Entry
+from models.network.decoder import LayerArithmetic, layer_of
+from runtime.engine.weights import load_rows
+from runtime.vision.artifact import write_atomically
+
+from . import msmodelslim_calls as slim
+from .layer_module import NO_CACHE, LayerModule, LayerOps, release_memory
+from .samples import Sample
+
+STREAMS = ("float", "quantised")
+MEASURED = 5            # calibration samples on which msmodelslim measures input ranges
+Streams = dict[str, dict[int, torch.Tensor]]        # of each of STREAMS: number of a sample -> its residual stream
+
+
+@dataclass
+class Job:
+    """What is to be done. samples: the first `calibrating` are measured on, the others judge the result.
+
+    keep: linear layers that stay float from the start. ranges: max |x| / standard deviation of the linear layers' inputs,
+    {} where nothing depends on them, None where msmodelslim measures them layer by layer. identity: all that decides the
+    result, as text.
+    """
+    family: object
+    checkpoint: Checkpoint
+    scheme: slim.Scheme
+    dtype: torch.dtype
+    samples: list[Sample]
+    calibrating: int
+    keep: set[str]
+    anti: str | None = None
+    act_method: int = 3
+    fraction: float = 0.01
+    ranges: dict[str, float] | None = None
+    identity: dict = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)     # that this run has spent, by what on
+
+    @contextmanager
+    def spending(self, what: str):
+        start = time.perf_counter()
+        yield
+        self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
+
+    @property
+    def layers(self) -> int:
+        return self.family.decoder.layers
+
+    @property
+    def followed(self) -> list[int]:
+        """Samples that are taken through the float model too: those that judge, and those whose float inputs are needed."""
+        used = self.calibrating if self.anti else MEASURED if self.ranges is None else 0
+        return [*range(min(used, self.calibrating)), *range(self.calibrating, len(self.samples))]
+
+
+class MemoryCheckpoint(Checkpoint):
+    """Tensors at hand, read like a checkpoint's."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]):
+        self._tensors = tensors
+        self._entries = {name: Entry(Path(), t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+
+    def tensor(self, name):
+        return self._tensors[name]
+
+
+@dataclass
+class Record:
+    """A finished layer: tensor kinds; linear layers per group; cosine and signal-to-noise ratio (dB) of what it adds to the
+    residual streams of the held-out samples, fed as the float model feeds it."""
+    kinds: dict[str, str]
+    groups: dict[str, list[str]]
+    cosine: float
+    snr: float
+
+
+class Work:
+    """The work folder of one job; a folder of another job is emptied first."""
+
+    def __init__(self, folder: Path, job: Job):
+        self.folder, note = folder, folder / "job.json"
+        wanted = json.dumps(job.identity, sort_keys=True)
+        if not note.is_file() or note.read_text(encoding="utf-8") != wanted:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            write_atomically(note, wanted)
+
+    def weights(self, index: int) -> Path:
+        return self.folder / f"layer-{index:04}.safetensors"
+
+    def floats(self, index: int) -> Path:
+        """Float weights that anti-outlier changed."""
+        return self.folder / f"layer-{index:04}.float.safetensors"
+
+    def record(self, index: int) -> Record:
+        return Record(**json.loads(self._note(index).read_text(encoding="utf-8")))
+
+    def finished(self) -> int:
+        """Number of layers that are complete, the streams behind them too."""
+        done = 0
+        while self._note(done).is_file():
+            done += 1
+        return done if self._streams(done).is_file() else 0
+
+    def keep(self, index: int, tensors: dict, floats: dict, record: Record, streams: Streams):
+        """Tensors, streams behind the layer, then the note that says it is finished."""
+        store(tensors, self.weights(index))
+        if floats:
+            store(floats, self.floats(index))
+        self.save_streams(index + 1, streams)
+        write_atomically(self._note(index), json.dumps(vars(record)))
+        self._streams(index).unlink(missing_ok=True)
+
+    def save_streams(self, index: int, streams: Streams):
+        part = self._streams(index).with_suffix(".part")
+        store({f"{kind}.{i}": t for kind in STREAMS for i, t in streams[kind].items()}, part)
+        part.replace(self._streams(index))
+
+    def load_streams(self, index: int) -> Streams:
+        streams = {kind: {} for kind in STREAMS}
+        for name, tensor in load_file(self._streams(index)).items():
+            kind, number = name.split(".")
+            streams[kind][int(number)] = tensor
+        return streams
+
+    def _note(self, index):
+        return self.folder / f"layer-{index:04}.json"
+
+    def _streams(self, index):
+        return self.folder / f"streams-{index:04}.safetensors"
+
+
+def store(tensors: dict[str, torch.Tensor], file: Path):
+    """A safetensors file as transformers wants it; OSError where the disk is full or may not be written."""
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{file} cannot be written ({error}); free some space, run the same command again to continue") from None
+
+
+def quantise_layers(job: Job, work: Work) -> Iterator[tuple[int, Record]]:
+    """Every layer that is not finished yet; afterwards work.load_streams(job.layers) is behind the last."""
+    start = work.finished()
+    release_memory()
+    streams = work.load_streams(start) if start else {"float": {i: job.samples[i].stream for i in job.followed},
+                                                      "quantised": {i: s.stream for i, s in enumerate(job.samples)}}
+    for index in range(start, job.layers):
+        record, streams = _one_layer(job, work, index, streams)
+        release_memory()
+        yield index, record
+
+
+@torch.inference_mode()
+def _one_layer(job: Job, work: Work, index: int, streams: Streams) -> tuple[Record, Streams]:
+    n, steps = job.calibrating, [sample.step for sample in job.samples]
+    layer = LayerModule(job.family, job.checkpoint, index, steps)
+    slim.configure(layer, job.dtype)
+    with job.spending("judging"):
+        after = layer.float_outputs(streams["float"])
+    floats = {}
+    if job.anti:
+        layer.stream = [streams["float"][i] for i in range(n)]
+        slim.suppress_outliers(layer, job.anti, [after[i] for i in range(n)])
+        floats = {name: tensor.to(job.dtype) for name, tensor in _linear_tensors(layer).items()}
+    keep = job.keep & set(layer.linear_names)
+    groups, names = dict(layer.groups), set(layer.linear_names)
+    if keep == names:
+        tensors = {name: t.to(job.dtype) for name, t in layer.state_dict().items()}
+        kinds, outputs = dict.fromkeys(tensors, "FLOAT"), {}
+    else:
+        float_stream = [x for i, x in streams["float"].items() if i < n]
+        with job.spending("calibrating"):
+            tensors, kinds = slim.quantise(layer, job.scheme, keep, float_stream,
+                                           [streams["quantised"][i] for i in range(n)], job.act_method, job.fraction,
+                                           job.ranges)
+        tensors = {name: t.to(job.dtype) if kinds[name] == "FLOAT" and not name.endswith("norm.bias") else t
+                   for name, t in tensors.items()}
+        outputs = layer.outputs
+    del layer
+    release_memory()
+    with job.spending("judging"):
+        quantised = integer_layer(job.family, index, tensors, kinds)
+        behind = {"float": after, "quantised": {i: outputs[i] if i in outputs else run(job, quantised, x, i)
+                                                for i, x in streams["quantised"].items()}}
+        record = Record(kinds, groups, *_measure(job, quantised, streams["float"], after))
+    work.keep(index, tensors, floats, record, behind)
+    return record, behind
+
+
+def _linear_tensors(layer: LayerModule) -> dict[str, torch.Tensor]:
+    state = layer.state_dict()
+    return {f"{name}.{end}": state[f"{name}.{end}"] for name in layer.linear_names for end in ("weight", "bias")
+            if f"{name}.{end}" in state}
+
+
+def integer_layer(family, index: int, tensors: dict, kinds: dict):
+    """The layer as the runtime computes it, float parts in float32."""
+    rows = [row for row in family.weights() if row.parts and row.parts[0].target.startswith(f"layers.{index}.")]
+    table = quantized_weights(rows, Description(Path("layer"), "", kinds))
+    weights = load_rows(MemoryCheckpoint(tensors), [row for row in table if row.parts], torch.float32, "cpu", LayerOps())
+    return layer_of(weights, f"layers.{index}.")
+
+
+@torch.inference_mode()
+def run(job: Job, layer, x, number: int):
+    """Residual stream of sample `number` before the layer -> behind it."""
+    return LayerArithmetic(job.family.decoder, LayerOps()).layer(x, layer, 0, job.samples[number].step, NO_CACHE)
+
+
+def with_floats(job: Job, work: Work, index: int, tensors: dict, kinds: dict, names: set[str]) -> tuple[dict, dict]:
+    """(tensors, kinds) of a layer with the linear layers `names` as they were before quantisation."""
+    floats = load_file(work.floats(index)) if names and work.floats(index).is_file() else {}
+    kept = {n: t for n, t in tensors.items() if n.rpartition(".")[0] not in names}
+    for name in names:
+        for tensor in (f"{name}.weight", f"{name}.bias"):
+            if tensor in job.checkpoint.shapes:
+                kept[tensor] = floats[tensor] if tensor in floats else job.checkpoint.tensor(tensor).to(job.dtype)
+    return kept, {name: "FLOAT" if name.rpartition(".")[0] in names else kinds[name] for name in kept}
+
+
+def _measure(job: Job, quantised, stream, after) -> tuple[float, float]:
+    """(cosine, signal-to-noise ratio in dB) on the held-out samples."""
+    held = range(job.calibrating, len(job.samples))
+    expected, before = (torch.cat([s[i] for i in held]) for s in (after, stream))
+    found = torch.cat([run(job, quantised, stream[i], i) for i in held])
+    noise = max(relative_error(expected, found, before), 1e-9)
+    cosine = torch.nn.functional.cosine_similarity((expected - before).flatten(), (found - before).flatten(), 0)
+    return cosine.item(), -20 * math.log10(noise)
+
+
+def relative_error(expected, found, before) -> float:
+    """Of what the layer adds to the residual stream."""
+    return ((found - expected).norm() / (expected - before).norm().clamp(min=1e-30)).item()

@@ -1,0 +1,39 @@
+"""Token ids of an answer -> the text the release shows, in pieces that never have to be taken back."""
+from models.prompt.tokenizers import StreamDecoder, begun
+
+
+class AnswerText:
+    """Decodes token by token, cleans as the family does, and cuts at the first stop string.
+
+    `push` and `finish` return the new text; their concatenation is `text`. `stopped` tells that a stop string was met.
+    """
+
+    def __init__(self, family, stop: tuple[str, ...] = ()):
+        self._family, self._stop = family, stop
+        self._decoder, self._raw = StreamDecoder(family.tokenizer), ""
+        self.text, self.stopped = "", False
+
+    def push(self, token_id: int) -> str:
+        self._raw += self._decoder.push(token_id)
+        return self._advance(final=False)
+
+    def finish(self) -> str:
+        self._raw += self._decoder.finish()
+        return self._advance(final=True)
+
+    def _advance(self, final: bool) -> str:
+        if self.stopped:
+            return ""
+        cut = min((at for at in map(self._raw.find, self._stop) if at >= 0), default=None)
+        self.stopped = cut is not None
+        raw = self._raw[:cut]
+        if not (final or self.stopped):
+            raw = raw[:len(raw) - self._held(raw)]
+        cleaned = self._family.clean(raw)
+        new, self.text = cleaned[len(self.text):], cleaned
+        return new
+
+    def _held(self, raw: str) -> int:
+        """How many characters at the end may still change: the family's rule, or the beginning of a stop string."""
+        held = self._family.unsettled(raw)
+        return max(held, *(begun(stop, raw) for stop in self._stop)) if self._stop else held

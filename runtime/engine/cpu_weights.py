@@ -1,0 +1,93 @@
+"""--cpu-weights: a float checkpoint's decoder packed to int8 or int4, one tensor at a time, and kept on disk.
+
+The packed folder lies in the cache under a hash of the decoder's tensors and of how they are packed; one file per weight.
+It gets its name when it is complete, so a killed run leaves nothing that looks usable.
+"""
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from models.checkpoint.quantized import find_description
+from runtime.common.errors import ToolkitError
+from runtime.common.progress import byte_progress, step_progress
+from runtime.ops.cpu.packed_weights import Int4Weight, Int8Weight
+from runtime.vision.artifact import cache_root, locked, tensors_digest
+
+from .weights import MATRICES, decoder_rows
+
+PACKER = 1              # raise it when other numbers are stored: folders of older packers are made again
+FORMS = {"int8": Int8Weight, "int4": Int4Weight}
+
+
+def check_packable(family, kind: str):
+    """ToolkitError for a checkpoint that is quantised already."""
+    if kind != "float" and find_description(family.directory):
+        raise ToolkitError(f"--cpu-weights {kind} packs float checkpoints, {family.directory} is quantised already; leave the "
+                           "flag out, or give the float checkpoint")
+
+
+def packed_weights(checkpoint, family, dtype: torch.dtype, kind: str, split) -> dict:
+    """Canonical name -> tensor of `dtype`, or packed matrix; packs the checkpoint first if that was never done."""
+    folder = packed_folder(checkpoint, family, kind, split)
+    if not folder.is_dir():
+        print(f"packing the decoder to {kind} once, into {folder}", file=sys.stderr)
+        try:
+            _pack(checkpoint, family, kind, split, folder)
+        except OSError as error:
+            raise ToolkitError(f"the packed weights cannot be written to {folder} ({error.strerror}); make room there, or "
+                               "set ASCEND_VLM_CACHE to another folder") from error
+    return _read(folder, dtype)
+
+
+def packed_folder(checkpoint, family, kind: str, split) -> Path:
+    rows = list(decoder_rows(family, split))
+    table = [[w.source, [[p.target, p.take, p.at] for p in w.parts]] for w in rows]
+    digest = tensors_digest(checkpoint, [w.source for w in rows if w.source in checkpoint.shapes])
+    identity = json.dumps([PACKER, family.name, table, digest, split.size, split.rank])
+    return cache_root() / "packed" / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}-{kind}"
+
+
+def _pack(checkpoint, family, kind, split, folder: Path):
+    work = folder.with_name(f".{folder.name}")
+    work.mkdir(parents=True, exist_ok=True)
+    with locked(work), byte_progress(f"packing to {kind}") as progress:
+        if folder.is_dir():             # another process was quicker
+            return
+        for name, tensor in checkpoint.assemble(decoder_rows(family, split), progress=progress):
+            save_file(_stored(name, tensor, kind), work / f"{name}.safetensors")
+        os.rename(work, folder)
+
+
+def _stored(name: str, tensor, kind: str) -> dict[str, torch.Tensor]:
+    """The head keeps 8 bits: it decides between tokens and is little of the whole."""
+    if not name.endswith(MATRICES):
+        return {"float": tensor}
+    small = kind == "int4" and not name.startswith("lm_head") and Int4Weight.fits(tensor)
+    return FORMS["int4" if small else "int8"].tensors(tensor)
+
+
+def _read(folder: Path, dtype) -> dict:
+    files, weights = sorted(folder.glob("*.safetensors")), {}
+    with step_progress("loading packed weights", len(files)) as advance:
+        for file in files:
+            weights[file.stem] = _loaded(load_file(file), dtype)
+            advance()
+    return weights
+
+
+def _loaded(stored: dict, dtype):
+    if "float" in stored:
+        return stored["float"].to(dtype)
+    return next(form for name, form in FORMS.items() if name in stored).from_tensors(stored)
+
+
+def bits(target: str, kind: str, dtype: torch.dtype) -> float:
+    """Bits per value that a target takes in memory; what int4 cannot take is left out of account."""
+    if kind == "float" or not target.endswith(MATRICES):
+        return 8 * dtype.itemsize
+    return 4 + 32 / 128 if kind == "int4" and not target.startswith("lm_head") else 8

@@ -1,0 +1,55 @@
+"""A decoder with one layer's weights in memory at a time: for checking models that are larger than it.
+
+A checkpoint flows in; out flow weights whose linear layers are read when their turn comes, and logits of a whole question in
+one pass through the layers (two where a prompt's tokens see each other both ways).
+"""
+from functools import partial
+
+import numpy as np
+import torch
+
+from models.checkpoint.quantized import PIECE
+from models.network.decoder import linear_of
+from models.network.linear import Late
+from runtime.common.progress import step_progress
+
+from .runner import Chunk
+from .weights import BRANCH, decoder_rows, load_rows, read_rows, without_zero_biases
+
+
+class Shelf:
+    """Holds the linear layers of the decoder layer that was asked for last."""
+
+    def __init__(self, checkpoint, family, dtype: torch.dtype, ops, split):
+        self.checkpoint, self.family, self.dtype, self.ops = checkpoint, family, dtype, ops
+        self.rows = {i: [] for i in range(family.decoder.layers)}
+        self.resident = []
+        for row in decoder_rows(family, split):
+            self._place(row).append(row)
+        self.index, self.held, self.advance = None, {}, lambda: None
+
+    def weights(self) -> dict:
+        """As loading.decoder_weights, with Late ones in place of the layers' linear layers."""
+        resident = load_rows(self.checkpoint, self.resident, self.dtype, "cpu", self.ops)
+        return without_zero_biases(resident, self.family) | {
+            f"layers.{i}.{name}": Late(partial(self._linear, i, name)) for i in self.rows for name in BRANCH}
+
+    def score(self, runner, sequence, features, token_ids: list[int]) -> np.ndarray:
+        """Engine.score in one piece: float32 [n, vocab], row i predicts token_ids[i]."""
+        sequence.token_ids.extend(token_ids[:-1])
+        chunk = Chunk(sequence, sequence.known, features)
+        with step_progress("layers", len(self.rows) * sum(map(len, chunk.spans()))) as self.advance:
+            return runner.run([chunk], all_logits=True)[-len(token_ids):].numpy()
+
+    def _place(self, row) -> list:
+        target = row.parts[0].target
+        layers, index, name = (PIECE.sub(r"\1", target) + "..").split(".")[:3]
+        return self.rows[int(index)] if layers == "layers" and name in BRANCH else self.resident
+
+    def _linear(self, index: int, name: str):
+        if index != self.index:
+            self.held = {}              # before the next one is read
+            self.held = read_rows(self.checkpoint, self.rows[index], self.dtype, "cpu", self.ops, lambda done, total: None)
+            self.index = index
+            self.advance()
+        return linear_of(self.held, f"layers.{index}.{name}")

@@ -1,0 +1,59 @@
+"""From logits to the next token: penalties, temperature, min-p, top-k, top-p, in vLLM's order, which is the releases'."""
+import math
+
+import torch
+
+from runtime.common.errors import CHECK_FAILED, ToolkitError
+
+GREEDY = 1e-5       # a temperature below it takes the most likely token, as in vLLM; logits divided by it would overflow
+
+
+def sample(logits: torch.Tensor, seen: torch.Tensor, answer: torch.Tensor, settings, generator: torch.Generator) -> int:
+    """logits float32 [vocab]; seen, answer: int64 ids of prompt and answer so far, and of the answer alone; temperature 0
+    takes the most likely token."""
+    if not all(math.isfinite(end) for end in logits.aminmax()):     # NaN is both ends
+        raise ToolkitError("the decoder's logits contain NaN or Inf; try --dtype float32, or compare the checkpoint with "
+                           "python -m runtime.compare", CHECK_FAILED)
+    logits = penalise(logits, seen, settings.repetition_penalty)
+    logits = discourage(logits, answer, settings.presence_penalty, settings.frequency_penalty)
+    if settings.temperature < GREEDY:
+        return int(logits.argmax())
+    logits = min_p(logits / settings.temperature, settings.min_p)
+    probabilities = nucleus(top_k(logits, settings.top_k), settings.top_p).softmax(-1)
+    return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+def penalise(logits, seen, penalty: float):
+    """Tokens seen before: positive logits divided, negative ones multiplied (Keskar et al. 2019, CTRL)."""
+    if penalty == 1:
+        return logits
+    score = logits[seen]
+    return logits.index_put((seen,), torch.where(score < 0, score * penalty, score / penalty))
+
+
+def discourage(logits, answer, presence: float, frequency: float):
+    """OpenAI's penalties: tokens that the answer has lose `presence` once, and `frequency` for every time they stand there."""
+    if presence == frequency == 0:
+        return logits
+    counts = torch.bincount(answer, minlength=len(logits))
+    return logits - presence * (counts > 0) - frequency * counts
+
+
+def min_p(logits, p: float):
+    """Drop what is less likely than p times the likeliest (Nguyen et al. 2024)."""
+    return logits.masked_fill(logits < logits.max() + math.log(p), float("-inf")) if p > 0 else logits
+
+
+def top_k(logits, k: int):
+    if not 0 < k < len(logits):
+        return logits
+    return logits.masked_fill(logits < logits.topk(k).values[-1], float("-inf"))
+
+
+def nucleus(logits, p: float):
+    """Keep the smallest set of tokens whose probability reaches p; the most likely one always stays."""
+    if p >= 1:
+        return logits
+    ordered, order = logits.sort(descending=True)
+    before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+    return logits.index_fill(0, order[1:][before[1:] >= p], float("-inf"))

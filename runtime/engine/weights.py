@@ -1,0 +1,99 @@
+"""Reads the decoder's weights from the checkpoint straight into the backend's form, one tensor at a time."""
+import re
+from collections import Counter, defaultdict
+from fnmatch import fnmatchcase
+
+import torch
+
+from models.checkpoint.quantized import PIECE, Stacked, layer_of, stored_weights
+from models.family import Weight
+from models.network.decoder import linear_of
+from models.network.linear import Linear, widened
+from runtime.common.errors import ToolkitError
+from runtime.common.progress import byte_progress
+
+MATRICES = ("qkv.weight", "out.weight", "up.weight", "down.weight", "lm_head.weight")
+BRANCH = {"qkv": "attention", "out": "attention", "up": "mlp", "down": "mlp"}
+FLOAT_LINEAR = re.compile(r"(layers\.\d+)\.(qkv|out|up|down)\.(weight|bias)")
+
+
+def decoder_rows(family, split) -> list[Weight]:
+    """The weight table of the decoder, or of the part of it that `split` gives to this device."""
+    return [w for w in split.weights(stored_weights(family)) if w.parts and not w.parts[0].target.startswith("vision.")]
+
+
+def decoder_weights(checkpoint, family, dtype: torch.dtype, device: str, ops, split, keep=()) -> dict:
+    """Canonical name -> tensor of `dtype` on `device`, the part that `split` gives to it; matrices packed by `ops` as soon
+    as they are complete.
+
+    Quantised layers stand under the layer's name, their int8 tensors as stored, packed by `ops` too. keep: the stages
+    (patterns of names as "layers.0.mlp") whose linear layers stay float32; each stands under its name as a Wide.
+    """
+    rows = decoder_rows(family, split)
+    wide = kept_rows(rows, keep) if dtype != torch.float32 else []
+    weights = load_rows(checkpoint, [row for row in rows if row not in wide], dtype, device, ops)
+    if wide:
+        floats = load_rows(checkpoint, wide, torch.float32, device, ops)
+        for name in dict.fromkeys(target.rpartition(".")[0] for target in floats):
+            weights[name] = widened(name.rpartition(".")[2], linear_of(floats, name), dtype)
+    return without_zero_biases(weights, family)
+
+
+def without_zero_biases(weights: dict, family) -> dict:
+    """Anti-outlier methods write a bias to every RMSNorm, most of them zero."""
+    if family.decoder.norm != "rms":
+        return weights
+    return {name: w for name, w in weights.items() if not name.endswith("norm.bias") or w.any()}
+
+
+def kept_rows(rows: list[Weight], patterns) -> list[Weight]:
+    """The rows of float linear layers in stages whose names match; ToolkitError for a pattern that matches none."""
+    stages = {}
+    for row in rows:
+        if linear := FLOAT_LINEAR.fullmatch(row.parts[0].target):
+            stages.setdefault(f"{linear[1]}.{BRANCH[linear[2]]}", []).append(row)
+    for pattern in patterns:
+        if not any(fnmatchcase(stage, pattern) for stage in stages):
+            raise ToolkitError(f"--keep-dtype {pattern} names no stage with float weights; " + (
+                f"they are {next(iter(stages))} to {list(stages)[-1]}" if stages else "the checkpoint is quantised"))
+    return [row for stage, some in stages.items() if any(fnmatchcase(stage, p) for p in patterns) for row in some]
+
+
+def load_rows(checkpoint, rows: list[Weight], dtype: torch.dtype, device: str, ops) -> dict:
+    """The targets of table rows, as in `decoder_weights`."""
+    with byte_progress("loading weights") as update:
+        return read_rows(checkpoint, rows, dtype, device, ops, update)
+
+
+def read_rows(checkpoint, rows: list[Weight], dtype: torch.dtype, device: str, ops, update) -> dict:
+    """load_rows; calls update(done, total) with bytes."""
+    plain = [row for row in rows if not PIECE.fullmatch(row.parts[0].target)]
+    pieces = [row for row in rows if PIECE.fullmatch(row.parts[0].target)]
+    total = sum(checkpoint.nbytes(row.source) for row in rows if row.source in checkpoint.shapes)
+    weights = {name: ops.pack(tensor.to(device)) if name.endswith(MATRICES) else tensor.to(device)
+               for name, tensor in checkpoint.assemble(plain, dtype=dtype, progress=lambda done, _: update(done, total))}
+    before = sum(checkpoint.nbytes(row.source) for row in plain if row.source in checkpoint.shapes)
+    tensors = checkpoint.assemble(pieces, progress=lambda done, _: update(before + done, total))
+    for name, layer in _layers(tensors, pieces, dtype):
+        weights[name] = _packed(layer, dtype, device, ops)
+    return weights
+
+
+def _layers(tensors, rows, dtype):
+    """(name, layer) of every layer whose pieces have all been read."""
+    missing = Counter(PIECE.fullmatch(part.target)[1] for row in rows for part in row.parts)
+    read = defaultdict(dict)
+    for target, tensor in tensors:
+        name, first, kind, which = PIECE.fullmatch(target).groups()
+        read[name].setdefault(int(first), (kind, {}))[1][which] = tensor
+        missing[name] -= 1
+        if not missing[name]:
+            yield name, layer_of(read.pop(name), dtype)
+
+
+def _packed(layer, dtype, device, ops):
+    if isinstance(layer, Stacked):
+        return Stacked([_packed(part, dtype, device, ops) for part in layer.parts])
+    if isinstance(layer, Linear):
+        return Linear(ops.pack(layer.weight.to(device)), None if layer.bias is None else layer.bias.to(device))
+    return ops.pack_quantized(layer.to(device), dtype)

@@ -1,0 +1,319 @@
+"""The operator set on Ascend NPUs: torch_npu's aclnn kernels, and ATB's where the chip needs them.
+
+Activations flow in packed [T, width] and flow out the same way; which kernel runs, which storage format weights and
+cache have, and on which side the lengths lie is read from the chip's row in `socs.py`. Host work of a step (lengths,
+padding, the order of rows) is done once in `begin`, not once per layer.
+
+Kernels are called through torch.ops, whose schemas the tests declare in a torch without torch_npu.
+"""
+from dataclasses import dataclass, fields
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch.nn import functional as F
+
+from models.network.decoder import Step
+from runtime.ascend.socs import NZ, Soc, soc_of
+from runtime.common.errors import MISSING_COMPONENT, ToolkitError
+from runtime.ops.reference import ReferenceOps, shifted
+
+MASK_SIZE = 2048            # side of the compressed causal masks, whatever the sequence length
+SPLITFUSE_MASKED = -10000.0
+CAUSAL_BOTTOM_RIGHT = 3     # fused_infer's sparse_mode: the last query row sees the last key
+COMPRESSED, COMPRESSED_PAGED = 3, 5     # ATB's mask_type
+PAD_TO_MULTIPLE = ("context", "prompt")
+
+
+@dataclass
+class NpuStep(Step):
+    """A Step with its tensors on the device, and what the kernels want besides.
+
+    cos, sin [1, rows, 1, head_dim]; slots int32 [T]; rows >= T: tokens with padding, which forms a sequence of its own.
+    order int32: heads of the packed qkv rows, all of q, then k, then v; None when they already lie so (one row).
+    q_tensor int32 on the host, kv_tensor int32 on the device: lengths; q_ends: running sum of the query lengths.
+    """
+    phase: str = ""
+    rows: int = 0
+    order: torch.Tensor | None = None
+    q_tensor: torch.Tensor | None = None
+    kv_tensor: torch.Tensor | None = None
+    q_ends: list[int] | None = None
+
+
+@dataclass
+class NpuInt8:
+    """A Quantized layer [n, k] for the NPU: weight int8 [k, n]; scale [n] in the form the chip's matmul takes; bias int32
+    [n] added to its sums (static) or float [n] added to its result; inverse and offset [k] of the activations (static)."""
+    kind: str
+    weight: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor | None
+    inverse: torch.Tensor | None = None
+    offset: torch.Tensor | None = None
+
+
+def phase(step: Step) -> str:
+    """context: seen both ways, nothing cached before it; prompt: causal, nothing cached before it; token: one new token
+    per sequence; extension: anything else."""
+    if not step.causal:
+        return "context"
+    if max(step.q_lens) == 1:
+        return "token"
+    return "prompt" if step.q_lens == step.kv_lens else "extension"
+
+
+class NpuOps(ReferenceOps):
+    name = "npu"
+    records_graphs = True
+
+    def __init__(self, soc: Soc, device: str):
+        self.soc, self.device = soc, device
+        self._write, self._attention = WRITES[soc.cache_write], {p: ATTENTION[k] for p, k in soc.attention.items()}
+
+    @property
+    def default_block_size(self) -> int:
+        return self.soc.block_sizes[0]
+
+    def check(self, dtype: str, block_size: int):
+        """ToolkitError when the chip cannot compute in `dtype` or page by `block_size`."""
+        if dtype not in self.soc.dtypes:
+            raise ToolkitError(f"--dtype {dtype} is not computed by {self.soc.name}; use --dtype "
+                               f"{' or '.join(self.soc.dtypes)}")
+        if block_size not in self.soc.block_sizes:
+            raise ToolkitError(f"--block-size {block_size} is not paged by {self.soc.name}'s attention; use "
+                               f"--block-size {' or '.join(map(str, self.soc.block_sizes))}")
+
+    def default_dtype(self, family) -> str:
+        """What --dtype auto means: the dtype of the released weights if the chip computes in it."""
+        released = family.config.get("torch_dtype") or family.config.get("dtype")
+        return released if released in self.soc.dtypes else self.soc.dtypes[0]
+
+    def free_memory(self) -> int:
+        """Bytes free on the device."""
+        return torch.npu.mem_get_info(self.device)[0]
+
+    accelerator = property(lambda self: torch.npu)        # the module that records graphs
+
+    def new_graph(self, step):
+        """(graph, what `torch.npu.graph` is told)"""
+        return torch.npu.NPUGraph(), {"auto_dispatch_capture": step.kv_tensor is None}
+
+    # weights and cache
+
+    def pack(self, weight):
+        return torch.ops.npu.npu_format_cast(weight, NZ) if self.soc.weight_format == NZ else weight
+
+    def pack_quantized(self, layer, dtype):
+        if layer.kind == "W8A8_DYNAMIC" and not self.soc.token_scales:
+            raise ToolkitError(f"{self.soc.name} has no int8 matmul with a scale per token, which W8A8_DYNAMIC needs; "
+                               "quantise with --scheme w8a8")
+        if not layer.static:
+            bias = None if layer.bias is None else layer.bias.to(dtype)
+            scale = layer.scale.to(dtype) if layer.kind == "W8A16" else layer.scale
+            return NpuInt8(layer.kind, self._int8(layer.weight), scale, bias)
+        inverse, offset = (torch.full((layer.weight.shape[1],), value, dtype=dtype, device=layer.weight.device)
+                           for value in (1 / layer.input_scale, layer.input_offset))
+        scale = layer.scale
+        if dtype == torch.float16 or self.soc.int64_scales:     # float32 bits in the low half
+            scale = torch.ops.npu.npu_trans_quant_param(scale)
+        return NpuInt8(layer.kind, self._int8(layer.weight), scale, layer.bias, inverse, offset)
+
+    def _int8(self, weight):
+        """[n, k] -> [k, n] in the chip's format; the tiles of 310P are laid out before the axes are exchanged."""
+        return self.pack(weight).transpose(0, 1) if self.soc.weight_format == NZ else weight.t().contiguous()
+
+    def cache(self, config, blocks, block_size, dtype, device):
+        if self.soc.cache_format != NZ:
+            return super().cache(config, blocks, block_size, dtype, device)
+        tiles = config.kv_heads * config.head_dim // 16
+        return torch.ops.npu.npu_format_cast(torch.zeros(blocks, tiles, block_size, 16, dtype=dtype, device=device), NZ)
+
+    # one step
+
+    def begin(self, step, config, device):
+        kind, tokens = phase(step), len(step.cos)
+        padding = -tokens % self.soc.token_multiple if kind in PAD_TO_MULTIPLE else 0
+        q_lens = step.q_lens + [padding] * (padding > 0)
+        cos, sin = (F.pad(t, (0, 0, 0, padding))[None, :, None].to(device) for t in (step.cos, step.sin))
+        return NpuStep(
+            cos, sin, step.slots.to(device, torch.int32), step.block_table.to(device), q_lens, step.kv_lens,
+            step.causal, phase=kind, rows=tokens + padding, order=_heads_order(tokens, padding, config, device),
+            q_tensor=torch.tensor(q_lens, dtype=torch.int32), q_ends=list(accumulate(q_lens)),
+            kv_tensor=torch.tensor(step.kv_lens, dtype=torch.int32, device=device) if self.soc.lens_on_device else None)
+
+    def heads(self, qkv, config, step):
+        if step.order is None:
+            return super().heads(qkv, config, step)
+        rows = qkv.view(-1, config.head_dim).index_select(0, step.order)
+        counts = (config.heads, config.kv_heads, config.kv_heads)
+        return [part.view(step.rows, -1, config.head_dim) for part in rows.split([step.rows * n for n in counts])]
+
+    def linear(self, x, linear):
+        if self.soc.fused_bias or linear.bias is None:
+            return F.linear(x, linear.weight, linear.bias)
+        return F.linear(x, linear.weight).add_(linear.bias)
+
+    def quantized_linear(self, x, layer):
+        if layer.kind == "W8A16":
+            return torch.ops.npu.npu_weight_quant_batchmatmul(x, layer.weight, layer.scale, bias=layer.bias)
+        if layer.inverse is not None:
+            q = torch.ops.npu.npu_quantize(x, layer.inverse, layer.offset, torch.qint8, -1, False)
+            return torch.ops.npu.npu_quant_matmul(q, layer.weight, layer.scale, bias=layer.bias, output_dtype=x.dtype)
+        q, scale = torch.ops.npu.npu_dynamic_quant(x)
+        y = torch.ops.npu.npu_quant_matmul(q, layer.weight, layer.scale, pertoken_scale=scale, output_dtype=x.dtype)
+        return y if layer.bias is None else y.add_(layer.bias)
+
+    def layer_norm(self, x, norm, eps):
+        return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, eps)
+
+    def rms_norm(self, x, norm, eps):
+        return shifted(torch.ops.npu.npu_rms_norm(x, norm.weight, eps)[0], norm)
+
+    def add_rms_norm(self, x, residual, norm, eps):
+        y, _, total = torch.ops.npu.npu_add_rms_norm(x, residual, norm.weight, eps)
+        return shifted(y, norm), total
+
+    def swiglu(self, x):
+        if x.shape[-1] % self.soc.swiglu_multiple:
+            return super().swiglu(x)
+        return torch.ops.npu.npu_swiglu(x)
+
+    def gelu_tanh(self, x):
+        return torch.ops.npu.npu_gelu(x, approximate="tanh")
+
+    def rope(self, q, k, cos, sin):
+        q, k = torch.ops.npu.npu_apply_rotary_pos_emb(q[None], k[None], cos, sin)     # in place
+        return q[0], k[0]
+
+    def cache_write(self, k, v, keys, values, slots):
+        self._write(k[:len(slots)], v[:len(slots)], keys, values, slots)
+
+    def attention(self, q, k, v, keys, values, step):
+        return self._attention[step.phase](self, q, k, v, keys, values, step)[:len(step.slots)]
+
+    # causal masks, made once on the device
+
+    @cached_property
+    def mask_int8(self):
+        """[2048, 2048], 1 = hidden."""
+        return torch.ones(MASK_SIZE, MASK_SIZE, dtype=torch.int8).triu(1).to(self.device)
+
+    @cached_property
+    def mask_additive(self):
+        """[2048, 2048] fp16, added to the scores."""
+        return torch.full((MASK_SIZE, MASK_SIZE), SPLITFUSE_MASKED, dtype=torch.float16).triu(1).to(self.device)
+
+    @cached_property
+    def mask_tiles(self):
+        """[1, 128, 2048, 16] fp16: columns in tiles of 16, NZ, added to the scores."""
+        mask = torch.full((MASK_SIZE, MASK_SIZE), float("-inf"), dtype=torch.float16).triu(1)
+        tiles = mask.view(MASK_SIZE, -1, 16).transpose(0, 1)[None].contiguous()
+        return torch.ops.npu.npu_format_cast(tiles.to(self.device), NZ)
+
+
+def _heads_order(tokens, padding, config, device):
+    if tokens + padding == 1:
+        return None
+    rows = torch.cat((torch.arange(tokens), torch.zeros(padding, dtype=torch.int64)))   # padding repeats token 0
+    heads = torch.arange(config.heads + 2 * config.kv_heads)
+    table = (rows[:, None] * len(heads) + heads).split((config.heads, config.kv_heads, config.kv_heads), dim=1)
+    return torch.cat([part.flatten() for part in table]).to(device, torch.int32)
+
+
+# attention kernels: (ops, q, k, v, key cache, value cache, step) -> [rows, heads, head_dim]
+
+def _shape(q, k):
+    """Head counts and softmax scale under ATB's names."""
+    return {"num_heads": q.shape[1], "num_kv_heads": k.shape[1], "scale_value": q.shape[2] ** -0.5}
+
+
+def _fused_infer(ops, q, k, v, keys, values, step):
+    return torch.ops.npu.npu_fused_infer_attention_score(
+        q, keys.flatten(2), values.flatten(2), atten_mask=ops.mask_int8, actual_seq_lengths=step.q_ends,
+        actual_seq_lengths_kv=step.kv_lens, block_table=step.block_table, num_heads=q.shape[1],
+        num_key_value_heads=k.shape[1], scale=q.shape[2] ** -0.5, input_layout="TND", sparse_mode=CAUSAL_BOTTOM_RIGHT,
+        block_size=keys.shape[1])[0]
+
+
+def _fusion(ops, q, k, v, keys, values, step):
+    return torch.ops.npu.npu_fusion_attention(
+        q, k, v, q.shape[1], "TND", scale=q.shape[2] ** -0.5, actual_seq_qlen=step.q_ends,
+        actual_seq_kvlen=step.q_ends)[0]
+
+
+def _flash(ops, q, k, v, keys, values, step):
+    out = torch.empty_like(q)
+    torch.ops.atb._npu_flash_attention_v3(q, k, v, mask=ops.mask_tiles, seq_len=step.q_tensor, mask_type=COMPRESSED,
+                                          out=out, **_shape(q, k))
+    return out
+
+
+def _flash_unpadded(ops, q, k, v, keys, values, step):
+    out = torch.empty_like(q)
+    torch.ops.atb._npu_flash_attention_unpad(q, k, v, seq_len=step.q_tensor, out=out, **_shape(q, k))
+    return out
+
+
+def _splitfuse(ops, q, k, v, keys, values, step):
+    out = torch.empty_like(q)
+    torch.ops.atb._npu_paged_attention_splitfuse_v2(
+        q, keys, values, mask=ops.mask_additive, block_table=step.block_table, seq_len=step.q_tensor,
+        context_lens=step.kv_tensor, mask_type=COMPRESSED_PAGED, out=out, **_shape(q, k))
+    return out
+
+
+def _paged(ops, q, k, v, keys, values, step):
+    out = torch.empty_like(q)
+    torch.ops.atb._npu_paged_attention(q, keys, values, block_table=step.block_table, context_lens=step.kv_tensor,
+                                       out=out, **_shape(q, k))
+    return out
+
+
+ATTENTION = {"fused_infer": _fused_infer, "fusion": _fusion, "flash": _flash, "flash_unpadded": _flash_unpadded,
+             "splitfuse": _splitfuse, "paged": _paged}
+
+
+# cache writes: (k, v, key cache, value cache, slots)
+
+def _scatter(k, v, keys, values, slots):
+    torch.ops.npu.npu_scatter_pa_kv_cache(k, v, keys, values, slots, cache_mode="Norm")
+
+
+def _reshape_and_cache(k, v, keys, values, slots):
+    torch.ops.atb._npu_reshape_and_cache(k, v, keys, values, slots)
+
+
+WRITES = {"scatter": _scatter, "reshape_and_cache": _reshape_and_cache}
+
+
+def open_npu(device: str) -> NpuOps:
+    """Take the NPU `device` ("npu:N"). ToolkitError with the line that helps when torch_npu, CANN or the device is
+    missing, or the chip is not in the table."""
+    try:
+        import torch_npu
+    except ModuleNotFoundError:
+        raise ToolkitError(f"--device {device} needs torch_npu, which is not installed; run: pip install torch_npu=="
+                           f"{torch.__version__.split('+')[0]}", MISSING_COMPONENT) from None
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ToolkitError(f"--device {device}: torch_npu cannot load CANN ({_first_line(error)}); run: source "
+                           "/usr/local/Ascend/ascend-toolkit/set_env.sh", MISSING_COMPONENT) from None
+    count, index = torch.npu.device_count(), int(device.split(":")[1])
+    if index >= count:
+        raise ToolkitError(f"--device {device}: torch_npu sees {count} NPUs; check `npu-smi info` and "
+                           "ASCEND_RT_VISIBLE_DEVICES", MISSING_COMPONENT)
+    torch.npu.set_device(index)
+    soc = soc_of(torch_npu.npu.get_soc_version(), torch.npu.get_device_name(index))
+    torch.npu.set_compile_mode(jit_compile=False)       # kernels from the installed packages, none compiled at run time
+    torch.npu.config.allow_internal_format = soc.weight_format == NZ or soc.cache_format == NZ
+    return NpuOps(soc, device)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def device_tensors(step: NpuStep) -> dict[str, torch.Tensor]:
+    """What a replayed graph reads anew: the step's tensors that change from token to token."""
+    names = [f.name for f in fields(step) if f.name not in ("order", "q_tensor")]
+    return {name: value for name in names if isinstance(value := getattr(step, name), torch.Tensor)}

@@ -1,0 +1,91 @@
+"""Pictures of a request, from a data URI, base64, a file or a host the operator allows: limits come before decoding."""
+import base64
+import binascii
+import io
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from PIL import Image
+
+from .fetch import fetch
+from .schema import ApiError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+DATA_URI = re.compile(r"data:image/[\w.+-]+;base64,")
+
+
+@dataclass(frozen=True)
+class PictureRules:
+    """count per request; bytes of one file; pixels of one picture; folder files may be read from, or None; domains that
+    pictures may be fetched from, as media.fetch takes them."""
+    count: int
+    bytes: int
+    pixels: int
+    folder: Path | None = None
+    domains: tuple[str, ...] = ()
+
+    def from_url(self, url: str) -> Image.Image:
+        """data: URI, file: URL below the allowed folder, or URL of an allowed domain -> decoded picture. ApiError for
+        anything else."""
+        start = DATA_URI.match(url)
+        if start:
+            return self.from_base64(url[start.end():])
+        if url.startswith("file://"):
+            return self.decode(self._read(url))
+        if self.domains and url.startswith(("http://", "https://")):
+            return self.decode(fetch(url, self.domains, self.bytes))
+        raise ApiError("image_url must be a data URI (data:image/png;base64,...); this server fetches no URL and reads no "
+                       "file that its operator did not allow", param="messages")
+
+    def from_base64(self, text: str) -> Image.Image:
+        self._check_size(len(text) * 3 // 4)
+        try:
+            return self.decode(base64.b64decode(text, validate=True))
+        except (binascii.Error, ValueError):
+            raise ApiError("the picture is not valid base64", 422, param="messages") from None
+
+    def decode(self, data: bytes) -> Image.Image:
+        """The header is read first, and nothing else of a picture that is too large."""
+        self._check_size(len(data))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                image = Image.open(io.BytesIO(data), formats=FORMATS)
+            pixels = image.width * image.height
+        except Image.DecompressionBombError:
+            pixels = 2 * Image.MAX_IMAGE_PIXELS
+        except Exception:           # damaged headers raise all kinds
+            raise ApiError(f"the picture cannot be read; use {', '.join(FORMATS)}", 422, param="messages") from None
+        if pixels > self.pixels:
+            raise ApiError(f"the picture has {pixels:,} pixels, the limit is {self.pixels:,}; make it smaller", 413,
+                           param="messages")
+        return _loaded(image)
+
+    def _check_size(self, size: int):
+        if size > self.bytes:
+            raise ApiError(f"the picture has {size:,} bytes, the limit is {self.bytes:,}", 413, param="messages")
+
+    def _read(self, url: str) -> bytes:
+        """Links are followed before the folder is checked; what is outside looks the same as what is not there."""
+        refused = ApiError("this file is not one that this server may read", param="messages")
+        if self.folder is None:
+            raise refused
+        try:
+            path = Path(unquote(urlsplit(url).path)).resolve(strict=True)
+            if not (path.is_relative_to(self.folder.resolve()) and path.is_file()):
+                raise refused
+            with path.open("rb") as file:
+                return file.read(self.bytes + 1)
+        except (OSError, ValueError):
+            raise refused from None
+
+
+def _loaded(image: Image.Image) -> Image.Image:
+    try:
+        image.load()
+    except Exception:               # PIL's decoders raise whatever their parsers stumble over
+        raise ApiError("the picture is damaged or truncated", 422, param="messages") from None
+    return image
