@@ -20,7 +20,7 @@ setup(
     packages=find_packages(include=["models", "models.*", "convert", "convert.*", "quant", "quant.*",
                                     "runtime", "runtime.*"]),
     package_data={"models": ["released/*.json"], "convert": ["*/*.json"],
-                  "runtime": ["bench/*.html", "compare/templates/*", "doctor/*.json", "ops/cpu/kernels/*"]},
+                  "runtime": ["bench/*.html", "compare/report/templates/*", "doctor/*.json", "ops/cpu/kernels/*"]},
     install_requires=[
         "torch>=2.13,<2.14",
         "numpy>=1.26",

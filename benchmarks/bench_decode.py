@@ -18,7 +18,7 @@ import numpy as np
 
 from runtime import Engine
 from runtime.bench.workload import run, text_prompts
-from runtime.engine.cpu_weights import bits
+from runtime.engine.loading.cpu_weights import bits
 
 PROMPT, ANSWER = 512, 64
 
@@ -53,7 +53,7 @@ class Clock:
 
 def step_bytes(engine, kind: str) -> float:
     """Weights that every step reads: all but the embedding."""
-    from runtime.engine.weights import decoder_rows
+    from runtime.engine.loading.weights import decoder_rows
     return sum(np.prod(row.shape) * bits(part.target, kind, engine.plan.dtype) / 8 for row in decoder_rows(
         engine.family, engine._split) for part in row.parts if not part.target.startswith("embed"))
 

@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def streamed(model: str, out: Path):
     """Ours, as `python -m convert` does it: identify the checkpoint (hash its vision bytes), trace, stream, check."""
-    from convert.__main__ import fresh
     from convert.export.trace import OPSET
+    from convert.pipeline import fresh
     from convert.verify.preflight import preflight
     from models import family_of
     from models.checkpoint.reader import Checkpoint
@@ -37,7 +37,7 @@ def plain(model: str, out: Path):
 
     from models import family_of
     from models.checkpoint.reader import Checkpoint
-    from runtime.vision import plain_tower
+    from runtime.vision.torch_session import plain_tower
     family = family_of(model)
     tower = plain_tower(family, Checkpoint(model), torch.float32)
     pixels = torch.zeros(family.vision.input_shape)

@@ -2,7 +2,9 @@
 import re
 from pathlib import Path
 
-from .family import Family, ModelError, read_json
+from .config import read_json
+from .errors import ModelError
+from .family import Family
 
 # module -> class; the module is imported when its turn comes
 FAMILIES = {"visualglm": "VisualGLM", "glm4": "Glm4", "glm4v": "Glm4V", "llava": "Llava", "glm_edge": "GlmEdge"}

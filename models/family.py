@@ -6,108 +6,13 @@ Canonical decoder names (what `decoder.py` and the runtime know); every family m
 qkv holds the rows [q; k; v], heads in order, q and k rows permuted so that one full-width half-rotation serves every
 family. `up` is the fused [gate; up] for SwiGLU. Vision weights keep the tower module's own names, prefixed "vision.".
 """
-import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-
-class ModelError(Exception):
-    """A checkpoint, picture or prompt that cannot be used; the message is one sentence for the user."""
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary angles: `channels` position channels, each with angles pos / theta^(2j/dim), j < dim/2.
-
-    The row handed to the kernels is [c, c], c = angles of all channels, then zeros (no rotation) up to head_dim/2.
-    """
-    dim: int
-    channels: int = 1
-    theta: float = 10000.0
-    half_rounded: bool = False      # ChatGLM-6B rounds the frequencies to fp16 when they are built
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    vocab_size: int
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn: int
-    rope: Rope
-    eps: float
-    max_length: int
-    norm: str = "rms"                       # "rms" | "layer"
-    activation: str = "swiglu"              # "swiglu" | "gelu_tanh"
-    residual_alpha: float | None = None     # ChatGLM-6B: x = norm(x) * alpha + branch(norm(x)); None = plain pre-norm
-
-
-@dataclass(frozen=True)
-class VisionSpec:
-    """The exported encoder's interface: one input, one output, fixed shapes (batch first)."""
-    input_shape: tuple[int, ...]
-    output_shape: tuple[int, ...]           # (1, rows, decoder hidden)
-    input_name: str = "input"
-    output_name: str = "output"
-
-    @property
-    def rows(self) -> int:
-        return self.output_shape[1]
-
-
-@dataclass(frozen=True)
-class Part:
-    """Where (a piece of) a checkpoint tensor goes. `take` = rows of the source, `at` = (row offset, total rows) in the target.
-
-    `transform` is applied to the piece (fp tensors of any dtype) before it is stored; one on q rows alone, or on k rows
-    alone, works head by head, so that it also serves for some of the heads.
-    """
-    target: str
-    take: tuple[int, int] | None = None
-    at: tuple[int, int] | None = None
-    transform: Callable | None = None
-
-
-@dataclass(frozen=True)
-class Weight:
-    """One row of a weight table: checkpoint name, its exact shape, and where its parts go (none = known and dropped)."""
-    source: str
-    shape: tuple[int, ...]
-    parts: tuple[Part, ...] = ()
-    optional: bool = False
-
-
-def pair(source: str, shape: tuple[int, ...], target: str, transform=None, bias: bool = True):
-    """Table rows of a layer's weight and bias; the bias has the weight's first dimension and the same transform."""
-    yield Weight(source + ".weight", shape, (Part(target + ".weight", transform=transform),))
-    if bias:
-        yield Weight(source + ".bias", shape[:1], (Part(target + ".bias", transform=transform),))
-
-
-def transposed(weight):
-    return weight.t()
-
-
-def dense(source: str, outputs: int, inputs: int, target: str, bias: bool = True):
-    """Table rows of a tower's linear layer, whose weight we keep as [in, out]."""
-    yield Weight(source + ".weight", (outputs, inputs), (Part(target + ".weight", transform=transposed),))
-    if bias:
-        yield Weight(source + ".bias", (outputs,), (Part(target + ".bias"),))
-
-
-def fused_dense(source: str, outputs: int, inputs: int, targets: list[str]):
-    """Table rows of a tower's fused projection (row blocks of `outputs` each), split into one linear layer per target."""
-    def parts(suffix, transform=None):
-        return tuple(Part(t + suffix, take=(i * outputs, (i + 1) * outputs), transform=transform)
-                     for i, t in enumerate(targets))
-    total = outputs * len(targets)
-    yield Weight(source + ".weight", (total, inputs), parts(".weight", transposed))
-    yield Weight(source + ".bias", (total,), parts(".bias"))
+from .config import VisionSpec, read_json
+from .errors import ModelError
 
 
 @dataclass
@@ -190,26 +95,5 @@ class Family:
         return read_json(path) if path.is_file() else {}
 
 
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path} is missing; give --model the folder of a downloaded checkpoint") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path} is not valid JSON ({error}); download it again") from None
 
 
-def split_content(content) -> tuple[list, str]:
-    """A message's content (text, or OpenAI-style parts) -> (pictures, text)."""
-    if isinstance(content, str):
-        return [], content
-    pictures, texts = [], []
-    for part in content:
-        kind = part.get("type")
-        if kind == "text":
-            texts.append(part["text"])
-        elif kind == "image":
-            pictures.append(part["image"])
-        else:
-            raise ModelError(f"content part of type {kind!r} is not known; use 'text' or 'image'")
-    return pictures, "".join(texts)

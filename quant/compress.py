@@ -13,11 +13,11 @@ import torch
 from models import family_of
 from models.checkpoint.quantized import FILE, Description, find_description
 from models.checkpoint.reader import Checkpoint
-from models.family import read_json
+from models.config import read_json
 from runtime.common.errors import CHECK_FAILED, MISSING_COMPONENT, ToolkitError
+from runtime.common.files import locked, write_atomically
 from runtime.common.progress import byte_progress
 from runtime.parallel.split import Split, check_split
-from runtime.vision.artifact import locked, write_atomically
 
 from . import msmodelslim_calls as slim
 from . import output as write

@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 
 from models.network.decoder import norm_of
 from runtime.common.errors import CHECK_FAILED, ToolkitError
-from runtime.engine.weights import load_rows
+from runtime.engine.loading.weights import load_rows
 from runtime.ops.cpu.ops import CpuOps
 
-from .layer_loop import Job, Work, integer_layer, relative_error, run, with_floats
+from .layer_loop import integer_layer, relative_error, run, with_floats
 from .layer_module import release_memory
+from .work_folder import Job, Work
 
 ROWS = 1 << 11          # rows of the output matrix multiplied at a time: buffers that malloc keeps
 TOKENS = 32             # logits compared at a time, in float64

@@ -14,9 +14,9 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from models.family import Weight
+from models.checkpoint.table import Weight
 from models.network.decoder import Layer, LayerArithmetic
-from models.network.linear import rotary_angles
+from models.network.rope import rotary_angles
 from runtime.ops.cpu.ops import CpuOps, _attend
 from runtime.ops.reference import ReferenceOps
 

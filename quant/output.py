@@ -14,7 +14,7 @@ import torch
 
 from models.checkpoint.quantized import FILE
 from models.checkpoint.shards import SAFETENSORS_DTYPES, stored_entries
-from runtime.vision.artifact import write_atomically
+from runtime.common.files import write_atomically
 
 STORED = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 SHARD_BYTES = 4 << 30

@@ -11,19 +11,20 @@ import torch
 from models import family_of
 from models.checkpoint.quantized import FILE, find_description
 from models.checkpoint.reader import Checkpoint
-from models.family import read_json
+from models.config import read_json
 from runtime.common.errors import CHECK_FAILED, ToolkitError
+from runtime.common.files import locked, write_atomically
 from runtime.common.progress import byte_progress
-from runtime.vision.artifact import locked, write_atomically
 
 from . import gate
 from . import msmodelslim_calls as slim
 from . import output as write
-from .layer_loop import Job, Work, quantise_layers, store
+from .layer_loop import quantise_layers
 from .layer_module import linear_groups
 from .recipe import input_ranges, kept_by_group, kept_by_name, kept_by_range, recipe_for
 from .sample_texts import CALIBRATION
 from .samples import choose, default_lines, held_out_lines, make_samples, read_lines
+from .work_folder import Job, Work, store
 
 WORK, REPORT = ".partial", "quant_report.json"
 

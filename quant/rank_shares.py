@@ -11,7 +11,8 @@ import torch
 
 from models.checkpoint.quantized import SCALARS, STATIC, Description
 from models.checkpoint.reader import SHOWN, Checkpoint
-from models.family import ModelError, Part, Weight
+from models.checkpoint.table import Part, Weight
+from models.errors import ModelError
 from runtime.parallel.split import COLUMNS, ROWS, Split, layer_kind
 
 NAME = re.compile(r"part(\d+)-of-(\d+)")

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from models.family import ModelError
+from models.errors import ModelError
 from runtime.common.errors import ToolkitError
-from runtime.engine.runner import Sequence
+from runtime.engine.sequence import Sequence
 
 from .layer_module import SampleStep, sample_step
 from .sample_texts import CALIBRATION, HELD_OUT
@@ -33,7 +33,8 @@ class Sample:
 
 def default_lines(family, texts) -> list[dict]:
     """The built-in texts; models with pictures get the built-in pictures too."""
-    from runtime.common.sample_questions import QUESTIONS, content
+    from models.prompt.messages import content
+    from runtime.common.sample_questions import QUESTIONS
     lines = [{"text": text} for text in texts]
     scenes = [q for q in QUESTIONS if q.scene] if family.vision and texts is CALIBRATION else []
     return lines + [{"messages": [{"role": "user", "content": content(q.text, [q.scene()])}]} for q in scenes]

@@ -23,7 +23,8 @@ from models.checkpoint.quantized import (
     stored_weights,
 )
 from models.checkpoint.reader import Checkpoint
-from models.family import ModelError, read_json
+from models.config import read_json
+from models.errors import ModelError
 from runtime.common.errors import CHECK_FAILED
 from runtime.parallel.split import Split
 

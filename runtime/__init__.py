@@ -11,6 +11,6 @@ def __getattr__(name):      # torch is imported with the first use, so that `--h
         from runtime.engine.engine import Engine
         return Engine
     if name == "SamplingParams":
-        from runtime.common.flags import SamplingParams
+        from runtime.engine.options import SamplingParams
         return SamplingParams
     raise AttributeError(name)

@@ -8,9 +8,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from models.prompt.messages import content
 from runtime.common.errors import INTERRUPTED, ToolkitError, run_command
-from runtime.common.flags import EngineOptions, InputOptions, Parser, SamplingParams, check_pictures, flag, one_at_a_time
-from runtime.common.sample_questions import content
+from runtime.common.flags import Parser, flag
+from runtime.engine.command import check_pictures, join_torchrun, open_engine
+from runtime.engine.options import EngineOptions, InputOptions, SamplingParams, one_at_a_time
 
 WELCOME = """\
 Type a question; /help lists the commands, Ctrl-C stops an answer.
@@ -84,13 +86,13 @@ def parser() -> Parser:
 
 def main(argv) -> int:
     options, engine_options, sampling = parser().parse(argv)
+    join_torchrun(engine_options)
     for stream in filter(None, (sys.stdin, sys.stdout)):
         stream.reconfigure(errors="replace")    # a terminal of another encoding must not end in a traceback
     question = one_question(options.prompt)
     from models import family_of
     check_pictures(family_of(options.model), options.image)
-    from . import Engine
-    engine = Engine(options.model, **vars(one_at_a_time(engine_options)))
+    engine = open_engine(options.model, **vars(one_at_a_time(engine_options)))
     tell("\n".join(engine.describe()))
     conversation = Conversation(engine, options, sampling)
     if question is None:
@@ -129,7 +131,7 @@ def talk(conversation: Conversation) -> int:
 
 def respond(conversation: Conversation, line: str):
     """One line of the user: a command or a question. Mistakes are told, and the conversation goes on."""
-    from models.family import ModelError
+    from models.errors import ModelError
     try:
         if not run_command_line(conversation, line):
             answer(conversation, line)

@@ -11,8 +11,10 @@ from PIL import Image
 from service import HTTP, Client, free_port
 
 import runtime.serve.routes  # noqa: F401  msmodelslim, once imported, gives pydantic another BaseModel: FastAPI comes before it
-from runtime.common.flags import EngineOptions, Parser
-from runtime.serve.__main__ import ServeOptions, build
+from runtime.common.flags import Parser
+from runtime.engine.options import EngineOptions
+from runtime.serve.__main__ import build
+from runtime.serve.options import ServeOptions
 
 FIXED = ["--vision", "torch", "--dtype", "float32"]
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models import family_of
-from models.prompt.tokenizers import StreamDecoder
+from models.prompt.streaming import StreamDecoder
 from runtime.engine.answer import AnswerText
 
 FAMILY = family_of(Path(__file__).parent / "golden" / "visualglm")

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from models import family_of
 from models.checkpoint.reader import Checkpoint
+from runtime.common import files, processes
 from runtime.common.errors import ToolkitError
 from runtime.vision import artifact
 from runtime.vision.artifact import Manifest
@@ -175,12 +176,12 @@ def test_a_failed_conversion_is_one_sentence(monkeypatch, original, tmp_path):
 
 
 def test_a_second_converter_waits_for_the_first(tmp_path, capsys):
-    code = ("import sys, time; from pathlib import Path; from runtime.vision.artifact import locked\n"
+    code = ("import sys, time; from pathlib import Path; from runtime.common.files import locked\n"
             "with locked(Path(sys.argv[1])):\n"
             "    print('in', flush=True); time.sleep(0.5); Path(sys.argv[1], 'done').touch()")
-    with subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=artifact.ROOT, stdout=subprocess.PIPE) as first:
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=processes.ROOT, stdout=subprocess.PIPE) as first:
         first.stdout.readline()
         start = time.perf_counter()
-        with artifact.locked(tmp_path):
+        with files.locked(tmp_path):
             assert (tmp_path / "done").exists() and time.perf_counter() - start < 30
     assert "another conversion" in capsys.readouterr().err

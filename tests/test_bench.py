@@ -9,6 +9,7 @@ import pytest
 from runtime import Engine
 from runtime.bench import __main__ as bench
 from runtime.bench import workload as load
+from runtime.bench.figures import case_figures, perf_info, serving_figures
 from runtime.bench.workload import Timeline
 from runtime.common.errors import INTERRUPTED, ToolkitError, run_command
 
@@ -21,25 +22,25 @@ def lines():
 
 
 def test_columns_of_the_guide():
-    figures = load.case_figures(lines())
+    figures = case_figures(lines())
     assert figures == pytest.approx({"ResponseTime(ms)": 2600, "FirstTokenTime(ms)": 2000, "TimePerTokens(ms)": 300,
                                      "TokensPerSecond(ms)": 1 / 0.3})
-    assert load.case_figures([Timeline(3, 0, [0.5])])["TimePerTokens(ms)"] is None
+    assert case_figures([Timeline(3, 0, [0.5])])["TimePerTokens(ms)"] is None
 
 
 def test_serving_figures():
-    found = load.serving_figures(lines())
+    found = serving_figures(lines())
     assert found["output_throughput"] == pytest.approx(6 / 2.6) and found["total_input_tokens"] == 30
     assert found["mean_ttft_ms"] == 1500 and found["p50_itl_ms"] == pytest.approx(450)
     assert found["mean_tpot_ms"] == pytest.approx((750 + 300) / 2) and found["vision_encode_ms"] == 250
 
 
 def test_perf_info_has_the_guides_keys_and_units():
-    info = load.perf_info(lines())
+    info = perf_info(lines())
     assert info == {"latency_num_prompts": "2600.00 ms", "latency_per_token": "866.67 ms", "request_per_second":
                     "0.769 requests/s", "token_per_second": "2.31 tokens/s", "prefill_latency_per_token": "1500.00 ms",
                     "decode_latency_per_token": "300.00 ms", "decode_throughput": "3.33 tokens/s"}
-    assert load.perf_info([Timeline(3, 0, [0.5])])["decode_throughput"] is None
+    assert perf_info([Timeline(3, 0, [0.5])])["decode_throughput"] is None
 
 
 @pytest.mark.parametrize("family", ["visualglm", "glm4", "glm4v", "llava", "glm_edge", "glm_edge_v"])

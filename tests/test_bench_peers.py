@@ -120,7 +120,7 @@ def test_a_worker_that_dies_gives_its_last_words(bench, tmp_path, monkeypatch):
 
 
 def test_our_own_worker_on_a_small_model(bench, tmp_path):
-    from models.synthetic.__main__ import write_checkpoint
+    from models.synthetic.write import write_checkpoint
     write_checkpoint("glm-edge-1.5b-chat", tmp_path / "checkpoint", "tiny", report=lambda line: None)
     entry = bench.Entry("ours", "int8", batch=2)
     told = {"work": str(tmp_path), "checkpoint": str(tmp_path / "checkpoint"), "threads": 1, "prompt": 24, "new": 4}
@@ -131,7 +131,7 @@ def test_our_own_worker_on_a_small_model(bench, tmp_path):
 
 
 def test_the_plain_encoder_is_measured_without_the_engine(bench, tmp_path):
-    from models.synthetic.__main__ import write_checkpoint
+    from models.synthetic.write import write_checkpoint
     write_checkpoint("llava-1.5-7b", tmp_path / "checkpoint", "tiny", report=lambda line: None)
     told = {"work": str(tmp_path), "checkpoint": str(tmp_path / "checkpoint"), "threads": 1, "repeats": 1, "task": "run"}
     found, error = bench.worker(bench.Entry("ours", "eager"), told)

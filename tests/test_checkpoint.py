@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from models import family_of
 from models.checkpoint.reader import Checkpoint
-from models.family import ModelError, Part, Weight
+from models.checkpoint.table import Part, Weight
+from models.errors import ModelError
 
 GOLDEN = Path(__file__).parent / "golden" / "visualglm"
 EMBED = "transformer.word_embeddings.weight"

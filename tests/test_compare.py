@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runtime.common import metrics
+from runtime.common import files, metrics
 from runtime.common import sample_questions as questions
 from runtime.common.errors import ToolkitError, run_command
 from runtime.compare import __main__ as compare
-from runtime.compare import report, verdict
-from runtime.compare import runs as sides
+from runtime.compare import cases, outcomes, verdict
+from runtime.compare.options import CompareOptions
+from runtime.compare.report import formats
+from runtime.compare.report import page as report
 
 GOLDEN = Path(__file__).parent / "golden" / "visualglm"
 RNG = np.random.default_rng(0)
@@ -93,10 +95,10 @@ INFO = {"model": "/m", "sha256": "0" * 64, "family": "fake", "stages": ["decoder
 
 def found_with(a, b, threshold=0.9999, features=None):
     pictures = [] if features is None else [questions.shapes()]
-    pair = [sides.Side(dict(INFO), FAMILY, [sides.Outcome([1, 2], f, list(range(len(x))), "你 <b>", x)])
+    pair = [outcomes.Side(dict(INFO), FAMILY, [outcomes.Outcome([1, 2], f, list(range(len(x))), "你 <b>", x)])
              for x, f in zip((a, b), features or [np.zeros((0, 8), np.float32)] * 2)]
     limits = dict.fromkeys(("vision", "decode"), {"cosine_min": threshold}) | {"layers": {}}
-    found = verdict.judge(*pair, [sides.Case("<i>什么？", None, pictures)], limits)
+    found = verdict.judge(*pair, [cases.Case("<i>什么？", None, pictures)], limits)
     return {**found, "command": "c", "environment": {"python": "3"}, "options": {"max_tokens": 4},
             "culprit": None, "dataset": None, "vision_node": None}
 
@@ -160,8 +162,8 @@ def test_page_in_a_browser(tmp_path):
 
 
 def test_numbers_are_cut_not_rounded():
-    assert report.cosine(0.999899999999) == "0.99989999" and report.percent(0.9999) == "99.9 %"
-    assert report.percent(1.0) == "100 %" and report.cosine(float("nan")) == "NaN" and report.number(0.0) == "0"
+    assert formats.cosine(0.999899999999) == "0.99989999" and formats.percent(0.9999) == "99.9 %"
+    assert formats.percent(1.0) == "100 %" and formats.cosine(float("nan")) == "NaN" and formats.number(0.0) == "0"
 
 
 def test_blanks_of_a_token_are_visible():
@@ -173,26 +175,26 @@ def test_blanks_of_a_token_are_visible():
 def test_out_that_cannot_be_written(kind, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ToolkitError, match="--out .* cannot be written"):
-        report.prepare(str(tmp_path / "file" / ("" if kind == "file" else "x")))
+        files.prepare(str(tmp_path / "file" / ("" if kind == "file" else "x")))
 
 
 # questions
 
 def options(**given):
-    return compare.CompareOptions(model=str(GOLDEN), out="o", **given)
+    return CompareOptions(model=str(GOLDEN), out="o", **given)
 
 
 def test_builtin_questions():
-    seeing = compare.choose_cases(options(), SimpleNamespace(vision=True, languages=("zh", "en")))
+    seeing = cases.choose_cases(options(), SimpleNamespace(vision=True, languages=("zh", "en")))
     assert [(c.language, len(c.pictures)) for c in seeing] == [("zh", 1), ("en", 1), ("zh", 0), ("en", 0)]
-    blind = compare.choose_cases(options(), SimpleNamespace(vision=None, languages=("zh",)))
+    blind = cases.choose_cases(options(), SimpleNamespace(vision=None, languages=("zh",)))
     assert [(c.language, c.pictures) for c in blind] == [("zh", []), (None, [])]
 
 
 def test_own_questions_and_pictures():
     family = SimpleNamespace(vision=True, languages=("zh", "en"))
-    assert [c.question for c in compare.choose_cases(options(prompt=["a", "b"]), family)] == ["a", "b"]
-    mine = compare.choose_cases(options(image=["p.png"], language="en"), family)
+    assert [c.question for c in cases.choose_cases(options(prompt=["a", "b"]), family)] == ["a", "b"]
+    mine = cases.choose_cases(options(image=["p.png"], language="en"), family)
     assert [(c.language, c.pictures) for c in mine] == [("en", ["p.png"])] * 2
 
 

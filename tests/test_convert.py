@@ -13,15 +13,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from convert import __main__ as command
+from convert import pipeline
 from convert.export import write as export
 from convert.verify import __main__ as verify
-from convert.verify.__main__ import Comparison, compare, pictures
+from convert.verify.comparison import Comparison, compare
+from convert.verify.pictures import pictures
 from convert.verify.piecewise import StreamedGraph, StreamedTower
 from convert.verify.preflight import preflight
 from models import family_of
 from models.checkpoint.reader import Checkpoint
 from runtime.common.errors import ToolkitError, run_command
-from runtime.vision import OnnxVision, TorchVision, artifact, open_session, plain_tower
+from runtime.vision import artifact, open_session
+from runtime.vision.onnx_session import OnnxVision
+from runtime.vision.torch_session import TorchVision, plain_tower
 
 GOLDEN = Path(__file__).parent / "golden" / "visualglm"
 
@@ -118,7 +122,7 @@ def test_features_equal_the_original_implementation(converted, kind):
 def test_verification_in_pieces_computes_the_same(converted):
     family = family_of(GOLDEN)
     checkpoint = Checkpoint(GOLDEN)
-    pixels = [family.pixels(picture) for picture in verify.pictures().values()]
+    pixels = [family.pixels(picture) for picture in pictures().values()]
     tower = StreamedTower(family, checkpoint)
     plain = plain_tower(family, checkpoint, torch.float32)
     whole = np.concatenate([plain(torch.from_numpy(each)).numpy() for each in pixels])
@@ -151,8 +155,8 @@ def test_a_run_killed_after_the_export_is_continued(quick, converted, tmp_path):
 
 
 def test_what_a_run_killed_in_the_export_left_is_thrown_away(quick, converted, tmp_path):
-    (tmp_path / command.WORK).mkdir()
-    (tmp_path / command.WORK / "vision.onnx.data").write_bytes(b"half")
+    (tmp_path / pipeline.WORK).mkdir()
+    (tmp_path / pipeline.WORK / "vision.onnx.data").write_bytes(b"half")
     assert convert(GOLDEN, tmp_path, "--soc-version", "Ascend310P3")[0] == 0
     assert state(tmp_path) == state(converted[0])
 

@@ -4,8 +4,8 @@ import json
 import pytest
 
 from models import RELATIVES, family_of, known_families, relative_of
-from models.family import ModelError
-from models.synthetic.__main__ import RELEASED
+from models.errors import ModelError
+from models.synthetic.write import RELEASED
 
 RELEASES = {"visualglm-6b": "visualglm", "glm-4-9b-chat": "glm-4", "glm-4-9b-chat-hf": "glm-4", "glm-4v-9b": "glm-4v",
             "llava-1.5-7b": "llava-1.5", "glm-edge-1.5b-chat": "glm-edge", "glm-edge-4b-chat": "glm-edge",

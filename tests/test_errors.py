@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from models.family import ModelError
+from models.errors import ModelError
 from runtime.common.errors import CHECK_FAILED, MISSING_COMPONENT, ToolkitError, run_command
 
 

@@ -16,10 +16,11 @@ from convert.export import write as export
 from convert.export.data_file import DataFile
 from convert.export.trace import trace
 from convert.verify.preflight import preflight
-from models.family import VisionSpec
+from models.config import VisionSpec
 from models.network.vision_blocks import Dense, PreNormBlock
 from runtime.common.errors import ToolkitError
-from runtime.vision import OnnxVision, artifact
+from runtime.vision import artifact
+from runtime.vision.onnx_session import OnnxVision
 
 # trace
 

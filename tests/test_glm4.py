@@ -14,11 +14,13 @@ import pytest
 import torch
 
 from models import family_of
+from models.errors import ModelError
 from models.families.glm4 import SPECIAL, Glm4, template_pieces
-from models.family import ModelError
 from models.prompt.chat_template import ChatTemplate
-from models.prompt.tokenizers import JsonText, StreamDecoder, TiktokenText
-from models.synthetic.__main__ import RELEASED, glm4_files
+from models.prompt.streaming import StreamDecoder
+from models.prompt.tokenizers import JsonText, TiktokenText
+from models.synthetic.releases import glm4_files
+from models.synthetic.write import RELEASED
 from runtime import Engine, SamplingParams
 
 GOLDEN = Path(__file__).parent / "golden" / "glm4"

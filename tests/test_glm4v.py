@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from models.errors import ModelError
 from models.families.glm4v import Glm4V
-from models.family import ModelError
 from models.prompt.images import CLIP_MEAN, CLIP_STD
-from models.synthetic.__main__ import RELEASED
+from models.synthetic.write import RELEASED
 from runtime import Engine, SamplingParams
 
 GOLDEN = Path(__file__).parent / "golden" / "glm4v"

@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 from models import family_of
 from models.checkpoint.reader import Checkpoint
+from models.config import read_json
+from models.errors import ModelError
 from models.families.glm_edge import GlmEdge
-from models.family import ModelError, read_json
-from models.prompt.tokenizers import StreamDecoder
+from models.prompt.streaming import StreamDecoder
 from runtime import Engine, SamplingParams
 
 CHAT, EYES = (Path(__file__).parent / "golden" / name for name in ("glm_edge", "glm_edge_v"))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models.family import ModelError
+from models.errors import ModelError
 from models.prompt.images import CLIP_MEAN, CLIP_STD, center_crop, denormalize, fit_pad, open_image, squash
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -12,9 +12,10 @@ from planting import edited
 from models import family_of
 from runtime import Engine
 from runtime.common.errors import ToolkitError
-from runtime.common.flags import EngineOptions
 from runtime.compare import __main__ as compare
 from runtime.compare import layerwise as layers
+from runtime.compare.options import CompareOptions
+from runtime.engine.options import EngineOptions
 from runtime.ops.cpu.ops import CpuOps
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -25,7 +26,7 @@ BRANCH = {"attention_norm": "attention", "qkv": "attention", "out": "attention",
 
 def compared(model, tmp_path, reference=None, max_tokens=4, search=False, layer_by_layer=False, **engine):
     """The findings of a short text question."""
-    options = compare.CompareOptions(model=str(model), reference=str(reference or model), out=str(tmp_path),
+    options = CompareOptions(model=str(model), reference=str(reference or model), out=str(tmp_path),
                                      prompt=["What is this?"], max_tokens=max_tokens, search=search,
                                      layer_by_layer=layer_by_layer)
     settings = EngineOptions(**{"dtype": "float32", "vision": "torch", "max_model_len": 256} | engine)
@@ -244,7 +245,7 @@ def test_search_names_the_layers_that_must_stay_float(family, tmp_path, capsys):
 def test_search_without_a_set_that_helps(tmp_path):
     model = GOLDEN / "glm4v"
     bad = edited(model, tmp_path, scale(sources(family_of(model), "lm_head.weight")[0], -1.0))
-    options = compare.CompareOptions(model=str(bad), reference=str(model), out=str(tmp_path), prompt=["x"], max_tokens=2,
+    options = CompareOptions(model=str(bad), reference=str(model), out=str(tmp_path), prompt=["x"], max_tokens=2,
                                      search=True)
     found = compare.findings(options, EngineOptions(dtype="float32", vision="torch", max_model_len=256), tmp_path)[0]
     assert found["culprit"]["stages"] == [] and "no set of layers helps" in found["culprit"]["sentence"]

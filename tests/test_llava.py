@@ -14,10 +14,12 @@ from safetensors.torch import save_file
 
 from models import family_of
 from models.checkpoint.reader import Checkpoint
+from models.config import read_json
+from models.errors import ModelError
 from models.families.llava import Llava
-from models.family import ModelError, read_json
 from models.prompt.images import CLIP_MEAN, CLIP_STD
-from models.prompt.tokenizers import SentencePieceText, StreamDecoder
+from models.prompt.streaming import StreamDecoder
+from models.prompt.tokenizers import SentencePieceText
 from runtime import Engine, SamplingParams
 
 GOLDEN = Path(__file__).parent / "golden" / "llava"

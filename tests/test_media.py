@@ -12,9 +12,9 @@ from serving import png
 
 from runtime.common.errors import ToolkitError
 from runtime.serve import fetch as media
-from runtime.serve.__main__ import ServeOptions
+from runtime.serve.errors import ApiError
+from runtime.serve.options import ServeOptions
 from runtime.serve.pictures import PictureRules
-from runtime.serve.schema import ApiError
 
 PICTURE = png(30, 20)
 

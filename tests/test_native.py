@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from models.checkpoint.quantized import Quantized
-from models.family import DecoderConfig, Rope
+from models.config import DecoderConfig, Rope
 from models.network.decoder import Decoder, Step
 from models.network.linear import Linear, Norm
 from runtime.engine.kv_cache import KVCache

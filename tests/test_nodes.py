@@ -163,7 +163,7 @@ def test_a_planted_node(family, plant, artifacts, tmp_path, capsys):
     ("LayerNormalization", lambda node: setattr(node.attribute[1], "f", 0.1), "tower.blocks.0.attention_norm"),
     ("Softmax", lambda node: setattr(node.attribute[0], "i", 1), "tower.blocks.1.attention.out")])
 def test_a_wrong_node_in_pieces(operator, edit, module, pieces, artifacts, tmp_path, monkeypatch):
-    monkeypatch.setattr(nodes, "PIECE", pieces)
+    monkeypatch.setattr("convert.nodes.graph.PIECE", pieces)
     folder = tmp_path / "copy"
     shutil.copytree(artifacts("llava"), folder)
     model = onnx.load(folder / "vision.onnx", load_external_data=False)

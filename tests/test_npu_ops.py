@@ -14,7 +14,8 @@ import runtime.ops
 from runtime import Engine, SamplingParams
 from runtime.ascend.socs import A2, A3, P310, soc_of
 from runtime.common.errors import MISSING_COMPONENT, ToolkitError
-from runtime.ops.npu.ops import NpuOps, open_npu
+from runtime.ops.npu.open import open_npu
+from runtime.ops.npu.ops import NpuOps
 
 sys.path.insert(0, str(Path(__file__).parent / "npu"))
 import cpu_kernels

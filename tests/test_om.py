@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from models import family_of
 from models.checkpoint.reader import Checkpoint
-from models.family import VisionSpec
+from models.config import VisionSpec
 from runtime import chat, vision
 from runtime.ascend.aclruntime import OmModel
 from runtime.ascend.host import Host, install_ais_bench

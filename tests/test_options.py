@@ -7,9 +7,10 @@ import pytest
 from runtime.chat import ChatOptions
 from runtime.chat import parser as chat_parser
 from runtime.common.errors import ToolkitError, run_command
-from runtime.common.flags import EngineOptions, Parser, SamplingParams, flag, kebab
-from runtime.compare.__main__ import CompareOptions
+from runtime.common.flags import Parser, flag, kebab
 from runtime.compare.__main__ import parser as compare_parser
+from runtime.compare.options import CompareOptions
+from runtime.engine.options import EngineOptions, SamplingParams
 
 
 @pytest.mark.parametrize(("spelling", "name"), [("fp32", "float32"), ("float", "float32"), ("bf16", "bfloat16"),

@@ -9,13 +9,14 @@ from PIL import Image
 from test_demo import DEMO, answers
 from torch.nn import functional as F
 
-from models.synthetic.__main__ import write_checkpoint
+from models.synthetic.write import write_checkpoint
 from runtime import Engine, SamplingParams
 from runtime.common.errors import ToolkitError
-from runtime.common.flags import EngineOptions
-from runtime.engine import cpu_weights as packing
+from runtime.engine.loading import cpu_weights as packing
+from runtime.engine.loading.memory import plan_engine
+from runtime.engine.options import EngineOptions
 from runtime.ops.cpu.packed_weights import GROUP, MANY, PIECE, SMALLEST, Int4Weight, Int8Weight
-from runtime.plan.__main__ import find_family, plan_engine
+from runtime.plan.__main__ import find_family
 
 GOLDEN = Path(__file__).parent / "golden"
 COSINE = {Int8Weight: 0.9999, Int4Weight: 0.99}

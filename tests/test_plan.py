@@ -7,14 +7,16 @@ from statistics import mean
 
 import pytest
 
-from models.family import DecoderConfig, Rope
+from models.config import DecoderConfig, Rope
 from runtime import Engine
+from runtime.ascend.chips import CHIPS, GIB
 from runtime.common.errors import ToolkitError, run_command
-from runtime.common.flags import EngineOptions
+from runtime.engine.loading.memory import longest_of, make_plan, on_npu, plan_engine
+from runtime.engine.options import EngineOptions
 from runtime.parallel.split import Split
 from runtime.plan import __main__ as plan
-from runtime.plan.__main__ import PlanOptions, estimate, find_family, longest_of, make_plan, on_npu, plan_engine, roofline_of
-from runtime.plan.roofline import CHIPS, GIB, Roofline, layer_values
+from runtime.plan.__main__ import PlanOptions, estimate, find_family, roofline_of
+from runtime.plan.roofline import Roofline, layer_values
 
 GOLDEN = Path(__file__).parent / "golden"
 # bytes of the float16 decoder, and of the vision encoder, by the releases' own parameter counts (in 10^9)

@@ -14,6 +14,7 @@ import pytest
 from runtime.__main__ import main as runtime_main
 from runtime.common.errors import run_command
 from runtime.predict import __main__ as predict
+from runtime.predict import answer_file
 
 KILLS = int(os.environ.get("PREDICT_KILLS", 3))
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,7 +111,7 @@ def test_killed_at_random_moments(tmp_path):
 
 def test_every_place_a_partial_file_can_end(mixed, tmp_path):
     run(mixed, tmp_path / "whole.jsonl")
-    job = json.dumps(predict.job_of(*predict.parser().parse(argv(mixed, tmp_path / "out.jsonl")))) + "\n"
+    job = json.dumps(answer_file.job_of(*predict.parser().parse(argv(mixed, tmp_path / "out.jsonl")))) + "\n"
     content = job.encode() + (tmp_path / "whole.jsonl").read_bytes()
     for end in (0, 5, len(job), len(job) + 10, len(content) // 2, len(content) - 1, len(content)):
         (tmp_path / "out.jsonl.partial").write_bytes(content[:end])
@@ -122,8 +123,8 @@ def test_every_place_a_partial_file_can_end(mixed, tmp_path):
 @pytest.mark.parametrize("change, sentence", [
     (["--temperature", "0.5"], "begun with another model, input or other options"), ([], "another process is writing")])
 def test_a_partial_file_that_is_not_ours(change, sentence, mixed, tmp_path, capsys):
-    job = predict.job_of(*predict.parser().parse(argv(mixed, tmp_path / "out.jsonl")))
-    with predict.opened(tmp_path / "out.jsonl", job) as held:
+    job = answer_file.job_of(*predict.parser().parse(argv(mixed, tmp_path / "out.jsonl")))
+    with answer_file.opened(tmp_path / "out.jsonl", job) as held:
         held.stream.flush()
         if change:
             held.stream.close()

@@ -14,8 +14,8 @@ from quant import gate
 from quant import msmodelslim_calls as slim
 from quant import pipeline as produce
 from quant.__main__ import main
-from quant.layer_loop import Work
 from quant.layer_module import linear_groups
+from quant.work_folder import Work
 from runtime import Engine
 from runtime.common.errors import CHECK_FAILED, MISSING_COMPONENT, ToolkitError
 

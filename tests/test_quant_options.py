@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from models import family_of
-from models.family import ModelError
+from models.errors import ModelError
 from quant import pipeline as produce
 from quant.__main__ import main
 from quant.layer_module import linear_groups

@@ -14,16 +14,16 @@ from safetensors.torch import load_file, save_file
 
 import runtime.engine.engine
 from models import family_of
-from models.checkpoint.quantized import KINDS, Quantized, Stacked, find_description, float_scale, layer_of, stored_weights
+from models.checkpoint.quantized import KINDS, Quantized, find_description, float_scale, layer_of, stored_weights
 from models.checkpoint.reader import Checkpoint
+from models.errors import ModelError
 from models.families.llava import _decoder as llama_decoder
 from models.families.templated import TemplatedFamily
 from models.families.weight_rows import decoder_weights as decoder_rows
-from models.family import ModelError
-from models.network.linear import Linear
+from models.network.linear import Linear, Stacked
 from models.prompt.tokenizers import JsonText
 from runtime import Engine
-from runtime.engine.weights import decoder_weights
+from runtime.engine.loading.weights import decoder_weights
 from runtime.ops.cpu.ops import CpuOps, PackedInt8
 from runtime.ops.reference import ReferenceOps
 from runtime.parallel.split import Split

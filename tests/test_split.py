@@ -9,19 +9,20 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import family_of
-from models.checkpoint.quantized import PIECE, Description, Stacked, quantized_weights
+from models.checkpoint.quantized import PIECE, Description, quantized_weights
 from models.checkpoint.reader import Checkpoint
-from models.family import Part, Weight
+from models.checkpoint.table import Part, Weight
 from models.network.decoder import Decoder, Step
+from models.network.linear import Stacked
 from quant.layer_loop import MemoryCheckpoint
 from runtime.ascend.socs import A2, P310
 from runtime.common.errors import ToolkitError
 from runtime.engine.kv_cache import KVCache
-from runtime.engine.weights import decoder_weights, load_rows
+from runtime.engine.loading.memory import make_plan
+from runtime.engine.loading.weights import decoder_weights, load_rows
 from runtime.ops.npu.ops import NpuOps
 from runtime.ops.reference import ReferenceOps
 from runtime.parallel.split import Split, check_split
-from runtime.plan.__main__ import make_plan
 
 sys.path.insert(0, str(Path(__file__).parent / "npu"))
 import cpu_kernels

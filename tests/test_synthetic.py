@@ -12,9 +12,13 @@ import torch
 
 from models import family_of
 from models.checkpoint.reader import Checkpoint
-from models.family import ModelError
+from models.checkpoint.table import Weight
+from models.config import read_json
+from models.errors import ModelError
 from models.synthetic import __main__ as synthetic
+from models.synthetic import write as writing
 from models.synthetic.tokenizer_files import ice_text
+from models.synthetic.write import write_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
 PARAMETERS = 7_802_193_408      # of the release; its 28 rotary tables of 32 frequencies come on top
@@ -22,18 +26,18 @@ PARAMETERS = 7_802_193_408      # of the release; its 28 rotary tables of 32 fre
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(synthetic, "SHARD_BYTES", 200_000)
+    monkeypatch.setattr(writing, "SHARD_BYTES", 200_000)
 
 
 def write(out, **options):
-    synthetic.write_checkpoint("visualglm-6b", out, scale="tiny", report=lambda line: None, **options)
+    write_checkpoint("visualglm-6b", out, scale="tiny", report=lambda line: None, **options)
     return {file.name: file.read_bytes() for file in Path(out).iterdir()}
 
 
 def test_full_size_names_and_shapes_are_the_releases(tmp_path):
     expected = json.loads(gzip.decompress((GOLDEN / "visualglm_tensors.json.gz").read_bytes()))
-    config = synthetic.read_json(synthetic.RELEASED / "visualglm-6b.json")["config"]
-    shards, index = synthetic._plan(config, tmp_path, {})
+    config = read_json(writing.RELEASED / "visualglm-6b.json")["config"]
+    shards, index = writing._plan(config, tmp_path, {})
     assert {w.source: list(w.shape) for shard in shards for w in shard.weights} == expected
     assert index["metadata"]["total_size"] == 2 * (PARAMETERS + 28 * 32)
     assert all(shard.size < 2.01e9 for shard in shards)
@@ -68,9 +72,9 @@ def test_values_are_sensible(tmp_path):
 
 
 def test_a_large_tensor_does_not_repeat_its_rows(monkeypatch):
-    monkeypatch.setattr(synthetic, "BLOCK", 4096)
-    weight = synthetic.Weight("m.weight", (256, 64))
-    raw = b"".join(synthetic._tensor_blocks(weight, "float16", 0))
+    monkeypatch.setattr(writing, "BLOCK", 4096)
+    weight = Weight("m.weight", (256, 64))
+    raw = b"".join(writing._tensor_blocks(weight, "float16", 0))
     matrix = torch.frombuffer(bytearray(raw), dtype=torch.float16).reshape(256, 64).float()
     assert len(matrix.unique(dim=0)) == 256
 
@@ -109,10 +113,11 @@ def test_another_seed_replaces_the_old_shards(tmp_path, small_shards):
 def test_killed_process_leaves_nothing_that_looks_whole(tmp_path, small_shards):
     """kill -9 in the middle of a shard, then the same command again."""
     slowly = f"""if True:
-        import time, models.synthetic as s
-        s.SHARD_BYTES, blocks = {synthetic.SHARD_BYTES}, s._tensor_blocks
+        import time, models.synthetic.write as s
+        from models.synthetic.__main__ import main
+        s.SHARD_BYTES, blocks = {writing.SHARD_BYTES}, s._tensor_blocks
         s._tensor_blocks = lambda *a: (time.sleep(0.05), *blocks(*a))[1:]
-        s.main(["--like", "visualglm-6b", "--scale", "tiny", "--out", {str(tmp_path / 'a')!r}])"""
+        main(["--like", "visualglm-6b", "--scale", "tiny", "--out", {str(tmp_path / 'a')!r}])"""
     process = subprocess.Popen([sys.executable, "-c", slowly], stdout=subprocess.DEVNULL)
     deadline = time.time() + 300
     while not list(tmp_path.glob("a/model-00002*")) and time.time() < deadline:
@@ -135,7 +140,7 @@ def test_refusals(tmp_path, monkeypatch):
         write(tmp_path / "mine")
     with pytest.raises(ModelError, match="is a file"):
         write(real / "pytorch_model.bin")
-    monkeypatch.setattr(synthetic.shutil, "disk_usage", lambda path: SimpleNamespace(free=9))
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda path: SimpleNamespace(free=9))
     with pytest.raises(ModelError, match="needs 905.0 kB, its disk has 9 bytes free"):
         write(tmp_path / "full")
 

@@ -3,8 +3,9 @@ import json
 
 import pytest
 
-from models.family import ModelError
-from models.prompt.chat_template import ChatTemplate, directory_template, with_parts, with_text
+from models.errors import ModelError
+from models.prompt.chat_template import ChatTemplate, directory_template
+from models.prompt.messages import with_parts, with_text
 
 MESSAGES = [{"role": "user", "content": "a <b> & 'c'"}, {"role": "assistant", "content": "好"},
             {"role": "user", "content": "d"}]

@@ -9,10 +9,11 @@ from models import family_of
 from models.checkpoint.reader import Checkpoint
 from runtime.common import metrics
 from runtime.common.errors import CHECK_FAILED, ToolkitError
-from runtime.common.flags import EngineOptions
-from runtime.plan.__main__ import plan_engine
-from runtime.vision import TorchVision, open_session, plain_tower
+from runtime.engine.loading.memory import plan_engine
+from runtime.engine.options import EngineOptions
+from runtime.vision import open_session
 from runtime.vision import packed_tower as tower
+from runtime.vision.torch_session import TorchVision, plain_tower
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = ["visualglm", "glm4v", "glm_edge_v", "llava"]

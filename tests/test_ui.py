@@ -16,8 +16,11 @@ import pytest
 from models import family_of
 from runtime import SamplingParams
 from runtime.common.errors import run_command
-from runtime.common.flags import EngineOptions
+from runtime.engine.options import EngineOptions
 from runtime.ui import __main__ as ui
+from runtime.ui import backends
+from runtime.ui.conversation import conversation
+from runtime.ui.options import UiOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -35,29 +38,29 @@ def turn(role, text="", *files):
 def test_a_conversation_becomes_messages():
     history = [turn("user", "What?", "a.png"), turn("assistant", "A cat."), turn("user", "stopped at once"), turn("assistant"),
                turn("user", "failed")]
-    assert ui.conversation(history, "And?", ["b.png"], " Be brief. ") == [
+    assert conversation(history, "And?", ["b.png"], " Be brief. ") == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What?"}]},
         {"role": "assistant", "content": "A cat."},
         {"role": "user", "content": [{"type": "image", "image": "b.png"}, {"type": "text", "text": "And?"}]}]
-    assert ui.conversation([], "Hi", [], "  ")[0]["role"] == "user"
+    assert conversation([], "Hi", [], "  ")[0]["role"] == "user"
 
 
 @pytest.mark.parametrize("name, takes", [("visualglm", False), ("glm4", True)])
 def test_a_system_prompt_only_where_the_family_has_one(name, takes):
     folder = next(folder for folder in (GOLDEN / name, *(GOLDEN / name).glob("*")) if (folder / "config.json").exists())
-    assert ui.takes_system(family_of(folder)) is takes
+    assert backends.takes_system(family_of(folder)) is takes
 
 
 @pytest.fixture
 def local():
-    options = ui.UiOptions(model=str(DEMO / "checkpoint"))
-    with ui.Local(options, EngineOptions(vision="torch", max_model_len=256)) as backend:
+    options = UiOptions(model=str(DEMO / "checkpoint"))
+    with backends.Local(options, EngineOptions(vision="torch", max_model_len=256)) as backend:
         yield backend
 
 
 def asked(text="Describe the picture."):
-    return ui.conversation([], text, [str(PICTURE)], "")
+    return conversation([], text, [str(PICTURE)], "")
 
 
 def test_an_engine_of_its_own_answers(local):
@@ -83,7 +86,7 @@ def test_a_picture_that_is_none_is_refused_in_a_sentence(local, tmp_path):
     (tmp_path / "a.png").write_text("no picture")
 
     async def ask():
-        async for _ in local.stream(ui.conversation([], "?", [str(tmp_path / "a.png")], ""), GREEDY):
+        async for _ in local.stream(conversation([], "?", [str(tmp_path / "a.png")], ""), GREEDY):
             pass
     with pytest.raises(Exception, match="the picture cannot be read; use PNG"):
         asyncio.run(ask())
@@ -108,7 +111,7 @@ def test_gradio_is_missing(monkeypatch, capsys):
 
 def test_a_server_that_is_not_there():
     with pytest.raises(ui.ToolkitError, match="does not list a model: Connection error.; is the URL"):
-        ui.Remote(ui.UiOptions(server="http://127.0.0.1:9"))
+        backends.Remote(UiOptions(server="http://127.0.0.1:9"))
 
 
 def test_settings_become_sampling():
@@ -146,7 +149,7 @@ def heard(event, arguments):
     if event in ("socket.connect", "socket.getaddrinfo"):
         print(repr(arguments[1] if event == "socket.connect" else arguments[0]), file=addresses)
 sys.addaudithook(heard)
-from runtime.engine import Engine
+from runtime import Engine
 step, pause = Engine.step, float(sys.argv[2])
 Engine.step = lambda engine: time.sleep(pause) or step(engine)
 sys.argv = sys.argv[3:]

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from models.checkpoint.reader import Checkpoint
+from models.errors import ModelError
 from models.families.visualglm import VisualGLM
-from models.family import ModelError
 from runtime import Engine, SamplingParams
 
 GOLDEN = Path(__file__).parent / "golden" / "visualglm"

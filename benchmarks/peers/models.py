@@ -80,7 +80,7 @@ CASES = {       # the tiny ones show in minutes that every peer works; their fig
 
 def prepare(case: Case, work: Path) -> dict:
     """Write the checkpoint and, for encoders, the ONNX, each once -> what every job is told."""
-    from models.synthetic.__main__ import write_checkpoint
+    from models.synthetic.write import write_checkpoint
     checkpoint = work / "checkpoint"
     write_checkpoint(case.release, checkpoint, changes=case.changes)
     told = {"checkpoint": str(checkpoint), "work": str(work)}
@@ -97,8 +97,8 @@ def prepare(case: Case, work: Path) -> dict:
 def streamed_bytes(case: Case, work: Path, variant: str) -> int | None:
     """Weights of ours that one decoded token reads: all but the embedding, of which it reads one row."""
     from models import family_of
+    from runtime.engine.loading.memory import choose_dtype, decoder_bytes
     from runtime.parallel.split import Split
-    from runtime.plan.__main__ import choose_dtype, decoder_bytes
     if case.onnx:
         return None
     family = family_of(work / "checkpoint")

@@ -48,7 +48,8 @@ def generate(work, folder):
 
     def answer(new):
         lines = load.run(engine, load.text_prompts(engine, work["batch"], work["prompt"], dice), new)
-        found = load.case_figures(lines)
+        from runtime.bench.figures import case_figures
+        found = case_figures(lines)
         return {"first_s": found["FirstTokenTime(ms)"] / 1000, "token_s": found["TimePerTokens(ms)"] / 1000}
     answer(job.WARM_UP)
     return {"load_s": loaded, "settings": "; ".join(engine.describe()), **answer(work["new"])}
@@ -75,7 +76,7 @@ def eager(work):
 
     from models import family_of
     from models.checkpoint.reader import Checkpoint
-    from runtime.vision import plain_tower
+    from runtime.vision.torch_session import plain_tower
     torch.set_num_threads(work["threads"])
     family = family_of(work["checkpoint"])
     tower, pixels = plain_tower(family, Checkpoint(family.directory), torch.float32), torch.rand(family.vision.input_shape)

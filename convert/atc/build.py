@@ -13,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.verify.__main__ import compare
+from convert.verify.comparison import compare
 from models.family import Family
 from runtime.common.errors import CHECK_FAILED, ToolkitError
+from runtime.common.files import write_atomically
 from runtime.common.metrics import compare_rows
 from runtime.vision import artifact
-from runtime.vision.artifact import OM_COMPILED, OM_VERIFIED, ONNX, ONNX_VERIFIED, Manifest, write_atomically
+from runtime.vision.artifact import OM_COMPILED, OM_VERIFIED, ONNX, ONNX_VERIFIED, Manifest
 from runtime.vision.om_session import open_om
 
 from . import command as atc

@@ -8,7 +8,7 @@ import shlex
 from dataclasses import dataclass, field
 
 from models.family import Family
-from runtime.plan.__main__ import vision_parameters
+from runtime.engine.loading.memory import vision_parameters
 from runtime.vision.artifact import ONNX
 
 from . import option_rules as atc_options

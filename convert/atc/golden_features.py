@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.verify.__main__ import pictures
+from convert.verify.pictures import pictures
 from models.family import Family
 from runtime.common.errors import CHECK_FAILED, ToolkitError
 

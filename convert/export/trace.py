@@ -19,7 +19,7 @@ from onnxscript import optimizer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from models.family import VisionSpec
+from models.config import VisionSpec
 from models.network.vision_blocks import repeated_lists
 from runtime.common.errors import CHECK_FAILED, ToolkitError
 

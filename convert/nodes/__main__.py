@@ -14,9 +14,10 @@ from pathlib import Path
 from runtime.common.errors import CHECK_FAILED, ToolkitError, run_command
 from runtime.common.flags import Parser, check_folder, flag, require
 
-from .node import FP32, MSIT, Node, describe, measure, passes, read_limits, table
+from .graph import compare_graph
+from .modules import compare_towers, record
+from .node import FP32, MSIT, Node, describe, passes, read_limits, table
 
-PIECE = 64 << 20        # bytes of weights in memory at a time
 NAMED = 5               # operators that could not be compared, named on the screen; the table has all
 
 
@@ -55,7 +56,7 @@ def main(argv) -> int:
     options, = Parser("python -m convert.nodes", "--model DIR --artifact DIR --out FILE.csv [options]",
                       "Compare the inside of a vision encoder with the reference, node by node. Exit code 0: all are within "
                       "the limits, 1: the first that is not is named.", {"what to compare": NodesOptions}).parse(argv)
-    from runtime.vision.artifact import write_atomically
+    from runtime.common.files import write_atomically
     nodes = compare(options)
     write_atomically(Path(options.out), table(nodes, options.limits))
     return tell(nodes, options)
@@ -81,7 +82,7 @@ def compare(options: NodesOptions) -> list[Node]:
     """Every compared place, in the order it is computed. ToolkitError when nothing can be compared."""
     import numpy as np
 
-    from convert.verify.__main__ import pictures
+    from convert.verify.pictures import pictures
     from models import family_of
     family = family_of(options.model)
     if family.vision is None:
@@ -99,80 +100,14 @@ def compare(options: NodesOptions) -> list[Node]:
         return compare_graph(family, Path(options.artifact), pixels, Path(work), shapes)
 
 
-def watch(family, pixels, see):
-    """Run the tower in torch; see(path, module, array) for every module's result, the inner ones first."""
-    from convert.verify.piecewise import StreamedTower
-    from models.checkpoint.reader import Checkpoint
-    from runtime.common.progress import step_progress
-    tower = StreamedTower(family, Checkpoint(family.directory))
-    for path, module in tower.tower.named_modules():
-        if path:
-            module.register_forward_hook(lambda module, _, output, path=path: see(path, module, output.numpy()))
-    with step_progress(f"torch: {family.directory}", tower.steps) as tower.advance:
-        tower.run(pixels)
 
 
-def record(family, pixels, work: Path) -> dict[str, tuple]:
-    """The result of every module that is called once goes to a file. {module path: shape}."""
-    import numpy as np
-    calls, shapes = Counter(), {}
-
-    def keep(path, module, output):
-        calls[path] += 1
-        shapes[path] = output.shape
-        np.save(work / f"{path}.npy", output)
-    watch(family, pixels, keep)
-    return {path: shape for path, shape in shapes.items() if calls[path] == 1}
 
 
-def compare_towers(family, pixels, work: Path, shapes: dict[str, tuple]) -> list[Node]:
-    """Another checkpoint's modules against the recorded ones."""
-    import numpy as np
-    nodes = []
-
-    def see(path, module, output):
-        if shapes.get(path) == output.shape:
-            measures = measure(np.load(work / f"{path}.npy"), output)
-            nodes.append(Node(len(nodes), path, type(module).__name__, "", path, output.shape, measures=measures))
-    watch(family, pixels, see)
-    if not nodes:
-        raise ToolkitError(f"{family.directory} has no module in common with the reference; give two checkpoints of one model",
-                           CHECK_FAILED)
-    return nodes
 
 
-def compare_graph(family, folder: Path, pixels, work: Path, shapes: dict[str, tuple]) -> list[Node]:
-    """Every ONNX node that ends a module against the recorded result."""
-    import numpy as np
-
-    from convert.verify.piecewise import StreamedGraph
-    from runtime.common.progress import step_progress
-    graph = StreamedGraph(folder, PIECE)
-    nodes = ends_of_modules(graph.model.graph, shapes)
-    if not nodes:
-        raise ToolkitError(f"{folder} has no node that ends a module of {family.name}'s encoder; give the folder that "
-                           "python -m convert wrote for this model", CHECK_FAILED)
-    by_output = {node.output: node for node in nodes}
-    with step_progress("ONNX", graph.steps) as graph.advance:
-        for name, value in graph.values(pixels, list(by_output)):
-            by_output[name].measures = measure(np.load(work / f"{by_output[name].golden}.npy"), value)
-    return nodes
 
 
-def ends_of_modules(graph, shapes: dict[str, tuple]) -> list[Node]:
-    """Nodes are named `module path/operator`: the last one under a module's path gives its result, if it is its own."""
-    last, known = {}, {v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim)
-                       for v in (*graph.value_info, *graph.output)}
-    for index, node in enumerate(graph.node):
-        scope = node.name.rpartition("/")[0]
-        own = next((path for path in (scope, f"tower.{scope}") if path in shapes), None)
-        parts = (own or scope).split(".")
-        for depth in range(1, len(parts) + 1):
-            last[".".join(parts[:depth])] = Node(index, node.name, node.op_type, node.output[0], own)
-    found = [node for path, node in last.items() if node.golden == path]
-    for node in found:
-        node.shape = known.get(node.output, ())
-    return sorted((n for n in found if n.shape == shapes[n.golden]), key=lambda n: n.index)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import io
 from dataclasses import dataclass
 
 from runtime.common.errors import ToolkitError
-from runtime.compare.limits import limit_value
+from runtime.common.flags import limit_value
 
 # the largest that pass; "cosine_min": the smallest. gain: |what the candidate gives where the reference gives 1, less 1|
 FP32 = {"relative_euclidean": 3e-5, "gain": 5e-7}   # clean towers of all families: up to 2e-6 and 3e-8
@@ -69,7 +69,7 @@ def describe(node: Node, limits: dict[str, float], golden: str) -> str:
 
 def table(nodes: list[Node], limits: dict[str, float]) -> str:
     """msit's columns; NPUDump is the candidate."""
-    from runtime.compare.report import MSIT_COLUMNS
+    from runtime.common.msit import MSIT_COLUMNS
     stored = io.StringIO()
     rows = csv.DictWriter(stored, MSIT_COLUMNS, restval="", lineterminator="\n")
     rows.writeheader()

@@ -37,7 +37,7 @@ def compare_dump(folder: Path, dump: Path, pixels) -> list[Node]:
     from convert.verify.piecewise import StreamedGraph
     from runtime.common.progress import step_progress
 
-    from .__main__ import PIECE
+    from .graph import PIECE
     graph, dumped = StreamedGraph(folder, PIECE), read_dump(dump)
     pairs = matched(graph.model.graph, dumped)
     nodes = [node_of(index, node, pairs) for index, node in enumerate(graph.model.graph.node)]

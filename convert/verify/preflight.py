@@ -12,7 +12,7 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto, numpy_helper
 
-from models.family import VisionSpec
+from models.config import VisionSpec
 
 MAX_RANK = 6            # ATC allows 8; transposes above 6 dimensions leave the fast kernels
 BUILT_IN = {"Constant"}

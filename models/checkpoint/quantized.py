@@ -15,10 +15,13 @@ from pathlib import Path
 
 import torch
 
-from models.family import Family, ModelError, Part, Weight, read_json
-from models.network.linear import Linear
+from models.config import read_json
+from models.errors import ModelError
+from models.family import Family
+from models.network.linear import Linear, Stacked
 
 from .reader import SHOWN, Checkpoint
+from .table import Part, Weight
 
 FILE = "quant_model_description.json"
 STATIC = ("W8A8", "W8A8S")                  # activations quantised with stored scales
@@ -76,10 +79,6 @@ class Quantized:
         return replace(self, weight=self.weight.to(device), scale=self.scale.to(device), bias=bias)
 
 
-@dataclass
-class Stacked:
-    """Linear layers of one input whose outputs lie side by side."""
-    parts: list
 
 
 @dataclass

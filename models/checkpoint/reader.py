@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
-from models.family import ModelError, Part, Weight
+from models.errors import ModelError
 
 from .shards import Damaged, Entry, TensorReader, find_files, stored_entries
+from .table import Part, Weight
 
 LARGE_BYTES = 256 << 20         # sources above are assembled first, while few targets are in memory
 CONVERT_BLOCK = 1 << 18         # elements converted at a time between half formats: what stays in the cache

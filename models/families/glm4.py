@@ -8,13 +8,18 @@ import re
 
 import numpy as np
 
-from models.family import DecoderConfig, ModelError, Part, Prompt, Rope, SamplingDefaults, Weight, pair, split_content
-from models.network.linear import interleaved_order, permute_heads
+from models.checkpoint.table import Part, Weight, pair
+from models.config import DecoderConfig, Rope, rope_of
+from models.errors import ModelError
+from models.family import Prompt, SamplingDefaults
+from models.network.rope import interleaved_order, permute_heads
 from models.prompt.chat_template import ChatTemplate, directory_template
-from models.prompt.tokenizers import JsonText, MissingTokenizer, TiktokenText, begun
+from models.prompt.messages import split_content
+from models.prompt.streaming import begun
+from models.prompt.tokenizers import JsonText, MissingTokenizer, TiktokenText
 
 from .templated import TemplatedFamily
-from .weight_rows import buffers, decoder_weights, rope_of
+from .weight_rows import buffers, decoder_weights
 
 SPECIAL = ("<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>",
            "<|observation|>", "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>")

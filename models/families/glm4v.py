@@ -6,11 +6,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from models.family import Layout, ModelError, Part, Prompt, VisionSpec, Weight, dense, fused_dense, pair
-from models.network.vision_blocks import Attention, GluAdapter, Mlp, Normalize, glu_adapter_weights
+from models.checkpoint.table import Part, Weight, dense, fused_dense, pair
+from models.config import VisionSpec
+from models.errors import ModelError
+from models.family import Layout, Prompt
+from models.network.vision_blocks import Attention, GluAdapter, Mlp, Normalize
 from models.prompt.images import CLIP_MEAN, CLIP_STD, denormalize, open_image, squash
 
 from .glm4 import Glm4, is_chatglm, released_pieces, supported
+from .weight_rows import glu_adapter_weights
 
 
 class PostNormBlock(nn.Module):

@@ -11,14 +11,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from models.family import DecoderConfig, ModelError, Part, SamplingDefaults, VisionSpec, Weight, pair
-from models.network.linear import interleaved_order
-from models.network.vision_blocks import GluAdapter, Normalize, PreNormBlock, gelu_erf, gelu_tanh, glu_adapter_weights
+from models.checkpoint.table import Part, Weight, pair
+from models.config import DecoderConfig, VisionSpec, chosen, rope_of
+from models.errors import ModelError
+from models.family import SamplingDefaults
+from models.network.rope import interleaved_order
+from models.network.vision_blocks import GluAdapter, Normalize, PreNormBlock, gelu_erf, gelu_tanh
 from models.prompt.images import denormalize, fit_pad, open_image
 from models.prompt.tokenizers import JsonText, MissingTokenizer
 
 from .templated import TemplatedFamily
-from .weight_rows import buffers, chosen, decoder_weights, output_matrix, prefix, rope_of, tower_block, unused
+from .weight_rows import buffers, decoder_weights, glu_adapter_weights, output_matrix, prefix, tower_block, unused
 
 MEAN = STD = (0.5, 0.5, 0.5)
 ACTIVATIONS = {"gelu_pytorch_tanh": gelu_tanh, "gelu": gelu_erf}

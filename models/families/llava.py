@@ -9,13 +9,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from models.family import DecoderConfig, ModelError, Part, SamplingDefaults, VisionSpec, Weight, dense, pair, read_json
+from models.checkpoint.table import Part, Weight, dense, pair
+from models.config import DecoderConfig, VisionSpec, chosen, read_json, rope_of
+from models.errors import ModelError
+from models.family import SamplingDefaults
 from models.network.vision_blocks import Dense, Normalize, PreNormBlock, gelu_erf, gelu_tanh, quick_gelu
 from models.prompt.images import CLIP_MEAN, CLIP_STD, center_crop, denormalize, open_image
 from models.prompt.tokenizers import JsonText, MissingTokenizer, SentencePieceText, added_tokens
 
 from .templated import TemplatedFamily
-from .weight_rows import buffers, chosen, decoder_weights, output_matrix, prefix, rope_of, tower_block, unused
+from .weight_rows import buffers, decoder_weights, output_matrix, prefix, tower_block, unused
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu_erf, "gelu_pytorch_tanh": gelu_tanh}
 LLAMA = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,

@@ -8,8 +8,10 @@ import functools
 import numpy as np
 
 from models.checkpoint.shards import stored_shapes
-from models.family import Family, Layout, ModelError, Prompt
-from models.prompt.chat_template import ChatTemplate, directory_template, said, with_parts, with_text
+from models.errors import ModelError
+from models.family import Family, Layout, Prompt
+from models.prompt.chat_template import ChatTemplate, directory_template
+from models.prompt.messages import said, with_parts, with_text
 
 
 class TemplatedFamily(Family):

@@ -7,26 +7,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from models.family import (
-    DecoderConfig,
-    Family,
-    Layout,
-    ModelError,
-    Part,
-    Prompt,
-    Rope,
-    SamplingDefaults,
-    VisionSpec,
-    Weight,
-    dense,
-    fused_dense,
-    pair,
-    split_content,
-)
-from models.network.linear import permute_heads, two_halves_order
+from models.checkpoint.table import Part, Weight, dense, fused_dense, pair
+from models.config import DecoderConfig, Rope, VisionSpec
+from models.errors import ModelError
+from models.family import Family, Layout, Prompt, SamplingDefaults
+from models.network.rope import permute_heads, two_halves_order
 from models.network.vision_blocks import Attention, Dense, Mlp, Normalize, PreNormBlock
 from models.prompt.images import CLIP_MEAN, CLIP_STD, denormalize, open_image, squash
-from models.prompt.tokenizers import IceText, begun
+from models.prompt.messages import split_content
+from models.prompt.streaming import begun
+from models.prompt.tokenizers import IceText
 
 LN_VISION_EPS = 1e-5        # a plain nn.LayerNorm in the release, not the tower's 1e-6
 

@@ -7,31 +7,15 @@ checkpoint's names which one it is.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from models.family import DecoderConfig, ModelError, Part, Rope, Weight, dense, pair
-from models.network.linear import permute_heads
+from models.checkpoint.table import Part, Weight, dense, pair
+from models.config import DecoderConfig
+from models.network.rope import permute_heads
 
 BUFFERS = ("rotary_emb.inv_freq", "position_ids")       # tables that older releases of transformers saved
 
 
-def rope_of(config: dict, head_dim: int, factor: float = 1.0) -> Rope:
-    """Rotary settings from old (rope_theta) and new (rope_parameters) spellings; `factor` = rotated part by default."""
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind != "default":
-        raise ModelError(f"config.json scales the rotary positions ({kind!r}), which this toolkit does not; "
-                         "use the released config.json")
-    theta = config.get("rope_theta") or parameters.get("rope_theta", 10000.0)
-    factor = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", factor))
-    return Rope(dim=int(head_dim * factor), theta=float(theta))
 
 
-def chosen(table: dict, config: dict, key: str, default: str):
-    """table[config[key]]; ModelError with the known values when the config names another one."""
-    value = config.get(key, default)
-    if value not in table:
-        raise ModelError(f"config.json says {key} {value!r}, this toolkit knows {', '.join(map(repr, table))}; "
-                         "use the released config.json")
-    return table[value]
 
 
 def prefix(names: Iterable[str], ending: str, default: str) -> str:
@@ -99,3 +83,15 @@ def unused(rows: Iterable[Weight]) -> Iterator[Weight]:
 def buffers(shapes: dict[str, tuple[int, ...]]) -> Iterator[Weight]:
     """Rows that drop the computed tables a checkpoint carries."""
     return (Weight(name, shape, optional=True) for name, shape in shapes.items() if name.endswith(BUFFERS))
+
+
+def glu_adapter_weights(source: str, target: str, width: int, hidden: int, inner: int):
+    """Table rows of a GluAdapter; `source` and `target` are prefixes with their dot."""
+    yield from pair(source + "conv", (hidden, width, 2, 2), target + "conv")
+    yield from dense(source + "linear_proj.linear_proj", hidden, hidden, target + "project", bias=False)
+    yield from pair(source + "linear_proj.norm1", (hidden,), target + "norm")
+    yield from dense(source + "linear_proj.gate_proj", inner, hidden, target + "gate", bias=False)
+    yield from dense(source + "linear_proj.dense_h_to_4h", inner, hidden, target + "up", bias=False)
+    yield from dense(source + "linear_proj.dense_4h_to_h", hidden, inner, target + "down", bias=False)
+    for mark in ("boi", "eoi"):
+        yield Weight(source + mark, (1, 1, hidden), (Part(target + mark),))

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from models.checkpoint.quantized import Stacked
-from models.family import DecoderConfig
+from models.config import DecoderConfig
 
-from .linear import Late, Linear, Norm, Wide, rotary_angles
+from .linear import Late, Linear, Norm, Stacked, Wide
+from .rope import rotary_angles
 
 
 @dataclass

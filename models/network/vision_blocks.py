@@ -9,8 +9,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models.family import Part, Weight, dense, pair
-
 
 def repeated_lists(tower: nn.Module) -> list[str]:
     """Paths of the outermost ModuleLists: their members are the blocks that make up nearly all of a tower."""
@@ -123,13 +121,3 @@ class GluAdapter(nn.Module):
         return torch.cat((self.boi.expand(batch, -1, -1), x, self.eoi.expand(batch, -1, -1)), dim=1)
 
 
-def glu_adapter_weights(source: str, target: str, width: int, hidden: int, inner: int):
-    """Table rows of a GluAdapter; `source` and `target` are prefixes with their dot."""
-    yield from pair(source + "conv", (hidden, width, 2, 2), target + "conv")
-    yield from dense(source + "linear_proj.linear_proj", hidden, hidden, target + "project", bias=False)
-    yield from pair(source + "linear_proj.norm1", (hidden,), target + "norm")
-    yield from dense(source + "linear_proj.gate_proj", inner, hidden, target + "gate", bias=False)
-    yield from dense(source + "linear_proj.dense_h_to_4h", inner, hidden, target + "up", bias=False)
-    yield from dense(source + "linear_proj.dense_4h_to_h", hidden, inner, target + "down", bias=False)
-    for mark in ("boi", "eoi"):
-        yield Weight(source + mark, (1, 1, hidden), (Part(target + mark),))

@@ -15,9 +15,13 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 
+from models.prompt.messages import content
 from runtime.common.errors import INTERRUPTED, ToolkitError, run_command
-from runtime.common.flags import EngineOptions, InputOptions, Parser, SamplingParams, check_pictures, flag, require
-from runtime.common.sample_questions import content
+from runtime.common.flags import Parser, flag, require
+from runtime.engine.command import check_pictures, join_torchrun, open_engine
+from runtime.engine.options import EngineOptions, InputOptions, SamplingParams
+
+from . import figures
 
 HEADER = ("Batch", "MaxSeqLen", "InputSeqLen(Encoding)", "OutputSeqLen(Decoding)", "ResponseTime(ms)",
           "FirstTokenTime(ms)", "TimePerTokens(ms)", "TokensPerSecond(ms)")
@@ -57,10 +61,11 @@ def main(argv: list[str]) -> int:
         "Times a model: a grid of batch sizes and lengths with prompts of random words (or, with --image, a question "
         "about a picture), decoded greedily to exactly the length asked for.",
         {"benchmark": BenchOptions, "model": EngineOptions}).parse(argv)
+    join_torchrun(engine_options)
     from models import family_of
-    from runtime.compare.report import prepare
+    from runtime.common.files import prepare
     check_pictures(family_of(options.model), options.image)
-    folder, engine = prepare(options.out), open_engine(options, engine_options)
+    folder, engine = prepare(options.out), ready_engine(options, engine_options)
     if options.demo:
         demo(engine, options)
     elif options.perf:
@@ -70,10 +75,9 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def open_engine(options: BenchOptions, engine_options: EngineOptions):
-    from runtime import Engine
+def ready_engine(options: BenchOptions, engine_options: EngineOptions):
     together = max(options.batches)
-    engine = Engine(options.model, **vars(replace(engine_options, max_num_seqs=engine_options.max_num_seqs or together)))
+    engine = open_engine(options.model, **vars(replace(engine_options, max_num_seqs=engine_options.max_num_seqs or together)))
     print("\n".join(engine.describe()), file=sys.stderr)
     return engine
 
@@ -88,7 +92,7 @@ def demo(engine, options):
 def perf(engine, options, folder: Path):
     """The guides' csv: every argument, then every figure, as Key,Value; named after the time. A json beside it has the
     figures as numbers, under vLLM's names."""
-    from runtime.vision.artifact import write_atomically
+    from runtime.common.files import write_atomically
 
     from . import workload as load
     words, output = Words(engine, options), options.outputs[0]
@@ -96,13 +100,13 @@ def perf(engine, options, folder: Path):
     prompts = words.prompts(options.num_prompts, options.inputs[0])
     with token_progress(sum(len(prompt.ids) + output for prompt in prompts)) as (_, advance):
         lines = load.run(engine, prompts, output, advance)
-    info = load.perf_info(lines)
+    info = figures.perf_info(lines)
     print("\n***Perf Info***\n" + json.dumps(info, indent=4))
     rows = [("Key", "Value"), *((k, v) for k, v in asdict(options).items()), *info.items()]
     path = folder / f"{time.strftime('%Y%m%d%H%M%S')}.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
-    write_atomically(path.with_suffix(".json"), json.dumps(asdict(options) | load.serving_figures(lines), indent=2) + "\n")
+    write_atomically(path.with_suffix(".json"), json.dumps(asdict(options) | figures.serving_figures(lines), indent=2) + "\n")
     print(f"peak memory: {peak_bytes() / 2**30:.2f} GiB on the host\nwritten: {path} and .json", file=sys.stderr)
 
 
@@ -135,8 +139,8 @@ def measured(engine, words, cases):
         for batch, inputs, outputs in cases:
             title(f"batch {batch}, {inputs} in, {outputs} out")
             lines = load.run(engine, words.prompts(batch, inputs), outputs, advance)
-            yield {"batch": batch, "input": lines[0].input_tokens, "output": outputs, **load.case_figures(lines),
-                   **load.serving_figures(lines)}
+            yield {"batch": batch, "input": lines[0].input_tokens, "output": outputs, **figures.case_figures(lines),
+                   **figures.serving_figures(lines)}
 
 
 @contextmanager
@@ -181,7 +185,7 @@ def peak_bytes() -> int:
 
 
 def finish(engine, options, folder: Path, rows: list[dict], cases: int):
-    from runtime.vision.artifact import write_atomically
+    from runtime.common.files import write_atomically
 
     from .page import page, plot, show
     found = {"model": options.model, "family": engine.family.name, "lines": engine.describe(),

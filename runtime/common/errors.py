@@ -30,7 +30,7 @@ def run_command(main, argv=None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return READER_GONE
     except Exception as error:
-        from models.family import ModelError  # not earlier: it brings numpy, and `--help` should answer at once
+        from models.errors import ModelError  # not earlier: it brings numpy, and `--help` should answer at once
         if "--debug" in arguments or not isinstance(error, (ToolkitError, ModelError, OSError, MemoryError)):
             raise
         return _fail(_sentence(error), getattr(error, "exit_code", USER_MISTAKE))

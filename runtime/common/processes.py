@@ -1,9 +1,12 @@
 """A part of a command as a process of its own, which gives all its memory back when it ends."""
 import ctypes
+import os
 import signal
 import subprocess
+import sys
+from pathlib import Path
 
-from runtime.vision.artifact import start_module
+from .files import cache_root
 
 PR_SET_PDEATHSIG = 1        # Linux, prctl.h
 
@@ -22,3 +25,12 @@ def output_of(module: str, *arguments) -> tuple[int, bytes]:
 def die_with_parent():
     """From now on nothing of this process goes on when the one that started it is killed."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def start_module(module: str, *arguments, **options) -> subprocess.Popen:
+    """`python -m module arguments` of ours, found however this process was started; paths must be absolute."""
+    environment = {**os.environ, "ASCEND_VLM_CACHE": str(cache_root().absolute())}
+    return subprocess.Popen([sys.executable, "-m", module, *map(str, arguments)], cwd=ROOT, env=environment, **options)

@@ -1,4 +1,5 @@
 """Progress bars on stderr for work counted in bytes or steps; silent where stderr is not a terminal."""
+import sys
 from contextlib import contextmanager
 
 
@@ -36,3 +37,16 @@ def spinner(title: str):
             yield
     else:
         yield
+
+
+def say(text: str):
+    print(text, file=sys.stderr, flush=True)
+
+
+def track(role: str, cases: list, quiet: bool = False):
+    """Iterate over the cases with a progress bar on stderr; quiet: each case shows one of its own."""
+    from rich.console import Console
+    from rich.progress import track as rich_track
+    console = Console(stderr=True)
+    return rich_track(cases, description=f"{role}: questions", console=console, transient=True,
+                      disable=quiet or not console.is_terminal)

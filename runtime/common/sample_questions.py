@@ -5,9 +5,6 @@ from dataclasses import dataclass
 SIZE = 448
 
 
-def content(text: str, pictures=()) -> list[dict]:
-    """A user message's content: pictures (path or PIL image), then text. `models.family.split_content` takes it apart."""
-    return [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": text}]
 
 
 @dataclass(frozen=True)

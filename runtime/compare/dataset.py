@@ -6,8 +6,9 @@ probability counts. Without choices the greedy text counts, exactly, but for bla
 from pathlib import Path
 
 from runtime.common.errors import ToolkitError
-from runtime.common.flags import SamplingParams
-from runtime.predict.__main__ import Asker, read_questions
+from runtime.engine.options import SamplingParams
+from runtime.predict.asker import Asker
+from runtime.predict.questions import read_questions
 
 
 def read(path: str) -> list[dict]:
@@ -26,7 +27,7 @@ def read(path: str) -> list[dict]:
 
 
 def answers(engine, questions: list[dict], path: str, language: str | None, max_tokens: int) -> list[str]:
-    from .report import track
+    from runtime.common.progress import track
     asker = Asker(engine, None, None, Path(path).parent)
     greedy = SamplingParams(temperature=0, repetition_penalty=1, max_tokens=max_tokens)
     return [answer(engine, question, asker.messages(question), language, greedy)

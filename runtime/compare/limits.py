@@ -4,6 +4,7 @@ Limits are {stage: {measure: number}}; stages are vision, layers and decode. Wha
 it is known (verdict.py, layers.py).
 """
 from runtime.common.errors import ToolkitError
+from runtime.common.flags import limit_value
 
 EXACT = 0.9999                  # smallest cosine that passes, as the VisualGLM guide has it
 QUANTISED = 0.99                # of the logits of a quantised model
@@ -25,13 +26,6 @@ def read_limit(text: str) -> tuple[str, str, float]:
     return stage, measure, limit_value(text)
 
 
-def limit_value(text: str) -> float:
-    """The number of a --limit; ToolkitError when there is none."""
-    name, _, value = text.partition("=")
-    try:
-        return float(value)
-    except ValueError:
-        raise ToolkitError(f"--limit {text} has no number; write it like {name}=0.01") from None
 
 
 def all_limits(options, packed: bool = False) -> dict[str, dict[str, float]]:

@@ -7,67 +7,34 @@ from __future__ import annotations
 
 import gc
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime.common import progress
 from runtime.common.errors import ToolkitError
-from runtime.common.flags import EngineOptions, SamplingParams, one_at_a_time
 from runtime.common.progress import spinner
-from runtime.common.sample_questions import content
+from runtime.engine.command import open_engine
+from runtime.engine.options import EngineOptions, SamplingParams, one_at_a_time
 
-from . import report
+from .cases import Case
 from .dataset import answers
 from .limits import is_quantised
+from .outcomes import Noise, Outcome, Side
 
 if TYPE_CHECKING:       # `--help` does without numpy
     import numpy as np
 
-    from .__main__ import CompareOptions
+    from .options import CompareOptions
 
 
-@dataclass
-class Case:
-    """One question and its pictures (path or PIL image); language None = the family's default wording."""
-    question: str
-    language: str | None
-    pictures: list
-
-    @property
-    def messages(self):
-        return [{"role": "user", "content": content(self.question, self.pictures)}]
 
 
-@dataclass
-class Outcome:
-    """What one side says about one case. features float32 [rows, hidden], logits float32 [len(token_ids), vocab]."""
-    ids: list[int]
-    features: np.ndarray
-    token_ids: list[int]
-    answer: str
-    logits: np.ndarray
-    streams: object = None              # layers.Recorder, of the reference
 
 
-@dataclass
-class Noise:
-    """What rounding alone does: the reference in the candidate's dtype, its layers as Side's, its logits of every question."""
-    layers: dict
-    logits: list[np.ndarray]
 
 
-@dataclass
-class Side:
-    """One model's outcomes, its family (for token texts) and what the report tells about it; layers as
-    layers.judge takes them, or a note why there are none."""
-    info: dict
-    family: object
-    outcomes: list[Outcome]
-    layers: dict | None = None
-    noise: Noise | None = None
-    note: str | None = None
-    answers: list[str] = field(default_factory=list)        # to the data set
 
 
 def run_reference(options: CompareOptions, max_model_len: int | None, cases: list[Case], work: Path) -> Side:
@@ -80,7 +47,7 @@ def run_reference(options: CompareOptions, max_model_len: int | None, cases: lis
     prompts, features = encode(engine, cases)
     from .layerwise import record
     outcomes = []
-    for prompt, rows in report.track("reference", list(zip(prompts, features)), options.layer_by_layer):
+    for prompt, rows in progress.track("reference", list(zip(prompts, features)), options.layer_by_layer):
         tokens, answer = fed_tokens(engine, prompt, options)
         if options.native or options.reference_dtype != "float32":
             logits, streams = engine.score(prompt, tokens), None
@@ -108,12 +75,11 @@ def fed_tokens(engine, prompt, options: CompareOptions) -> tuple[list[int], str]
 
 def run_candidate(options: CompareOptions, engine_options: EngineOptions, cases: list[Case], reference: Side) -> Side:
     """The reference's tokens, fed to the candidate step by step; then every layer on the reference's streams."""
-    from runtime import Engine
     given = replace(one_at_a_time(engine_options), layer_by_layer=options.layer_by_layer)
-    engine, seconds = load("candidate", options.model, partial(Engine, **vars(given)))
+    engine, seconds = load("candidate", options.model, partial(open_engine, **vars(given)))
     prompts, features = encode(engine, cases)
     outcomes, note = [], why_no_layers(options, engine_options)
-    for prompt, rows, expected in report.track("candidate", list(zip(prompts, features, reference.outcomes)),
+    for prompt, rows, expected in progress.track("candidate", list(zip(prompts, features, reference.outcomes)),
                                                options.layer_by_layer):
         check_same_model(engine.family, prompt.ids.tolist(), rows, expected)
         logits = engine.score(prompt, expected.token_ids)
@@ -145,7 +111,7 @@ def run_layers(role: str, engine, prompts: list, reference: Side, quiet: bool) -
     from .layerwise import merge, prompt_stages
     pairs = list(zip(prompts, reference.outcomes))
     return merge([prompt_stages(engine, prompt, outcome.token_ids, outcome.streams, outcome.logits)
-                  for prompt, outcome in report.track(role, pairs, quiet)])
+                  for prompt, outcome in progress.track(role, pairs, quiet)])
 
 
 def run_noise(options: CompareOptions, candidate, prompts: list, reference: Side) -> Noise | None:
@@ -175,7 +141,7 @@ def reference_loader(options: CompareOptions, max_model_len: int | None):
 
 def load(role: str, model: str, make):
     """(engine, seconds it took)."""
-    report.say(f"{role}: loading {model}")
+    progress.say(f"{role}: loading {model}")
     start = time.perf_counter()
     return make(model), time.perf_counter() - start
 

@@ -8,8 +8,8 @@ import numpy as np
 from models import family_of
 from models.checkpoint.reader import Checkpoint
 from runtime.common.errors import MISSING_COMPONENT, ToolkitError
-from runtime.common.flags import EngineOptions
 from runtime.engine.engine import Result
+from runtime.engine.options import EngineOptions
 
 NATIVE = {"llava": "AutoModelForImageTextToText", "glm": "AutoModelForCausalLM"}      # model_type -> class
 

@@ -3,13 +3,13 @@
 A check is {"stage", "measure", "value", "limit", "passed", "nonfinite", "worst"}: where the worst value stands.
 """
 from runtime.common import metrics
+from runtime.compare.report.sentences import chinese, verdict
 
 from . import layerwise as layers
-from . import report
 from .limits import AT_LEAST, EXACT
+from .report import page as report
 
 FP32_DISTANCE, OM_DISTANCE = 1e-5, 0.05     # measured: 9e-7; msit's for an .om
-STAGES = {"vision": "vision features", "decode": "decoder logits"}
 
 
 def judge(reference, candidate, cases: list, limits: dict[str, dict[str, float]]) -> dict:
@@ -70,44 +70,12 @@ def layer_check(found: list[dict]) -> dict:
             "failed": [stage["stage"] for stage in failed]}
 
 
-def verdict(passed: bool, checks: list[dict]) -> str:
-    """One sentence: the smallest cosine of every stage, or what failed where, the layer first."""
-    if not any(c["stage"] == "decode" for c in checks):
-        return "FAILED: nothing was compared"
-    if passed:
-        cosines = [c for c in checks if c["measure"] == "cosine_min"]
-        smallest = ", ".join(f"{STAGES[c['stage']]} {report.cosine(c['value'])}" for c in cosines)
-        limits = " or ".join(dict.fromkeys(f"{c['limit']:g}" for c in cosines))
-        clean = "; every layer computes what the reference's does" if checks[-1]["stage"] == "layers" else ""
-        return f"PASSED: no cosine is below {limits}; smallest: {smallest}{clean}"
-    failed = sorted((c for c in checks if not c["passed"]), key=lambda c: c["stage"] != "layers")
-    return "FAILED: " + "; ".join(layer_failure(c) if c["stage"] == "layers" else failure(c) for c in failed)
 
 
-CHINESE = {"vision": "视觉特征", "decode": "解码器 logits"}
 
 
-def chinese(passed: bool, checks: list[dict]) -> str:
-    """The same sentence for the page in Chinese."""
-    if not any(c["stage"] == "decode" for c in checks):
-        return "没有可比较的内容"
-    if passed:
-        return "；".join(f"{CHINESE[c['stage']]}的最小余弦为 {report.cosine(c['value'])}（限值 {c['limit']:.6g}）"
-                        for c in checks if c["measure"] == "cosine_min")
-    failed = sorted((c for c in checks if not c["passed"]), key=lambda c: c["stage"] != "layers")
-    return "；".join(chinese_failure(c) for c in failed)
 
 
-def chinese_failure(c: dict) -> str:
-    value = report.cosine(c["value"]) if c["measure"] == "cosine_min" else report.number(c["value"])
-    if c["stage"] == "layers":
-        what = "首先出现 NaN 或 Inf" if c["nonfinite"] else \
-            f"首先偏离：{'增益' if c['measure'] == 'gain' else '误差'}为 {c['value']:.4g}，限值 {c['limit']:.4g}"
-        return f"{c['worst']['stage']} {what}（共 {len(c['failed'])} 个阶段偏离）"
-    place = f"问题 {c['worst']['case'] + 1} 第 {c['worst']['row'] + 1} {'个词元' if c['stage'] == 'decode' else '行'}"
-    if c["nonfinite"]:
-        return f"{CHINESE[c['stage']]}含 {c['nonfinite']} 个 NaN 或 Inf，首个位于{place}"
-    return f"{CHINESE[c['stage']]}的 {c['measure']} 为 {value}（{place}），限值 {c['limit']:.6g}"
 
 
 def histogram(pairs) -> dict:
@@ -122,26 +90,8 @@ def histogram(pairs) -> dict:
     return {"edges": edges.tolist(), "counts": counts.tolist()}
 
 
-def layer_failure(c: dict) -> str:
-    others = f", {len(c['failed']) - 1} more stages depart too" if len(c["failed"]) > 1 else ""
-    if c["nonfinite"]:
-        return f"{c['worst']['stage']} is the first with NaN or Inf ({c['nonfinite']:,} values){others}"
-    if c["measure"] == "gain":
-        return (f"{c['worst']['stage']} departs first: what it adds is {c['value']:.4f} times the reference's, "
-                f"{c['limit']:g} from plain torch in this dtype are allowed{others}")
-    return (f"{c['worst']['stage']} departs first: its error is {c['value']:.2e} of what it adds, above "
-            f"{c['limit']:.2e}{others}")
 
 
-def failure(c: dict) -> str:
-    what, row, question = STAGES[c["stage"]], c["worst"]["row"] + 1, c["worst"]["case"] + 1
-    place = f"{'token' if c['stage'] == 'decode' else 'row'} {row} of question {question}"
-    if c["nonfinite"]:
-        return f"{c['nonfinite']:,} values of the {what} are NaN or Inf, the first at {place}"
-    if c["measure"] == "cosine_min":
-        return f"the cosine of the {what} falls to {report.cosine(c['value'])} at {place}, below {c['limit']:g}"
-    side = "below" if c["measure"] in AT_LEAST else "above"
-    return f"{c['measure']} of the {what} is {c['value']:.3g} at {place}, {side} {c['limit']:g}"
 
 
 def describe_case(case, expected, vision: dict, decode: dict, family) -> dict:

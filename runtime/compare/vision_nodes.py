@@ -32,7 +32,7 @@ def find(options, candidate, found: dict, out: Path) -> str | None:
 
 def first_that_departs(options, side: list, table: Path) -> dict | None:
     """Row of the table, which convert.nodes writes in the order of computation."""
-    from runtime.vision.artifact import start_module
+    from runtime.common.processes import start_module
     picture = ["--image", Path(options.image[0]).absolute()] if options.image and isinstance(options.image[0], str) else []
     with spinner("looking into the vision encoder"):
         process = start_module("convert.nodes", "--model", Path(options.reference).absolute(), *side, "--out",

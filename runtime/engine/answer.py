@@ -1,5 +1,5 @@
 """Token ids of an answer -> the text the release shows, in pieces that never have to be taken back."""
-from models.prompt.tokenizers import StreamDecoder, begun
+from models.prompt.streaming import StreamDecoder, begun
 
 
 class AnswerText:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from models.network.decoder import Step
 from runtime.common.errors import CHECK_FAILED, ToolkitError
-from runtime.ops.npu.ops import device_tensors
+from runtime.ops.reference import device_tensors
 
 BATCH_SIZES = (8, 4, 2, 1)      # the largest first: the others fit into its memory
 

@@ -11,8 +11,8 @@ import numpy as np
 from models import family_of
 from models.family import Prompt
 from runtime.common.errors import ToolkitError
-from runtime.common.flags import EngineOptions, SamplingParams
 
+from .options import EngineOptions, SamplingParams
 from .request import Request, Result, Settings
 
 FEATURES_KEPT = 16      # pictures whose features are remembered
@@ -26,12 +26,12 @@ class Engine:
     def __init__(self, model_dir, **options):
         from models.checkpoint.quantized import check_stored, find_description, stored_weights
         from models.checkpoint.reader import Checkpoint
+        from runtime.engine.loading.cpu_weights import check_packable
+        from runtime.engine.loading.memory import SEQUENCES, longest_of
         from runtime.ops import choose
         from runtime.parallel.split import Split, check_split
         from runtime.parallel.team import open_team
-        from runtime.plan.__main__ import SEQUENCES, longest_of
 
-        from .cpu_weights import check_packable
         from .scheduler import Scheduler
         self.options = EngineOptions(**options)
         self.family = family_of(model_dir)
@@ -52,7 +52,8 @@ class Engine:
             from runtime.vision import check_om
             check_om(self.family, self.checkpoint, self.options.artifact)       # before the weights are read
         self._vision, self._features, self.last_result = None, OrderedDict(), None
-        self._team = self._ops.team = open_team(model_dir, replace(self.options, cache_tokens=self.plan.cache_tokens))
+        self._team = self._ops.team = open_team(
+            model_dir, replace(self.options, cache_tokens=self.plan.cache_tokens), load=Engine)
         self._split = Split(self.family.decoder, self.options.tensor_parallel_size, self._team.rank if self._team else 0)
         try:
             self._runner = self._load()
@@ -210,8 +211,8 @@ class Engine:
         return self.options.device if size == 1 else f"{self.options.device} and {size - 1} more (tensor parallel)"
 
     def _plan(self, dtype: str):
+        from runtime.engine.loading.memory import plan_engine
         from runtime.parallel.team import rank_and_size
-        from runtime.plan.__main__ import plan_engine
         free = self._ops.free_memory()
         if self.options.device == "cpu":        # processes that split a decoder share the memory
             free //= self.options.tensor_parallel_size
@@ -220,21 +221,21 @@ class Engine:
 
     def _load(self):
         from models.network.decoder import Decoder
+        from runtime.engine.loading.weights import decoder_weights
 
         from .kv_cache import KVCache
         from .runner import Runner
-        from .weights import decoder_weights
         if self._team:
             self._team.connect(self.options.device)
         if self.options.layer_by_layer:
-            from .layer_by_layer import Shelf
+            from runtime.engine.loading.layer_by_layer import Shelf
             self._shelf = Shelf(self.checkpoint, self.family, self.plan.dtype, self._ops, self._split)
             weights = self._shelf.weights()
         elif self.options.cpu_weights == "float":
             weights = decoder_weights(self.checkpoint, self.family, self.plan.dtype, self.options.device, self._ops,
                                       self._split, self.options.keep_dtype)
         else:
-            from .cpu_weights import packed_weights
+            from runtime.engine.loading.cpu_weights import packed_weights
             weights = packed_weights(self.checkpoint, self.family, self.plan.dtype, self.options.cpu_weights, self._split)
         decoder = Decoder(self._split.config, weights, self._ops)
         longest = -(-self.max_model_len // self._block_size)
@@ -254,7 +255,7 @@ class Engine:
     @contextmanager
     def _sequence(self, prompt, new_tokens):
         """A sequence beside the scheduler's; ToolkitError when requests that are under way left no room for it."""
-        from .runner import Sequence
+        from .sequence import Sequence
         tokens = len(prompt.ids) + new_tokens
         if self._cache.blocks_for(tokens) > self._cache.free_blocks:
             raise ToolkitError(f"{tokens} tokens do not fit beside the requests that are under way; finish or cancel them, "

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from .answer import AnswerText
-from .runner import Sequence
 from .sampler import sample
+from .sequence import Sequence
 
 
 @dataclass

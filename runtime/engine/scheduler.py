@@ -8,7 +8,7 @@ import time
 from collections import deque
 
 from .request import Request
-from .runner import Chunk
+from .sequence import Chunk
 
 
 class Scheduler:

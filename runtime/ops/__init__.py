@@ -32,5 +32,5 @@ def _cuda(device):
 
 
 def _npu(device):
-    from runtime.ops.npu.ops import open_npu
+    from runtime.ops.npu.open import open_npu
     return open_npu(device)

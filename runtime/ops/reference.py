@@ -4,14 +4,15 @@ Shapes: activations [T, width], q [T, heads, head_dim], k and v [T, kv_heads, he
 [blocks, block_size, kv_heads, head_dim]. `step` is models.network.decoder.Step.
 """
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
+from models.network.decoder import Step
 from models.network.linear import Linear
-from runtime.plan.__main__ import available_memory
+from runtime.common.machine import available_memory
 
 SMALLEST_SCALE = 1e-12      # of a token whose values are all zero
 
@@ -186,3 +187,9 @@ def _attend(q, k, v, causal: bool):
         hidden = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(past + 1)
         scores = scores.masked_fill(hidden, float("-inf"))
     return (scores.softmax(-1) @ v).transpose(0, 1)
+
+
+def device_tensors(step: Step) -> dict[str, torch.Tensor]:
+    """What a replayed graph reads anew: the step's tensors that change from token to token."""
+    names = [f.name for f in fields(step) if f.name not in ("order", "q_tensor")]
+    return {name: value for name in names if isinstance(value := getattr(step, name), torch.Tensor)}

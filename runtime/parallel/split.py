@@ -13,7 +13,8 @@ from itertools import accumulate
 import torch
 
 from models.checkpoint.quantized import PIECE, SCALARS
-from models.family import DecoderConfig, Part, Weight
+from models.checkpoint.table import Part, Weight
+from models.config import DecoderConfig
 from runtime.common.errors import ToolkitError
 
 SIZES = (1, 2, 4, 8)

@@ -20,12 +20,13 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
-from runtime.common.errors import CHECK_FAILED, USER_MISTAKE, ToolkitError, run_command
+from runtime.common.errors import CHECK_FAILED, ToolkitError
 from runtime.common.processes import die_with_parent
 
 PATIENCE = timedelta(days=30)       # a user may think that long before the next question
 REPORT_SECONDS = 10                 # a lost connection waits so long for the thread of rank 0 that knows which one died
 PORT = "ASCEND_VLM_PORT"            # tells a process we started where rank 0 listens
+FOLLOWER = "runtime.engine.follower"    # what a process we start runs
 
 _team = None                        # of this process; torch.distributed has one group of processes, too
 
@@ -35,8 +36,8 @@ def rank_and_size() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def join_torchrun(size: int):
-    """A command whose flags are read: under torchrun only rank 0 comes back from here.
+def join_torchrun(size: int, load):
+    """Under torchrun only rank 0 comes back from here; the others `follow` it with `load`.
 
     ToolkitError when torchrun started another number of processes than --tensor-parallel-size says.
     """
@@ -45,7 +46,7 @@ def join_torchrun(size: int):
         raise ToolkitError(f"torchrun started {started} processes, --tensor-parallel-size is {size}; give both the same "
                            "number")
     if rank:
-        sys.exit(follow())
+        sys.exit(follow(load))
 
 
 class Team:
@@ -141,10 +142,11 @@ def deferred_interrupt():
 
 # rank 0
 
-def open_team(model_dir, options) -> Team | None:
+def open_team(model_dir, options, load) -> Team | None:
     """The team of an Engine with these options: None for one device, else with every other rank loading the model too.
 
-    Under torchrun, ranks other than 0 do not come back. ToolkitError when this process has a split model already.
+    Ranks of torchrun other than 0 call `load(model_dir, **options)` and do not come back.
+    ToolkitError when this process has a split model already.
     """
     global _team
     rank, started = rank_and_size()
@@ -152,7 +154,7 @@ def open_team(model_dir, options) -> Team | None:
         return _team if rank else None
     if _team and not _team.free:
         raise ToolkitError("this process has a model that is split over several devices already; close() that Engine first")
-    join_torchrun(options.tensor_parallel_size)
+    join_torchrun(options.tensor_parallel_size, load)
     if _team is None:
         _team = _join() if started > 1 else _start(options.tensor_parallel_size)
     _team.free = False
@@ -181,7 +183,7 @@ def _watch(rank: int, size: int, port: int, terminal):
                    "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // size)), "PYTHONPATH": path}
     with tempfile.TemporaryFile() as said:
         try:
-            worker = subprocess.Popen([sys.executable, "-m", "runtime.parallel.team", str(os.getpid())], env=environment,
+            worker = subprocess.Popen([sys.executable, "-m", FOLLOWER, str(os.getpid())], env=environment,
                                       stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True)
         except OSError as error:        # rank 0 would wait for it
             _end_all(rank, size, CHECK_FAILED, str(error), terminal)
@@ -240,8 +242,8 @@ def _join() -> Team:
     return Team(rank, size, port and TCPStore("127.0.0.1", int(port), world_size=size, is_master=False, timeout=PATIENCE))
 
 
-def follow() -> int:
-    """Load the model that rank 0 loads and compute what it sends, until it is gone."""
+def follow(load) -> int:
+    """`load` the model that rank 0 loads and compute what it sends, until it is gone."""
     global _team
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # rank 0 decides what Ctrl-C ends
     die_with_parent()
@@ -250,29 +252,16 @@ def follow() -> int:
         kind, content = message
         if kind == "load":
             engine = None               # its memory first
-            engine = _load(*content)
+            model_dir, options = content
+            engine = load(model_dir, **options | {"device": _own_device(options["device"])})
         else:
             engine.follow(*content)
     return 0
 
 
-def _load(model_dir, options):
-    from runtime.engine.engine import Engine
-    kind, _, first = options["device"].partition(":")
-    if kind != "cpu":
-        options["device"] = f"{kind}:{int(first or 0) + int(os.environ.get('LOCAL_RANK', _team.rank))}"
-    return Engine(model_dir, **options)
-
-
-def main(argv) -> int:
-    """argv: [process id of rank 0]"""
-    die_with_parent()
-    if os.getppid() != int(argv[0]):    # it died before we could ask
-        return USER_MISTAKE
-    return follow()
-
-
-if __name__ == "__main__":
-    from . import team as parallel  # the module that the engine imports, not this second copy of it
-
-    sys.exit(run_command(parallel.main))
+def _own_device(device: str) -> str:
+    """The device of this rank, where rank 0 has `device`."""
+    kind, _, first = device.partition(":")
+    if kind == "cpu":
+        return device
+    return f"{kind}:{int(first or 0) + int(os.environ.get('LOCAL_RANK', _team.rank))}"

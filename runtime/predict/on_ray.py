@@ -12,8 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from runtime.common.errors import CHECK_FAILED, MISSING_COMPONENT, USER_MISTAKE, ToolkitError
+from runtime.engine.command import open_engine
 
-from .__main__ import Asker, tell
+from .asker import Asker, tell
 
 RETRIES = 2         # of a batch whose actor died
 
@@ -119,11 +120,10 @@ class AskBatch:
     of an actor that fails Ray hands on no more than text."""
 
     def __init__(self, options, engine_options, sampling):
-        from models.family import ModelError
-        from runtime import Engine
+        from models.errors import ModelError
         self.refused = None
         try:
-            engine = Engine(Path(options.model).resolve(), **vars(engine_options))
+            engine = open_engine(Path(options.model).resolve(), **vars(engine_options))
         except (ToolkitError, ModelError) as error:
             self.refused = str(error), getattr(error, "exit_code", USER_MISTAKE)
         else:

@@ -2,61 +2,21 @@
 
 Listens on 127.0.0.1, fetches nothing, reads no file and logs no prompt unless told otherwise; see docs/serving.md.
 """
-import os
-import re
 import signal
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from runtime.common.errors import MISSING_COMPONENT, ToolkitError, run_command
-from runtime.common.flags import EngineOptions, Parser, check_choices, check_folder, flag, require
+from runtime.common.flags import Parser
+from runtime.engine.command import join_torchrun, open_engine
+from runtime.engine.options import EngineOptions
 
-KEY = "ASCEND_VLM_API_KEY"
-LOCAL = ("127.0.0.1", "localhost", "::1")
+from .options import LOCAL, ServeOptions
+
 HEADER_BYTES = 65536
-HOST = re.compile(r"([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:\d{1,5})?")
 
 
-@dataclass(kw_only=True)
-class ServeOptions:
-    """What is served, to whom, and how much of it."""
-    model: str = flag("folder of a downloaded checkpoint", "-m", "--model-path", metavar="DIR")
-    host: str = flag("address to listen on; 0.0.0.0 for the whole network", default="127.0.0.1", metavar="ADDRESS")
-    port: int = flag("port to listen on", default=8000, kind=int, metavar="N")
-    api_key: str | None = flag(f"clients must send it; {KEY} in the environment does the same without showing it to other "
-                               "users of the machine", default=None, metavar="KEY")
-    served_model_name: str | None = flag("name that clients use (default: the folder's)", default=None, metavar="NAME")
-    language: str | None = flag("wording of the prompt around the question (default: as released)", default=None,
-                                choices=("zh", "en"))
-    max_queue: int = flag("requests that may wait while others are computed; more get status 429", default=64, kind=int,
-                          metavar="N")
-    max_body_bytes: int = flag("largest request body", default=20 << 20, kind=int, metavar="N")
-    limit_images: int = flag("pictures in one request", default=4, kind=int, metavar="N")
-    max_image_bytes: int = flag("largest picture file", default=10 << 20, kind=int, metavar="N")
-    max_image_pixels: int = flag("largest picture, width x height", default=50_000_000, kind=int, metavar="N")
-    allowed_local_media_path: str | None = flag("folder whose pictures clients may name as file:///... (default: none)",
-                                                default=None, metavar="DIR")
-    allowed_media_domains: tuple[str, ...] = flag("host, or host:port, whose pictures clients may name as http(s) URLs; "
-                                                  "repeat it for more (default: none, nothing is fetched)", default=(),
-                                                  metavar="HOST", many=True)
-    shutdown_seconds: int = flag("time that answers under way get at the end", default=30, kind=int, metavar="N")
-
-    def __post_init__(self):
-        check_choices(self)
-        check_folder("model", self.model)
-        if self.allowed_local_media_path is not None:
-            check_folder("allowed_local_media_path", self.allowed_local_media_path)
-        self.allowed_media_domains = tuple(host.lower() for host in self.allowed_media_domains)
-        require(self, "allowed_media_domains", all(map(HOST.fullmatch, self.allowed_media_domains)),
-                "give host names without http:// or path, e.g. images.example.com or images.example.com:8443")
-        require(self, "port", 0 < self.port < 65536, "use a port from 1 to 65535, e.g. 8000")
-        for name in ("max_queue", "limit_images", "shutdown_seconds"):
-            require(self, name, getattr(self, name) >= 0, "0 or more is needed")
-        for name in ("max_body_bytes", "max_image_bytes", "max_image_pixels"):
-            require(self, name, getattr(self, name) >= 1, "1 or more is needed")
-        self.api_key = self.api_key or os.environ.get(KEY)
-        self.served_model_name = self.served_model_name or Path(self.model).resolve().name
 
 
 def main(argv) -> int:
@@ -65,6 +25,7 @@ def main(argv) -> int:
         "Serves a model to many clients at once through OpenAI's HTTP API: /v1/chat/completions, /v1/completions, "
         "/v1/models, and /tokenize, /detokenize, /health, /version, /metrics.",
         {"service": ServeOptions, "model": EngineOptions}).parse(argv)
+    join_torchrun(engine_options)
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
@@ -95,16 +56,16 @@ def serve(uvicorn, options: ServeOptions, engine_options: EngineOptions):
 
 
 def build(uvicorn, options: ServeOptions, engine_options: EngineOptions):
-    from runtime.plan.__main__ import SEQUENCES
+    from runtime.engine.loading.memory import SEQUENCES
 
     from .engine_thread import Worker
     from .pictures import PictureRules
-    from .routes import Service, create_app
+    from .routes import create_app
+    from .service import Service
     from .telemetry import Telemetry
 
-    def open_engine():
-        from runtime import Engine
-        engine = Engine(options.model, **vars(engine_options))
+    def ready_engine():
+        engine = open_engine(options.model, **vars(engine_options))
         where = f"http://{options.host}:{options.port}"
         print("\n".join([*engine.describe(), f"ready: {options.served_model_name} at {where}/v1"]), file=sys.stderr)
         return engine
@@ -114,7 +75,7 @@ def build(uvicorn, options: ServeOptions, engine_options: EngineOptions):
 
     engine_options = replace(engine_options, max_num_seqs=engine_options.max_num_seqs or SEQUENCES)
     telemetry = Telemetry(options.served_model_name)
-    worker = Worker(open_engine, end_server, telemetry.finished)
+    worker = Worker(ready_engine, end_server, telemetry.finished)
     folder = options.allowed_local_media_path
     rules = PictureRules(options.limit_images, options.max_image_bytes, options.max_image_pixels, folder and Path(folder),
                          options.allowed_media_domains)

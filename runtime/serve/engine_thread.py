@@ -11,7 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from .schema import ApiError
+from .errors import ApiError
 
 PREPARING = 2       # prompts whose pictures are decoded at the same time; bounds the memory they take
 STOP_SECONDS = 10   # for the step or the loading under way; the thread does not outlive the process

@@ -11,7 +11,7 @@ import ssl
 import threading
 from urllib.parse import quote, urlsplit
 
-from .schema import ApiError
+from .errors import ApiError
 
 PORTS = {"http": 80, "https": 443}
 CONNECT_SECONDS, FETCH_SECONDS = 5, 15         # per address, of which two are tried; for all of it

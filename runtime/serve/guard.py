@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from starlette.responses import JSONResponse
 
-from .schema import ApiError
+from .errors import ApiError
 
 BODY_SECONDS = 60       # a client that sends its body more slowly is not waited for
 RETRY = {"Retry-After": "1"}        # second, for clients that found the queue full

@@ -10,8 +10,8 @@ from urllib.parse import unquote, urlsplit
 
 from PIL import Image
 
+from .errors import ApiError
 from .fetch import fetch
-from .schema import ApiError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 DATA_URI = re.compile(r"data:image/[\w.+-]+;base64,")

@@ -3,26 +3,25 @@
 In flow a family and its checkpoint, out flows a directory that fits them: vision.onnx, vision.onnx.data, manifest.json.
 The manifest is written last and atomically, so a directory without one holds nothing usable.
 """
-import fcntl
 import hashlib
 import json
 import os
 import subprocess
 import sys
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from models.checkpoint.reader import Checkpoint
-from models.family import Family, Weight
+from models.checkpoint.table import Weight
+from models.family import Family
 from runtime.common.errors import ToolkitError
+from runtime.common.files import READ_BYTES, cache_root, tensors_digest, write_atomically
+from runtime.common.processes import start_module
 from runtime.common.progress import spinner
 
-MANIFEST, ONNX, DATA, LOCK = "manifest.json", "vision.onnx", "vision.onnx.data", ".lock"
+MANIFEST, ONNX, DATA = "manifest.json", "vision.onnx", "vision.onnx.data"
 ONNX_VERIFIED, OM_COMPILED, OM_VERIFIED = "onnx verified", "om compiled, not verified", "om verified"
 EXPORTER = 1        # raise it when the exported graph changes: artifacts of older exporters are made again
-READ_BYTES = 8 << 20
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass
@@ -91,17 +90,6 @@ def save(directory: Path, manifest: Manifest):
     write_atomically(directory / MANIFEST, json.dumps(asdict(manifest), indent=2) + "\n")
 
 
-def write_atomically(path: Path, text: str):
-    """The old text or the new one, whenever the process or the machine dies."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def om_file(manifest: Manifest, directory: str | Path) -> Path | None:
@@ -143,20 +131,6 @@ def vision_digest(family: Family, checkpoint: Checkpoint) -> str:
     return tensors_digest(checkpoint, [w.source for w in _vision_weights(family) if w.source in checkpoint.shapes])
 
 
-def tensors_digest(checkpoint: Checkpoint, names: list[str]) -> str:
-    """Digest of tensors; remembered in the cache for as long as the weight files stay untouched."""
-    states = [(file.resolve(), file.stat()) for file in checkpoint.files]
-    key = [names, [[str(path), s.st_size, s.st_mtime_ns, s.st_ino] for path, s in states]]
-    memo = cache_root() / "digests" / hashlib.sha256(json.dumps(key).encode()).hexdigest()
-    if memo.is_file():
-        return memo.read_text(encoding="ascii")
-    digest = checkpoint.digest(names)
-    try:
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(memo, digest)
-    except OSError:
-        pass            # a cache that cannot be written only costs time
-    return digest
 
 
 def _vision_weights(family: Family) -> list[Weight]:
@@ -171,8 +145,6 @@ def _settings(tower) -> list:
             for name, module in tower.named_modules()]
 
 
-def cache_root() -> Path:
-    return Path(os.environ.get("ASCEND_VLM_CACHE") or Path.home() / ".cache" / "ascend-vlm")
 
 
 def cache_directory(source: str) -> Path:
@@ -203,22 +175,8 @@ def _convert(model: Path, directory: Path):
         raise ToolkitError(f"the conversion of {model} failed (see above); --vision torch works without it", code)
 
 
-def start_module(module: str, *arguments, **options) -> subprocess.Popen:
-    """`python -m module arguments` of ours, found however this process was started; paths must be absolute."""
-    environment = {**os.environ, "ASCEND_VLM_CACHE": str(cache_root().absolute())}
-    return subprocess.Popen([sys.executable, "-m", module, *map(str, arguments)], cwd=ROOT, env=environment, **options)
 
 
-@contextmanager
-def locked(directory: Path):
-    """One converter at a time in a directory; a second one waits and says so."""
-    with open(directory / LOCK, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"another conversion into {directory} is running, waiting for it", file=sys.stderr)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _convert_command(model, directory) -> str:

@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from models.checkpoint.reader import Checkpoint
-from models.family import Family, VisionSpec
+from models.config import VisionSpec
+from models.family import Family
 from runtime.ascend.aclruntime import OmModel
 from runtime.ascend.host import Host, parse_npu_smi
 from runtime.common.errors import ToolkitError
 
-from . import VisionSession, artifact
+from . import artifact
+from .session import VisionSession
 
 LARGEST_HALF = 65504.0
 

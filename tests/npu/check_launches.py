@@ -19,8 +19,8 @@ from models.network.decoder import Decoder, Step
 from runtime import Engine
 from runtime.engine.device_graphs import BATCH_SIZES, DecodeGraphs
 from runtime.engine.kv_cache import KVCache
-from runtime.engine.runner import Sequence
-from runtime.engine.weights import MATRICES
+from runtime.engine.loading.weights import MATRICES
+from runtime.engine.sequence import Sequence
 from runtime.ops import choose
 from runtime.parallel.team import Team, _leave
 

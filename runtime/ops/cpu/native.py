@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from runtime.vision.artifact import cache_root
+from runtime.common.files import cache_root
 
 FEW = 8                 # rows of a product's tile
 ANY = sys.maxsize

@@ -6,7 +6,7 @@ padding, the order of rows) is done once in `begin`, not once per layer.
 
 Kernels are called through torch.ops, whose schemas the tests declare in a torch without torch_npu.
 """
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
@@ -14,14 +14,13 @@ import torch
 from torch.nn import functional as F
 
 from models.network.decoder import Step
-from runtime.ascend.socs import NZ, Soc, soc_of
-from runtime.common.errors import MISSING_COMPONENT, ToolkitError
+from runtime.ascend.socs import NZ, Soc
+from runtime.common.errors import ToolkitError
 from runtime.ops.reference import ReferenceOps, shifted
 
+from .kernels import ATTENTION, SPLITFUSE_MASKED, WRITES
+
 MASK_SIZE = 2048            # side of the compressed causal masks, whatever the sequence length
-SPLITFUSE_MASKED = -10000.0
-CAUSAL_BOTTOM_RIGHT = 3     # fused_infer's sparse_mode: the last query row sees the last key
-COMPRESSED, COMPRESSED_PAGED = 3, 5     # ATB's mask_type
 PAD_TO_MULTIPLE = ("context", "prompt")
 
 
@@ -223,97 +222,31 @@ def _heads_order(tokens, padding, config, device):
 
 # attention kernels: (ops, q, k, v, key cache, value cache, step) -> [rows, heads, head_dim]
 
-def _shape(q, k):
-    """Head counts and softmax scale under ATB's names."""
-    return {"num_heads": q.shape[1], "num_kv_heads": k.shape[1], "scale_value": q.shape[2] ** -0.5}
 
 
-def _fused_infer(ops, q, k, v, keys, values, step):
-    return torch.ops.npu.npu_fused_infer_attention_score(
-        q, keys.flatten(2), values.flatten(2), atten_mask=ops.mask_int8, actual_seq_lengths=step.q_ends,
-        actual_seq_lengths_kv=step.kv_lens, block_table=step.block_table, num_heads=q.shape[1],
-        num_key_value_heads=k.shape[1], scale=q.shape[2] ** -0.5, input_layout="TND", sparse_mode=CAUSAL_BOTTOM_RIGHT,
-        block_size=keys.shape[1])[0]
 
 
-def _fusion(ops, q, k, v, keys, values, step):
-    return torch.ops.npu.npu_fusion_attention(
-        q, k, v, q.shape[1], "TND", scale=q.shape[2] ** -0.5, actual_seq_qlen=step.q_ends,
-        actual_seq_kvlen=step.q_ends)[0]
 
 
-def _flash(ops, q, k, v, keys, values, step):
-    out = torch.empty_like(q)
-    torch.ops.atb._npu_flash_attention_v3(q, k, v, mask=ops.mask_tiles, seq_len=step.q_tensor, mask_type=COMPRESSED,
-                                          out=out, **_shape(q, k))
-    return out
 
 
-def _flash_unpadded(ops, q, k, v, keys, values, step):
-    out = torch.empty_like(q)
-    torch.ops.atb._npu_flash_attention_unpad(q, k, v, seq_len=step.q_tensor, out=out, **_shape(q, k))
-    return out
 
 
-def _splitfuse(ops, q, k, v, keys, values, step):
-    out = torch.empty_like(q)
-    torch.ops.atb._npu_paged_attention_splitfuse_v2(
-        q, keys, values, mask=ops.mask_additive, block_table=step.block_table, seq_len=step.q_tensor,
-        context_lens=step.kv_tensor, mask_type=COMPRESSED_PAGED, out=out, **_shape(q, k))
-    return out
 
 
-def _paged(ops, q, k, v, keys, values, step):
-    out = torch.empty_like(q)
-    torch.ops.atb._npu_paged_attention(q, keys, values, block_table=step.block_table, context_lens=step.kv_tensor,
-                                       out=out, **_shape(q, k))
-    return out
 
 
-ATTENTION = {"fused_infer": _fused_infer, "fusion": _fusion, "flash": _flash, "flash_unpadded": _flash_unpadded,
-             "splitfuse": _splitfuse, "paged": _paged}
 
 
 # cache writes: (k, v, key cache, value cache, slots)
 
-def _scatter(k, v, keys, values, slots):
-    torch.ops.npu.npu_scatter_pa_kv_cache(k, v, keys, values, slots, cache_mode="Norm")
 
 
-def _reshape_and_cache(k, v, keys, values, slots):
-    torch.ops.atb._npu_reshape_and_cache(k, v, keys, values, slots)
 
 
-WRITES = {"scatter": _scatter, "reshape_and_cache": _reshape_and_cache}
 
 
-def open_npu(device: str) -> NpuOps:
-    """Take the NPU `device` ("npu:N"). ToolkitError with the line that helps when torch_npu, CANN or the device is
-    missing, or the chip is not in the table."""
-    try:
-        import torch_npu
-    except ModuleNotFoundError:
-        raise ToolkitError(f"--device {device} needs torch_npu, which is not installed; run: pip install torch_npu=="
-                           f"{torch.__version__.split('+')[0]}", MISSING_COMPONENT) from None
-    except (ImportError, OSError, RuntimeError) as error:
-        raise ToolkitError(f"--device {device}: torch_npu cannot load CANN ({_first_line(error)}); run: source "
-                           "/usr/local/Ascend/ascend-toolkit/set_env.sh", MISSING_COMPONENT) from None
-    count, index = torch.npu.device_count(), int(device.split(":")[1])
-    if index >= count:
-        raise ToolkitError(f"--device {device}: torch_npu sees {count} NPUs; check `npu-smi info` and "
-                           "ASCEND_RT_VISIBLE_DEVICES", MISSING_COMPONENT)
-    torch.npu.set_device(index)
-    soc = soc_of(torch_npu.npu.get_soc_version(), torch.npu.get_device_name(index))
-    torch.npu.set_compile_mode(jit_compile=False)       # kernels from the installed packages, none compiled at run time
-    torch.npu.config.allow_internal_format = soc.weight_format == NZ or soc.cache_format == NZ
-    return NpuOps(soc, device)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def device_tensors(step: NpuStep) -> dict[str, torch.Tensor]:
-    """What a replayed graph reads anew: the step's tensors that change from token to token."""
-    names = [f.name for f in fields(step) if f.name not in ("order", "q_tensor")]
-    return {name: value for name in names if isinstance(value := getattr(step, name), torch.Tensor)}

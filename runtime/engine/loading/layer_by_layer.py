@@ -12,8 +12,8 @@ from models.checkpoint.quantized import PIECE
 from models.network.decoder import linear_of
 from models.network.linear import Late
 from runtime.common.progress import step_progress
+from runtime.engine.sequence import Chunk
 
-from .runner import Chunk
 from .weights import BRANCH, decoder_rows, load_rows, read_rows, without_zero_biases
 
 

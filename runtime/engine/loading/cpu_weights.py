@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from models.checkpoint.quantized import find_description
 from runtime.common.errors import ToolkitError
+from runtime.common.files import cache_root, locked, tensors_digest
 from runtime.common.progress import byte_progress, step_progress
 from runtime.ops.cpu.packed_weights import Int4Weight, Int8Weight
-from runtime.vision.artifact import cache_root, locked, tensors_digest
 
 from .weights import MATRICES, decoder_rows
 

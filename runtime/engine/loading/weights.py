@@ -5,10 +5,10 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from models.checkpoint.quantized import PIECE, Stacked, layer_of, stored_weights
-from models.family import Weight
+from models.checkpoint.quantized import PIECE, layer_of, stored_weights
+from models.checkpoint.table import Weight
 from models.network.decoder import linear_of
-from models.network.linear import Linear, widened
+from models.network.linear import Linear, Stacked, widened
 from runtime.common.errors import ToolkitError
 from runtime.common.progress import byte_progress
 

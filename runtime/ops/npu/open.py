@@ -1,0 +1,33 @@
+"""Opens an NPU: its operators, or one sentence that says what is missing."""
+import torch
+
+from runtime.ascend.socs import NZ, soc_of
+from runtime.common.errors import MISSING_COMPONENT, ToolkitError
+
+from .ops import NpuOps
+
+
+def open_npu(device: str) -> NpuOps:
+    """Take the NPU `device` ("npu:N"). ToolkitError with the line that helps when torch_npu, CANN or the device is
+    missing, or the chip is not in the table."""
+    try:
+        import torch_npu
+    except ModuleNotFoundError:
+        raise ToolkitError(f"--device {device} needs torch_npu, which is not installed; run: pip install torch_npu=="
+                           f"{torch.__version__.split('+')[0]}", MISSING_COMPONENT) from None
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ToolkitError(f"--device {device}: torch_npu cannot load CANN ({_first_line(error)}); run: source "
+                           "/usr/local/Ascend/ascend-toolkit/set_env.sh", MISSING_COMPONENT) from None
+    count, index = torch.npu.device_count(), int(device.split(":")[1])
+    if index >= count:
+        raise ToolkitError(f"--device {device}: torch_npu sees {count} NPUs; check `npu-smi info` and "
+                           "ASCEND_RT_VISIBLE_DEVICES", MISSING_COMPONENT)
+    torch.npu.set_device(index)
+    soc = soc_of(torch_npu.npu.get_soc_version(), torch.npu.get_device_name(index))
+    torch.npu.set_compile_mode(jit_compile=False)       # kernels from the installed packages, none compiled at run time
+    torch.npu.config.allow_internal_format = soc.weight_format == NZ or soc.cache_format == NZ
+    return NpuOps(soc, device)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
