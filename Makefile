@@ -51,10 +51,10 @@ $(VENV_NPU)/.installed: setup.py
 
 test-ui: $(VENV_UI)/.installed  ## the page in headless Chromium (needs chromium); SHOTS=folder keeps screenshots
 	@command -v chromium chromium-browser google-chrome >/dev/null || { echo "make test-ui needs a browser; run: apt-get install chromium"; exit 3; }
-	@SHOTS="$(SHOTS)" $(VENV_UI)/bin/python -m pytest tests/test_ui.py
+	@SHOTS="$(SHOTS)" $(VENV_UI)/bin/python -m pytest tests/runtime/test_ui.py
 
 test-ray: $(VENV_RAY)/.installed  ## runtime.predict on Ray: 500 lines, two actors, one of them killed
-	@$(VENV_RAY)/bin/python -m pytest tests/test_predict_ray.py
+	@$(VENV_RAY)/bin/python -m pytest tests/runtime/test_predict_ray.py
 
 # what the main environment has is not installed a second time
 $(VENV_UI)/.installed: PACKAGES := -e '.[ui]' 'playwright>=1.50,<2'

@@ -1,10 +1,15 @@
 """What a model is: released checkpoints of the GLM families, read without their Python code."""
+from __future__ import annotations
+
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .config import read_json
 from .errors import ModelError
-from .family import Family
+
+if TYPE_CHECKING:       # `--help` does without numpy
+    from .family import Family
 
 # module -> class; the module is imported when its turn comes
 FAMILIES = {"visualglm": "VisualGLM", "glm4": "Glm4", "glm4v": "Glm4V", "llava": "Llava", "glm_edge": "GlmEdge"}

@@ -21,8 +21,6 @@ from runtime.common.flags import Parser, flag, require
 from runtime.engine.command import check_pictures, join_torchrun, open_engine
 from runtime.engine.options import EngineOptions, InputOptions, SamplingParams
 
-from . import figures
-
 HEADER = ("Batch", "MaxSeqLen", "InputSeqLen(Encoding)", "OutputSeqLen(Decoding)", "ResponseTime(ms)",
           "FirstTokenTime(ms)", "TimePerTokens(ms)", "TokensPerSecond(ms)")
 LENGTHS = "32,64,128,256,512,1024"
@@ -94,6 +92,7 @@ def perf(engine, options, folder: Path):
     figures as numbers, under vLLM's names."""
     from runtime.common.files import write_atomically
 
+    from . import figures
     from . import workload as load
     words, output = Words(engine, options), options.outputs[0]
     load.run(engine, words.prompts(1, options.inputs[0]), 1)
@@ -133,6 +132,7 @@ def grid(engine, options, folder: Path) -> int:
 
 def measured(engine, words, cases):
     """Yields a row per case."""
+    from . import figures
     from . import workload as load
     load.run(engine, words.prompts(1, cases[0][1]), WARM_UP)
     with token_progress(sum(b * (i + o) for b, i, o in cases)) as (title, advance):

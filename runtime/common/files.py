@@ -8,8 +8,6 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-from models.checkpoint.reader import Checkpoint
-
 from .errors import ToolkitError
 
 LOCK = ".lock"
@@ -29,8 +27,8 @@ def write_atomically(path: Path, text: str):
         temporary.unlink(missing_ok=True)
 
 
-def tensors_digest(checkpoint: Checkpoint, names: list[str]) -> str:
-    """Digest of tensors; remembered in the cache for as long as the weight files stay untouched."""
+def tensors_digest(checkpoint, names: list[str]) -> str:
+    """Digest of a Checkpoint's tensors; remembered in the cache for as long as the weight files stay untouched."""
     states = [(file.resolve(), file.stat()) for file in checkpoint.files]
     key = [names, [[str(path), s.st_size, s.st_mtime_ns, s.st_ino] for path, s in states]]
     memo = cache_root() / "digests" / hashlib.sha256(json.dumps(key).encode()).hexdigest()

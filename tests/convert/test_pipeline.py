@@ -1,0 +1,288 @@
+"""Conversion: from the tiny VisualGLM checkpoint to a verified artifact, and everything that must stop it."""
+import contextlib
+import hashlib
+import io
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import paths
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from convert import __main__ as command
+from convert import pipeline
+from convert.export import write as export
+from convert.verify import __main__ as verify
+from convert.verify.comparison import Comparison, compare
+from convert.verify.pictures import pictures
+from convert.verify.piecewise import StreamedGraph, StreamedTower
+from convert.verify.preflight import preflight
+from models import family_of
+from models.checkpoint.reader import Checkpoint
+from runtime.common.errors import ToolkitError, run_command
+from runtime.vision import artifact, open_session
+from runtime.vision.onnx_session import OnnxVision
+from runtime.vision.torch_session import TorchVision, plain_tower
+
+GOLDEN = paths.GOLDEN / "visualglm"
+
+
+def convert(model, out, *more) -> tuple[int, str]:
+    """(exit code, everything printed) of `python -m convert`, run in this process."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        code = run_command(command.main, ["--model", str(model), "--out", str(out), *more])
+    return code, printed.getvalue()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ASCEND_VLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr("convert.atc.run.find", lambda: None)     # tests/convert/test_atc_command.py has the rest
+        yield
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("converted")
+    code, text = convert(GOLDEN, out, "--soc_version", "Ascend310P3")
+    assert code == 0, text
+    return out, text
+
+
+@pytest.fixture
+def quick(monkeypatch, converted):
+    """Conversions without tracing (the graph of `converted` is taken) and with verification in this process."""
+    graph = (converted[0] / artifact.ONNX).read_bytes()
+
+    def copied(model, family, checkpoint, folder):
+        (folder / artifact.ONNX).write_bytes(graph)
+        shutil.copy(converted[0] / artifact.DATA, folder)
+        return artifact.load(converted[0]).files
+    monkeypatch.setattr("convert.export.trace.trace", lambda build, spec: None)
+    monkeypatch.setattr(export, "export", copied)
+    monkeypatch.setattr(verify, "verify", lambda family, directory, folder: verify.measure(directory, folder))
+    return monkeypatch
+
+
+def state(directory: Path) -> dict:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.iterdir()}
+
+
+# the artifact
+
+def test_the_exported_model(converted):
+    out, _ = converted
+    model = onnx.load(out / "vision.onnx")
+    tower = family_of(GOLDEN).vision_encoder()
+    names = {tensor.name for tensor in model.graph.initializer}
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 17)]
+    assert {name for name, _ in tower.named_parameters()} <= names
+    assert not {"Slice", "Squeeze", "Split", "Gather", "Shape", "Cast"} & {node.op_type for node in model.graph.node}
+    assert len({node.name for node in model.graph.node}) == len(model.graph.node)
+    assert "vit.blocks.2.attention.q/MatMul" in {node.name for node in model.graph.node}
+    assert preflight(out / "vision.onnx", family_of(GOLDEN).vision, 17)[0] == []
+
+
+def test_the_manifest(converted):
+    out, _ = converted
+    manifest = artifact.load(out)
+    assert manifest.input == {"name": "input", "shape": [1, 224, 224, 3], "dtype": "float32"}
+    assert manifest.output == {"name": "output", "shape": [1, 32, 64], "dtype": "float32"}
+    assert manifest.errors.keys() == {"scene", "noise"} and all(e["cosine"] > 0.99999 for e in manifest.errors.values())
+    for name, entry in manifest.files.items():
+        assert hashlib.sha256((out / name).read_bytes()).hexdigest() == entry["sha256"]
+    assert set(state(out)) == {"vision.onnx", "vision.onnx.data", "manifest.json", "atc.sh", "vision_mixlist.json",
+                               ".lock"}
+
+
+def test_the_atc_command(converted):
+    out, text = converted
+    script = (out / "atc.sh").read_text()
+    for part in ("--model=../vision.onnx", "--framework=5", "--output=vision", "--soc_version=Ascend310P3",
+                 "--input_shape=input:1,224,224,3", "--precision_mode_v2=fp16"):
+        assert part in script and part in text
+    assert text.strip().splitlines()[0].startswith("writing ") and "ONNX verified" in text
+
+
+@pytest.mark.parametrize("kind", ["torch", "onnx"])
+def test_features_equal_the_original_implementation(converted, kind):
+    golden = np.load(GOLDEN / "golden.npz")
+    session = open_session(kind, family_of(GOLDEN), Checkpoint(GOLDEN), converted[0])
+    pixels = golden["nhwc_input"].astype(np.float32)
+    features = session.encode(np.concatenate([pixels, pixels]))
+    np.testing.assert_allclose(features, np.repeat(golden["image_embeds"], 2, axis=0), atol=1e-4)
+    assert session.describe().startswith("vision: ")
+
+
+def test_verification_in_pieces_computes_the_same(converted):
+    family = family_of(GOLDEN)
+    checkpoint = Checkpoint(GOLDEN)
+    pixels = [family.pixels(picture) for picture in pictures().values()]
+    tower = StreamedTower(family, checkpoint)
+    plain = plain_tower(family, checkpoint, torch.float32)
+    whole = np.concatenate([plain(torch.from_numpy(each)).numpy() for each in pixels])
+    np.testing.assert_array_equal(np.concatenate([tower.run(each) for each in pixels]), whole)
+    assert all(p.is_meta for name, p in tower.tower.named_parameters() if ".blocks." in name), "weights are given back"
+    graph = StreamedGraph(converted[0], limit=50_000)
+    assert graph.steps > 4 and StreamedGraph(converted[0]).steps == 1
+    cut_up = np.concatenate(graph.run(pixels))
+    assert not (converted[0] / "piece.onnx").exists()
+    np.testing.assert_allclose(cut_up, np.concatenate(StreamedGraph(converted[0]).run(pixels)), atol=1e-5)
+    np.testing.assert_allclose(cut_up, whole, atol=1e-5)
+
+
+# again, and again after a kill
+
+def test_a_second_run_changes_nothing(converted):
+    before = state(converted[0])
+    code, text = convert(GOLDEN, converted[0], "--soc-version", "Ascend310P3")
+    assert code == 0 and "nothing to do" in text and state(converted[0]) == before
+
+
+def test_a_run_killed_after_the_export_is_continued(quick, converted, tmp_path):
+    with quick.context() as patch:
+        patch.setattr(verify, "verify", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert convert(GOLDEN, tmp_path)[0] == 130
+    assert not (tmp_path / "manifest.json").exists() and not (tmp_path / "vision.onnx").exists()
+    quick.setattr(export, "export", None)
+    code, text = convert(GOLDEN, tmp_path, "--soc-version", "Ascend310P3")
+    assert code == 0 and "continuing after the export" in text and state(tmp_path) == state(converted[0])
+
+
+def test_what_a_run_killed_in_the_export_left_is_thrown_away(quick, converted, tmp_path):
+    (tmp_path / pipeline.WORK).mkdir()
+    (tmp_path / pipeline.WORK / "vision.onnx.data").write_bytes(b"half")
+    assert convert(GOLDEN, tmp_path, "--soc-version", "Ascend310P3")[0] == 0
+    assert state(tmp_path) == state(converted[0])
+
+
+def test_an_interrupted_export_leaves_nothing(quick, tmp_path):
+    quick.setattr(export, "export", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert convert(GOLDEN, tmp_path)[0] == 130
+    assert [file.name for file in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_damaged_artifact_is_made_again(quick, converted, tmp_path):
+    assert convert(GOLDEN, tmp_path, "--soc-version", "Ascend310P3")[0] == 0
+    (tmp_path / "vision.onnx").write_bytes(b"short")
+    assert convert(GOLDEN, tmp_path, "--soc-version", "Ascend310P3")[0] == 0
+    assert state(tmp_path) == state(converted[0])
+
+
+# what must not pass
+
+def test_another_checkpoint_needs_force(quick, converted, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(GOLDEN, other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["image_encoder.glm_proj.bias"][0] += 1
+    save_file(tensors, other / "model.safetensors")
+    out = tmp_path / "out"
+    assert convert(GOLDEN, out)[0] == 0
+    before = state(out)
+    code, text = convert(other, out)
+    assert code == 2 and "another checkpoint" in text and "--force" in text and state(out) == before
+    code, text = convert(other, out, "--force")     # `quick` writes the old weights, which verification must notice
+    assert code == 1 and "disagree" in text and state(out) == before
+
+
+def test_a_failed_verification_leaves_nothing_usable(quick, tmp_path):
+    quick.setattr(verify, "verify", lambda *arguments: {"scene": Comparison(0.99, 1.0, 0.1, 2.0, 10)})
+    code, text = convert(GOLDEN, tmp_path)
+    assert code == 1 and "disagree" in text and [file.name for file in tmp_path.iterdir()] == [".lock"]
+
+
+def test_nothing_compared_is_a_failure(quick, tmp_path):
+    quick.setattr(verify, "verify", lambda *arguments: {})
+    assert convert(GOLDEN, tmp_path)[0] == 1
+
+
+@pytest.mark.parametrize("prepare, says", [
+    (lambda path: ["--model", str(path / "nothing"), "--out", str(path / "out")], "does not exist"),
+    (lambda path: ["--model", str(GOLDEN), "--out", str(GOLDEN / "config.json")], "is a file"),
+    (lambda path: ["--model", str(GOLDEN), "--out", "/proc/nothing"], "cannot be written"),
+    (lambda path: ["--model", str(GOLDEN), "--out", str(path), "--soc-version", "910B3"], "npu-smi"),
+    (lambda path: ["--model", str(GOLDEN), "--out", str(path), "--soc-version", "Ascend910B"], "Ascend910B3"),
+    (lambda path: ["--model", str(GOLDEN)], "--out"),
+])
+def test_mistakes_end_in_one_sentence(tmp_path, capsys, prepare, says):
+    assert run_command(command.main, prepare(tmp_path)) == 2
+    text = capsys.readouterr().err
+    assert says in text and text.count("\n") == 1
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(quick, tmp_path):
+    quick.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 95, 5))
+    code, text = convert(GOLDEN, tmp_path)
+    assert code == 2 and "free some space" in text and [file.name for file in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_disk_that_becomes_full_leaves_nothing(tmp_path, quick):
+    quick.undo()
+    quick.setenv("ASCEND_VLM_CACHE", str(tmp_path / "cache"))
+    quick.setattr("convert.export.trace.trace", lambda build, spec: None)
+
+    def full(*arguments):
+        raise OSError(28, os.strerror(28))
+    quick.setattr(export, "export", full)
+    code, text = convert(GOLDEN, tmp_path / "out")
+    assert code == 2 and "became full" in text and [file.name for file in (tmp_path / "out").iterdir()] == [".lock"]
+
+
+# verification
+
+def test_compare_measures_every_element():
+    reference = np.array([[0.0, 1.0, -2.0]])
+    result = compare(reference, reference + np.array([[1e-4, 0, 0]]))       # the error sits on a golden zero
+    assert result.max_abs == pytest.approx(1e-4) and result.mean_abs == pytest.approx(1e-4 / 3) and result.elements == 3
+    assert result.passed and not compare(reference, reference + np.array([[3e-4, 0, 0]])).passed
+
+
+@pytest.mark.parametrize("candidate", [[np.nan, 1.0], [np.inf, 1.0], [2.0, -1.0]])
+def test_compare_fails(candidate):
+    assert not compare(np.array([1.0, 2.0]), np.array(candidate)).passed
+
+
+def test_nothing_to_compare_fails():
+    assert not compare(np.zeros(0), np.zeros(0)).passed
+    with pytest.raises(ToolkitError, match="shapes differ"):
+        compare(np.zeros(2), np.zeros(3))
+
+
+def test_the_pictures_are_always_the_same_and_different():
+    first, second = pictures(), pictures()
+    assert all(np.array_equal(first[name], second[name]) for name in first) and len(first) == 2
+    assert not np.array_equal(first["scene"], first["noise"])
+
+
+# sessions
+
+def test_sessions_refuse_wrong_pixels_and_nan(converted):
+    session = OnnxVision(converted[0], family_of(GOLDEN).vision, threads=1)
+    for wrong in (np.zeros((1, 3, 224, 224), np.float32), np.zeros((1, 224, 224, 3), np.uint8)):
+        with pytest.raises(ToolkitError, match="it takes float32"):
+            session.encode(wrong)
+    with pytest.raises(ToolkitError, match="ONNX vision encoder gave NaN"):
+        session.encode(np.full((1, 224, 224, 3), np.nan, np.float32))
+
+
+def test_sessions_take_any_number_of_pictures_and_any_memory_order(converted):
+    family = family_of(GOLDEN)
+    session = TorchVision(family, Checkpoint(GOLDEN))
+    pixels = np.random.default_rng(0).uniform(0, 255, (3, 224, 224, 3)).astype(np.float32)
+    together = session.encode(pixels)
+    scattered = np.moveaxis(np.ascontiguousarray(np.moveaxis(pixels, 0, -1)), -1, 0)[1]
+    np.testing.assert_array_equal(session.encode(scattered[None])[0], together[1])
+    assert session.encode(pixels[:0]).shape == (0, 32, 64)
+
+
+def test_an_unreadable_graph_is_one_sentence(tmp_path):
+    (tmp_path / "vision.onnx").write_bytes(b"nonsense")
+    with pytest.raises(ToolkitError, match="cannot be loaded"):
+        OnnxVision(tmp_path, family_of(GOLDEN).vision)

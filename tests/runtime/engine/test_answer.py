@@ -1,0 +1,53 @@
+"""Streaming: pieces never split a character, never have to be taken back, and make up the whole answer."""
+from types import SimpleNamespace
+
+import paths
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models import family_of
+from models.prompt.streaming import StreamDecoder
+from runtime.engine.answer import AnswerText
+
+FAMILY = family_of(paths.GOLDEN / "visualglm")
+TEXT = st.text(alphabet=st.one_of(st.sampled_from("描述这张图片，。 \n\tabc,!?;:[]训练时间0"), st.characters(codec="utf-8")),
+               max_size=40)
+
+
+@given(TEXT)
+def test_stream_decoder_equals_decoding_everything(text):
+    ids = FAMILY.tokenizer.encode(text)
+    decoder = StreamDecoder(FAMILY.tokenizer)
+    pieces = [decoder.push(i) for i in ids] + [decoder.finish()]
+    assert "".join(pieces) == FAMILY.tokenizer.decode(ids)
+
+
+@given(st.lists(st.integers(0, 479), max_size=40))
+def test_stream_decoder_on_any_ids(ids):
+    decoder = StreamDecoder(FAMILY.tokenizer)
+    pieces = [decoder.push(i) for i in ids]
+    assert not any(piece.endswith("\ufffd") for piece in pieces)
+    assert "".join(pieces) + decoder.finish() == FAMILY.tokenizer.decode(ids)
+
+
+@given(TEXT)
+def test_answer_pieces_make_the_cleaned_answer(text):
+    ids = FAMILY.tokenizer.encode(text)
+    answer = AnswerText(FAMILY)
+    pieces = [answer.push(i) for i in ids] + [answer.finish()]
+    assert "".join(pieces) == answer.text == FAMILY.clean(FAMILY.tokenizer.decode(ids))
+
+
+@pytest.mark.parametrize("stop, expected", [(("stop",), "go on "), (("on", "go"), ""), (("x",), "go on stop it")])
+def test_stop_strings_cut_and_are_never_shown(stop, expected):
+    letters = SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))
+    plain = SimpleNamespace(tokenizer=letters, clean=str, unsettled=lambda text: 0)
+    answer, shown = AnswerText(plain, stop), ""
+    for letter in "go on stop it":
+        shown += answer.push(ord(letter))
+        if answer.stopped:
+            break
+    shown += answer.finish()
+    assert shown == answer.text == expected
+    assert answer.stopped == (expected != "go on stop it")

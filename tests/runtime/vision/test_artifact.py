@@ -1,0 +1,187 @@
+"""The artifact directory: what is accepted, what is refused in one sentence, and what a killed run leaves."""
+import json
+import os
+import subprocess
+import sys
+import time
+
+import paths
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from models import family_of
+from models.checkpoint.reader import Checkpoint
+from runtime.common import files, processes
+from runtime.common.errors import ToolkitError
+from runtime.vision import artifact
+from runtime.vision.artifact import Manifest
+
+GOLDEN = paths.GOLDEN / "visualglm"
+PROJECTION = "image_encoder.glm_proj.weight"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ASCEND_VLM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def original():
+    return family_of(GOLDEN), Checkpoint(GOLDEN)
+
+
+def variant(tmp_path, change=lambda tensors: None, settings=None, pickled=False):
+    """The golden checkpoint with changed tensors or config, in a directory of its own."""
+    directory = tmp_path / "variant"
+    directory.mkdir()
+    config = json.loads((GOLDEN / "config.json").read_text())
+    config["eva_config"].update(settings or {})
+    (directory / "config.json").write_text(json.dumps(config))
+    tensors = load_file(GOLDEN / "model.safetensors")
+    change(tensors)
+    if pickled:
+        torch.save(tensors, directory / "pytorch_model.bin")
+    else:
+        save_file(tensors, directory / "model.safetensors")
+    return family_of(directory), Checkpoint(directory)
+
+
+def make(directory, source, **fields):
+    """A complete artifact as far as the runtime looks: files of the stated size, and the manifest."""
+    work = directory / "work"
+    work.mkdir(parents=True)
+    for name in (artifact.ONNX, artifact.DATA):
+        (work / name).write_bytes(name.encode())
+    files = {name: {"bytes": len(name), "sha256": ""} for name in (artifact.ONNX, artifact.DATA)}
+    manifest = Manifest(source, fields.pop("family", "visualglm"), 17, {}, {}, files, {}, **fields)
+    artifact.publish(work, directory, manifest)
+    return directory
+
+
+def test_a_published_artifact_loads(tmp_path, original):
+    directory = make(tmp_path / "a", artifact.source_hash(*original))
+    manifest = artifact.load(directory)
+    assert manifest.status == "onnx verified" and manifest.soc_version is None
+    artifact.check_fits(manifest, *original, directory)
+
+
+@pytest.mark.parametrize("damage, says", [
+    (lambda d: (d / "manifest.json").unlink(), "no manifest.json"),
+    (lambda d: (d / "manifest.json").write_text('{"source": "x"}'), "not a manifest"),
+    (lambda d: (d / "manifest.json").write_text("[1]"), "not a manifest"),
+    (lambda d: (d / "manifest.json").write_bytes(b"\xff\xfe"), "not a manifest"),
+    (lambda d: (d / "vision.onnx.data").unlink(), "vision.onnx.data is missing"),
+    (lambda d: (d / "vision.onnx").write_bytes(b""), "vision.onnx has 0 bytes"),
+])
+def test_a_damaged_artifact_is_refused(tmp_path, damage, says):
+    directory = make(tmp_path / "a", "source")
+    damage(directory)
+    with pytest.raises(ToolkitError, match=says) as error:
+        artifact.load(directory)
+    assert "python -m convert" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_directory_and_a_file_are_refused(tmp_path):
+    with pytest.raises(ToolkitError, match="does not exist"):
+        artifact.load(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    with pytest.raises(ToolkitError, match="is a file"):
+        artifact.load(tmp_path / "file")
+
+
+@pytest.mark.parametrize("fields, says", [
+    ({"source": "0" * 64}, "made from another checkpoint"),
+    ({"family": "glm-4v"}, "holds a glm-4v encoder"),
+    ({"exporter": 0}, "written by exporter 0"),
+])
+def test_an_artifact_of_something_else_is_refused(tmp_path, original, fields, says):
+    source = fields.pop("source", None) or artifact.source_hash(*original)
+    directory = make(tmp_path / "a", source, **fields)
+    with pytest.raises(ToolkitError, match=says):
+        artifact.ensure(*original, directory)
+
+
+def test_a_kill_while_publishing_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
+    directory, moves = make(tmp_path / "a", "old"), []
+    (directory / "work" / artifact.ONNX).write_bytes(b"new")
+    real = os.replace
+
+    def die_at_the_second(*paths):
+        moves.append(paths)
+        if len(moves) == 2:
+            raise KeyboardInterrupt
+        real(*paths)
+    monkeypatch.setattr(os, "replace", die_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        artifact.publish(directory / "work", directory, Manifest("new", "visualglm", 17, {}, {}, {
+            artifact.ONNX: {"bytes": 3, "sha256": ""}, artifact.DATA: {"bytes": 0, "sha256": ""}}, {}))
+    with pytest.raises(ToolkitError, match="no manifest.json"):
+        artifact.load(directory)
+
+
+def test_source_hash_follows_content_not_packing(tmp_path, original):
+    assert artifact.source_hash(*variant(tmp_path, pickled=True)) == artifact.source_hash(*original)
+
+
+def test_source_hash_ignores_the_language_model(tmp_path, original):
+    other = variant(tmp_path, lambda tensors: tensors["lm_head.weight"].zero_())
+    assert artifact.source_hash(*other) == artifact.source_hash(*original)
+
+
+@pytest.mark.parametrize("change", [
+    {"change": lambda tensors: tensors[PROJECTION].view(-1)[0].add_(1)},
+    {"settings": {"layernorm_epsilon": 1e-5}},
+    {"settings": {"num_attention_heads": 2}},
+], ids=["tensor", "eps", "heads"])
+def test_source_hash_sees_every_change_of_the_encoder(tmp_path, original, change):
+    assert artifact.source_hash(*variant(tmp_path, **change)) != artifact.source_hash(*original)
+
+
+def test_the_digest_is_computed_once_per_state_of_the_files(tmp_path, monkeypatch):
+    family, checkpoint = variant(tmp_path)
+    read = []
+    real = Checkpoint.digest
+    monkeypatch.setattr(Checkpoint, "digest", lambda self, names: read.append(1) or real(self, names))
+    first = artifact.source_hash(family, checkpoint)
+    assert artifact.source_hash(family, Checkpoint(checkpoint.directory)) == first and len(read) == 1
+    os.utime(checkpoint.directory / "model.safetensors", (1, 1))
+    assert artifact.source_hash(family, checkpoint) == first and len(read) == 2
+
+
+def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path, monkeypatch, original):
+    (tmp_path / "file").touch()
+    known = artifact.source_hash(*original)
+    monkeypatch.setenv("ASCEND_VLM_CACHE", str(tmp_path / "file"))
+    assert artifact.source_hash(*original) == known
+
+
+def test_without_an_artifact_the_cache_is_filled_once(cache, monkeypatch, capsys, original):
+    runs = []
+
+    def convert(model, directory):
+        runs.append(make(directory, artifact.source_hash(*original)))
+    monkeypatch.setattr(artifact, "_convert", convert)
+    first, second = artifact.ensure(*original), artifact.ensure(*original)
+    assert first == second == runs[0] and len(runs) == 1 and cache in first.parents
+    assert capsys.readouterr().err.count("converting the vision encoder once") == 1
+
+
+def test_a_failed_conversion_is_one_sentence(monkeypatch, original, tmp_path):
+    monkeypatch.setattr(artifact, "start_module", lambda *arguments, **options: subprocess.Popen(["false"]))
+    with pytest.raises(ToolkitError, match="conversion of .* failed") as error:
+        artifact.ensure(*original)
+    assert error.value.exit_code == 1
+
+
+def test_a_second_converter_waits_for_the_first(tmp_path, capsys):
+    code = ("import sys, time; from pathlib import Path; from runtime.common.files import locked\n"
+            "with locked(Path(sys.argv[1])):\n"
+            "    print('in', flush=True); time.sleep(0.5); Path(sys.argv[1], 'done').touch()")
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=processes.ROOT, stdout=subprocess.PIPE) as first:
+        first.stdout.readline()
+        start = time.perf_counter()
+        with files.locked(tmp_path):
+            assert (tmp_path / "done").exists() and time.perf_counter() - start < 30
+    assert "another conversion" in capsys.readouterr().err
