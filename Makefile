@@ -66,8 +66,9 @@ $(VENV_UI)/.installed $(VENV_RAY)/.installed: $(VENV)/.installed
 	@$(@D)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check $(PACKAGES)
 	@touch $@
 
-lint: setup  ## ruff
+lint: setup  ## ruff: rules and format
 	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check --quiet .
 
 convert: setup  ## MODEL=checkpoint OUT=folder [SOC=Ascend910B3]: export and verify the vision encoder, prepare ATC
 	@test -n "$(MODEL)" -a -n "$(OUT)" || { echo "usage: make convert MODEL=/path/to/checkpoint OUT=/path/to/artifact [SOC=$(SOC)]"; exit 2; }

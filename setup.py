@@ -1,4 +1,5 @@
 """Distribution `ascend-vlm`: the packages models, convert, quant and runtime."""
+
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -17,10 +18,28 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["models", "models.*", "convert", "convert.*", "quant", "quant.*",
-                                    "runtime", "runtime.*"]),
-    package_data={"models": ["released/*.json"], "convert": ["*/*.json"],
-                  "runtime": ["bench/*.html", "compare/report/templates/*", "doctor/*.json", "ops/cpu/kernels/*"]},
+    packages=find_packages(
+        include=[
+            "models",
+            "models.*",
+            "convert",
+            "convert.*",
+            "quant",
+            "quant.*",
+            "runtime",
+            "runtime.*",
+        ]
+    ),
+    package_data={
+        "models": ["released/*.json"],
+        "convert": ["*/*.json"],
+        "runtime": [
+            "bench/*.html",
+            "compare/report/templates/*",
+            "doctor/*.json",
+            "ops/cpu/kernels/*",
+        ],
+    },
     install_requires=[
         "torch>=2.13,<2.14",
         "numpy>=1.26",
@@ -44,6 +63,15 @@ setup(
         "serve": SERVE,
         "ui": UI,
         "ray": RAY,
-        "dev": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.9", "openai>=1", "httpx>=0.27", *SERVE, *QUANT],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3",
+            "hypothesis>=6",
+            "ruff>=0.9",
+            "openai>=1",
+            "httpx>=0.27",
+            *SERVE,
+            *QUANT,
+        ],
     },
 )

@@ -3,6 +3,7 @@
 `python benchmarks/bench_export.py --model DIR --out DIR`: every row is a process of its own, timed from its start. The
 files written are removed again. `--skip-plain` leaves out the second row, which needs memory for the whole tower.
 """
+
 import argparse
 import json
 import os
@@ -24,7 +25,9 @@ def streamed(model: str, out: Path):
     from models import family_of
     from models.checkpoint.reader import Checkpoint
     from runtime.vision.artifact import ONNX
-    family, checkpoint = family_of(model), Checkpoint(model)
+
+    family = family_of(model)
+    checkpoint = Checkpoint(model)
     checkpoint.check(family.weights())
     fresh(family, checkpoint, out / "files")
     findings, _ = preflight(out / "files" / ONNX, family.vision, OPSET)
@@ -38,6 +41,7 @@ def plain(model: str, out: Path):
     from models import family_of
     from models.checkpoint.reader import Checkpoint
     from runtime.vision.torch_session import plain_tower
+
     family = family_of(model)
     tower = plain_tower(family, Checkpoint(model), torch.float32)
     pixels = torch.zeros(family.vision.input_shape)
@@ -52,8 +56,12 @@ def measure(step: str, model: str, out: Path) -> dict:
     out.mkdir(parents=True)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "ASCEND_VLM_CACHE": str(out / "cache")}
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, __file__, "--model", model, "--out", out, "--step", step], env=environment,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, __file__, "--model", model, "--out", out, "--step", step],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         sys.exit(f"{step} failed:\n{done.stderr}")
     result = json.loads(done.stdout.splitlines()[-1])
@@ -72,10 +80,18 @@ def child(step: str, model: str, out: Path):
 def show(rows: dict[str, dict]):
     from rich.console import Console
     from rich.table import Table
-    table = Table("export", "wall s", "CPU s", "peak RSS GB", "written GB", title="vision encoder export")
+
+    table = Table(
+        "export", "wall s", "CPU s", "peak RSS GB", "written GB", title="vision encoder export"
+    )
     for name, row in rows.items():
-        table.add_row(name, f"{row['seconds']:.1f}", f"{row['cpu']:.1f}", f"{row['peak'] / 1e9:.2f}",
-                      f"{row['written'] / 1e9:.2f}")
+        table.add_row(
+            name,
+            f"{row['seconds']:.1f}",
+            f"{row['cpu']:.1f}",
+            f"{row['peak'] / 1e9:.2f}",
+            f"{row['written'] / 1e9:.2f}",
+        )
     if len(rows) == 2:
         ours, theirs = rows.values()
         ratios = [f"{theirs[key] / ours[key]:.1f}x" for key in ("seconds", "cpu", "peak")]
@@ -84,15 +100,25 @@ def show(rows: dict[str, dict]):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="checkpoint folder, real or written by models.synthetic")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", required=True, help="checkpoint folder, real or written by models.synthetic"
+    )
     parser.add_argument("--out", required=True, type=Path, help="scratch folder, made and removed")
-    parser.add_argument("--skip-plain", action="store_true", help="measure only the streamed export")
+    parser.add_argument(
+        "--skip-plain", action="store_true", help="measure only the streamed export"
+    )
     parser.add_argument("--step", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.step:
         return child(options.step, options.model, options.out)
-    steps = {"streamed": "streamed"} if options.skip_plain else {"streamed": "streamed", "torch.onnx.export": "plain"}
+    steps = (
+        {"streamed": "streamed"}
+        if options.skip_plain
+        else {"streamed": "streamed", "torch.onnx.export": "plain"}
+    )
     show({name: measure(step, options.model, options.out / "work") for name, step in steps.items()})
 
 

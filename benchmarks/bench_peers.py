@@ -7,6 +7,7 @@ configurations one after another, with the memory bandwidth read in between. Eac
 comes: a run that was stopped goes on, a configuration that fails is named with its reason and the others go on.
 FOLDER/peers.md and peers.json hold the tables. --rounds 0 only makes environments and models.
 """
+
 import argparse
 import json
 import os
@@ -25,25 +26,33 @@ from peers.models import CASES, Entry, prepare, streamed_bytes  # noqa: E402
 
 from runtime.common.errors import MISSING_COMPONENT, ToolkitError, run_command  # noqa: E402
 
-WORKERS, TIMEOUT, REPEATS = ROOT / "benchmarks/peers", 1800, 5
-PROBE = ("512", "5")            # MiB, repeats
-OPENMP = ("transformers", "llamacpp", "ours")       # the others pin their threads themselves
+WORKERS = ROOT / "benchmarks/peers"
+TIMEOUT = 1800
+REPEATS = 5
+PROBE = ("512", "5")  # MiB, repeats
+OPENMP = ("transformers", "llamacpp", "ours")  # the others pin their threads themselves
 
 
 def main(argv: list[str]) -> int:
     options = parse(argv)
-    case, work = CASES[options.model], (options.work or ROOT / "out/peers" / options.model).resolve()
+    case = CASES[options.model]
+    work = (options.work or ROOT / "out/peers" / options.model).resolve()
     work.mkdir(parents=True, exist_ok=True)
     runs = Runs(work / "runs.jsonl", options.fresh)
     wanted = [e for e in case.entries if not options.only or {e.name, e.peer} & set(options.only)]
-    told = prepare(case, work) | {"threads": options.threads} | ({"repeats": REPEATS} if case.onnx else {
-        "prompt": options.prompt, "new": options.new})
+    told = (
+        prepare(case, work)
+        | {"threads": options.threads}
+        | ({"repeats": REPEATS} if case.onnx else {"prompt": options.prompt, "new": options.new})
+    )
     ready = [entry for entry in wanted if built(entry, told, runs)]
     probe = Probe(work, options.threads)
     for number in range(options.rounds):
         for entry in ready:
             if not runs.has(entry, number):
-                runs.add(measured(entry, told, number, probe, streamed_bytes(case, work, entry.variant)))
+                runs.add(
+                    measured(entry, told, number, probe, streamed_bytes(case, work, entry.variant))
+                )
     report(options, case, runs.rows, work)
     return 0
 
@@ -52,12 +61,20 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, choices=CASES)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", type=lambda text: text.split(","), help="peers or configurations, e.g. 'ours,llamacpp f16'")
+    parser.add_argument(
+        "--only",
+        type=lambda text: text.split(","),
+        help="peers or configurations, e.g. 'ours,llamacpp f16'",
+    )
     parser.add_argument("--prompt", type=int, default=512, help="tokens")
     parser.add_argument("--new", type=int, default=64, help="tokens")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--work", type=Path, help="folder for models and results (default: out/peers/MODEL)")
-    parser.add_argument("--fresh", action="store_true", help="forget the runs that were measured before")
+    parser.add_argument(
+        "--work", type=Path, help="folder for models and results (default: out/peers/MODEL)"
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="forget the runs that were measured before"
+    )
     return parser.parse_args(argv)
 
 
@@ -68,7 +85,9 @@ class Runs:
         self.file = file
         if fresh:
             file.unlink(missing_ok=True)
-        self.rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        self.rows = (
+            [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        )
 
     def add(self, row: dict):
         self.rows.append(row)
@@ -77,12 +96,18 @@ class Runs:
         print(f"{row['name']}: {row.get('error') or summary(row)}", file=sys.stderr)
 
     def has(self, entry, number: int) -> bool:
-        return any(row["name"] == entry.name and row["round"] == number and "error" not in row for row in self.rows)
+        return any(
+            row["name"] == entry.name and row["round"] == number and "error" not in row
+            for row in self.rows
+        )
 
 
 def summary(row: dict) -> str:
-    return ", ".join(f"{key} {row[key]:.4g}" for key in ("first_s", "token_s", "encode_s", "bandwidth", "roofline", "others")
-                     if row.get(key) is not None)
+    return ", ".join(
+        f"{key} {row[key]:.4g}"
+        for key in ("first_s", "token_s", "encode_s", "bandwidth", "roofline", "others")
+        if row.get(key) is not None
+    )
 
 
 def built(entry: Entry, told: dict, runs: Runs) -> bool:
@@ -100,8 +125,14 @@ def worker(entry, job: dict) -> tuple[dict, str | None]:
     job = {"seed": 0, **job, "variant": entry.variant, "batch": entry.batch, **dict(entry.extra)}
     command = [environment.python_of(entry.peer), WORKERS / f"run_{entry.peer}.py", json.dumps(job)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, cwd=job["work"],
-                              env=threaded(job["threads"], bind=entry.peer in OPENMP and "new" in job))
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+            cwd=job["work"],
+            env=threaded(job["threads"], bind=entry.peer in OPENMP and "new" in job),
+        )
     except subprocess.TimeoutExpired:
         return {}, f"took longer than {TIMEOUT} s"
     if done.returncode:
@@ -114,13 +145,28 @@ def threaded(threads: int, bind: bool) -> dict:
     """Environment with so many OpenMP threads, `bind`: each on a core of its own (which other thread pools of the process
     would inherit); nothing is looked up on a hub."""
     places = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"} if bind else {}
-    return os.environ | places | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return (
+        os.environ
+        | places
+        | {
+            "OMP_NUM_THREADS": str(threads),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+    )
 
 
 def measured(entry, told, number: int, probe, weights: int | None) -> dict:
-    before, clock = probe.read(), Clock()
+    before = probe.read()
+    clock = Clock()
     found, error = worker(entry, told | {"task": "run", "seed": number})
-    row = {"name": entry.name, "round": number, "batch": entry.batch, "when": time.strftime("%F %T"), **found}
+    row = {
+        "name": entry.name,
+        "round": number,
+        "batch": entry.batch,
+        "when": time.strftime("%F %T"),
+        **found,
+    }
     if error:
         return row | {"error": error}
     row |= {"others": clock.others(), "bandwidth": (before + probe.read()) / 2}
@@ -142,7 +188,9 @@ class Clock:
     def _busy(self) -> tuple[float, float]:
         fields = [int(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return (sum(fields[:3]) + sum(fields[5:7])) / os.sysconf("SC_CLK_TCK"), used.ru_utime + used.ru_stime
+        return (sum(fields[:3]) + sum(fields[5:7])) / os.sysconf(
+            "SC_CLK_TCK"
+        ), used.ru_utime + used.ru_stime
 
 
 class Probe:
@@ -150,22 +198,49 @@ class Probe:
 
     def __init__(self, work: Path, threads: int):
         if shutil.which("gcc") is None:
-            raise ToolkitError("bandwidth is measured by a small C program; run: apt-get install gcc", MISSING_COMPONENT)
-        self.program, self.threads = work / "bandwidth", threads
-        subprocess.run(["gcc", "-O3", "-march=native", "-fopenmp", WORKERS / "bandwidth.c", "-o", self.program], check=True)
+            raise ToolkitError(
+                "bandwidth is measured by a small C program; run: apt-get install gcc",
+                MISSING_COMPONENT,
+            )
+        self.program = work / "bandwidth"
+        self.threads = threads
+        subprocess.run(
+            [
+                "gcc",
+                "-O3",
+                "-march=native",
+                "-fopenmp",
+                WORKERS / "bandwidth.c",
+                "-o",
+                self.program,
+            ],
+            check=True,
+        )
 
     def read(self) -> float:
-        said = subprocess.run([self.program, *PROBE], capture_output=True, text=True, check=True,
-                              env=threaded(self.threads, bind=True))
+        said = subprocess.run(
+            [self.program, *PROBE],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=threaded(self.threads, bind=True),
+        )
         return max(map(float, said.stdout.split())) * 1e9
 
 
 def report(options, case, runs: list[dict], work: Path):
     rows = table.medians(runs)
     length = "one picture" if case.onnx else f"{options.prompt} tokens in, {options.new} out"
-    found = {"model": options.model, "case": f"{length}, {options.threads} threads", "date": time.strftime("%F"),
-             "machine": cpu(), "rows": rows, "targets": table.judged(case.targets, rows), "runs": runs,
-             "missing": table.missing([entry.name for entry in case.entries], case.absent, runs, rows)}
+    found = {
+        "model": options.model,
+        "case": f"{length}, {options.threads} threads",
+        "date": time.strftime("%F"),
+        "machine": cpu(),
+        "rows": rows,
+        "targets": table.judged(case.targets, rows),
+        "runs": runs,
+        "missing": table.missing([entry.name for entry in case.entries], case.absent, runs, rows),
+    }
     (work / "peers.json").write_text(json.dumps(found, indent=1) + "\n")
     page = table.markdown(found)
     (work / "peers.md").write_text(page)

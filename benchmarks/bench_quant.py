@@ -7,6 +7,7 @@ second part. Prints seconds, CPU seconds (what is left of a time on a busy machi
 run, each quantisation in a process of its own. Times include loading Python packages on both sides (byte-compiled before, as
 pip leaves them), and on ours the quality gate, which msmodelslim has none of; ratios are printed with and without it.
 """
+
 import argparse
 import functools
 import json
@@ -47,16 +48,36 @@ def make_model(folder: Path, layers: int, hidden: int = 1024, ffn: int = 2816):
     from safetensors.torch import save_file
 
     from models import family_of
+
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"architectures": ["GlmForCausalLM"], "model_type": "glm", "attention_bias": True, "head_dim": 64,
-              "hidden_act": "silu", "hidden_size": hidden, "intermediate_size": ffn, "max_position_embeddings": 2048,
-              "num_attention_heads": hidden // 64, "num_hidden_layers": layers, "num_key_value_heads": 2, "pad_token_id": 0,
-              "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False,
-              "torch_dtype": "bfloat16", "vocab_size": VOCAB, "eos_token_id": 1, "bos_token_id": 1}
+    config = {
+        "architectures": ["GlmForCausalLM"],
+        "model_type": "glm",
+        "attention_bias": True,
+        "head_dim": 64,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "max_position_embeddings": 2048,
+        "num_attention_heads": hidden // 64,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+        "partial_rotary_factor": 0.5,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "vocab_size": VOCAB,
+        "eos_token_id": 1,
+        "bos_token_id": 1,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
-    tensors = {w.source: (torch.randn(w.shape) * 0.03 + (w.source.endswith("norm.weight"))).bfloat16()
-               for w in family_of(folder).weights()}
+    tensors = {
+        w.source: (torch.randn(w.shape) * 0.03 + (w.source.endswith("norm.weight"))).bfloat16()
+        for w in family_of(folder).weights()
+    }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return sum(t.numel() for t in tensors.values())
 
@@ -72,37 +93,71 @@ def environment(work: Path) -> dict:
     """Byte code is kept in `work`, where both sides find it compiled."""
     env = {**os.environ, "PYTHONPYCACHEPREFIX": str(work / "pyc")}
     env.pop("PYTHONDONTWRITEBYTECODE", None)
-    subprocess.run([sys.executable, "-c", CLASSIC.partition("model, lines")[0] + IMPORTED], cwd=ROOT, env=env, check=True,
-                   capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", CLASSIC.partition("model, lines")[0] + IMPORTED],
+        cwd=ROOT,
+        env=env,
+        check=True,
+        capture_output=True,
+    )
     return env
 
 
 def measured(command: list[str], work: Path) -> tuple[float, float, float]:
     """(seconds, CPU seconds, peak memory in GB) of a process."""
-    env, start = environment(work), time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
+    env = environment(work)
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env
+    )
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"failed: {' '.join(command[:6])} ...")
-    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9
+    return (
+        time.perf_counter() - start,
+        usage.ru_utime + usage.ru_stime,
+        usage.ru_maxrss * 1024 / 1e9,
+    )
 
 
 def our_command(model: Path, out: Path, lines: Path) -> list[str]:
-    return [sys.executable, "-m", "quant", "--model", str(model), "--out", str(out), "--calib", str(lines),
-            "--act-method", "1", "--disable-level", "L0", "--max-kl", "100", "--min-top1", "0"]
+    return [
+        sys.executable,
+        "-m",
+        "quant",
+        "--model",
+        str(model),
+        "--out",
+        str(out),
+        "--calib",
+        str(lines),
+        "--act-method",
+        "1",
+        "--disable-level",
+        "L0",
+        "--max-kl",
+        "100",
+        "--min-top1",
+        "0",
+    ]
 
 
 def quantisation(work: Path):
     """msmodelslim's float32 run gives the numbers that ours gives; its bfloat16 run is the quicker one."""
-    model, lines = work / "float", work / "lines.jsonl"
+    model = work / "float"
+    lines = work / "lines.jsonl"
     ours = measured(our_command(model, work / "ours", lines), work)
     judging = json.loads((work / "ours" / "quant_report.json").read_text())["seconds"]["judging"]
     print(f"{'quantise, ours':40} {show(ours)}, of these {judging:.1f} s the quality gate")
     for dtype in ("bfloat16", "float32"):
-        theirs = measured([sys.executable, "-c", CLASSIC, str(model), str(lines), str(work / dtype), dtype], work)
-        print(f"{'quantise, msmodelslim classic ' + dtype:40} {show(theirs)}; ours is "
-              + ", ".join(f"{a / b:.2f}" for a, b in zip(ours, theirs))
-              + f" x, without the gate {(ours[0] - judging) / theirs[0]:.2f} x in time")
+        theirs = measured(
+            [sys.executable, "-c", CLASSIC, str(model), str(lines), str(work / dtype), dtype], work
+        )
+        print(
+            f"{'quantise, msmodelslim classic ' + dtype:40} {show(theirs)}; ours is "
+            + ", ".join(f"{a / b:.2f}" for a, b in zip(ours, theirs))
+            + f" x, without the gate {(ours[0] - judging) / theirs[0]:.2f} x in time"
+        )
 
 
 def show(figures: tuple[float, float, float]) -> str:
@@ -112,8 +167,10 @@ def show(figures: tuple[float, float, float]) -> str:
 def speed(engine, clock) -> tuple[float, float]:
     """Best of ROUNDS by `clock`: (seconds of a prompt of PREFILL tokens, seconds per decoded token)."""
     ids = np.random.default_rng(1).integers(3, VOCAB, PREFILL)
-    long, short = engine.prompt_from_ids(ids), engine.prompt_from_ids(ids[:16])
-    prefill, decode = [], []
+    long = engine.prompt_from_ids(ids)
+    short = engine.prompt_from_ids(ids[:16])
+    prefill = []
+    decode = []
     for _ in range(ROUNDS):
         for prompt, tokens, times in ((long, 1, prefill), (short, DECODE, decode)):
             start = clock()
@@ -124,14 +181,21 @@ def speed(engine, clock) -> tuple[float, float]:
 
 def inference(floats: Path, quantised: Path):
     from runtime import Engine
-    engines = {name: Engine(folder, dtype="bfloat16", max_model_len=1024)
-               for name, folder in (("bfloat16", floats), ("W8A8", quantised))}
+
+    engines = {
+        name: Engine(folder, dtype="bfloat16", max_model_len=1024)
+        for name, folder in (("bfloat16", floats), ("W8A8", quantised))
+    }
     for unit, clock in (("s", time.perf_counter), ("CPU s", time.process_time)):
         times = {name: speed(engine, clock) for name, engine in engines.items()}
         for name, (prefill, decode) in times.items():
-            print(f"{name:9} prefill {PREFILL} tokens {prefill:6.3f} {unit:5}   decode {decode:7.4f} {unit} per token")
-        print(f"W8A8 is   {times['bfloat16'][0] / times['W8A8'][0]:.2f} x in prefill, "
-              f"{times['bfloat16'][1] / times['W8A8'][1]:.2f} x in decoding")
+            print(
+                f"{name:9} prefill {PREFILL} tokens {prefill:6.3f} {unit:5}   decode {decode:7.4f} {unit} per token"
+            )
+        print(
+            f"W8A8 is   {times['bfloat16'][0] / times['W8A8'][0]:.2f} x in prefill, "
+            f"{times['bfloat16'][1] / times['W8A8'][1]:.2f} x in decoding"
+        )
 
 
 def main():
@@ -144,8 +208,10 @@ def main():
         work = options.work or Path(scratch)
         parameters = make_model(work / "float", options.layers)
         write_lines(work / "lines.jsonl")
-        print(f"GLM with {parameters / 1e6:.0f} M parameters, {SAMPLES} samples of {TOKENS} tokens, "
-              f"{torch.get_num_threads()} threads")
+        print(
+            f"GLM with {parameters / 1e6:.0f} M parameters, {SAMPLES} samples of {TOKENS} tokens, "
+            f"{torch.get_num_threads()} threads"
+        )
         quantisation(work)
         inference(work / "float", work / "ours")
         print(f"the same, width {WIDE[0]} and {WIDE[1]}, 4 layers")

@@ -1,4 +1,5 @@
 """What the measurements of the service share: the service as a process on 127.0.0.1, its memory, its gauges."""
+
 import os
 import re
 import signal
@@ -12,8 +13,8 @@ from pathlib import Path
 import httpx
 
 ROOT = Path(__file__).resolve().parents[1]
-HTTP = httpx.Client(timeout=120, trust_env=False)      # one for all: making one is slow
-MODEL = ROOT / "tests" / "golden" / "glm_edge_v"        # small, with pictures
+HTTP = httpx.Client(timeout=120, trust_env=False)  # one for all: making one is slow
+MODEL = ROOT / "tests" / "golden" / "glm_edge_v"  # small, with pictures
 
 
 def free_port() -> int:
@@ -43,19 +44,39 @@ class Client:
 
     def gauge(self, name: str) -> float:
         lines = HTTP.get(self.url + "/metrics").text.splitlines()
-        return sum(float(line.split()[-1]) for line in lines if line.startswith(f"ascend_vlm:{name}{{"))
+        return sum(
+            float(line.split()[-1]) for line in lines if line.startswith(f"ascend_vlm:{name}{{")
+        )
 
 
 class Process(Client):
     """`python -m runtime.serve --port N *argv`; what it prints is kept."""
 
     def __init__(self, *argv):
-        port, self.printed = free_port(), []
+        port = free_port()
+        self.printed = []
         self.url = f"http://127.0.0.1:{port}"
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "runtime.serve", "--port", str(port), "--vision", "torch", "--dtype", "float32", *argv],
-            cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        self._reader = threading.Thread(target=lambda: self.printed.extend(self.process.stderr), daemon=True)
+            [
+                sys.executable,
+                "-m",
+                "runtime.serve",
+                "--port",
+                str(port),
+                "--vision",
+                "torch",
+                "--dtype",
+                "float32",
+                *argv,
+            ],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        self._reader = threading.Thread(
+            target=lambda: self.printed.extend(self.process.stderr), daemon=True
+        )
         self._reader.start()
 
     def ended(self):

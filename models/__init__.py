@@ -1,4 +1,5 @@
 """What a model is: released checkpoints of the GLM families, read without their Python code."""
+
 from __future__ import annotations
 
 import re
@@ -8,50 +9,92 @@ from typing import TYPE_CHECKING
 from .config import read_json
 from .errors import ModelError
 
-if TYPE_CHECKING:       # `--help` does without numpy
+if TYPE_CHECKING:  # `--help` does without numpy
     from .family import Family
 
 # module -> class; the module is imported when its turn comes
-FAMILIES = {"visualglm": "VisualGLM", "glm4": "Glm4", "glm4v": "Glm4V", "llava": "Llava", "glm_edge": "GlmEdge"}
+FAMILIES = {
+    "visualglm": "VisualGLM",
+    "glm4": "Glm4",
+    "glm4v": "Glm4V",
+    "llava": "Llava",
+    "glm_edge": "GlmEdge",
+}
 
 # Relatives that look alike but are other networks: (fields of config.json as regular expressions, name, reason).
 RELATIVES = (
-    ({"model_type": "chatglm", "padded_vocab_size": "65024"}, "ChatGLM2-6B, ChatGLM3-6B or CodeGeeX2-6B",
-     "the generation before GLM-4, with another tokenizer; use glm-4-9b-chat"),
-    ({"model_type": "chatglm", "inner_hidden_size": r"\d+", "eva_config": "None"}, "ChatGLM-6B (first generation)",
-     "the language model of VisualGLM alone; use visualglm-6b, which also chats without a picture"),
-    ({"model_type": "glm4v.*"}, "GLM-4.1V or later", "another vision tower and three-part positions; use glm-4v-9b"),
-    ({"model_type": "glm4"}, "GLM-4-0414 or GLM-Z1", "its layers have two norms more; use glm-4-9b-chat"),
+    (
+        {"model_type": "chatglm", "padded_vocab_size": "65024"},
+        "ChatGLM2-6B, ChatGLM3-6B or CodeGeeX2-6B",
+        "the generation before GLM-4, with another tokenizer; use glm-4-9b-chat",
+    ),
+    (
+        {"model_type": "chatglm", "inner_hidden_size": r"\d+", "eva_config": "None"},
+        "ChatGLM-6B (first generation)",
+        "the language model of VisualGLM alone; use visualglm-6b, which also chats without a picture",
+    ),
+    (
+        {"model_type": "glm4v.*"},
+        "GLM-4.1V or later",
+        "another vision tower and three-part positions; use glm-4v-9b",
+    ),
+    (
+        {"model_type": "glm4"},
+        "GLM-4-0414 or GLM-Z1",
+        "its layers have two norms more; use glm-4-9b-chat",
+    ),
     ({"model_type": "glm.*moe.*"}, "GLM-4.5 or later", "a mixture of experts; use glm-4-9b-chat"),
     ({"model_type": "qwen.*"}, "a Qwen model", "not of the GLM family"),
-    ({"architectures": ".*CogVLM.*|.*CogAgent.*"}, "a CogVLM model",
-     "its decoder has separate weights for picture tokens; use glm-4v-9b"),
-    ({"model_type": "llava_.*|.*_llava"}, "a later LLaVA model", "another image rule; use llava-1.5-7b-hf"),
-    ({"model_type": "llama|mistral.*|mixtral|deepseek.*|internlm.*|internvl.*|baichuan|gemma.*|phi.*|minicpm.*"},
-     "a model of another family", "only GLM and LLaVA-1.5 models are known"),
+    (
+        {"architectures": ".*CogVLM.*|.*CogAgent.*"},
+        "a CogVLM model",
+        "its decoder has separate weights for picture tokens; use glm-4v-9b",
+    ),
+    (
+        {"model_type": "llava_.*|.*_llava"},
+        "a later LLaVA model",
+        "another image rule; use llava-1.5-7b-hf",
+    ),
+    (
+        {
+            "model_type": "llama|mistral.*|mixtral|deepseek.*|internlm.*|internvl.*|baichuan|gemma.*|phi.*|minicpm.*"
+        },
+        "a model of another family",
+        "only GLM and LLaVA-1.5 models are known",
+    ),
 )
 
 
 def known_families() -> list[type[Family]]:
     from importlib import import_module
-    return [getattr(import_module(f"{__name__}.families.{module}"), cls) for module, cls in FAMILIES.items()]
+
+    return [
+        getattr(import_module(f"{__name__}.families.{module}"), cls)
+        for module, cls in FAMILIES.items()
+    ]
 
 
 def family_of(directory) -> Family:
     """The family that owns the checkpoint in `directory`, by the structure of its config. ModelError if none."""
     directory = Path(directory)
     if not directory.is_dir():
-        raise ModelError(f"model folder {directory} does not exist; give --model the folder of a downloaded checkpoint")
+        raise ModelError(
+            f"model folder {directory} does not exist; give --model the folder of a downloaded checkpoint"
+        )
     sat = directory / "model_config.json"
     config = read_json(sat if sat.is_file() else directory / "config.json")
     if relative := relative_of(config):
         name, reason = relative
-        raise ModelError(f"{directory} holds {name} ({_kind(config)}), which this toolkit does not run: {reason}")
+        raise ModelError(
+            f"{directory} holds {name} ({_kind(config)}), which this toolkit does not run: {reason}"
+        )
     for family in known_families():
         rule = family.matches(config)
         if rule:
             return _build(family, directory, config, rule)
-    raise ModelError(f"{directory} holds no model this toolkit knows ({_kind(config)}); known: {', '.join(FAMILIES)}")
+    raise ModelError(
+        f"{directory} holds no model this toolkit knows ({_kind(config)}); known: {', '.join(FAMILIES)}"
+    )
 
 
 def relative_of(config: dict) -> tuple[str, str] | None:
@@ -70,6 +113,8 @@ def _build(family, directory, config, rule) -> Family:
     try:
         built = family(directory, config)
     except (KeyError, TypeError) as error:
-        raise ModelError(f"the config of {directory} looks like {family.name} ({rule}) but lacks {error}") from None
+        raise ModelError(
+            f"the config of {directory} looks like {family.name} ({rule}) but lacks {error}"
+        ) from None
     built.rule = rule
     return built

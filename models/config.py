@@ -1,4 +1,5 @@
 """What a config says: JSON files, and the decoder, rotary and vision settings read from them."""
+
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,11 @@ class Rope:
 
     The row handed to the kernels is [c, c], c = angles of all channels, then zeros (no rotation) up to head_dim/2.
     """
+
     dim: int
     channels: int = 1
     theta: float = 10000.0
-    half_rounded: bool = False      # ChatGLM-6B rounds the frequencies to fp16 when they are built
+    half_rounded: bool = False  # ChatGLM-6B rounds the frequencies to fp16 when they are built
 
 
 @dataclass(frozen=True)
@@ -30,16 +32,19 @@ class DecoderConfig:
     rope: Rope
     eps: float
     max_length: int
-    norm: str = "rms"                       # "rms" | "layer"
-    activation: str = "swiglu"              # "swiglu" | "gelu_tanh"
-    residual_alpha: float | None = None     # ChatGLM-6B: x = norm(x) * alpha + branch(norm(x)); None = plain pre-norm
+    norm: str = "rms"  # "rms" | "layer"
+    activation: str = "swiglu"  # "swiglu" | "gelu_tanh"
+    residual_alpha: float | None = (
+        None  # ChatGLM-6B: x = norm(x) * alpha + branch(norm(x)); None = plain pre-norm
+    )
 
 
 @dataclass(frozen=True)
 class VisionSpec:
     """The exported encoder's interface: one input, one output, fixed shapes (batch first)."""
+
     input_shape: tuple[int, ...]
-    output_shape: tuple[int, ...]           # (1, rows, decoder hidden)
+    output_shape: tuple[int, ...]  # (1, rows, decoder hidden)
     input_name: str = "input"
     output_name: str = "output"
 
@@ -52,7 +57,9 @@ def read_json(path: Path) -> dict:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(f"{path} is missing; give --model the folder of a downloaded checkpoint") from None
+        raise ModelError(
+            f"{path} is missing; give --model the folder of a downloaded checkpoint"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{path} is not valid JSON ({error}); download it again") from None
 
@@ -62,8 +69,10 @@ def rope_of(config: dict, head_dim: int, factor: float = 1.0) -> Rope:
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind != "default":
-        raise ModelError(f"config.json scales the rotary positions ({kind!r}), which this toolkit does not; "
-                         "use the released config.json")
+        raise ModelError(
+            f"config.json scales the rotary positions ({kind!r}), which this toolkit does not; "
+            "use the released config.json"
+        )
     theta = config.get("rope_theta") or parameters.get("rope_theta", 10000.0)
     factor = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", factor))
     return Rope(dim=int(head_dim * factor), theta=float(theta))
@@ -73,6 +82,8 @@ def chosen(table: dict, config: dict, key: str, default: str):
     """table[config[key]]; ModelError with the known values when the config names another one."""
     value = config.get(key, default)
     if value not in table:
-        raise ModelError(f"config.json says {key} {value!r}, this toolkit knows {', '.join(map(repr, table))}; "
-                         "use the released config.json")
+        raise ModelError(
+            f"config.json says {key} {value!r}, this toolkit knows {', '.join(map(repr, table))}; "
+            "use the released config.json"
+        )
     return table[value]

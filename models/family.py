@@ -6,6 +6,7 @@ Canonical decoder names (what `decoder.py` and the runtime know); every family m
 qkv holds the rows [q; k; v], heads in order, q and k rows permuted so that one full-width half-rotation serves every
 family. `up` is the fused [gate; up] for SwiGLU. Vision weights keep the tower module's own names, prefixed "vision.".
 """
+
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ class Layout:
     position_step [channels]. The first `bidirectional` tokens see each other both ways (prefix-LM), the rest is causal.
     image_starts: row where each picture's features are spliced in.
     """
+
     positions: np.ndarray
     next_position: tuple[int, ...]
     position_step: tuple[int, ...]
@@ -33,6 +35,7 @@ class Layout:
 @dataclass
 class Prompt:
     """ids int64 [T] after image expansion; pixels: one array per picture, in the vision encoder's input layout."""
+
     ids: np.ndarray
     pixels: list[np.ndarray]
     layout: Layout
@@ -42,10 +45,11 @@ class Prompt:
 @dataclass(frozen=True)
 class SamplingDefaults:
     """What the release samples with when the user says nothing; generation_config.json overrides it."""
-    max_length: int                     # prompt + answer, as the releases count
+
+    max_length: int  # prompt + answer, as the releases count
     temperature: float = 1.0
     top_p: float = 1.0
-    top_k: int = 0                      # 0 = off
+    top_k: int = 0  # 0 = off
     repetition_penalty: float = 1.0
 
 
@@ -55,15 +59,17 @@ class Family:
     To fill in: `name`, `matches`, `decoder`, `weights`, `tokenizer`, `prompt`, `prompt_from_ids`, `release_sampling`,
     `stop_ids`; for a family with pictures `vision`, `vision_encoder` and `pixels` too.
     """
+
     name: str
     vision: VisionSpec | None = None
-    encoder_cosine = 0.999              # of every feature row, below which a compiled encoder is not used
-    takes_tools = False                 # knows functions to call: has `called` and `may_call` beside what is below
-    prefix_lm = False                   # a prompt's tokens, but for its last, see each other both ways
-    languages = ("zh", "en")            # prompt wordings; the first is the default
+    encoder_cosine = 0.999  # of every feature row, below which a compiled encoder is not used
+    takes_tools = False  # knows functions to call: has `called` and `may_call` beside what is below
+    prefix_lm = False  # a prompt's tokens, but for its last, see each other both ways
+    languages = ("zh", "en")  # prompt wordings; the first is the default
 
     def __init__(self, directory: Path, config: dict):
-        self.directory, self.config = Path(directory), config
+        self.directory = Path(directory)
+        self.config = config
 
     @classmethod
     def matches(cls, config: dict) -> str | None:
@@ -72,7 +78,8 @@ class Family:
 
     def sampling(self, with_picture: bool) -> SamplingDefaults:
         """Release defaults, overridden by the directory's generation_config.json."""
-        defaults, given = self.release_sampling(with_picture), self._generation_config()
+        defaults = self.release_sampling(with_picture)
+        given = self._generation_config()
         known = {k: given[k] for k in defaults.__dataclass_fields__ if given.get(k) is not None}
         if given.get("do_sample") is False:
             known["temperature"] = 0.0
@@ -88,12 +95,10 @@ class Family:
 
     def one_picture_at_most(self, pictures: int):
         if pictures > 1:
-            raise ModelError(f"{self.name} takes one picture per conversation, {pictures} given; send one picture")
+            raise ModelError(
+                f"{self.name} takes one picture per conversation, {pictures} given; send one picture"
+            )
 
     def _generation_config(self) -> dict:
         path = self.directory / "generation_config.json"
         return read_json(path) if path.is_file() else {}
-
-
-
-

@@ -4,6 +4,7 @@ hold, the linear layers that hurt most go back to float, as few as will do.
 A finished work folder flows in; the groups of linear layers that stay float, and the figures, flow out. The quantised side
 is computed with the engine's integer arithmetic, layer by layer.
 """
+
 import functools
 from dataclasses import asdict, dataclass
 
@@ -20,14 +21,15 @@ from .layer_loop import integer_layer, relative_error, run, with_floats
 from .layer_module import release_memory
 from .work_folder import Job, Work
 
-ROWS = 1 << 11          # rows of the output matrix multiplied at a time: buffers that malloc keeps
-TOKENS = 32             # logits compared at a time, in float64
+ROWS = 1 << 11  # rows of the output matrix multiplied at a time: buffers that malloc keeps
+TOKENS = 32  # logits compared at a time, in float64
 
 
 @dataclass
 class Figures:
     """kl: mean KL(float || quantised) of the next token in nats; top1: share of tokens whose most likely successor is the
     same; tokens: how many were judged."""
+
     kl: float
     top1: float
     tokens: int
@@ -39,43 +41,59 @@ class Figures:
 @dataclass
 class Verdict:
     """`kept`: groups (layer, group) that went back to float, worst first; `tried`: {number of groups: figures}."""
+
     kept: list[tuple[int, str]]
     figures: Figures
     tried: dict[int, Figures]
 
     def report(self) -> dict:
-        return {"kept_float": [f"layers.{i}.{group}" for i, group in self.kept], **asdict(self.figures),
-                "tried": {str(n): asdict(f) for n, f in self.tried.items()}}
+        return {
+            "kept_float": [f"layers.{i}.{group}" for i, group in self.kept],
+            **asdict(self.figures),
+            "tried": {str(n): asdict(f) for n, f in self.tried.items()},
+        }
 
 
 def pass_gate(job: Job, work: Work, max_kl: float, min_top1: float, say) -> Verdict:
     """The smallest number of groups, worst first, with which the figures hold; ToolkitError if none does."""
-    streams, held = work.load_streams(job.layers), range(job.calibrating, len(job.samples))
-    head, ranking, tried = Head(job), Ranking(job, work), {}
+    streams = work.load_streams(job.layers)
+    held = range(job.calibrating, len(job.samples))
+    head = Head(job)
+    ranking = Ranking(job, work)
+    tried = {}
     expected = head.logits([streams["float"][i] for i in held])
 
     def holds(count: int) -> bool:
-        found = [streams["quantised"][i] for i in held] if count == 0 else replay(job, work, ranking.worst(count))
+        found = (
+            [streams["quantised"][i] for i in held]
+            if count == 0
+            else replay(job, work, ranking.worst(count))
+        )
         tried[count] = figures(expected, head.logits(found))
         say(count, tried[count])
         return tried[count].hold(max_kl, min_top1)
 
-    count = fewest(holds, len(ranking.quantised) - 1)       # at least one stays quantised
+    count = fewest(holds, len(ranking.quantised) - 1)  # at least one stays quantised
     if count is None:
         best = min(tried.values(), key=lambda f: f.kl)
-        raise ToolkitError(f"the quality gate cannot be reached: KL {best.kl:.3g} (limit {max_kl:g}), top-1 {best.top1:.1%} "
-                           f"(at least {min_top1:.1%}); calibrate on text like yours with --calib, try --anti m2, or set "
-                           "--max-kl and --min-top1 (the layers are kept for that)", CHECK_FAILED)
+        raise ToolkitError(
+            f"the quality gate cannot be reached: KL {best.kl:.3g} (limit {max_kl:g}), top-1 {best.top1:.1%} "
+            f"(at least {min_top1:.1%}); calibrate on text like yours with --calib, try --anti m2, or set "
+            "--max-kl and --min-top1 (the layers are kept for that)",
+            CHECK_FAILED,
+        )
     return Verdict(ranking.worst(count), tried[count], tried)
 
 
 def fewest(holds, limit: int) -> int | None:
     """Smallest count at which `holds`, which is assumed to stay so above it: doubling, then halving."""
-    low, high = -1, 0
+    low = -1
+    high = 0
     while not holds(high):
         if high >= limit:
             return None
-        low, high = high, min(max(1, 2 * high), limit)
+        low = high
+        high = min(max(1, 2 * high), limit)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle, high)
@@ -86,8 +104,13 @@ class Ranking:
     """Groups of linear layers that are quantised, by the error that each alone causes in its layer; measured when asked."""
 
     def __init__(self, job: Job, work: Work):
-        self._job, self._work = job, work
-        self.quantised = [(index, group) for index in range(job.layers) for group in quantised_groups(work.record(index))]
+        self._job = job
+        self._work = work
+        self.quantised = [
+            (index, group)
+            for index in range(job.layers)
+            for group in quantised_groups(work.record(index))
+        ]
 
     def worst(self, count: int) -> list[tuple[int, str]]:
         return self._ranked[:count] if count else []
@@ -100,13 +123,15 @@ class Ranking:
     @torch.inference_mode()
     def _errors(self) -> dict[tuple[int, str], float]:
         """One pass of the held-out samples over the float model."""
-        job, errors = self._job, {}
+        job = self._job
+        errors = {}
         numbers = range(job.calibrating, len(job.samples))
         stream = [job.samples[i].stream for i in numbers]
 
         def outputs(index, kept):
             layer = integer_layer(job.family, index, *layer_parts(job, self._work, index, kept))
             return [run(job, layer, x, i) for x, i in zip(stream, numbers)]
+
         for index in range(job.layers):
             groups = [place for place in self.quantised if place[0] == index]
             after = outputs(index, groups)
@@ -119,8 +144,11 @@ class Ranking:
 
 
 def quantised_groups(record) -> list[str]:
-    return [group for group, names in record.groups.items()
-            if any(record.kinds[f"{name}.weight"] != "FLOAT" for name in names)]
+    return [
+        group
+        for group, names in record.groups.items()
+        if any(record.kinds[f"{name}.weight"] != "FLOAT" for name in names)
+    ]
 
 
 def replay(job: Job, work: Work, kept: list[tuple[int, str]]) -> list[torch.Tensor]:
@@ -144,27 +172,46 @@ class Head:
     """Final norm and output matrix, multiplied piece by piece."""
 
     def __init__(self, job: Job):
-        family, self.checkpoint = job.family, job.checkpoint
-        rows = [row for row in family.weights() if any(part.target.startswith("final_norm") for part in row.parts)]
-        self.norm = norm_of(load_rows(self.checkpoint, rows, torch.float32, "cpu", CpuOps()), "final_norm")
-        self.eps, self.layer_norm = family.decoder.eps, family.decoder.norm == "layer"
-        self.source = next(row.source for row in family.weights()
-                           if any(part.target == "lm_head.weight" for part in row.parts))
+        family = job.family
+        self.checkpoint = job.checkpoint
+        rows = [
+            row
+            for row in family.weights()
+            if any(part.target.startswith("final_norm") for part in row.parts)
+        ]
+        self.norm = norm_of(
+            load_rows(self.checkpoint, rows, torch.float32, "cpu", CpuOps()), "final_norm"
+        )
+        self.eps = family.decoder.eps
+        self.layer_norm = family.decoder.norm == "layer"
+        self.source = next(
+            row.source
+            for row in family.weights()
+            if any(part.target == "lm_head.weight" for part in row.parts)
+        )
 
     @torch.inference_mode()
     def logits(self, streams: list[torch.Tensor]) -> np.ndarray:
         """float32 [tokens, vocab] of residual streams behind the last layer."""
-        norm, matrix = CpuOps().layer_norm if self.layer_norm else CpuOps().rms_norm, self.checkpoint.tensor(self.source)
+        norm = CpuOps().layer_norm if self.layer_norm else CpuOps().rms_norm
+        matrix = self.checkpoint.tensor(self.source)
         x = norm(torch.cat(streams), self.norm, self.eps)
         logits = np.empty((len(x), len(matrix)), np.float32)
         for start in range(0, len(matrix), ROWS):
-            logits[:, start:start + ROWS] = torch.nn.functional.linear(x, matrix[start:start + ROWS].float()).numpy()
+            logits[:, start : start + ROWS] = torch.nn.functional.linear(
+                x, matrix[start : start + ROWS].float()
+            ).numpy()
         return logits
 
 
 def figures(expected: np.ndarray, found: np.ndarray) -> Figures:
     """Of logits [tokens, vocab]."""
-    kl = torch.cat([_kl(*pair) for pair in zip(*(torch.from_numpy(x).split(TOKENS) for x in (expected, found)))])
+    kl = torch.cat(
+        [
+            _kl(*pair)
+            for pair in zip(*(torch.from_numpy(x).split(TOKENS) for x in (expected, found)))
+        ]
+    )
     if not kl.isfinite().all():
         return Figures(float("inf"), 0.0, len(kl))
     return Figures(kl.mean().item(), float((expected.argmax(1) == found.argmax(1)).mean()), len(kl))

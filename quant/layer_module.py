@@ -4,6 +4,7 @@ A family, its checkpoint and the residual streams of some samples flow in; msmod
 linear layers, and the residual streams behind the layer flow out. The arithmetic is the runtime's own (network/decoder.py);
 rows stand as in the checkpoint and are brought into the runtime's order behind each linear layer.
 """
+
 import ctypes
 import gc
 from collections import defaultdict
@@ -20,13 +21,15 @@ from models.network.rope import rotary_angles
 from runtime.ops.cpu.ops import CpuOps, _attend
 from runtime.ops.reference import ReferenceOps
 
-LINEARS, NORMS = ("qkv", "out", "up", "down"), ("attention_norm", "mlp_norm")
+LINEARS = ("qkv", "out", "up", "down")
+NORMS = ("attention_norm", "mlp_norm")
 NO_CACHE = SimpleNamespace(layers=[(None, None)])
 
 
 @dataclass
 class SampleStep:
     """Rotary rows [T, head_dim] of one sample; its first `context` tokens see each other both ways."""
+
     cos: torch.Tensor
     sin: torch.Tensor
     context: int
@@ -47,7 +50,7 @@ class LayerOps(CpuOps):
     def layer_norm(self, x, norm, eps):
         return norm(x) if callable(norm) else super().layer_norm(x, norm, eps)
 
-    attend = ReferenceOps.attend                    # from the angles, which are all that a SampleStep has
+    attend = ReferenceOps.attend  # from the angles, which are all that a SampleStep has
     turned_heads = ReferenceOps.turned_heads
 
     def cache_write(self, k, v, keys, values, slots):
@@ -65,7 +68,8 @@ class RMSNorm(nn.Module):
 
     def __init__(self, weight, eps):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(weight, requires_grad=False), eps
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.eps = eps
 
     def forward(self, x):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
@@ -80,9 +84,18 @@ class LayerModule(nn.Module):
 
     def __init__(self, family, checkpoint, index: int, steps: list[SampleStep]):
         super().__init__()
-        self.family, self.steps, self.stream, self.outputs = family, steps, [], {}
-        self.groups, self._orders, norms = defaultdict(list), {}, {}
-        rows = [row for row in family.weights() if row.parts and row.parts[0].target.startswith(f"layers.{index}.")]
+        self.family = family
+        self.steps = steps
+        self.stream = []
+        self.outputs = {}
+        self.groups = defaultdict(list)
+        self._orders = {}
+        norms = {}
+        rows = [
+            row
+            for row in family.weights()
+            if row.parts and row.parts[0].target.startswith(f"layers.{index}.")
+        ]
         for row in sorted(rows, key=lambda row: row.parts[0].at or (0, 0)):
             name, _, kind = row.source.rpartition(".")
             if kind != "weight":
@@ -97,9 +110,12 @@ class LayerModule(nn.Module):
                 self.groups[target].append(name)
                 self._orders[name] = _order(row)
                 self._put(name, _linear(*tensors))
-        self._layer = Layer(**{target: partial(self._call, [name]) for target, name in norms.items()},
-                            **{target: partial(self._call, names) for target, names in self.groups.items()})
-        self._arithmetic, self.norms = LayerArithmetic(family.decoder, LayerOps()), norms
+        self._layer = Layer(
+            **{target: partial(self._call, [name]) for target, name in norms.items()},
+            **{target: partial(self._call, names) for target, names in self.groups.items()},
+        )
+        self._arithmetic = LayerArithmetic(family.decoder, LayerOps())
+        self.norms = norms
 
     @property
     def device(self):
@@ -141,11 +157,13 @@ class LayerModule(nn.Module):
         if self.family.decoder.norm == "rms":
             return RMSNorm(weight, eps)
         norm = nn.LayerNorm(len(weight), eps)
-        norm.weight.data, norm.bias.data = weight, bias
+        norm.weight.data = weight
+        norm.bias.data = bias
         return norm
 
     def _put(self, name, module):
-        parent, parts = self, name.split(".")
+        parent = self
+        parts = name.split(".")
         for part in parts[:-1]:
             if part not in parent._modules:
                 parent.add_module(part, nn.Module())
@@ -171,7 +189,9 @@ def _order(row: Weight) -> torch.Tensor | None:
 def linear_groups(family) -> dict[tuple[int, str], list[str]]:
     """(layer, one of LINEARS) -> the checkpoint's names of the linear layers that become it, in the order of its rows."""
     groups = defaultdict(list)
-    for row in sorted(family.weights(), key=lambda row: (row.parts[0].at or (0, 0)) if row.parts else (0, 0)):
+    for row in sorted(
+        family.weights(), key=lambda row: (row.parts[0].at or (0, 0)) if row.parts else (0, 0)
+    ):
         if row.parts and row.parts[0].target.startswith("layers."):
             _, index, group, tensor = row.parts[0].target.split(".")
             if group in LINEARS and tensor == "weight":

@@ -3,6 +3,7 @@
 A LayerModule and its samples flow in; the tensors and kinds that msmodelslim saves for it flow out. Facts behind the
 guards: docs/quant.md, "Traps".
 """
+
 import contextlib
 import functools
 import gc
@@ -22,8 +23,10 @@ from safetensors.torch import load_file
 from runtime.common.errors import CHECK_FAILED, MISSING_COMPONENT, ToolkitError
 
 ANTI_METHODS = ("m1", "m2", "m3", "m4", "m5", "m6")
-PAIRS = ("m4", "m6")            # also scale one linear layer against the next
-IDENTITY = 1e-4                 # anti-outlier must leave a float32 layer's output as it was, up to this relative change
+PAIRS = ("m4", "m6")  # also scale one linear layer against the next
+IDENTITY = (
+    1e-4  # anti-outlier must leave a float32 layer's output as it was, up to this relative change
+)
 MODEL_TYPE = "ascend_vlm_layer"
 INSTALL = "pip install 'ascend-vlm[quant]'"
 
@@ -31,6 +34,7 @@ INSTALL = "pip install 'ascend-vlm[quant]'"
 @dataclass(frozen=True)
 class Scheme:
     """QuantConfig fields of one --scheme; `calibrated`: activations have stored scales, which samples must give."""
+
     kind: str
     settings: dict
     calibrated: bool = True
@@ -39,7 +43,9 @@ class Scheme:
 SCHEMES = {
     "w8a8": Scheme("W8A8", {"w_bit": 8, "a_bit": 8}),
     "w8a8s": Scheme("W8A8S", {"w_bit": 4, "a_bit": 8, "is_lowbit": True}),
-    "w8a8-dynamic": Scheme("W8A8_DYNAMIC", {"w_bit": 8, "a_bit": 8, "is_dynamic": True}, calibrated=False),
+    "w8a8-dynamic": Scheme(
+        "W8A8_DYNAMIC", {"w_bit": 8, "a_bit": 8, "is_dynamic": True}, calibrated=False
+    ),
     "w8a16": Scheme("W8A16", {"w_bit": 8, "a_bit": 16}, calibrated=False),
 }
 
@@ -48,24 +54,30 @@ SCHEMES = {
 def open_slim():
     """Import msmodelslim; ToolkitError with the line that helps. It brings binaries for Python up to 3.12 only."""
     if sys.version_info >= (3, 13):
-        raise ToolkitError(f"msmodelslim has no binaries for Python {sys.version.split()[0]}, only up to 3.12; make the "
-                           "environment with python3.12", MISSING_COMPONENT)
+        raise ToolkitError(
+            f"msmodelslim has no binaries for Python {sys.version.split()[0]}, only up to 3.12; make the "
+            "environment with python3.12",
+            MISSING_COMPONENT,
+        )
     if importlib.util.find_spec("msmodelslim") is None:
         raise ToolkitError(f"msmodelslim is not installed; run: {INSTALL}", MISSING_COMPONENT)
-    logging.disable(logging.WARNING)        # it complains that there is no NPU
-    try:                                    # llm_ptq_tools first: other parts fail when they are imported before it
+    logging.disable(logging.WARNING)  # it complains that there is no NPU
+    try:  # llm_ptq_tools first: other parts fail when they are imported before it
         importlib.import_module("msmodelslim.pytorch.llm_ptq.llm_ptq_tools")
         importlib.import_module("msmodelslim.pytorch.llm_ptq.anti_outlier")
     except ImportError as error:
-        raise ToolkitError(f"msmodelslim cannot be imported ({error}); run: {INSTALL}", MISSING_COMPONENT) from None
+        raise ToolkitError(
+            f"msmodelslim cannot be imported ({error}); run: {INSTALL}", MISSING_COMPONENT
+        ) from None
     finally:
         logging.disable(logging.NOTSET)
     from tqdm import tqdm
+
     for name in ("msmodelslim", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)    # several bars per layer
+    tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)  # several bars per layer
     _register_pairs()
-    gc.freeze()         # msmodelslim collects garbage in every layer, and a million objects of packages take 2 s to look at
+    gc.freeze()  # msmodelslim collects garbage in every layer, and a million objects of packages take 2 s to look at
 
 
 @contextlib.contextmanager
@@ -83,9 +95,12 @@ def private_directory():
 def configure(layer, dtype: torch.dtype):
     """The config that msmodelslim reads. `dtype`, of the files, decides the form of deq_scale, whose factors stay float32."""
     from transformers import PretrainedConfig
+
     d = layer.family.decoder
     layer.config = PretrainedConfig(num_attention_heads=d.heads, num_key_value_heads=d.kv_heads)
-    layer.config.model_type, layer.config.architectures, layer.config.dtype = MODEL_TYPE, ["AscendVlmLayer"], dtype
+    layer.config.model_type = MODEL_TYPE
+    layer.config.architectures = ["AscendVlmLayer"]
+    layer.config.dtype = dtype
 
 
 def subgraph(layer, method: str) -> dict[str, list[str]]:
@@ -109,7 +124,9 @@ def _register_pairs():
     @ModelAdapterRegistry.register(MODEL_TYPE)
     class LayerAdapter(ModelAdapter):
         def get_norm_linear_subgraph(self, cfg, dummy_input=None, norm_class=None):
-            return {first: list(rest) for first, rest in subgraph(self.model, cfg.anti_method).items()}
+            return {
+                first: list(rest) for first, rest in subgraph(self.model, cfg.anti_method).items()
+            }
 
 
 def numbers(count: int) -> list[list[torch.Tensor]]:
@@ -122,13 +139,20 @@ def suppress_outliers(layer, method: str, expected: list[torch.Tensor]):
     expected: the layer's outputs before.
     """
     from msmodelslim.pytorch.llm_ptq.anti_outlier import AntiOutlier, AntiOutlierConfig
+
     config = AntiOutlierConfig(anti_method=method, dev_type="cpu")
     AntiOutlier(layer, calib_data=numbers(len(layer.stream)), cfg=config).process()
     found = layer.float_outputs(dict(enumerate(layer.stream)))
-    changes = [relative_change(x, before, found[i]) for i, (x, before) in enumerate(zip(layer.stream, expected))]
+    changes = [
+        relative_change(x, before, found[i])
+        for i, (x, before) in enumerate(zip(layer.stream, expected))
+    ]
     if not max(changes) <= IDENTITY:
-        raise ToolkitError(f"--anti {method} changes what the float model computes, by {max(changes):.1e} in the layer of "
-                           f"{layer.linear_names[0]} (limit {IDENTITY:g}); use --anti m2 or leave --anti out", CHECK_FAILED)
+        raise ToolkitError(
+            f"--anti {method} changes what the float model computes, by {max(changes):.1e} in the layer of "
+            f"{layer.linear_names[0]} (limit {IDENTITY:g}); use --anti m2 or leave --anti out",
+            CHECK_FAILED,
+        )
 
 
 def relative_change(x, before, after) -> float:
@@ -136,7 +160,16 @@ def relative_change(x, before, after) -> float:
     return ((after - before).norm() / (before - x).norm().clamp(min=1e-30)).item()
 
 
-def quantise(layer, scheme: Scheme, keep: set[str], float_stream, stream, act_method: int, fraction: float, ranges=None):
+def quantise(
+    layer,
+    scheme: Scheme,
+    keep: set[str],
+    float_stream,
+    stream,
+    act_method: int,
+    fraction: float,
+    ranges=None,
+):
     """Calibrate and quantise the linear layers that are not in `keep`.
 
     float_stream: what the float model feeds the layer, for the choice of observers; not needed with `ranges`
@@ -146,19 +179,27 @@ def quantise(layer, scheme: Scheme, keep: set[str], float_stream, stream, act_me
     -> ({name: tensor}, {name: kind}) as msmodelslim saves them.
     """
     from msmodelslim.pytorch.llm_ptq.llm_ptq_tools import Calibrator, QuantConfig
+
     settings = dict(scheme.settings)
     if scheme.calibrated:
         settings["act_method"] = act_method
     if settings.get("is_lowbit"):
         settings["fraction"] = fraction
-    config = QuantConfig(dev_type="cpu", mm_tensor=False, pr=1.0, disable_last_linear=False,
-                         disable_names=sorted(keep), **settings)
+    config = QuantConfig(
+        dev_type="cpu",
+        mm_tensor=False,
+        pr=1.0,
+        disable_last_linear=False,
+        disable_names=sorted(keep),
+        **settings,
+    )
     data = numbers(len(stream)) if scheme.calibrated else None
     with private_directory() as work, known_ranges(ranges):
         layer.stream = float_stream
         calibrator = Calibrator(layer, config, calib_data=data, disable_level="L0")
         remember_weights(layer)
-        layer.stream, layer.outputs = stream, {}
+        layer.stream = stream
+        layer.outputs = {}
         calibrator.run()
         calibrator.save(str(work / "out"), save_type=["ascendV1"])
         return _saved(work / "out")
@@ -168,10 +209,13 @@ def quantise(layer, scheme: Scheme, keep: set[str], float_stream, stream, act_me
 def known_ranges(ranges: dict[str, float] | None):
     """msmodelslim takes input ranges that are known, or nobody asks for ({}), instead of running the float layer again."""
     from msmodelslim.pytorch.llm_ptq.llm_ptq_tools import quant_tools
+
     measure = quant_tools.get_features
     if ranges is not None:
-        states = {name: {"t_max": torch.tensor(r), "t_min": torch.tensor(0.0), "std": torch.tensor(1.0)}
-                  for name, r in ranges.items()}
+        states = {
+            name: {"t_max": torch.tensor(r), "t_min": torch.tensor(0.0), "std": torch.tensor(1.0)}
+            for name, r in ranges.items()
+        }
         quant_tools.get_features = lambda *_: states
     try:
         yield
@@ -182,6 +226,7 @@ def known_ranges(ranges: dict[str, float] | None):
 def remember_weights(layer):
     """Quantise each weight once instead of in every forward pass: scales do not change, so nor do the values."""
     from msmodelslim.pytorch.llm_ptq.llm_ptq_tools.quant_modules import LinearQuantizer
+
     for module in layer.modules():
         if isinstance(module, LinearQuantizer):
             module.quant_weight.tensor_forward = _Once(module.quant_weight.tensor_forward)
@@ -189,7 +234,8 @@ def remember_weights(layer):
 
 class _Once:
     def __init__(self, compute):
-        self.compute, self.result = compute, None
+        self.compute = compute
+        self.result = None
 
     def __call__(self, tensor, y=None):
         if self.result is None:

@@ -1,4 +1,5 @@
 """Options of `python -m quant`."""
+
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -6,19 +7,33 @@ from runtime.common.errors import ToolkitError
 from runtime.common.flags import check_choices, check_folder, flag, require
 
 SCHEMES = ("w8a8", "w8a8s", "w8a8-dynamic", "w8a16")
-COMPRESSED = ("w8a8sc is w8a8s compressed for the 310P: run python -m quant --scheme w8a8s --dtype float16 here and, on a "
-              "machine with CANN, python -m quant compress --model THAT_FOLDER --out DIR -tp RANKS")
+COMPRESSED = (
+    "w8a8sc is w8a8s compressed for the 310P: run python -m quant --scheme w8a8s --dtype float16 here and, on a "
+    "machine with CANN, python -m quant compress --model THAT_FOLDER --out DIR -tp RANKS"
+)
 ANTI = ("m1", "m2", "m3", "m4", "m5", "m6", "none")
 
 
 @dataclass(kw_only=True)
 class QuantOptions:
     model: str = flag("folder of a downloaded checkpoint", "-m", "--model-path", metavar="DIR")
-    out: str = flag("folder to write the quantised checkpoint to (made if missing)", "-o", "--output", metavar="DIR")
-    scheme: str = flag("8-bit weights and activations with stored scales; the same with mostly 4-bit weights, sparse; with "
-                       "scales per token; 8-bit weights alone", default="w8a8", choices=SCHEMES)
-    dtype: str = flag("float type of the result: float16 (310P takes no other), bfloat16, auto (as the checkpoint)",
-                      default="auto", choices=("auto", "float16", "bfloat16"))
+    out: str = flag(
+        "folder to write the quantised checkpoint to (made if missing)",
+        "-o",
+        "--output",
+        metavar="DIR",
+    )
+    scheme: str = flag(
+        "8-bit weights and activations with stored scales; the same with mostly 4-bit weights, sparse; with "
+        "scales per token; 8-bit weights alone",
+        default="w8a8",
+        choices=SCHEMES,
+    )
+    dtype: str = flag(
+        "float type of the result: float16 (310P takes no other), bfloat16, auto (as the checkpoint)",
+        default="auto",
+        choices=("auto", "float16", "bfloat16"),
+    )
 
     def __post_init__(self):
         if self.scheme == "w8a8sc":
@@ -29,44 +44,82 @@ class QuantOptions:
 
 @dataclass(kw_only=True)
 class CalibrationOptions:
-    calib: str | None = flag("jsonl file to measure activations on, one {\"text\": ...} or {\"messages\": [...]} a line "
-                             "(default: a small Chinese and English set)", default=None, metavar="FILE")
+    calib: str | None = flag(
+        'jsonl file to measure activations on, one {"text": ...} or {"messages": [...]} a line '
+        "(default: a small Chinese and English set)",
+        default=None,
+        metavar="FILE",
+    )
     samples: int = flag("most lines used of it", default=24, kind=int, metavar="N")
     seed: int = flag("draws the lines when there are more", default=0, kind=int, metavar="N")
 
     def __post_init__(self):
         require(self, "samples", self.samples >= 1, "1 or more is needed, e.g. 24")
-        require(self, "calib", self.calib is None or Path(self.calib).is_file(), "there is no such file")
+        require(
+            self, "calib", self.calib is None or Path(self.calib).is_file(), "there is no such file"
+        )
 
 
 @dataclass(kw_only=True)
 class RecipeOptions:
-    anti: str | None = flag("msmodelslim's anti-outlier method (default: what Ascend publishes for the model)", default=None,
-                            choices=ANTI)
-    act_method: int | None = flag("how input scales are found: 1 min-max, 2 histogram, 3 chosen per layer (default: as "
-                                  "published)", default=None, kind=int, metavar="1|2|3")
-    disable_level: str | None = flag("LN: the N linear layers with the widest inputs stay float (default: as published)",
-                                     default=None, metavar="LN")
-    keep_float: tuple[str, ...] = flag("name of a linear layer that stays float, * stands for anything; may be repeated",
-                                       default=(), metavar="NAME", many=True)
-    fraction: float = flag("w8a8s: share of each row's weights that may exceed 4 bits", default=0.01, kind=float, metavar="F")
+    anti: str | None = flag(
+        "msmodelslim's anti-outlier method (default: what Ascend publishes for the model)",
+        default=None,
+        choices=ANTI,
+    )
+    act_method: int | None = flag(
+        "how input scales are found: 1 min-max, 2 histogram, 3 chosen per layer (default: as "
+        "published)",
+        default=None,
+        kind=int,
+        metavar="1|2|3",
+    )
+    disable_level: str | None = flag(
+        "LN: the N linear layers with the widest inputs stay float (default: as published)",
+        default=None,
+        metavar="LN",
+    )
+    keep_float: tuple[str, ...] = flag(
+        "name of a linear layer that stays float, * stands for anything; may be repeated",
+        default=(),
+        metavar="NAME",
+        many=True,
+    )
+    fraction: float = flag(
+        "w8a8s: share of each row's weights that may exceed 4 bits",
+        default=0.01,
+        kind=float,
+        metavar="F",
+    )
 
     def __post_init__(self):
         self.keep_float = tuple(self.keep_float)
         check_choices(self)
         require(self, "act_method", self.act_method in (None, 1, 2, 3), "use 1, 2 or 3")
         level = self.disable_level
-        require(self, "disable_level", level is None or (level[:1] == "L" and level[1:].isdecimal()), "use L and a number, "
-                "e.g. L25")
+        require(
+            self,
+            "disable_level",
+            level is None or (level[:1] == "L" and level[1:].isdecimal()),
+            "use L and a number, e.g. L25",
+        )
         require(self, "fraction", 0.01 <= self.fraction <= 0.1, "from 0.01 to 0.1 is possible")
 
 
 @dataclass(kw_only=True)
 class GateOptions:
-    max_kl: float = flag("most KL divergence of the next token from the float model, mean over held-out text, in nats",
-                         default=0.05, kind=float, metavar="KL")
-    min_top1: float = flag("least share of held-out tokens whose most likely successor stays the same", default=0.9,
-                           kind=float, metavar="P")
+    max_kl: float = flag(
+        "most KL divergence of the next token from the float model, mean over held-out text, in nats",
+        default=0.05,
+        kind=float,
+        metavar="KL",
+    )
+    min_top1: float = flag(
+        "least share of held-out tokens whose most likely successor stays the same",
+        default=0.9,
+        kind=float,
+        metavar="P",
+    )
 
     def __post_init__(self):
         require(self, "max_kl", self.max_kl > 0, "more than 0 is needed, e.g. 0.05")
@@ -75,11 +128,24 @@ class GateOptions:
 
 @dataclass(kw_only=True)
 class CompressOptions:
-    model: str = flag("folder that --scheme w8a8s wrote, in float16", "-m", "--model-path", metavar="DIR")
-    out: str = flag("folder to write config.json and one folder per rank to (made if missing)", "-o", "--output",
-                    metavar="DIR")
-    tensor_parallel_size: int = flag("ranks that will run it: 1, 2, 4 or 8", "-tp", "--tp", default=1, kind=int, metavar="N")
+    model: str = flag(
+        "folder that --scheme w8a8s wrote, in float16", "-m", "--model-path", metavar="DIR"
+    )
+    out: str = flag(
+        "folder to write config.json and one folder per rank to (made if missing)",
+        "-o",
+        "--output",
+        metavar="DIR",
+    )
+    tensor_parallel_size: int = flag(
+        "ranks that will run it: 1, 2, 4 or 8", "-tp", "--tp", default=1, kind=int, metavar="N"
+    )
 
     def __post_init__(self):
         check_folder("model", self.model)
-        require(self, "tensor_parallel_size", self.tensor_parallel_size in (1, 2, 4, 8), "use 1, 2, 4 or 8")
+        require(
+            self,
+            "tensor_parallel_size",
+            self.tensor_parallel_size in (1, 2, 4, 8),
+            "use 1, 2, 4 or 8",
+        )

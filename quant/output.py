@@ -3,6 +3,7 @@
 What the layers became flows in, beside the float checkpoint for everything else; tensors are written one by one. The
 directory is filled in a work folder and published at the end: the description, without which nothing loads, comes last.
 """
+
 import json
 import os
 import shutil
@@ -18,12 +19,23 @@ from runtime.common.files import write_atomically
 
 STORED = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 SHARD_BYTES = 4 << 30
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json", ".gguf", ".onnx", ".msgpack", ".h5")
+WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".index.json",
+    ".gguf",
+    ".onnx",
+    ".msgpack",
+    ".h5",
+)
 
 
 @dataclass
 class Entry:
     """One tensor to write: `read` gives it when its turn comes."""
+
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -35,21 +47,28 @@ class Entry:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def write_weights(entries: list[Entry], folder: Path, kind: str, progress, layers: Sequence[Path] = ()) -> list[str]:
+def write_weights(
+    entries: list[Entry], folder: Path, kind: str, progress, layers: Sequence[Path] = ()
+) -> list[str]:
     """Shards named as msmodelslim names them, and an index if there are several -> file names.
 
     layers: complete shards that come after those of `entries`, which have at most SHARD_BYTES each; they are linked.
     """
     shards = _split(entries)
-    stem, count = f"quant_model_weight_{kind.lower()}", len(shards) + len(layers)
-    names = [f"{stem}.safetensors"] if count == 1 else [f"{stem}-{k:05}-of-{count:05}.safetensors"
-                                                       for k in range(1, count + 1)]
-    total, done = sum(entry.nbytes for entry in entries), 0
+    stem = f"quant_model_weight_{kind.lower()}"
+    count = len(shards) + len(layers)
+    names = (
+        [f"{stem}.safetensors"]
+        if count == 1
+        else [f"{stem}-{k:05}-of-{count:05}.safetensors" for k in range(1, count + 1)]
+    )
+    total = sum(entry.nbytes for entry in entries)
+    done = 0
     for name, shard in zip(names, shards):
         for written in _write_shard(folder / name, shard):
             done += written
             progress(done, total)
-    for name, file in zip(names[len(shards):], layers):
+    for name, file in zip(names[len(shards) :], layers):
         _link(file, folder / name)
     if count == 1:
         return names
@@ -68,15 +87,23 @@ def _link(file: Path, target: Path):
 
 def _index(folder: Path, names: list[str]) -> dict:
     stored = {name: stored_entries(folder / name) for name in names}
-    return {"metadata": {"total_size": sum(entry.nbytes for entries in stored.values() for entry in entries.values())},
-            "weight_map": {tensor: name for name, entries in stored.items() for tensor in entries}}
+    return {
+        "metadata": {
+            "total_size": sum(
+                entry.nbytes for entries in stored.values() for entry in entries.values()
+            )
+        },
+        "weight_map": {tensor: name for name, entries in stored.items() for tensor in entries},
+    }
 
 
 def _split(entries: list[Entry]) -> list[list[Entry]]:
-    shards, size = [[]], 0
+    shards = [[]]
+    size = 0
     for entry in entries:
         if shards[-1] and size + entry.nbytes > SHARD_BYTES:
-            shards, size = [*shards, []], 0
+            shards = [*shards, []]
+            size = 0
         shards[-1].append(entry)
         size += entry.nbytes
     return shards
@@ -84,10 +111,16 @@ def _split(entries: list[Entry]) -> list[list[Entry]]:
 
 def _write_shard(file: Path, entries: list[Entry]) -> Iterator[int]:
     """Header, then tensor after tensor; yields the bytes of each."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header = {"__metadata__": {"format": "pt"}}
+    end = 0
     for entry in entries:
-        start, end = end, end + entry.nbytes
-        header[entry.name] = {"dtype": STORED[entry.dtype], "shape": entry.shape, "data_offsets": (start, end)}
+        start = end
+        end = end + entry.nbytes
+        header[entry.name] = {
+            "dtype": STORED[entry.dtype],
+            "shape": entry.shape,
+            "data_offsets": (start, end),
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(file, "wb") as stream:
@@ -105,14 +138,26 @@ def write_description(kinds: dict[str, str], kind: str) -> str:
 def write_config(config: dict, kind: str, dtype: torch.dtype) -> str:
     """config.json with what the engines look for: `quantize` (MindIE), `torch_dtype` and `dtype` (old and new spelling)."""
     name = str(dtype).split(".")[1]
-    return json.dumps(config | {"quantize": kind.lower(), "torch_dtype": name, "dtype": name}, indent=2,
-                      ensure_ascii=False) + "\n"
+    return (
+        json.dumps(
+            config | {"quantize": kind.lower(), "torch_dtype": name, "dtype": name},
+            indent=2,
+            ensure_ascii=False,
+        )
+        + "\n"
+    )
 
 
 def copy_small_files(source: Path, folder: Path) -> list[str]:
     """Tokenizer, processor, generation_config, the release's code: everything but weights and config.json."""
-    names = [file.name for file in sorted(source.iterdir()) if file.is_file() and not file.name.startswith(".")
-             and not file.name.endswith(WEIGHTS) and file.name != "config.json"]
+    names = [
+        file.name
+        for file in sorted(source.iterdir())
+        if file.is_file()
+        and not file.name.startswith(".")
+        and not file.name.endswith(WEIGHTS)
+        and file.name != "config.json"
+    ]
     for name in names:
         shutil.copyfile(source / name, folder / name)
     return names

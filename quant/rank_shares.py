@@ -3,6 +3,7 @@ of rows: what MindIE reads compressed (W8A8SC) weights from, one folder partR-of
 
 Which rows and columns those are is the runtime's rule (runtime/parallel/split.py); here it is applied to stored tensors.
 """
+
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,11 @@ def part_name(rank: int, size: int) -> str:
 
 def part_folders(folder: Path) -> dict[tuple[int, int], Path]:
     """{(rank, size): folder} in `folder`, of however many splits."""
-    return {(int(match[1]), int(match[2])): file for file in folder.glob("part*") if (match := NAME.fullmatch(file.name))}
+    return {
+        (int(match[1]), int(match[2])): file
+        for file in folder.glob("part*")
+        if (match := NAME.fullmatch(file.name))
+    }
 
 
 def find_parts(folder: Path) -> list[Path]:
@@ -34,14 +39,17 @@ def find_parts(folder: Path) -> list[Path]:
         return []
     size = max(size for _, size in found)
     if found != {(rank, size) for rank in range(size)}:
-        raise ModelError(f"{folder} does not hold {part_name(0, size)} to {part_name(size - 1, size)} and nothing else "
-                         f"(found: {', '.join(part_name(*part) for part in sorted(found))}); compress into an empty folder")
+        raise ModelError(
+            f"{folder} does not hold {part_name(0, size)} to {part_name(size - 1, size)} and nothing else "
+            f"(found: {', '.join(part_name(*part) for part in sorted(found))}); compress into an empty folder"
+        )
     return [folder / part_name(rank, size) for rank in range(size)]
 
 
 @dataclass
 class Share:
     """rows, columns: those of the whole tensor that the rank holds, None for all. zero: another rank's sum has it."""
+
     rows: torch.Tensor | None = None
     columns: slice | None = None
     zero: bool = False
@@ -64,7 +72,8 @@ class Shares:
     """Shares of the tensors of a family's checkpoint, float or quantised."""
 
     def __init__(self, family, split: Split):
-        self._split, self._rows = split, {row.source: row for row in family.weights()}
+        self._split = split
+        self._rows = {row.source: row for row in family.weights()}
 
     def of(self, name: str) -> Share:
         """Of a stored tensor; those of a quantised layer follow its weight."""
@@ -76,36 +85,67 @@ class Shares:
         if kinds <= set(ROWS):
             return Share(rows=_held_rows(row, self._split))
         if kinds <= set(COLUMNS):
-            return Share(columns=slice(*self._split.span(row.shape[1]))) if tensor == "weight" else Share(
-                zero=self._split.rank > 0 and tensor in ("bias", "quant_bias"))
+            return (
+                Share(columns=slice(*self._split.span(row.shape[1])))
+                if tensor == "weight"
+                else Share(zero=self._split.rank > 0 and tensor in ("bias", "quant_bias"))
+            )
         return Share()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """{name: shape} of the float checkpoint's tensors that must be there."""
-        return {name: self.of(name).shape(row.shape) for name, row in self._rows.items() if not row.optional}
+        return {
+            name: self.of(name).shape(row.shape)
+            for name, row in self._rows.items()
+            if not row.optional
+        }
 
 
 def check_parts(family, description: Description, checkpoint: Checkpoint, split: Split):
     """ModelError unless `checkpoint` holds every tensor of the rank under its name, and in its shape where it has one."""
-    expected, compressed = Shares(family, split).shapes(), _layers_of_kind(description, "W8A8SC")
-    in_quant_bias = {f"{layer}.bias" for kind in ("W8A8SC", *STATIC) for layer in _layers_of_kind(description, kind)}
+    expected = Shares(family, split).shapes()
+    compressed = _layers_of_kind(description, "W8A8SC")
+    in_quant_bias = {
+        f"{layer}.bias"
+        for kind in ("W8A8SC", *STATIC)
+        for layer in _layers_of_kind(description, kind)
+    }
     layers = {name.rpartition(".")[0] for name in expected}
-    wrong = [f"{name} is missing" for name in sorted(expected.keys() - set(checkpoint.names) - in_quant_bias)]
-    wrong += [f"{name} belongs to no layer" for name in checkpoint.names
-              if name.rpartition(".")[0].removesuffix(".module") not in layers]
-    wrong += [f"{name} is {list(shape)}, not {list(expected[name])}" for name, shape in checkpoint.shapes.items()
-              if name in expected and shape != expected[name] and name.removesuffix(".weight") not in compressed]
+    wrong = [
+        f"{name} is missing"
+        for name in sorted(expected.keys() - set(checkpoint.names) - in_quant_bias)
+    ]
+    wrong += [
+        f"{name} belongs to no layer"
+        for name in checkpoint.names
+        if name.rpartition(".")[0].removesuffix(".module") not in layers
+    ]
+    wrong += [
+        f"{name} is {list(shape)}, not {list(expected[name])}"
+        for name, shape in checkpoint.shapes.items()
+        if name in expected
+        and shape != expected[name]
+        and name.removesuffix(".weight") not in compressed
+    ]
     for layer in sorted(compressed & layers):
-        if f"{layer}.info" in checkpoint.names and (found := checkpoint.tensor(f"{layer}.info").tolist()[3:1:-1]) != list(
-                expected[f"{layer}.weight"]):
-            wrong.append(f"{layer}.info is of a weight {found}, not {list(expected[layer + '.weight'])}")
+        if f"{layer}.info" in checkpoint.names and (
+            found := checkpoint.tensor(f"{layer}.info").tolist()[3:1:-1]
+        ) != list(expected[f"{layer}.weight"]):
+            wrong.append(
+                f"{layer}.info is of a weight {found}, not {list(expected[layer + '.weight'])}"
+            )
     if wrong:
-        raise ModelError(f"{len(wrong)} tensors of {checkpoint.directory} do not fit config.json: {'; '.join(wrong[:SHOWN])}")
+        raise ModelError(
+            f"{len(wrong)} tensors of {checkpoint.directory} do not fit config.json: {'; '.join(wrong[:SHOWN])}"
+        )
 
 
 def _layers_of_kind(description: Description, kind: str) -> set[str]:
-    return {name.removesuffix(".weight") for name, found in description.kinds.items()
-            if found == kind and name.endswith(".weight")}
+    return {
+        name.removesuffix(".weight")
+        for name, found in description.kinds.items()
+        if found == kind and name.endswith(".weight")
+    }
 
 
 def _kind(part: Part) -> str:

@@ -5,6 +5,7 @@ A line of a calibration file (jsonl) is one of: {"text": "..."} or {"inputs_pret
 {"messages": [...]} as chat takes them, pictures as {"type": "image", "image": "file beside the jsonl"}, and
 {"ids": [...]}, already tokenised.
 """
+
 import json
 import random
 from dataclasses import dataclass
@@ -20,12 +21,13 @@ from runtime.engine.sequence import Sequence
 from .layer_module import SampleStep, sample_step
 from .sample_texts import CALIBRATION, HELD_OUT
 
-LONGEST = 512       # tokens of a sample; what is behind is cut off
+LONGEST = 512  # tokens of a sample; what is behind is cut off
 
 
 @dataclass
 class Sample:
     """`stream` float32 [T, hidden]: token embeddings and picture rows."""
+
     ids: np.ndarray
     step: SampleStep
     stream: torch.Tensor
@@ -35,9 +37,12 @@ def default_lines(family, texts) -> list[dict]:
     """The built-in texts; models with pictures get the built-in pictures too."""
     from models.prompt.messages import content
     from runtime.common.sample_questions import QUESTIONS
+
     lines = [{"text": text} for text in texts]
     scenes = [q for q in QUESTIONS if q.scene] if family.vision and texts is CALIBRATION else []
-    return lines + [{"messages": [{"role": "user", "content": content(q.text, [q.scene()])}]} for q in scenes]
+    return lines + [
+        {"messages": [{"role": "user", "content": content(q.text, [q.scene()])}]} for q in scenes
+    ]
 
 
 def read_lines(file: str) -> list[dict]:
@@ -46,8 +51,10 @@ def read_lines(file: str) -> list[dict]:
     try:
         texts = Path(file).read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise ToolkitError(f"--calib {file} is not UTF-8 (byte {error.start}); convert it first, e.g. with iconv -f GBK -t "
-                           "UTF-8") from None
+        raise ToolkitError(
+            f"--calib {file} is not UTF-8 (byte {error.start}); convert it first, e.g. with iconv -f GBK -t "
+            "UTF-8"
+        ) from None
     for number, text in enumerate(texts, 1):
         if not text.strip():
             continue
@@ -56,11 +63,15 @@ def read_lines(file: str) -> list[dict]:
         except json.JSONDecodeError:
             line = None
         if not _is_line(line):
-            raise ToolkitError(f'--calib {file}, line {number}, is no calibration line; write {{"text": "..."}} or '
-                               '{"messages": [{"role": "user", "content": "..."}]}')
+            raise ToolkitError(
+                f'--calib {file}, line {number}, is no calibration line; write {{"text": "..."}} or '
+                '{"messages": [{"role": "user", "content": "..."}]}'
+            )
         lines.append(_with_paths(line, Path(file).parent))
     if not lines:
-        raise ToolkitError(f"--calib {file} is empty; give a jsonl file with one text or conversation per line")
+        raise ToolkitError(
+            f"--calib {file} is empty; give a jsonl file with one text or conversation per line"
+        )
     return lines
 
 
@@ -68,10 +79,19 @@ def _is_line(line) -> bool:
     if not isinstance(line, dict):
         return False
     if (ids := line.get("ids")) is not None:
-        return isinstance(ids, list) and bool(ids) and all(type(i) is int and 0 <= i < 1 << 31 for i in ids)
+        return (
+            isinstance(ids, list)
+            and bool(ids)
+            and all(type(i) is int and 0 <= i < 1 << 31 for i in ids)
+        )
     if (messages := line.get("messages")) is not None:
-        return isinstance(messages, list) and all(isinstance(m, dict) and isinstance(m.get("content"), (str, list))
-                                                  for m in messages) and any(m.get("role") == "user" for m in messages)
+        return (
+            isinstance(messages, list)
+            and all(
+                isinstance(m, dict) and isinstance(m.get("content"), (str, list)) for m in messages
+            )
+            and any(m.get("role") == "user" for m in messages)
+        )
     return isinstance(line.get("text", line.get("inputs_pretokenized")), str)
 
 
@@ -86,7 +106,11 @@ def held_out_lines(family, lines: list[dict], calib: str | None) -> tuple[list[d
     """(lines to calibrate on, lines to judge on). A file's every fourth line is held out, if it has that many."""
     if calib is None:
         return lines, default_lines(family, HELD_OUT)
-    return ([line for i, line in enumerate(lines) if i % 4 != 3], lines[3::4]) if len(lines) >= 4 else (lines, lines)
+    return (
+        ([line for i, line in enumerate(lines) if i % 4 != 3], lines[3::4])
+        if len(lines) >= 4
+        else (lines, lines)
+    )
 
 
 def make_samples(family, checkpoint, lines: list[dict]) -> list[Sample]:
@@ -103,7 +127,10 @@ def _with_paths(value, folder: Path):
         return [_with_paths(item, folder) for item in value]
     if not isinstance(value, dict):
         return value
-    return {key: str(folder / item) if key == "image" else _with_paths(item, folder) for key, item in value.items()}
+    return {
+        key: str(folder / item) if key == "image" else _with_paths(item, folder)
+        for key, item in value.items()
+    }
 
 
 def _tokens(family, line: dict):
@@ -126,16 +153,23 @@ def _sample(family, prompt, answer, table, vision) -> Sample:
     stream = table[torch.from_numpy(ids)].float()
     for start, pixels in zip(prompt.layout.image_starts, prompt.pixels):
         rows = torch.from_numpy(vision.encode(pixels)[0])
-        stream[start:start + len(rows)] = rows[:max(0, len(ids) - start)]
-    positions = Sequence(prompt, None).positions(0, len(ids))[:len(ids)]
-    return Sample(ids, sample_step(family.decoder, positions, min(prompt.layout.bidirectional, len(ids))), stream)
+        stream[start : start + len(rows)] = rows[: max(0, len(ids) - start)]
+    positions = Sequence(prompt, None).positions(0, len(ids))[: len(ids)]
+    return Sample(
+        ids,
+        sample_step(family.decoder, positions, min(prompt.layout.bidirectional, len(ids))),
+        stream,
+    )
 
 
 def _embedding(family, checkpoint) -> torch.Tensor:
-    source = next(w.source for w in family.weights() if any(part.target == "embed.weight" for part in w.parts))
+    source = next(
+        w.source for w in family.weights() if any(part.target == "embed.weight" for part in w.parts)
+    )
     return checkpoint.tensor(source)
 
 
 def _vision(family, checkpoint):
     from runtime.vision import open_session
+
     return open_session("torch", family, checkpoint, None)

@@ -3,6 +3,7 @@ fail to make and then compute nonsense.
 
 A folder flows in; findings flow out, each with the consumers it stops. Headers are read first, then one tensor at a time.
 """
+
 import json
 import os
 from collections.abc import Iterator
@@ -30,22 +31,36 @@ from runtime.parallel.split import Split
 
 from .rank_shares import check_parts, find_parts
 
-MINDIE, A2, P310 = "MindIE-LLM", "vllm-ascend on 910B", "vllm-ascend on 310P"
+MINDIE = "MindIE-LLM"
+A2 = "vllm-ascend on 910B"
+P310 = "vllm-ascend on 310P"
 CONSUMERS = (MINDIE, A2, P310)
-LOADED_BY = {"W8A8": CONSUMERS, "W8A8S": (MINDIE, P310), "W8A8SC": (MINDIE,), "W8A8_DYNAMIC": (MINDIE, A2),
-             "W8A16": (MINDIE, A2), "W8A8_MIX": (MINDIE, A2), "W16A16S": (MINDIE,), "FLOAT": CONSUMERS, "C8": CONSUMERS}
+LOADED_BY = {
+    "W8A8": CONSUMERS,
+    "W8A8S": (MINDIE, P310),
+    "W8A8SC": (MINDIE,),
+    "W8A8_DYNAMIC": (MINDIE, A2),
+    "W8A16": (MINDIE, A2),
+    "W8A8_MIX": (MINDIE, A2),
+    "W16A16S": (MINDIE,),
+    "FLOAT": CONSUMERS,
+    "C8": CONSUMERS,
+}
 SPARSE = ("W8A8S", "W8A8SC")
 NEEDED = {kind: set(k.needed) for kind, k in KINDS.items()}
-NEEDED |= {"W8A8SC": {*NEEDED["W8A8S"], "index", "info"},
-           "W8A8_MIX": NEEDED["W8A8"] | NEEDED["W8A16"]}
+NEEDED |= {
+    "W8A8SC": {*NEEDED["W8A8S"], "index", "info"},
+    "W8A8_MIX": NEEDED["W8A8"] | NEEDED["W8A16"],
+}
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-FEW_SCALES = 0.05           # distinct deq_scale values per row: below, half precision has eaten them
+FEW_SCALES = 0.05  # distinct deq_scale values per row: below, half precision has eaten them
 SHOWN = 12
 
 
 @dataclass
 class Finding:
     """One sentence; `stops`: consumers that cannot load the directory because of it."""
+
     text: str
     stops: tuple[str, ...] = CONSUMERS
 
@@ -61,7 +76,9 @@ class Findings:
     def problems(self) -> list[str]:
         """What stops every consumer; a directory that none of them loads is damaged too."""
         damage = [f.text for f in self.found if f.stops == CONSUMERS]
-        return damage or ([f.text for f in self.found] if not any(map(self.loads, CONSUMERS)) else [])
+        return damage or (
+            [f.text for f in self.found] if not any(map(self.loads, CONSUMERS)) else []
+        )
 
 
 def report(folder: str, as_json: bool) -> int:
@@ -72,8 +89,14 @@ def report(folder: str, as_json: bool) -> int:
         print(json.dumps({"loads": loads, "findings": [vars(f) for f in findings.found]}, indent=2))
     else:
         for finding in findings.found[:SHOWN]:
-            print(f"{'problem' if finding.stops else 'note'}: {finding.text}"
-                  + (f" (stops {', '.join(finding.stops)})" if 0 < len(finding.stops) < len(CONSUMERS) else ""))
+            print(
+                f"{'problem' if finding.stops else 'note'}: {finding.text}"
+                + (
+                    f" (stops {', '.join(finding.stops)})"
+                    if 0 < len(finding.stops) < len(CONSUMERS)
+                    else ""
+                )
+            )
         if len(findings.found) > SHOWN:
             print(f"and {len(findings.found) - SHOWN} more; --json lists them")
         for consumer, yes in loads.items():
@@ -106,7 +129,9 @@ def _findings_of(folder: Path, top: Path, size: int, rank: int) -> Iterator[Find
     """config.json lies in `top`; the weights in `folder` are those of `rank` of `size`."""
     description = find_description(folder)
     if description is None:
-        raise ModelError(f"{folder} has no quant_model_description.json; it is no quantised directory")
+        raise ModelError(
+            f"{folder} has no quant_model_description.json; it is no quantised directory"
+        )
     config = read_json(top / "config.json")
     dtype = _dtype(config)
     yield from _files(folder, description)
@@ -127,36 +152,68 @@ def _dtype(config: dict) -> str | None:
 
 
 def _files(folder: Path, description: Description) -> Iterator[Finding]:
-    stray = sorted(f.name for f in folder.glob("*.safetensors") if not f.name.startswith("quant_model_weight"))
+    stray = sorted(
+        f.name for f in folder.glob("*.safetensors") if not f.name.startswith("quant_model_weight")
+    )
     if stray:
-        yield Finding(f"{stray[0]} lies beside the quantised weights: engines load every *.safetensors; move it away")
+        yield Finding(
+            f"{stray[0]} lies beside the quantised weights: engines load every *.safetensors; move it away"
+        )
     for file in folder.glob("*.safetensors"):
         if not os.access(file, os.R_OK) or not file.stat().st_mode & 0o044:
-            yield Finding(f"{file.name} may be read by its owner only (msmodelslim writes it so); chmod 644", ())
+            yield Finding(
+                f"{file.name} may be read by its owner only (msmodelslim writes it so); chmod 644",
+                (),
+            )
     if description.file.name != FILE:
-        yield Finding(f"the description is called {description.file.name}; vllm-ascend looks for {FILE}: rename it",
-                      (A2, P310))
+        yield Finding(
+            f"the description is called {description.file.name}; vllm-ascend looks for {FILE}: rename it",
+            (A2, P310),
+        )
 
 
 def _config(config: dict, description: Description, dtype) -> Iterator[Finding]:
-    quantize, kind = config.get("quantize"), description.type.lower()
+    quantize = config.get("quantize")
+    kind = description.type.lower()
     if quantize is not None and quantize != kind:
-        yield Finding(f"config.json says quantize {quantize!r}, the description {kind!r}", (MINDIE,))
+        yield Finding(
+            f"config.json says quantize {quantize!r}, the description {kind!r}", (MINDIE,)
+        )
     if quantize is None:
         old = description.file.name != FILE
-        yield Finding("config.json has no quantize" + (", from which MindIE makes the description's old name" if old else
-                      "; MindIE takes the description's type"), (MINDIE,) if old else ())
+        yield Finding(
+            "config.json has no quantize"
+            + (
+                ", from which MindIE makes the description's old name"
+                if old
+                else "; MindIE takes the description's type"
+            ),
+            (MINDIE,) if old else (),
+        )
     if dtype not in ("float16", "bfloat16"):
-        yield Finding(f"config.json gives {dtype} as torch_dtype; int8 layers are defined for float16 and bfloat16")
+        yield Finding(
+            f"config.json gives {dtype} as torch_dtype; int8 layers are defined for float16 and bfloat16"
+        )
     elif "torch_dtype" not in config or "dtype" not in config:
-        yield Finding("config.json has only one of torch_dtype and dtype; older and newer transformers read one each", ())
+        yield Finding(
+            "config.json has only one of torch_dtype and dtype; older and newer transformers read one each",
+            (),
+        )
     if dtype == "bfloat16":
-        yield Finding("bfloat16 is not computed by the 310P; quantise with --dtype float16", (P310,))
+        yield Finding(
+            "bfloat16 is not computed by the 310P; quantise with --dtype float16", (P310,)
+        )
 
 
-def _names(description: Description, checkpoint: Checkpoint, top: Path, size: int, rank: int) -> Iterator[Finding]:
-    described, stored = set(description.kinds), set(checkpoint.names)
-    for names, what in ((described - stored, "described but not stored"), (stored - described, "stored but not described")):
+def _names(
+    description: Description, checkpoint: Checkpoint, top: Path, size: int, rank: int
+) -> Iterator[Finding]:
+    described = set(description.kinds)
+    stored = set(checkpoint.names)
+    for names, what in (
+        (described - stored, "described but not stored"),
+        (stored - described, "stored but not described"),
+    ):
         if names:
             yield Finding(f"{len(names)} tensors are {what}, e.g. {min(names)}")
     try:
@@ -175,8 +232,15 @@ def _kinds(description: Description, dtype) -> Iterator[Finding]:
         if kind not in LOADED_BY:
             yield Finding(f"tensors of kind {kind} are known to no engine")
         elif missing := tuple(c for c in CONSUMERS if c not in LOADED_BY[kind]):
-            yield Finding(f"{kind} layers are not loaded by everyone" + (
-                " (vllm-ascend: only as its own save_sharded_state_310.py writes them)" if kind == "W8A8SC" else ""), missing)
+            yield Finding(
+                f"{kind} layers are not loaded by everyone"
+                + (
+                    " (vllm-ascend: only as its own save_sharded_state_310.py writes them)"
+                    if kind == "W8A8SC"
+                    else ""
+                ),
+                missing,
+            )
         if kind in SPARSE and dtype == "bfloat16":
             yield Finding(f"{kind} is for the 310P, which computes float16 only")
     if description.type in NEEDED and not any(True for _ in _quantised_layers(description)):
@@ -188,10 +252,15 @@ def _fused(description: Description) -> Iterator[Finding]:
         for members in FUSED:
             if name.endswith(f".{members[0]}.weight"):
                 root = name.removesuffix(f"{members[0]}.weight")
-                kinds = {description.kinds.get(f"{root}{member}.weight") for member in members} - {None}
+                kinds = {description.kinds.get(f"{root}{member}.weight") for member in members} - {
+                    None
+                }
                 if len(kinds) > 1:
-                    yield Finding(f"{root}{{{', '.join(members)}}} differ in kind ({', '.join(sorted(kinds))}); vllm-ascend "
-                                  "makes them one layer", (A2, P310))
+                    yield Finding(
+                        f"{root}{{{', '.join(members)}}} differ in kind ({', '.join(sorted(kinds))}); vllm-ascend "
+                        "makes them one layer",
+                        (A2, P310),
+                    )
 
 
 def _quantised_layers(description: Description) -> Iterator[str]:
@@ -206,11 +275,18 @@ def _layer(layer: str, kind: str, checkpoint: Checkpoint, dtype) -> Iterator[Fin
     if missing:
         yield Finding(f"{layer} ({kind}) lacks {', '.join(missing)}")
         return
-    wrong = [f"{layer}.{t} is {checkpoint.dtype(f'{layer}.{t}')}" for t in sorted(NEEDED.get(kind, set()) & TENSORS.keys())
-             if checkpoint.dtype(f"{layer}.{t}") not in TENSORS[t][1]]
+    wrong = [
+        f"{layer}.{t} is {checkpoint.dtype(f'{layer}.{t}')}"
+        for t in sorted(NEEDED.get(kind, set()) & TENSORS.keys())
+        if checkpoint.dtype(f"{layer}.{t}") not in TENSORS[t][1]
+    ]
     yield from map(Finding, wrong)
     if not wrong and "weight_scale" in NEEDED.get(kind, ()):
-        yield from _rows(layer, kind, *(checkpoint.tensor(f"{layer}.{t}").float() for t in ("weight_scale", "weight_offset")))
+        yield from _rows(
+            layer,
+            kind,
+            *(checkpoint.tensor(f"{layer}.{t}").float() for t in ("weight_scale", "weight_offset")),
+        )
     if wrong or kind not in (*STATIC, "W8A8SC", "W8A8_MIX"):
         return
     read = {t: checkpoint.tensor(f"{layer}.{t}") for t in NEEDED[kind]}
@@ -225,48 +301,78 @@ def _rows(layer: str, kind: str, scale: torch.Tensor, offset: torch.Tensor) -> I
     if not torch.isfinite(scale).all() or (scale <= 0).any():
         yield Finding(f"{layer}.weight_scale has values that are zero, negative or not finite")
     if kind == "W8A8_DYNAMIC" and offset.any():
-        yield Finding(f"{layer}.weight_offset is not zero, and int8 products have no place for it (w_sym=True)")
+        yield Finding(
+            f"{layer}.weight_offset is not zero, and int8 products have no place for it (w_sym=True)"
+        )
 
 
 def _scales(layer: str, t: dict, dtype, rows: int) -> Iterator[Finding]:
-    stored, scale = t["deq_scale"], float_scale(t["deq_scale"])
+    stored = t["deq_scale"]
+    scale = float_scale(t["deq_scale"])
     if stored.dtype == torch.int64 and dtype == "bfloat16":
-        yield Finding(f"{layer}.deq_scale is int64 in a bfloat16 model: it would be read as numbers around 1e9")
+        yield Finding(
+            f"{layer}.deq_scale is int64 in a bfloat16 model: it would be read as numbers around 1e9"
+        )
     if stored.dtype == torch.float32 and dtype == "float16":
-        yield Finding(f"{layer}.deq_scale is float32 in a float16 model, which takes int64", (A2, P310))
+        yield Finding(
+            f"{layer}.deq_scale is float32 in a float16 model, which takes int64", (A2, P310)
+        )
     if scale.numel() != rows:
-        yield Finding(f"{layer}.deq_scale has {scale.numel()} values for {rows} rows (made with mm_tensor=True)")
+        yield Finding(
+            f"{layer}.deq_scale has {scale.numel()} values for {rows} rows (made with mm_tensor=True)"
+        )
     if not torch.isfinite(scale).all() or (scale <= 0).any():
-        yield Finding(f"{layer}.deq_scale has values that are zero, negative or not finite (float16 underflow)")
-    elif dtype == "float16" and scale.numel() > 16 and scale.unique().numel() < FEW_SCALES * scale.numel():
-        yield Finding(f"{layer}.deq_scale has only {scale.unique().numel()} different values (float16 rounding, "
-                      "if the float weights were no coarser)", ())
-    scale, offset = t["input_scale"].float(), t["input_offset"].float()
-    if scale.numel() != 1 or offset.numel() != 1 or not (scale > 0).all() or not torch.isfinite(scale).all():
+        yield Finding(
+            f"{layer}.deq_scale has values that are zero, negative or not finite (float16 underflow)"
+        )
+    elif (
+        dtype == "float16"
+        and scale.numel() > 16
+        and scale.unique().numel() < FEW_SCALES * scale.numel()
+    ):
+        yield Finding(
+            f"{layer}.deq_scale has only {scale.unique().numel()} different values (float16 rounding, "
+            "if the float weights were no coarser)",
+            (),
+        )
+    scale = t["input_scale"].float()
+    offset = t["input_offset"].float()
+    if (
+        scale.numel() != 1
+        or offset.numel() != 1
+        or not (scale > 0).all()
+        or not torch.isfinite(scale).all()
+    ):
         yield Finding(f"{layer}.input_scale is not one positive number")
     elif offset != offset.round() or not -128 <= offset <= 127:
-        yield Finding(f"{layer}.input_offset is {offset.item():g}, no whole number from -128 to 127")
+        yield Finding(
+            f"{layer}.input_offset is {offset.item():g}, no whole number from -128 to 127"
+        )
 
 
 def _sums(layer: str, t: dict) -> Iterator[Finding]:
     bias = t["quant_bias"].long().abs()
-    if (bias >= 2 ** 30).any():
+    if (bias >= 2**30).any():
         yield Finding(f"{layer}.quant_bias is saturated (float16 underflow of deq_scale)")
     elif len(bias) != len(t["weight"]):
         yield Finding(f"{layer}.quant_bias has {len(bias)} values for {len(t['weight'])} rows")
-    elif (128 * t["weight"].float().abs_().sum(1).long() + bias >= 2 ** 31).any():
+    elif (128 * t["weight"].float().abs_().sum(1).long() + bias >= 2**31).any():
         yield Finding(f"{layer}: sums may overflow int32")
 
 
 def _compressed(layer: str, t: dict) -> Iterator[Finding]:
     """info = (tiling k, tiling n, k, n, 1); index: 8 bytes for every 256 x 128 tile."""
-    info, index = t["info"], t["index"]
+    info = t["info"]
+    index = t["index"]
     if info.dtype != torch.int64 or info.numel() != 5:
         yield Finding(f"{layer}.info is no list of five int64")
         return
-    k, n = info[2].item(), info[3].item()
+    k = info[2].item()
+    n = info[3].item()
     wanted = -(-k // 256) * -(-n // 128) * 8
     if index.dtype != torch.int8 or index.numel() != wanted:
-        yield Finding(f"{layer}.index has {index.numel()} values of {index.dtype}, {n} x {k} need {wanted} of int8")
+        yield Finding(
+            f"{layer}.index has {index.numel()} values of {index.dtype}, {n} x {k} need {wanted} of int8"
+        )
     if t["weight"].numel() > n * k or len(t["quant_bias"]) != n:
         yield Finding(f"{layer}: the compressed weight does not fit {n} x {k}")

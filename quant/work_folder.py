@@ -1,4 +1,5 @@
 """A quantisation under way: its job, and the folder that lets it resume."""
+
 import json
 import shutil
 import time
@@ -17,8 +18,10 @@ from . import msmodelslim_calls as slim
 from .samples import Sample
 
 STREAMS = ("float", "quantised")
-MEASURED = 5            # calibration samples on which msmodelslim measures input ranges
-Streams = dict[str, dict[int, torch.Tensor]]        # of each of STREAMS: number of a sample -> its residual stream
+MEASURED = 5  # calibration samples on which msmodelslim measures input ranges
+Streams = dict[
+    str, dict[int, torch.Tensor]
+]  # of each of STREAMS: number of a sample -> its residual stream
 
 
 @dataclass
@@ -29,6 +32,7 @@ class Job:
     {} where nothing depends on them, None where msmodelslim measures them layer by layer. identity: all that decides the
     result, as text.
     """
+
     family: object
     checkpoint: Checkpoint
     scheme: slim.Scheme
@@ -41,7 +45,7 @@ class Job:
     fraction: float = 0.01
     ranges: dict[str, float] | None = None
     identity: dict = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)     # that this run has spent, by what on
+    seconds: dict[str, float] = field(default_factory=dict)  # that this run has spent, by what on
 
     @contextmanager
     def spending(self, what: str):
@@ -64,6 +68,7 @@ class Job:
 class Record:
     """A finished layer: tensor kinds; linear layers per group; cosine and signal-to-noise ratio (dB) of what it adds to the
     residual streams of the held-out samples, fed as the float model feeds it."""
+
     kinds: dict[str, str]
     groups: dict[str, list[str]]
     cosine: float
@@ -74,7 +79,8 @@ class Work:
     """The work folder of one job; a folder of another job is emptied first."""
 
     def __init__(self, folder: Path, job: Job):
-        self.folder, note = folder, folder / "job.json"
+        self.folder = folder
+        note = folder / "job.json"
         wanted = json.dumps(job.identity, sort_keys=True)
         if not note.is_file() or note.read_text(encoding="utf-8") != wanted:
             shutil.rmtree(folder, ignore_errors=True)
@@ -129,6 +135,10 @@ class Work:
 def store(tensors: dict[str, torch.Tensor], file: Path):
     """A safetensors file as transformers wants it; OSError where the disk is full or may not be written."""
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"})
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"}
+        )
     except SafetensorError as error:
-        raise OSError(f"{file} cannot be written ({error}); free some space, run the same command again to continue") from None
+        raise OSError(
+            f"{file} cannot be written ({error}); free some space, run the same command again to continue"
+        ) from None

@@ -1,4 +1,5 @@
 """Run, measure and compare models: `from runtime import Engine, SamplingParams`."""
+
 import os
 
 # Large tensors in pages of 2 MB: weights are read through once per token, and with pages of 4 KB looking addresses up can
@@ -6,11 +7,15 @@ import os
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
-def __getattr__(name):      # torch is imported with the first use, so that `--help` of a command answers at once
+def __getattr__(
+    name,
+):  # torch is imported with the first use, so that `--help` of a command answers at once
     if name == "Engine":
         from runtime.engine.engine import Engine
+
         return Engine
     if name == "SamplingParams":
         from runtime.engine.options import SamplingParams
+
         return SamplingParams
     raise AttributeError(name)

@@ -3,13 +3,19 @@
 run = runtime.chat, performance = runtime.bench, precision = runtime.compare, predict = runtime.predict; all other
 arguments go there unchanged.
 """
+
 import importlib
 import sys
 
 from runtime.common.errors import ToolkitError, run_command
 from runtime.common.flags import kebab
 
-MODES = {"run": "chat", "performance": "bench.__main__", "precision": "compare.__main__", "predict": "predict.__main__"}
+MODES = {
+    "run": "chat",
+    "performance": "bench.__main__",
+    "precision": "compare.__main__",
+    "predict": "predict.__main__",
+}
 USAGE = """\
 usage: python -m runtime --mode MODE --model_path DIR [--device_id N] [options of the mode's command]
 
@@ -31,7 +37,9 @@ def main(argv) -> int:
         print(USAGE, end="")
         return 0
     if mode not in MODES:
-        raise ToolkitError(f"--mode is {mode!r}: use one of {', '.join(MODES)}; see python -m runtime --help")
+        raise ToolkitError(
+            f"--mode is {mode!r}: use one of {', '.join(MODES)}; see python -m runtime --help"
+        )
     return importlib.import_module(f"runtime.{MODES[mode]}").main([*rest, *defaults(mode, rest)])
 
 
@@ -39,9 +47,11 @@ def take_mode(arguments: list[str]) -> tuple[str | None, list[str]]:
     """(value of --mode, the other arguments)."""
     for index, argument in enumerate(arguments):
         if argument == "--mode":
-            return "".join(arguments[index + 1:index + 2]), arguments[:index] + arguments[index + 2:]
+            return "".join(arguments[index + 1 : index + 2]), arguments[:index] + arguments[
+                index + 2 :
+            ]
         if argument.startswith("--mode="):
-            return argument.removeprefix("--mode="), arguments[:index] + arguments[index + 1:]
+            return argument.removeprefix("--mode="), arguments[:index] + arguments[index + 1 :]
     return None, arguments
 
 

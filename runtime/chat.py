@@ -2,6 +2,7 @@
 
 A question flows in (--prompt, or typed), the answer streams out on stdout; all else goes to stderr, so that it pipes.
 """
+
 import contextlib
 import re
 import sys
@@ -27,17 +28,25 @@ HELP = """\
 
 @dataclass(kw_only=True)
 class ChatOptions(InputOptions):
-    prompt: str | None = flag("one question, answered on stdout; - reads it from stdin (default: talk interactively)",
-                              default=None, metavar="TEXT")
-    show_prompt: bool = flag("print the exact text and token ids given to the model", default=False, kind=bool)
+    prompt: str | None = flag(
+        "one question, answered on stdout; - reads it from stdin (default: talk interactively)",
+        default=None,
+        metavar="TEXT",
+    )
+    show_prompt: bool = flag(
+        "print the exact text and token ids given to the model", default=False, kind=bool
+    )
 
 
 class Conversation:
     """The turns so far and the pictures they are about."""
 
     def __init__(self, engine, options: ChatOptions, sampling: SamplingParams):
-        self.engine, self.options, self.sampling = engine, options, sampling
-        self.pictures, self.messages = list(options.image), []
+        self.engine = engine
+        self.options = options
+        self.sampling = sampling
+        self.pictures = list(options.image)
+        self.messages = []
 
     def ask(self, question: str):
         """Yields the answer in pieces. The turn is remembered, also when the caller stops half-way."""
@@ -65,7 +74,9 @@ class Conversation:
         self.messages = []
 
     def history(self) -> str:
-        turns = [f"{'Q' if m['role'] == 'user' else 'A'}: {text_of(m['content'])}" for m in self.messages]
+        turns = [
+            f"{'Q' if m['role'] == 'user' else 'A'}: {text_of(m['content'])}" for m in self.messages
+        ]
         return "\n".join([*(f"[{p}]" for p in self.pictures), *turns]) or "nothing yet / 还没有对话"
 
     def _content(self, question):
@@ -78,19 +89,25 @@ def text_of(content) -> str:
 
 
 def parser() -> Parser:
-    return Parser("python -m runtime.chat", "--model DIR [--image FILE] [--prompt TEXT] [options]",
-                  "Chat with a model about a picture, or without one. With --prompt the answer goes to stdout and "
-                  "everything else to stderr; without it a conversation begins.",
-                  {"input": ChatOptions, "model": EngineOptions, "sampling": SamplingParams})
+    return Parser(
+        "python -m runtime.chat",
+        "--model DIR [--image FILE] [--prompt TEXT] [options]",
+        "Chat with a model about a picture, or without one. With --prompt the answer goes to stdout and "
+        "everything else to stderr; without it a conversation begins.",
+        {"input": ChatOptions, "model": EngineOptions, "sampling": SamplingParams},
+    )
 
 
 def main(argv) -> int:
     options, engine_options, sampling = parser().parse(argv)
     join_torchrun(engine_options)
     for stream in filter(None, (sys.stdin, sys.stdout)):
-        stream.reconfigure(errors="replace")    # a terminal of another encoding must not end in a traceback
+        stream.reconfigure(
+            errors="replace"
+        )  # a terminal of another encoding must not end in a traceback
     question = one_question(options.prompt)
     from models import family_of
+
     check_pictures(family_of(options.model), options.image)
     engine = open_engine(options.model, **vars(one_at_a_time(engine_options)))
     tell("\n".join(engine.describe()))
@@ -105,9 +122,15 @@ def one_question(prompt: str | None) -> str | None:
     """The text of --prompt (from stdin for "-"), or None for an interactive conversation."""
     if prompt is None:
         return None
-    text = sys.stdin.read() if prompt == "-" else prompt.encode(errors="surrogateescape").decode(errors="replace")
+    text = (
+        sys.stdin.read()
+        if prompt == "-"
+        else prompt.encode(errors="surrogateescape").decode(errors="replace")
+    )
     if not text.strip():
-        raise ToolkitError("the prompt is empty; give --prompt some text, or leave it out to talk interactively")
+        raise ToolkitError(
+            "the prompt is empty; give --prompt some text, or leave it out to talk interactively"
+        )
     return text.strip()
 
 
@@ -132,6 +155,7 @@ def talk(conversation: Conversation) -> int:
 def respond(conversation: Conversation, line: str):
     """One line of the user: a command or a question. Mistakes are told, and the conversation goes on."""
     from models.errors import ModelError
+
     try:
         if not run_command_line(conversation, line):
             answer(conversation, line)
@@ -146,7 +170,9 @@ def run_command_line(conversation: Conversation, line: str) -> bool:
     word, _, rest = line.partition(" ")
     if word == "/image":
         conversation.look_at(rest.strip().strip("'\""))
-        tell(f"picture: {', '.join(conversation.pictures) or 'none'}; a new conversation begins / 新对话")
+        tell(
+            f"picture: {', '.join(conversation.pictures) or 'none'}; a new conversation begins / 新对话"
+        )
     elif line in ("/clear", "clear"):
         conversation.clear()
         tell("conversation cleared / 对话已清空")
@@ -167,30 +193,39 @@ def answer(conversation: Conversation, question: str):
         print(piece, end="", flush=True)
     print(flush=True)
     result = conversation.engine.last_result
-    if result.metrics["vision_seconds"] > 0.0005:       # not when the features were remembered
-        tell(f"picture process time: {result.metrics['vision_seconds']:.3f} s ({conversation.engine.describe()[-1]})")
+    if result.metrics["vision_seconds"] > 0.0005:  # not when the features were remembered
+        tell(
+            f"picture process time: {result.metrics['vision_seconds']:.3f} s ({conversation.engine.describe()[-1]})"
+        )
     tell(cost(result.metrics))
     if result.finish_reason == "length":
         tell(why_it_ended(result.metrics, conversation.sampling.max_tokens))
 
 
 def cost(metrics: dict) -> str:
-    tokens, seconds = metrics["output_tokens"], metrics["decode_seconds"]
+    tokens = metrics["output_tokens"]
+    seconds = metrics["decode_seconds"]
     speed = f" at {(tokens - 1) / seconds:.1f} tokens/s" if tokens > 1 and seconds else ""
-    return (f"(prompt {metrics['prompt_tokens']} tokens in {metrics['prefill_seconds']:.2f} s, "
-            f"answer {tokens} tokens{speed})")
+    return (
+        f"(prompt {metrics['prompt_tokens']} tokens in {metrics['prefill_seconds']:.2f} s, "
+        f"answer {tokens} tokens{speed})"
+    )
 
 
 def why_it_ended(metrics: dict, max_tokens: int | None) -> str:
     if max_tokens is not None:
         return f"note: the answer was cut at --max-tokens {max_tokens}; give a larger one for more"
     total = metrics["prompt_tokens"] + metrics["output_tokens"]
-    return (f"note: the answer was cut because prompt and answer reached {total} tokens, the length limit; "
-            "--max-tokens sets another one")
+    return (
+        f"note: the answer was cut because prompt and answer reached {total} tokens, the length limit; "
+        "--max-tokens sets another one"
+    )
 
 
 def show_prompt(prompt):
-    tell(f"prompt text: {prompt.text!r}\nprompt ids ({len(prompt.ids)}): {' '.join(map(str, prompt.ids.tolist()))}")
+    tell(
+        f"prompt text: {prompt.text!r}\nprompt ids ({len(prompt.ids)}): {' '.join(map(str, prompt.ids.tolist()))}"
+    )
 
 
 def enable_line_editing():

@@ -1,4 +1,5 @@
 """One Python environment per peer, with its packages from PyPI."""
+
 import os
 import subprocess
 import sys
@@ -8,14 +9,29 @@ ROOT = Path(__file__).resolve().parents[2]
 TORCH = "torch>=2.13,<2.14"
 PACKAGES = {
     "transformers": (TORCH, "transformers>=5,<6"),
-    "openvino": (TORCH, "openvino-genai==2026.4.*", "optimum-intel==2.2.*", "nncf==3.4.*", "transformers==4.57.*"),
-    "llamacpp": ("llama-cpp-python==0.3.36", "gguf==0.19.*"),       # built from source: cmake and a compiler are needed
+    "openvino": (
+        TORCH,
+        "openvino-genai==2026.4.*",
+        "optimum-intel==2.2.*",
+        "nncf==3.4.*",
+        "transformers==4.57.*",
+    ),
+    "llamacpp": (
+        "llama-cpp-python==0.3.36",
+        "gguf==0.19.*",
+    ),  # built from source: cmake and a compiler are needed
     "onnxruntime": ("onnxruntime>=1.20",),
 }
-REMOVED = {"openvino": ("torchvision",)}        # optimum-intel's import fails beside a torch it was not built for
-FRESH = {"llamacpp": ("--no-cache-dir",)}       # pip keeps what it built once, whatever flags it was built with
-BUILD = {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF",          # this CPU's instructions, no picture tools
-         "CXXFLAGS": f"-include {Path(__file__).with_name('tileconfig.h')}"}
+REMOVED = {
+    "openvino": ("torchvision",)
+}  # optimum-intel's import fails beside a torch it was not built for
+FRESH = {
+    "llamacpp": ("--no-cache-dir",)
+}  # pip keeps what it built once, whatever flags it was built with
+BUILD = {
+    "CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF",  # this CPU's instructions, no picture tools
+    "CXXFLAGS": f"-include {Path(__file__).with_name('tileconfig.h')}",
+}
 
 
 def python_of(peer: str) -> Path:
@@ -29,10 +45,23 @@ def ensure(peer: str) -> str | None:
     if peer == "ours" or done.is_file():
         return None
     print(f"installing {' '.join(PACKAGES[peer])} into {python.parents[1].name}", file=sys.stderr)
-    commands = [[sys.executable, "-m", "venv", python.parents[1]],
-                [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *FRESH.get(peer, ()),
-                 *PACKAGES[peer]],
-                *([python, "-m", "pip", "uninstall", "--quiet", "--yes", name] for name in REMOVED.get(peer, ()))]
+    commands = [
+        [sys.executable, "-m", "venv", python.parents[1]],
+        [
+            python,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            *FRESH.get(peer, ()),
+            *PACKAGES[peer],
+        ],
+        *(
+            [python, "-m", "pip", "uninstall", "--quiet", "--yes", name]
+            for name in REMOVED.get(peer, ())
+        ),
+    ]
     for command in commands:
         result = subprocess.run(command, capture_output=True, text=True, env=os.environ | BUILD)
         if result.returncode:

@@ -4,13 +4,14 @@ A job has "task" ("build" or "run"), "variant", "checkpoint" and "work" (folders
 model "prompt" (tokens), "new" (tokens) and "batch". `build` makes what the variant needs, once; `run` gives
 {"load_s", "first_s", "token_s": mean of the tokens behind the first, "version", "settings"} or {"encode_s"}.
 """
+
 import json
 import random
 import sys
 import time
 from pathlib import Path
 
-WARM_UP = 8         # tokens decoded after a prompt of full length, not counted
+WARM_UP = 8  # tokens decoded after a prompt of full length, not counted
 
 
 def main(build, run):
@@ -38,7 +39,9 @@ def peak_bytes() -> int:
 def prompts(job, turn: int) -> list[list[int]]:
     """Random token ids, others in every turn: a repeated prompt might be found in a cache."""
     dice = random.Random(1000 * job["seed"] + turn)
-    return [[dice.randrange(1000, 59000) for _ in range(job["prompt"])] for _ in range(job["batch"])]
+    return [
+        [dice.randrange(1000, 59000) for _ in range(job["prompt"])] for _ in range(job["batch"])
+    ]
 
 
 def median_time(encode, job) -> float:

@@ -1,5 +1,6 @@
 """llama.cpp through llama-cpp-python's C interface. The checkpoint becomes an F16 GGUF of the architecture `llama`, whose
 rotary (pairs side by side, over the full head) is GLM-Edge's; llama.cpp makes the other types from it."""
+
 import ctypes
 import json
 import time
@@ -8,9 +9,15 @@ from pathlib import Path
 import job
 
 TYPES = {"q8_0": "Q8_0", "q4_0": "Q4_0", "q4_k_m": "Q4_K_M"}
-NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-         "self_attn.o_proj": "attn_output", "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
-         "post_attention_layernorm": "ffn_norm"}
+NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
 
 
 def build(work, folder):
@@ -18,11 +25,15 @@ def build(work, folder):
         write_f16(Path(work["checkpoint"]), folder / "model.gguf")
         return
     import llama_cpp
+
     source = Path(work["work"]) / "llamacpp-f16/model.gguf"
     llama_cpp.llama_backend_init()
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.nthread = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{TYPES[work['variant']]}"), work["threads"]
-    status = llama_cpp.llama_model_quantize(str(source).encode(), str(folder / "model.gguf").encode(), ctypes.byref(params))
+    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{TYPES[work['variant']]}")
+    params.nthread = work["threads"]
+    status = llama_cpp.llama_model_quantize(
+        str(source).encode(), str(folder / "model.gguf").encode(), ctypes.byref(params)
+    )
     if status:
         raise SystemExit(f"llama_model_quantize of {source} failed (status {status})")
 
@@ -30,8 +41,10 @@ def build(work, folder):
 def write_f16(checkpoint, file):
     import gguf
     import numpy as np
+
     config = json.loads((checkpoint / "config.json").read_text())
-    layers, ffn = config["num_hidden_layers"], config["intermediate_size"]
+    layers = config["num_hidden_layers"]
+    ffn = config["intermediate_size"]
     writer = gguf.GGUFWriter(file, "llama", use_temp_file=False)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -57,6 +70,7 @@ def write_f16(checkpoint, file):
 def tensors(checkpoint):
     """(name, float32) of every tensor of bfloat16 safetensors."""
     import numpy as np
+
     for file in sorted(checkpoint.glob("*.safetensors")):
         with open(file, "rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
@@ -65,70 +79,113 @@ def tensors(checkpoint):
         for name, entry in header.items():
             if name != "__metadata__":
                 first, last = (n // 2 for n in entry["data_offsets"])
-                yield name, (data[first:last].astype(np.uint32) << 16).view(np.float32).reshape(entry["shape"])
+                yield (
+                    name,
+                    (data[first:last].astype(np.uint32) << 16)
+                    .view(np.float32)
+                    .reshape(entry["shape"]),
+                )
 
 
 def renamed(name, values, ffn):
     """[(GGUF's name, tensor)] of one tensor of the checkpoint."""
-    ends = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
-            "lm_head.weight": "output.weight"}
+    ends = {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.norm.weight": "output_norm.weight",
+        "lm_head.weight": "output.weight",
+    }
     if name in ends:
         return [(ends[name], values)]
     layer, kind = name.removeprefix("model.layers.").removesuffix(".weight").split(".", 1)
     if kind == "mlp.gate_up_proj":
-        return [(f"blk.{layer}.ffn_gate.weight", values[:ffn]), (f"blk.{layer}.ffn_up.weight", values[ffn:])]
+        return [
+            (f"blk.{layer}.ffn_gate.weight", values[:ffn]),
+            (f"blk.{layer}.ffn_up.weight", values[ffn:]),
+        ]
     return [(f"blk.{layer}.{NAMES[kind]}.weight", values)]
 
 
 def run(work, folder):
     import llama_cpp
+
     llama_cpp.llama_backend_init()
     start = time.perf_counter()
-    model = llama_cpp.llama_model_load_from_file(str(folder / "model.gguf").encode(), llama_cpp.llama_model_default_params())
-    params, batch, length = llama_cpp.llama_context_default_params(), work["batch"], work["prompt"]
-    params.n_ctx, params.n_batch, params.n_ubatch = batch * (length + work["new"] + 64), batch * length, length
+    model = llama_cpp.llama_model_load_from_file(
+        str(folder / "model.gguf").encode(), llama_cpp.llama_model_default_params()
+    )
+    params = llama_cpp.llama_context_default_params()
+    batch = work["batch"]
+    length = work["prompt"]
+    params.n_ctx = batch * (length + work["new"] + 64)
+    params.n_batch = batch * length
+    params.n_ubatch = length
     params.n_threads = params.n_threads_batch = work["threads"]
     params.n_seq_max = batch
     context = llama_cpp.llama_init_from_model(model, params)
     talk = Talk(llama_cpp, model, context, work)
     loaded = time.perf_counter() - start
     talk.answer(0, job.WARM_UP)
-    return {"load_s": loaded, "version": f"llama-cpp-python {llama_cpp.__version__}",
-            "settings": llama_cpp.llama_print_system_info().decode().strip(), **talk.answer(1, work["new"])}
+    return {
+        "load_s": loaded,
+        "version": f"llama-cpp-python {llama_cpp.__version__}",
+        "settings": llama_cpp.llama_print_system_info().decode().strip(),
+        **talk.answer(1, work["new"]),
+    }
 
 
 class Talk:
     """Greedy answers of `work["batch"]` sequences, decoded together."""
 
     def __init__(self, library, model, context, work):
-        self.library, self.context, self.work = library, context, work
+        self.library = library
+        self.context = context
+        self.work = work
         self.memory = library.llama_get_memory(context)
         self.words = library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
         self.batch = library.llama_batch_init(work["batch"] * work["prompt"], 0, work["batch"])
 
     def answer(self, turn, new):
         self.library.llama_memory_clear(self.memory, True)
-        prompts, start = job.prompts(self.work, turn), time.perf_counter()
+        prompts = job.prompts(self.work, turn)
+        start = time.perf_counter()
         last = len(prompts[0]) - 1
-        tokens = self._decode([(token, place, sequence, place == last)
-                               for sequence, prompt in enumerate(prompts) for place, token in enumerate(prompt)])
+        tokens = self._decode(
+            [
+                (token, place, sequence, place == last)
+                for sequence, prompt in enumerate(prompts)
+                for place, token in enumerate(prompt)
+            ]
+        )
         stamps = [time.perf_counter()]
         for place in range(last + 1, last + new):
-            tokens = self._decode([(token, place, sequence, True) for sequence, token in enumerate(tokens)])
+            tokens = self._decode(
+                [(token, place, sequence, True) for sequence, token in enumerate(tokens)]
+            )
             stamps.append(time.perf_counter())
         return job.means(stamps, start)
 
     def _decode(self, rows):
         """rows (token, position, sequence, wanted) -> the likeliest next token behind each wanted row."""
         import numpy as np
+
         for i, (token, place, sequence, wanted) in enumerate(rows):
-            self.batch.token[i], self.batch.pos[i], self.batch.n_seq_id[i] = token, place, 1
-            self.batch.seq_id[i][0], self.batch.logits[i] = sequence, wanted
+            self.batch.token[i] = token
+            self.batch.pos[i] = place
+            self.batch.n_seq_id[i] = 1
+            self.batch.seq_id[i][0] = sequence
+            self.batch.logits[i] = wanted
         self.batch.n_tokens = len(rows)
         if self.library.llama_decode(self.context, self.batch):
             raise SystemExit("llama_decode failed")
-        return [int(np.ctypeslib.as_array(self.library.llama_get_logits_ith(self.context, i), (self.words,)).argmax())
-                for i, row in enumerate(rows) if row[3]]
+        return [
+            int(
+                np.ctypeslib.as_array(
+                    self.library.llama_get_logits_ith(self.context, i), (self.words,)
+                ).argmax()
+            )
+            for i, row in enumerate(rows)
+            if row[3]
+        ]
 
 
 if __name__ == "__main__":

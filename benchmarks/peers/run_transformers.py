@@ -1,4 +1,5 @@
 """transformers: generate() of the checkpoint as its users run it (sdpa attention), in the variant's dtype; CLIP's tower."""
+
 import json
 import time
 from pathlib import Path
@@ -13,17 +14,22 @@ def build(work, folder):
 def run(work, folder):
     import torch
     import transformers
+
     torch.set_num_threads(work["threads"])
     measure = tower if work.get("repeats") else generate
-    return {"version": f"transformers {transformers.__version__}, torch {torch.__version__}",
-            **measure(work, torch, transformers)}
+    return {
+        "version": f"transformers {transformers.__version__}, torch {torch.__version__}",
+        **measure(work, torch, transformers),
+    }
 
 
 def generate(work, torch, transformers):
     start = time.perf_counter()
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        work["checkpoint"], dtype=getattr(torch, work["variant"]), attn_implementation="sdpa").eval()
-    loaded, stamps = time.perf_counter() - start, []
+        work["checkpoint"], dtype=getattr(torch, work["variant"]), attn_implementation="sdpa"
+    ).eval()
+    loaded = time.perf_counter() - start
+    stamps = []
 
     class Clock(transformers.StoppingCriteria):
         def __call__(self, input_ids, scores, **kwargs):
@@ -33,11 +39,19 @@ def generate(work, torch, transformers):
     def answer(turn, new):
         stamps.clear()
         ids = torch.tensor(job.prompts(work, turn))
-        settings = transformers.GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)
+        settings = transformers.GenerationConfig(
+            max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
         start = time.perf_counter()
         with torch.inference_mode():
-            model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, stopping_criteria=[Clock()])
+            model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=settings,
+                stopping_criteria=[Clock()],
+            )
         return job.means(stamps, start)
+
     answer(0, job.WARM_UP)
     return {"load_s": loaded, **answer(1, work["new"])}
 

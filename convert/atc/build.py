@@ -3,6 +3,7 @@
 Without a device the .om is recorded as compiled, not verified. With one it is measured against ONNX Runtime on the
 pictures of `verify`, and precision modes are climbed until the family's threshold holds; an .om below it is thrown away.
 """
+
 import functools
 import os
 import shlex
@@ -29,10 +30,10 @@ from . import option_rules as atc_options
 from . import run as atc_run
 from .command import AIPP, MIXLIST, VARIANT, WORK, Request
 
-DISTANCE = 0.05         # largest |om - onnx| / |onnx| of all features, beside the family's cosine
-DEVICE = 0              # the first that ASCEND_RT_VISIBLE_DEVICES shows
-WEIGHTS = "weight"      # where atc puts --external_weight, and where the runtime looks for it
-RUNS = 5                # timed, after one that is not
+DISTANCE = 0.05  # largest |om - onnx| / |onnx| of all features, beside the family's cosine
+DEVICE = 0  # the first that ASCEND_RT_VISIBLE_DEVICES shows
+WEIGHTS = "weight"  # where atc puts --external_weight, and where the runtime looks for it
+RUNS = 5  # timed, after one that is not
 
 
 def check(family: Family, request: Request, toolkit: atc_run.Toolkit | None):
@@ -44,16 +45,23 @@ def check(family: Family, request: Request, toolkit: atc_run.Toolkit | None):
 
 def plan(family: Family, out: Path, request: Request, toolkit: atc_run.Toolkit | None) -> str:
     """What --dry-run prints: which atc would run where, on which files."""
-    who = f"{toolkit.atc}, CANN {toolkit.cann or 'of unknown version'}" if toolkit else \
-        "no atc is installed here; checked against the options of CANN 7.0 to 9.x"
+    who = (
+        f"{toolkit.atc}, CANN {toolkit.cann or 'of unknown version'}"
+        if toolkit
+        else "no atc is installed here; checked against the options of CANN 7.0 to 9.x"
+    )
     files = [request.graph, *([AIPP] if request.aipp else [])]
-    return f"{who}\nconvert would write {' and '.join(files)} to {out}, then run " + _shown(family, out, request)
+    return f"{who}\nconvert would write {' and '.join(files)} to {out}, then run " + _shown(
+        family, out, request
+    )
 
 
 def next_step(family: Family, out: Path, request: Request) -> str:
     """For a user without CANN."""
-    return (f"where CANN is installed, run the same command, or `sh {out / 'atc.sh'}`, which runs "
-            + _shown(family, out, request))
+    return (
+        f"where CANN is installed, run the same command, or `sh {out / 'atc.sh'}`, which runs "
+        + _shown(family, out, request)
+    )
 
 
 def _shown(family, out, request):
@@ -81,7 +89,9 @@ def _prepare_graph(family, out, request):
         result = compare(golden(family, out), found)
         print(f"verify {VARIANT}: {result}: {'pass' if result.passed else 'FAIL'}")
         if not result.passed:
-            raise ToolkitError(f"{VARIANT} and vision.onnx disagree; report this with the line above", CHECK_FAILED)
+            raise ToolkitError(
+                f"{VARIANT} and vision.onnx disagree; report this with the line above", CHECK_FAILED
+            )
         os.replace(candidate, out / VARIANT)
     finally:
         candidate.unlink(missing_ok=True)
@@ -96,6 +106,7 @@ def golden(family: Family, out: Path) -> np.ndarray:
 @dataclass
 class Build:
     """One request on its way to an .om; `attempts` = what a device measured, per precision mode."""
+
     family: Family
     out: Path
     request: Request
@@ -115,14 +126,25 @@ class Build:
                     return None
         finally:
             shutil.rmtree(self.out / WORK, ignore_errors=True)
-        raise ToolkitError(f"no .om was kept: none of {', '.join(self.request.modes)} is as close to ONNX Runtime as "
-                           f"{self.family.name} needs; use --vision onnx, and report the lines above", CHECK_FAILED)
+        raise ToolkitError(
+            f"no .om was kept: none of {', '.join(self.request.modes)} is as close to ONNX Runtime as "
+            f"{self.family.name} needs; use --vision onnx, and report the lines above",
+            CHECK_FAILED,
+        )
 
     def _current(self, manifest: Manifest) -> Path | None:
         """The intact .om of the artifact, if it is one that this very request would make."""
         mode = manifest.precision_mode
-        same = manifest.om and mode in self.request.modes and manifest.om["command"] == self._command(mode)
-        return artifact.om_file(manifest, self.out) if same and manifest.om["cann"] == self.toolkit.cann else None
+        same = (
+            manifest.om
+            and mode in self.request.modes
+            and manifest.om["command"] == self._command(mode)
+        )
+        return (
+            artifact.om_file(manifest, self.out)
+            if same and manifest.om["cann"] == self.toolkit.cann
+            else None
+        )
 
     def _command(self, mode: str) -> list[str]:
         return atc.command(self.request, self.family, mode)
@@ -132,12 +154,16 @@ class Build:
         start = time.perf_counter()
         try:
             check_disk(self.out, atc.weight_bytes(self.family, mode))
-            made = atc_run.run(self.toolkit, self._command(mode), self.out / WORK, self.out / log_name(mode))
+            made = atc_run.run(
+                self.toolkit, self._command(mode), self.out / WORK, self.out / log_name(mode)
+            )
         except ToolkitError as error:
             if not self.attempts:
                 raise
             return print(f"{mode}: {error}")
-        print(f"compiled for {self.request.soc_version} ({mode}) in {time.perf_counter() - start:.1f} s")
+        print(
+            f"compiled for {self.request.soc_version} ({mode}) in {time.perf_counter() - start:.1f} s"
+        )
         return made
 
     def _settle(self, made: Path, mode: str) -> bool:
@@ -146,8 +172,10 @@ class Build:
             session = open_om(made, self.family.vision, DEVICE)
         except ToolkitError as error:
             made = self._publish(made, mode, OM_COMPILED)
-            print(f"compiled, not verified: {made} ({error})\nto verify it, run the same command where ais_bench and the "
-                  "NPU are")
+            print(
+                f"compiled, not verified: {made} ({error})\nto verify it, run the same command where ais_bench and the "
+                "NPU are"
+            )
             return True
         try:
             self.attempts.append(measure(self.family, session, golden(self.family, self.out), mode))
@@ -166,12 +194,27 @@ class Build:
             made = take(made, self.out)
         weights = sorted((self.out / WEIGHTS).glob("*")) if (self.out / WEIGHTS).is_dir() else []
         shape = self.family.vision.input_shape
-        om = {"files": {str(path.relative_to(self.out)): artifact.entry(path) for path in (made, *weights)},
-              "input": {"dtype": "uint8" if self.request.aipp else "float16", "shape": list(shape)},
-              "gears": list(self.request.gears), "command": self._command(mode), "cann": self.toolkit.cann,
-              "log": log_name(mode), "attempts": self.attempts}
-        artifact.save(self.out, replace(plain, soc_version=self.request.soc_version, precision_mode=mode, status=status,
-                                        om=om))
+        om = {
+            "files": {
+                str(path.relative_to(self.out)): artifact.entry(path) for path in (made, *weights)
+            },
+            "input": {"dtype": "uint8" if self.request.aipp else "float16", "shape": list(shape)},
+            "gears": list(self.request.gears),
+            "command": self._command(mode),
+            "cann": self.toolkit.cann,
+            "log": log_name(mode),
+            "attempts": self.attempts,
+        }
+        artifact.save(
+            self.out,
+            replace(
+                plain,
+                soc_version=self.request.soc_version,
+                precision_mode=mode,
+                status=status,
+                om=om,
+            ),
+        )
         return made
 
 
@@ -185,16 +228,26 @@ def measure(family: Family, session, golden: np.ndarray, mode: str) -> dict:
     try:
         found = session.encode(raw)
         latency = float(np.median([_timed(session, raw[:1]) for _ in range(RUNS)]))
-    except ToolkitError as error:       # NaN or Inf
+    except ToolkitError as error:  # NaN or Inf
         print(f"verify OM {mode}: {error}: FAIL")
         return {"mode": mode, "passed": False, "error": str(error)}
     width = golden.shape[-1]
-    cosine = float(compare_rows(golden.reshape(-1, width), found.reshape(-1, width))["cosine"].min())
+    cosine = float(
+        compare_rows(golden.reshape(-1, width), found.reshape(-1, width))["cosine"].min()
+    )
     distance = float(np.linalg.norm(found - golden) / np.linalg.norm(golden))
     passed = bool(golden.size and cosine >= family.encoder_cosine and distance <= DISTANCE)
-    print(f"verify OM {mode}: lowest row cosine {cosine:.6f} (limit {family.encoder_cosine}), distance {distance:.2g} "
-          f"(limit {DISTANCE}), {latency:.2f} ms: {'pass' if passed else 'FAIL'}")
-    return {"mode": mode, "passed": passed, "cosine": cosine, "distance": distance, "latency_ms": latency}
+    print(
+        f"verify OM {mode}: lowest row cosine {cosine:.6f} (limit {family.encoder_cosine}), distance {distance:.2g} "
+        f"(limit {DISTANCE}), {latency:.2f} ms: {'pass' if passed else 'FAIL'}"
+    )
+    return {
+        "mode": mode,
+        "passed": passed,
+        "cosine": cosine,
+        "distance": distance,
+        "latency_ms": latency,
+    }
 
 
 def _timed(session, raw) -> float:
@@ -206,13 +259,17 @@ def _timed(session, raw) -> float:
 def check_disk(out: Path, need: int):
     free = shutil.disk_usage(out).free
     if need > free:
-        raise ToolkitError(f"the .om needs {need / 1e9:.1f} GB in {out}, only {free / 1e9:.1f} are free; free some space, "
-                           "vision.onnx stays as it is")
+        raise ToolkitError(
+            f"the .om needs {need / 1e9:.1f} GB in {out}, only {free / 1e9:.1f} are free; free some space, "
+            "vision.onnx stays as it is"
+        )
 
 
 def forget(out: Path) -> Manifest:
     """The manifest without an .om, saved: from here on no file is called one until it is whole."""
-    plain = replace(artifact.load(out), soc_version=None, precision_mode="fp32", status=ONNX_VERIFIED, om=None)
+    plain = replace(
+        artifact.load(out), soc_version=None, precision_mode="fp32", status=ONNX_VERIFIED, om=None
+    )
     artifact.save(out, plain)
     return plain
 

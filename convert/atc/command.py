@@ -3,6 +3,7 @@
 atc runs in a work folder inside the artifact folder, because it leaves files in its working folder; so every path is
 `../name`.
 """
+
 import json
 import shlex
 from dataclasses import dataclass, field
@@ -13,17 +14,23 @@ from runtime.vision.artifact import ONNX
 
 from . import option_rules as atc_options
 
-NAME = "vision"                     # of the .om
+NAME = "vision"  # of the .om
 WORK = ".atc"
-VARIANT, AIPP, MIXLIST = "vision_atc.onnx", "vision_aipp.cfg", "vision_mixlist.json"
-LADDER = ("fp16", "mixed_float16", "origin")        # faster to more precise
-KEEP = ("LayerNorm", "SoftmaxV2")   # Ascend operators that mixed precision leaves in fp32: fp16 overflows there first
-OM_PART_BYTES = 4 << 30             # limit of one part of an .om: weights above it go beside it
+VARIANT = "vision_atc.onnx"
+AIPP = "vision_aipp.cfg"
+MIXLIST = "vision_mixlist.json"
+LADDER = ("fp16", "mixed_float16", "origin")  # faster to more precise
+KEEP = (
+    "LayerNorm",
+    "SoftmaxV2",
+)  # Ascend operators that mixed precision leaves in fp32: fp16 overflows there first
+OM_PART_BYTES = 4 << 30  # limit of one part of an .om: weights above it go beside it
 
 
 @dataclass(frozen=True)
 class Request:
     """What to compile: `gears` = batch sizes (none: one picture), `extra` = further atc options of the user."""
+
     soc_version: str
     precision_mode: str = "auto"
     aipp: bool = False
@@ -58,10 +65,18 @@ def options(request: Request, family: Family, mode: str) -> dict[str, str]:
     the input is uint8.
     """
     name, value = atc_options.precision_option(mode)
-    result = {"model": f"../{request.graph}", "framework": "5", "output": NAME, "soc_version": request.soc_version,
-              "input_format": "NCHW",       # with NHWC input only a label, and the one existing OMs were built with
-              "input_shape": input_shape(request, family), **_input(request, family), "output_type": "FP16", name: value,
-              "log": "error"}
+    result = {
+        "model": f"../{request.graph}",
+        "framework": "5",
+        "output": NAME,
+        "soc_version": request.soc_version,
+        "input_format": "NCHW",  # with NHWC input only a label, and the one existing OMs were built with
+        "input_shape": input_shape(request, family),
+        **_input(request, family),
+        "output_type": "FP16",
+        name: value,
+        "log": "error",
+    }
     if mode.startswith(atc_options.MIXED):
         result["modify_mixlist"] = f"../{MIXLIST}"
     if weight_bytes(family, mode) > OM_PART_BYTES:
@@ -72,12 +87,18 @@ def options(request: Request, family: Family, mode: str) -> dict[str, str]:
 def input_shape(request: Request, family: Family) -> str:
     batch, height, width, channels = family.vision.input_shape
     shape = (channels, height, width) if request.aipp else (height, width, channels)
-    return f"{family.vision.input_name}:" + ",".join(map(str, (-1 if request.gears else batch, *shape)))
+    return f"{family.vision.input_name}:" + ",".join(
+        map(str, (-1 if request.gears else batch, *shape))
+    )
 
 
 def _input(request, family) -> dict[str, str]:
     gears = {"dynamic_batch_size": ",".join(map(str, request.gears))} if request.gears else {}
-    kind = {"insert_op_conf": f"../{AIPP}"} if request.aipp else {"input_fp16_nodes": family.vision.input_name}
+    kind = (
+        {"insert_op_conf": f"../{AIPP}"}
+        if request.aipp
+        else {"input_fp16_nodes": family.vision.input_name}
+    )
     return gears | kind
 
 
@@ -88,14 +109,24 @@ def weight_bytes(family: Family, mode: str) -> int:
 
 def mixlist() -> str:
     """The file of --modify_mixlist: what mixed precision must not compute in fp16."""
-    return json.dumps({"black-list": {"to-remove": [], "to-add": KEEP}, "white-list": {"to-remove": [], "to-add": []}},
-                      indent=2) + "\n"
+    return (
+        json.dumps(
+            {
+                "black-list": {"to-remove": [], "to-add": KEEP},
+                "white-list": {"to-remove": [], "to-add": []},
+            },
+            indent=2,
+        )
+        + "\n"
+    )
 
 
 def script(arguments: list[str]) -> str:
     """atc.sh of the artifact folder."""
     lines = " \\\n    ".join(map(shlex.quote, arguments))
-    return ("#!/bin/sh\n# Run where CANN is installed, after its set_env.sh; no NPU is needed. Writes vision.om here.\n"
-            f'cd "$(dirname "$0")" && rm -rf {WORK} && mkdir {WORK} && cd {WORK} || exit 1\n'
-            f"{lines} || exit 1\n"
-            f"mv {NAME}*.om .. && if [ -d weight ]; then rm -rf ../weight && mv weight ..; fi\n")
+    return (
+        "#!/bin/sh\n# Run where CANN is installed, after its set_env.sh; no NPU is needed. Writes vision.om here.\n"
+        f'cd "$(dirname "$0")" && rm -rf {WORK} && mkdir {WORK} && cd {WORK} || exit 1\n'
+        f"{lines} || exit 1\n"
+        f"mv {NAME}*.om .. && if [ -d weight ]; then rm -rf ../weight && mv weight ..; fi\n"
+    )

@@ -2,6 +2,7 @@
 
 In flows a graph (vision.onnx, or what was made of it for ATC), out flow the features that an .om is measured against.
 """
+
 import io
 import sys
 from pathlib import Path
@@ -21,11 +22,16 @@ def pixels(family: Family) -> np.ndarray:
 def features(family: Family, graph: Path, aipp: Path | None = None) -> np.ndarray:
     """float32 [pictures, rows, hidden]; `aipp` = file of the arithmetic in front of `graph`, if there is any."""
     from runtime.common.processes import output_of
-    code, output = output_of("convert.atc.golden_features",
-                             *(path.resolve() for path in (family.directory, graph, aipp) if path))
+
+    code, output = output_of(
+        "convert.atc.golden_features",
+        *(path.resolve() for path in (family.directory, graph, aipp) if path),
+    )
     if code:
-        raise ToolkitError(f"ONNX Runtime could not run {graph}; free some memory and run the same command again",
-                           CHECK_FAILED)
+        raise ToolkitError(
+            f"ONNX Runtime could not run {graph}; free some memory and run the same command again",
+            CHECK_FAILED,
+        )
     return np.load(io.BytesIO(output))
 
 
@@ -35,19 +41,25 @@ def compute(directory: str, graph: str, aipp: str | None = None) -> np.ndarray:
     from models import family_of
 
     from .graph_variant import apply_aipp
+
     family = family_of(directory)
     values = pixels(family)
     if aipp:
         values = apply_aipp(Path(aipp).read_text(encoding="ascii"), values)
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
-    batches = [values[i:i + 1] for i in range(len(values))]
-    if not isinstance(session.get_inputs()[0].shape[0], int):       # a free batch is tried with all pictures at once
+    batches = [values[i : i + 1] for i in range(len(values))]
+    if not isinstance(
+        session.get_inputs()[0].shape[0], int
+    ):  # a free batch is tried with all pictures at once
         batches = [values]
-    return np.concatenate([session.run(None, {family.vision.input_name: batch})[0] for batch in batches])
+    return np.concatenate(
+        [session.run(None, {family.vision.input_name: batch})[0] for batch in batches]
+    )
 
 
 def main(argv: list[str]) -> int:
     from runtime.common.processes import die_with_parent
+
     die_with_parent()
     stream = io.BytesIO()
     np.save(stream, compute(*argv))
@@ -57,4 +69,5 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     from runtime.common.errors import run_command
+
     sys.exit(run_command(main))

@@ -3,6 +3,7 @@
 The table `atc_options.json` holds names, values and the first CANN version of each option (7.0 to 9.x; none = all of
 them), and what convert sets itself.
 """
+
 import json
 import re
 from difflib import get_close_matches
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from runtime.common.errors import ToolkitError
 
-OLDEST = (7, 0)             # reads our graphs' opset 17
+OLDEST = (7, 0)  # reads our graphs' opset 17
 PATH = re.compile(r"[\w./-]+", re.ASCII)
 CHINESE = re.compile("[\u4e00-\u9fa5]")
 MAX_PATH = 4096
@@ -28,7 +29,7 @@ def table() -> dict:
 
 
 def parse_version(text: str) -> tuple[int, int]:
-    """"8.0.RC2" -> (8, 0)"""
+    """ "8.0.RC2" -> (8, 0)"""
     major, minor = re.match(r"(\d+)\.(\d+)", text).groups()
     return int(major), int(minor)
 
@@ -40,7 +41,9 @@ def parse_extra(arguments) -> dict[str, str]:
         name, equals, value = argument.strip().lstrip("-").partition("=")
         name = name.strip().replace("-", "_")
         if not (name and equals and value):
-            raise ToolkitError(f"--atc-arg is {argument!r}: give one option with its value, e.g. --atc-arg log=info")
+            raise ToolkitError(
+                f"--atc-arg is {argument!r}: give one option with its value, e.g. --atc-arg log=info"
+            )
         if name in options:
             raise ToolkitError(f"--atc-arg gives {name} twice; give it once")
         _check_foreign(name)
@@ -60,8 +63,10 @@ def _check_foreign(name: str):
     entry = table()["options"].get(name)
     if entry is None:
         close = get_close_matches(name, table()["options"], n=1)
-        raise ToolkitError(f"--atc-arg {name}: no atc of CANN 7.0 to 9.x has this option"
-                           + (f" (did you mean {close[0]}?)" if close else ""))
+        raise ToolkitError(
+            f"--atc-arg {name}: no atc of CANN 7.0 to 9.x has this option"
+            + (f" (did you mean {close[0]}?)" if close else "")
+        )
     if "own" in entry:
         raise ToolkitError(f"--atc-arg {name} would replace what convert sets: {entry['own']}")
     if "refused" in entry:
@@ -69,16 +74,23 @@ def _check_foreign(name: str):
 
 
 def parse_gears(text: str) -> tuple[int, ...]:
-    """"1,2,4" -> (1, 2, 4), sorted; ToolkitError for what ATC or a single picture cannot use."""
-    pieces, shown = [piece.strip() for piece in text.split(",")], text[:40]
+    """ "1,2,4" -> (1, 2, 4), sorted; ToolkitError for what ATC or a single picture cannot use."""
+    pieces = [piece.strip() for piece in text.split(",")]
+    shown = text[:40]
     if not all(piece.isascii() and piece.isdigit() for piece in pieces):
-        raise ToolkitError(f"--dynamic-batch is {shown!r}: give batch sizes with commas, e.g. 1,2,4,8")
+        raise ToolkitError(
+            f"--dynamic-batch is {shown!r}: give batch sizes with commas, e.g. 1,2,4,8"
+        )
     gears = tuple(sorted(map(int, pieces)))
     if not 2 <= len(gears) <= MAX_GEARS or len(set(gears)) < len(gears) or gears[0] < 1:
-        raise ToolkitError(f"--dynamic-batch is {shown!r}: 2 to {MAX_GEARS} different sizes above 0 are needed, "
-                           "e.g. 1,2,4,8")
+        raise ToolkitError(
+            f"--dynamic-batch is {shown!r}: 2 to {MAX_GEARS} different sizes above 0 are needed, "
+            "e.g. 1,2,4,8"
+        )
     if gears[0] != 1:
-        raise ToolkitError(f"--dynamic-batch is {shown!r}: 1 must be among the sizes, for a single picture")
+        raise ToolkitError(
+            f"--dynamic-batch is {shown!r}: 1 must be among the sizes, for a single picture"
+        )
     return gears
 
 
@@ -88,22 +100,30 @@ def precision_option(mode: str) -> tuple[str, str]:
         if mode in table()["options"][option]["values"]:
             return option, mode
     known = ", ".join(table()["options"]["precision_mode_v2"]["values"])
-    raise ToolkitError(f"--precision-mode is {mode!r}: use auto, {known}, or an old name such as "
-                       "allow_mix_precision")
+    raise ToolkitError(
+        f"--precision-mode is {mode!r}: use auto, {known}, or an old name such as "
+        "allow_mix_precision"
+    )
 
 
 def check_soc(name: str):
     """ToolkitError unless `name` is a --soc_version; Ascend910B without a digit is older than 910B1 to 910B4."""
     if name == "Ascend910B":
-        raise ToolkitError("--soc-version Ascend910B is the first 910, not an Atlas A2; "
-                           "give the full name of `npu-smi info`, e.g. Ascend910B3")
+        raise ToolkitError(
+            "--soc-version Ascend910B is the first 910, not an Atlas A2; "
+            "give the full name of `npu-smi info`, e.g. Ascend910B3"
+        )
     known = [f"Ascend{chip}" for chip in table()["socs"]]
     if name in known or re.fullmatch(r"Ascend950(DT|PR)_\w+", name):
         return
     lower = {soc.lower(): soc for soc in known}
-    close = get_close_matches(f"ascend{name.lower().removeprefix('ascend')}", lower, n=1, cutoff=0.8)
-    raise ToolkitError(f"--soc-version is {name!r}: give `Ascend` and the chip name of `npu-smi info`, "
-                       f"e.g. {lower[close[0]] if close else 'Ascend910B3 or Ascend310P3'}")
+    close = get_close_matches(
+        f"ascend{name.lower().removeprefix('ascend')}", lower, n=1, cutoff=0.8
+    )
+    raise ToolkitError(
+        f"--soc-version is {name!r}: give `Ascend` and the chip name of `npu-smi info`, "
+        f"e.g. {lower[close[0]] if close else 'Ascend910B3 or Ascend310P3'}"
+    )
 
 
 def check(options: dict[str, str], cann: str | None):
@@ -122,46 +142,69 @@ def _check_value(name, value):
     entry = table()["options"][name]
     if value not in entry.get("values", [value]):
         why = f" ({entry['reason']})" if "reason" in entry else ""
-        raise ToolkitError(f"atc option {name} is {value!r}: use one of {', '.join(entry['values'])}{why}")
+        raise ToolkitError(
+            f"atc option {name} is {value!r}: use one of {', '.join(entry['values'])}{why}"
+        )
     if not re.fullmatch(entry.get("pattern", ".*"), value):
-        raise ToolkitError(f"atc option {name} is {value!r}: it does not have the form {entry['pattern']}")
+        raise ToolkitError(
+            f"atc option {name} is {value!r}: it does not have the form {entry['pattern']}"
+        )
 
 
 def _check_since(name, value, cann, version):
     entry = table()["options"][name]
     since = entry.get("value_since", {}).get(value) or entry.get("since")
     if version and since and version < parse_version(since):
-        raise ToolkitError(f"atc option {name}={value} needs CANN {since}, installed is {cann}; leave it out")
+        raise ToolkitError(
+            f"atc option {name}={value} needs CANN {since}, installed is {cann}; leave it out"
+        )
 
 
 def _check_together(options):
     for group in table()["exclusive"]:
         given = [name for name in group if name in options]
         if len(given) > 1:
-            raise ToolkitError(f"atc options {' and '.join(given)} exclude each other; leave one out")
-    if "optypelist_for_implmode" in options and options.get("op_select_implmode") not in IMPLEMENTATIONS:
-        raise ToolkitError("atc option optypelist_for_implmode needs op_select_implmode="
-                           f"{' or '.join(IMPLEMENTATIONS)} beside it")
+            raise ToolkitError(
+                f"atc options {' and '.join(given)} exclude each other; leave one out"
+            )
+    if (
+        "optypelist_for_implmode" in options
+        and options.get("op_select_implmode") not in IMPLEMENTATIONS
+    ):
+        raise ToolkitError(
+            "atc option optypelist_for_implmode needs op_select_implmode="
+            f"{' or '.join(IMPLEMENTATIONS)} beside it"
+        )
     if "insert_op_conf" in options and options["input_format"] != "NCHW":
-        raise ToolkitError(f"--aipp works on NCHW inputs only, not on input_format={options['input_format']}")
+        raise ToolkitError(
+            f"--aipp works on NCHW inputs only, not on input_format={options['input_format']}"
+        )
     levels = [int(options.get(name, 0)) > 0 for name in ("deterministic", "deterministic_level")]
     if "deterministic_level" in options and levels[0] != levels[1]:
-        raise ToolkitError("atc options deterministic and deterministic_level must both be 0 or both be above 0")
+        raise ToolkitError(
+            "atc options deterministic and deterministic_level must both be 0 or both be above 0"
+        )
 
 
 def _check_precision(options):
     mode = options.get("precision_mode_v2") or options.get("precision_mode", "")
     soc = options["soc_version"]
     if mode.endswith(BF16) and not BF16_CHIPS.match(soc):
-        raise ToolkitError(f"--precision-mode {mode} needs bfloat16, which {soc} does not have; use fp16, "
-                           "mixed_float16 or origin")
+        raise ToolkitError(
+            f"--precision-mode {mode} needs bfloat16, which {soc} does not have; use fp16, "
+            "mixed_float16 or origin"
+        )
     if mode.endswith("hif8") and not soc.startswith("Ascend950"):
         raise ToolkitError(f"--precision-mode {mode} is for the Ascend950 only, not {soc}")
     if "modify_mixlist" in options and not mode.startswith(MIXED):
-        raise ToolkitError(f"atc option modify_mixlist needs a mixed precision mode, not {mode}; give "
-                           "--precision-mode mixed_float16")
+        raise ToolkitError(
+            f"atc option modify_mixlist needs a mixed precision mode, not {mode}; give "
+            "--precision-mode mixed_float16"
+        )
     if "compression_optimize_conf" in options and mode in ("origin", "force_fp32"):
-        raise ToolkitError(f"atc option compression_optimize_conf cannot be used with precision mode {mode}")
+        raise ToolkitError(
+            f"atc option compression_optimize_conf cannot be used with precision mode {mode}"
+        )
 
 
 def check_path(path: str | Path):
@@ -169,8 +212,12 @@ def check_path(path: str | Path):
     text = str(path)
     odd = sorted(set(PATH.sub("", CHINESE.sub("", text))))
     if odd:
-        raise ToolkitError(f"atc takes no path with {' '.join(map(repr, odd))} in it: {text}; use letters, digits, "
-                           "Chinese characters and _ - . only")
+        raise ToolkitError(
+            f"atc takes no path with {' '.join(map(repr, odd))} in it: {text}; use letters, digits, "
+            "Chinese characters and _ - . only"
+        )
     if len(text.encode()) > MAX_PATH:
-        raise ToolkitError(f"atc takes paths of {MAX_PATH:,} bytes at most, this one has {len(text.encode()):,}: "
-                           f"{text[:60]}...; choose a shorter --out")
+        raise ToolkitError(
+            f"atc takes paths of {MAX_PATH:,} bytes at most, this one has {len(text.encode()):,}: "
+            f"{text[:60]}...; choose a shorter --out"
+        )

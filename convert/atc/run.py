@@ -3,6 +3,7 @@
 atc is a bash wrapper around atc.bin. Every failure exits with 255 and names its causes on stdout, so success is three
 things: exit status 0, the success line, and the file, `vision.om` or (with code for the host) `vision_<os>_<arch>.om`.
 """
+
 import json
 import os
 import re
@@ -21,13 +22,14 @@ from .command import NAME
 SUCCESS = "ATC run success"
 CODE = re.compile(r"\b[EWI][0-9A-Z]\d{4}\b")
 HOMES = ("ASCEND_TOOLKIT_HOME", "ASCEND_HOME_PATH")
-SHOWN = 3               # causes named in the message; the log has all
-KILLED = 128            # a shell reports a process ended by signal n as 128 + n
+SHOWN = 3  # causes named in the message; the log has all
+KILLED = 128  # a shell reports a process ended by signal n as 128 + n
 
 
 @dataclass(frozen=True)
 class Toolkit:
     """An installed atc and the CANN version it belongs to, e.g. "8.0.RC2" (None where no version file is found)."""
+
     atc: Path
     cann: str | None
 
@@ -46,7 +48,11 @@ def find() -> Toolkit | None:
 def _version(root: Path) -> str | None:
     """`version=` of the file that CANN's installer writes into <root>/<arch>-linux."""
     for file in sorted(root.glob("*-linux/ascend_toolkit_install.info")):
-        found = re.search(r"^version=(\d+\.\d\S*)", file.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+        found = re.search(
+            r"^version=(\d+\.\d\S*)",
+            file.read_text(encoding="utf-8", errors="replace"),
+            re.MULTILINE,
+        )
         if found:
             return found[1]
 
@@ -59,12 +65,14 @@ def run(toolkit: Toolkit, arguments: list[str], work: Path, log: Path) -> Path:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     with open(log, "w", encoding="utf-8") as stream:
-        stream.write(f"# in {work}, CANN {toolkit.cann or 'of unknown version'}\n# {shlex.join(arguments)}\n")
+        stream.write(
+            f"# in {work}, CANN {toolkit.cann or 'of unknown version'}\n# {shlex.join(arguments)}\n"
+        )
         stream.flush()
         code = _execute([str(toolkit.atc), *arguments[1:]], work, stream)
         stream.write(f"# exit status {code}\n")
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    text = "\n".join(line for line in lines if not line.startswith("# "))       # atc's own words
+    text = "\n".join(line for line in lines if not line.startswith("# "))  # atc's own words
     made = sorted([*work.glob(f"{NAME}.om"), *work.glob(f"{NAME}_*_*.om")])
     if code == 0 and SUCCESS in text and len(made) == 1 and made[0].stat().st_size:
         return made[0]
@@ -74,10 +82,18 @@ def run(toolkit: Toolkit, arguments: list[str], work: Path, log: Path) -> Path:
 def _execute(arguments: list[str], work: Path, stream) -> int:
     """Exit status; atc and all it started end with us."""
     try:
-        process = subprocess.Popen(arguments, cwd=work, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT,
-                                   start_new_session=True)
+        process = subprocess.Popen(
+            arguments,
+            cwd=work,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     except OSError as error:
-        raise ToolkitError(f"{arguments[0]} cannot be run ({error.strerror}); install CANN again") from None
+        raise ToolkitError(
+            f"{arguments[0]} cannot be run ({error.strerror}); install CANN again"
+        ) from None
     try:
         with spinner("atc is compiling the vision encoder (minutes)"):
             return process.wait()
@@ -90,8 +106,10 @@ def _execute(arguments: list[str], work: Path, stream) -> int:
 def _reason(code: int, text: str, made: list) -> str:
     if code < 0 or KILLED < code < KILLED + signal.NSIG:
         number = -code if code < 0 else code - KILLED
-        return (f"atc was killed by signal {number}, perhaps for lack of memory; free some, or set "
-                "TE_PARALLEL_COMPILER=1, and run the same command again")
+        return (
+            f"atc was killed by signal {number}, perhaps for lack of memory; free some, or set "
+            "TE_PARALLEL_COMPILER=1, and run the same command again"
+        )
     if code == 0 and SUCCESS not in text:
         return "atc ended without its success line, so its output is not trusted; run the same command again"
     if code == 0:
@@ -120,6 +138,6 @@ def _sentence(name: str, entry: dict, text: str) -> str:
 
 
 def language() -> str:
-    """"zh" in a Chinese locale, else "en"."""
+    """ "zh" in a Chinese locale, else "en"."""
     name = next(filter(None, (os.environ.get(n) for n in ("LC_ALL", "LC_MESSAGES", "LANG"))), "")
     return "zh" if name.startswith("zh") else "en"

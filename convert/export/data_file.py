@@ -4,6 +4,7 @@ Hashing and writing run in threads, one tensor behind, so that they overlap with
 does not pass through the page cache where the file system can do without: gigabytes of fresh cache pages cost more than
 the disk does, above all in virtual machines, and would push out what others have cached.
 """
+
 import errno
 import hashlib
 import mmap
@@ -14,16 +15,18 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-ALIGNMENT = 4096            # of every tensor: a page, so that the file can be mapped
+ALIGNMENT = 4096  # of every tensor: a page, so that the file can be mapped
 STAGE_BYTES = 8 << 20
-OVERLAP_BYTES = 64 << 20    # larger tensors are alone in memory
+OVERLAP_BYTES = 64 << 20  # larger tensors are alone in memory
 
 
 class DataFile:
     """Context manager; after it, `size` and `sha256` describe the file, which is then on the disk."""
 
     def __init__(self, path: Path):
-        self.path, self.size, self._hash = path, 0, hashlib.sha256()
+        self.path = path
+        self.size = 0
+        self._hash = hashlib.sha256()
 
     @property
     def sha256(self) -> str:
@@ -31,8 +34,10 @@ class DataFile:
 
     def __enter__(self):
         self._file = _open(self.path)
-        self._stage, self._filled = mmap.mmap(-1, STAGE_BYTES), 0       # page-aligned, as direct writes must be
-        self._pool, self._pending = ThreadPoolExecutor(2), []
+        self._stage = mmap.mmap(-1, STAGE_BYTES)
+        self._filled = 0  # page-aligned, as direct writes must be
+        self._pool = ThreadPoolExecutor(2)
+        self._pending = []
         return self
 
     def __exit__(self, kind, *rest):
@@ -56,8 +61,15 @@ class DataFile:
         self._pending = [self._pool.submit(each, pieces) for each in (self._digest, self._append)]
         if array.nbytes > OVERLAP_BYTES:
             self._wait()
-        return ir.ExternalTensor(self.path.name, offset, array.nbytes, ir.DataType.FLOAT, name=name,
-                                 shape=ir.Shape(array.shape), base_dir=self.path.parent)
+        return ir.ExternalTensor(
+            self.path.name,
+            offset,
+            array.nbytes,
+            ir.DataType.FLOAT,
+            name=name,
+            shape=ir.Shape(array.shape),
+            base_dir=self.path.parent,
+        )
 
     def _wait(self):
         for job in self._pending:
@@ -72,16 +84,17 @@ class DataFile:
         for piece in pieces:
             while len(piece):
                 count = min(len(piece), STAGE_BYTES - self._filled)
-                self._stage[self._filled:self._filled + count] = piece[:count]
-                self._filled, piece = self._filled + count, piece[count:]
+                self._stage[self._filled : self._filled + count] = piece[:count]
+                self._filled = self._filled + count
+                piece = piece[count:]
                 if self._filled == STAGE_BYTES:
                     self._flush()
 
     def _flush(self):
         """Whole pages only; what the last write adds beyond the end is cut off again."""
-        data = memoryview(self._stage)[:-(-self._filled // ALIGNMENT) * ALIGNMENT]
+        data = memoryview(self._stage)[: -(-self._filled // ALIGNMENT) * ALIGNMENT]
         while len(data):
-            data = data[os.write(self._file, data):]
+            data = data[os.write(self._file, data) :]
         self._filled = 0
 
 

@@ -4,6 +4,7 @@ Towers repeat one block dozens of times, and tracing costs most of a second per 
 once: in the tower it is replaced by a placeholder operator, the blocks ride along in the same export with inputs and
 outputs of their own, and the placeholders are expanded in the ONNX graph.
 """
+
 import ast
 import logging
 import warnings
@@ -24,7 +25,7 @@ from models.network.vision_blocks import repeated_lists
 from runtime.common.errors import CHECK_FAILED, ToolkitError
 
 OPSET = 17
-TRACE_OPSET = 18            # the oldest that torch writes; see `_relabel`
+TRACE_OPSET = 18  # the oldest that torch writes; see `_relabel`
 PLACEHOLDER = "placeholder"
 SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -32,6 +33,7 @@ SCOPES = "pkg.torch.onnx.name_scopes"
 @dataclass
 class Call:
     """One repeated block of the tower: where it stands and the tensors it met in a forward pass."""
+
     path: str
     block: nn.Module
     inputs: tuple
@@ -39,8 +41,10 @@ class Call:
 
     def signature(self) -> tuple:
         """Equal for blocks that trace to the same graph: classes, settings, parameter and input shapes."""
-        modules = tuple((name, type(m), repr({k: v for k, v in vars(m).items() if not k.startswith("_")}))
-                        for name, m in self.block.named_modules())
+        modules = tuple(
+            (name, type(m), repr({k: v for k, v in vars(m).items() if not k.startswith("_")}))
+            for name, m in self.block.named_modules()
+        )
         tensors = (*self.block.parameters(), *self.inputs)
         return modules, tuple((tuple(t.shape), t.dtype) for t in tensors)
 
@@ -50,10 +54,14 @@ class Placeholder(nn.Module):
 
     def __init__(self, name: str, like: torch.Tensor):
         super().__init__()
-        self.operator, self.shape, self.dtype = f"{PLACEHOLDER}::{name}", tuple(like.shape), like.dtype
+        self.operator = f"{PLACEHOLDER}::{name}"
+        self.shape = tuple(like.shape)
+        self.dtype = like.dtype
 
     def forward(self, *inputs):
-        return torch.onnx.ops.symbolic(self.operator, inputs, dtype=self.dtype, shape=self.shape, version=1)
+        return torch.onnx.ops.symbolic(
+            self.operator, inputs, dtype=self.dtype, shape=self.shape, version=1
+        )
 
 
 class Folded(nn.Module):
@@ -61,18 +69,23 @@ class Folded(nn.Module):
 
     def __init__(self, tower: nn.Module, templates: list[Call]):
         super().__init__()
-        self.tower, self.templates = tower, nn.ModuleList(call.block for call in templates)
+        self.tower = tower
+        self.templates = nn.ModuleList(call.block for call in templates)
         self.counts = [len(call.inputs) for call in templates]
 
     def forward(self, pixels, *inputs):
         rest = iter(inputs)
-        outputs = [block(*(next(rest) for _ in range(count))) for block, count in zip(self.templates, self.counts)]
+        outputs = [
+            block(*(next(rest) for _ in range(count)))
+            for block, count in zip(self.templates, self.counts)
+        ]
         return self.tower(pixels), *outputs
 
 
 @dataclass
 class Body:
     """The ONNX nodes of one distinct block; `inputs` and `output` are where a placeholder's values go."""
+
     inputs: list[ir.Value]
     output: ir.Value
     nodes: list[ir.Node]
@@ -92,38 +105,60 @@ def trace(build: Callable[[], nn.Module], spec: VisionSpec) -> ir.Model:
     kinds = {call.signature(): index for index, call in enumerate(templates)}
     for index, call in enumerate(calls):
         tower.set_submodule(call.path, Placeholder(f"call{index}", call.output))
-    model = _export(Folded(tower, templates), [pixels, *(t for call in templates for t in call.inputs)])
+    model = _export(
+        Folded(tower, templates), [pixels, *(t for call in templates for t in call.inputs)]
+    )
     weights = _weights_to_inputs(model.graph)
     _relabel(model)
     optimizer.optimize(model)
-    _expand(model, weights, [(call.path, kinds[call.signature()]) for call in calls],
-            [len(call.inputs) for call in templates])
+    _expand(
+        model,
+        weights,
+        [(call.path, kinds[call.signature()]) for call in calls],
+        [len(call.inputs) for call in templates],
+    )
     _name(model.graph, spec)
     return model
 
 
 def repeated_blocks(tower: nn.Module, pixels: torch.Tensor) -> list[Call]:
     """Members of the tower's outermost ModuleLists that map tensors to one tensor, in the order of their calls."""
-    calls, hooks = [], []
+    calls = []
+    hooks = []
     for path in repeated_lists(tower):
         for index, block in enumerate(tower.get_submodule(path)):
+
             def record(module, inputs, output, path=f"{path}.{index}"):
                 calls.append(Call(path, module, inputs, output))
+
             hooks.append(block.register_forward_hook(record))
     tower(pixels)
     for hook in hooks:
         hook.remove()
     times = Counter(call.path for call in calls)
-    return [c for c in calls if times[c.path] == 1 and all(isinstance(t, torch.Tensor) for t in (*c.inputs, c.output))]
+    return [
+        c
+        for c in calls
+        if times[c.path] == 1 and all(isinstance(t, torch.Tensor) for t in (*c.inputs, c.output))
+    ]
 
 
 def _export(folded: Folded, inputs: list[torch.Tensor]) -> ir.Model:
     """`folded` and `inputs` are on the meta device; the exporter sees CPU tensors without memory."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), _quiet():
         folded = folded.eval().to_empty(device="cpu")
-        inputs = tuple(torch.empty(t.shape, dtype=t.dtype) for t in inputs)     # one tensor, one input: no aliases
-        return torch.onnx.export(folded, inputs, dynamo=True, opset_version=TRACE_OPSET, optimize=False,
-                                 external_data=False, verbose=False).model
+        inputs = tuple(
+            torch.empty(t.shape, dtype=t.dtype) for t in inputs
+        )  # one tensor, one input: no aliases
+        return torch.onnx.export(
+            folded,
+            inputs,
+            dynamo=True,
+            opset_version=TRACE_OPSET,
+            optimize=False,
+            external_data=False,
+            verbose=False,
+        ).model
 
 
 def _weights_to_inputs(graph: ir.Graph) -> dict[str, ir.Value]:
@@ -139,25 +174,36 @@ def _weights_to_inputs(graph: ir.Graph) -> dict[str, ir.Value]:
 
 def _relabel(model: ir.Model):
     """Opset 18 -> 17 by number, after a check that both define every operator in use identically."""
-    changed = {node.op_type for node in model.graph if node.domain == ""
-               and onnx.defs.get_schema(node.op_type, TRACE_OPSET).since_version > OPSET}
+    changed = {
+        node.op_type
+        for node in model.graph
+        if node.domain == ""
+        and onnx.defs.get_schema(node.op_type, TRACE_OPSET).since_version > OPSET
+    }
     if changed:
-        raise ToolkitError(f"the tower uses {', '.join(sorted(changed))}, which opset {OPSET} defines differently; "
-                           "write that step of the model with other operators", CHECK_FAILED)
+        raise ToolkitError(
+            f"the tower uses {', '.join(sorted(changed))}, which opset {OPSET} defines differently; "
+            "write that step of the model with other operators",
+            CHECK_FAILED,
+        )
     model.graph.opset_imports[""] = OPSET
 
 
-def _expand(model: ir.Model, weights: dict[str, ir.Value], calls: list[tuple[str, int]], counts: list[int]):
+def _expand(
+    model: ir.Model, weights: dict[str, ir.Value], calls: list[tuple[str, int]], counts: list[int]
+):
     """Replace the placeholder of each call (path, kind) by a copy of that kind's nodes, bound to the weights of `path`.
 
     `counts` = inputs of each kind. Afterwards the graph's inputs are the picture and the tower's weights.
     """
     graph = model.graph
-    pixels, *own = graph.inputs[:1 + sum(counts)]
+    pixels, *own = graph.inputs[: 1 + sum(counts)]
     output, *ends = graph.outputs
     graph.outputs[:] = [output]
     rest = iter(own)
-    bodies = [_body(graph, [next(rest) for _ in range(count)], end) for count, end in zip(counts, ends)]
+    bodies = [
+        _body(graph, [next(rest) for _ in range(count)], end) for count, end in zip(counts, ends)
+    ]
     placeholders = {node.op_type: node for node in graph if node.domain == PLACEHOLDER}
     for index, (path, kind) in enumerate(calls):
         _inline(placeholders[f"call{index}"], bodies[kind], path, f"templates.{kind}", weights)
@@ -171,7 +217,8 @@ def _expand(model: ir.Model, weights: dict[str, ir.Value], calls: list[tuple[str
 
 
 def _body(graph: ir.Graph, inputs: list[ir.Value], output: ir.Value) -> Body:
-    found, open_ends = set(), [output.producer()]
+    found = set()
+    open_ends = [output.producer()]
     while open_ends:
         node = open_ends.pop()
         if node is not None and node not in found:
@@ -183,13 +230,21 @@ def _body(graph: ir.Graph, inputs: list[ir.Value], output: ir.Value) -> Body:
 def _inline(node: ir.Node, body: Body, path: str, template: str, weights: dict[str, ir.Value]):
     values = dict(zip(body.inputs, node.inputs))
     for name in [n for n in weights if n.startswith(template + ".")]:
-        original, target = weights[name], path + name.removeprefix(template)
+        original = weights[name]
+        target = path + name.removeprefix(template)
         weights.setdefault(target, ir.Value(name=target, shape=original.shape, type=original.type))
         values[original] = weights[target]
     for source in body.nodes:
-        copy = ir.Node("", source.op_type, [values.get(v, v) for v in source.inputs], source.attributes.values(),
-                       outputs=[ir.Value(shape=v.shape, type=v.type) for v in source.outputs],
-                       metadata_props={SCOPES: source.metadata_props.get(SCOPES, "[]").replace(template, path)})
+        copy = ir.Node(
+            "",
+            source.op_type,
+            [values.get(v, v) for v in source.inputs],
+            source.attributes.values(),
+            outputs=[ir.Value(shape=v.shape, type=v.type) for v in source.outputs],
+            metadata_props={
+                SCOPES: source.metadata_props.get(SCOPES, "[]").replace(template, path)
+            },
+        )
         values.update(zip(source.outputs, copy.outputs))
         node.prepend(copy)
     node.outputs[0].replace_all_uses_with(values[body.output], replace_graph_outputs=True)
@@ -210,7 +265,8 @@ def _name(graph: ir.Graph, spec: VisionSpec):
         node.metadata_props.clear()
     for index, value in enumerate(list(graph.initializers.values())):
         value.name = f"constant_{index}"
-    graph.inputs[0].name, graph.outputs[0].name = spec.input_name, spec.output_name
+    graph.inputs[0].name = spec.input_name
+    graph.outputs[0].name = spec.output_name
     graph.name = "vision"
     graph.metadata_props.clear()
 

@@ -2,6 +2,7 @@
 
 The graph is traced without weights; each weight becomes a reference into the data file when it is written.
 """
+
 import ctypes
 import shutil
 from pathlib import Path
@@ -17,8 +18,8 @@ from runtime.vision.artifact import DATA, ONNX, entry
 
 from .data_file import ALIGNMENT, DataFile
 
-GRAPH_BYTES = 8 << 20       # generous: graph, manifest, atc.sh
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3     # glibc's malloc.h
+GRAPH_BYTES = 8 << 20  # generous: graph, manifest, atc.sh
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 KEPT_BYTES = 64 << 20
 
 
@@ -31,10 +32,13 @@ def bytes_needed(family: Family) -> int:
 
 def check_space(family: Family, out: Path) -> str:
     """Says what will be written; ToolkitError if it does not fit on the disk of `out`."""
-    need, free = bytes_needed(family), shutil.disk_usage(out).free
+    need = bytes_needed(family)
+    free = shutil.disk_usage(out).free
     if need > free:
-        raise ToolkitError(f"the exported encoder needs {_size(need)} in {out}, only {_size(free)} are free; "
-                           "free some space or choose another --out")
+        raise ToolkitError(
+            f"the exported encoder needs {_size(need)} in {out}, only {_size(free)} are free; "
+            "free some space or choose another --out"
+        )
     return f"writing {_size(need)} to {out} ({_size(free)} free)"
 
 
@@ -43,15 +47,19 @@ def export(model: ir.Model, family: Family, checkpoint: Checkpoint, folder: Path
 
     ToolkitError if the family's table does not fill its tower exactly.
     """
-    torch.set_num_threads(1)        # the other core hashes and writes
+    torch.set_num_threads(1)  # the other core hashes and writes
     slots = {value.name: value for value in model.graph.inputs[1:]}
     with DataFile(folder / DATA) as data, byte_progress("exporting vision weights") as update:
-        for target, tensor in checkpoint.assemble(family.weights(), "vision.", torch.float32, update):
+        for target, tensor in checkpoint.assemble(
+            family.weights(), "vision.", torch.float32, update
+        ):
             name = target.removeprefix("vision.")
             _fill(slots.pop(name, None), name, tensor, data)
-            del tensor          # or it would stay while the next one is built
+            del tensor  # or it would stay while the next one is built
     if slots:
-        raise ToolkitError(f"{family.name}'s weight table leaves {len(slots)} tower weights empty, e.g. {min(slots)}")
+        raise ToolkitError(
+            f"{family.name}'s weight table leaves {len(slots)} tower weights empty, e.g. {min(slots)}"
+        )
     _register(model.graph)
     ir.save(model, folder / ONNX)
     return {ONNX: entry(folder / ONNX), DATA: {"bytes": data.size, "sha256": data.sha256}}
@@ -69,7 +77,9 @@ def reuse_memory():
 def _fill(slot: ir.Value | None, name: str, tensor: torch.Tensor, data: DataFile):
     if slot is None or tuple(slot.shape) != tuple(tensor.shape):
         expected = "no such weight" if slot is None else list(slot.shape)
-        raise ToolkitError(f"vision weight {name} {list(tensor.shape)} does not fit the tower, which has {expected}")
+        raise ToolkitError(
+            f"vision weight {name} {list(tensor.shape)} does not fit the tower, which has {expected}"
+        )
     slot.const_value = data.write(name, tensor)
 
 

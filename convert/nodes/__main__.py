@@ -5,6 +5,7 @@ an exported graph (the ONNX node that ends a torch module against that module), 
 module), and the dump of an .om (dump.py: every dumped operator against its ONNX node). torch runs block by block and leaves
 its results in files, the graph runs in pieces.
 """
+
 import sys
 import tempfile
 from collections import Counter
@@ -18,45 +19,91 @@ from .graph import compare_graph
 from .modules import compare_towers, record
 from .node import FP32, MSIT, Node, describe, passes, read_limits, table
 
-NAMED = 5               # operators that could not be compared, named on the screen; the table has all
+NAMED = 5  # operators that could not be compared, named on the screen; the table has all
 
 
 @dataclass(kw_only=True)
 class NodesOptions:
-    model: str = flag("folder of the checkpoint, the reference", "-m", "--model-path", metavar="DIR")
-    artifact: str | None = flag("folder with vision.onnx, written by `python -m convert`", default=None, metavar="DIR")
-    candidate: str | None = flag("another checkpoint, in place of --artifact: its tower against the reference's, module by "
-                                 "module", default=None, metavar="DIR")
-    dump: str | None = flag("dump of the .om made from --artifact, as npy or bin files of msaccucmp.py convert: its operators "
-                            "against the ONNX nodes", default=None, metavar="DIR")
+    model: str = flag(
+        "folder of the checkpoint, the reference", "-m", "--model-path", metavar="DIR"
+    )
+    artifact: str | None = flag(
+        "folder with vision.onnx, written by `python -m convert`", default=None, metavar="DIR"
+    )
+    candidate: str | None = flag(
+        "another checkpoint, in place of --artifact: its tower against the reference's, module by "
+        "module",
+        default=None,
+        metavar="DIR",
+    )
+    dump: str | None = flag(
+        "dump of the .om made from --artifact, as npy or bin files of msaccucmp.py convert: its operators "
+        "against the ONNX nodes",
+        default=None,
+        metavar="DIR",
+    )
     out: str = flag("table of all compared nodes", metavar="FILE.csv")
-    image: str | None = flag("picture (default: a drawn one)", "--input-image", default=None, metavar="FILE")
-    save_input: str | None = flag("also write what the encoder is fed, for ais_bench --input", default=None,
-                                  metavar="FILE.npy")
-    limit: tuple[str, ...] = flag("another limit, e.g. relative_euclidean=0.01 (default: 3e-5 and gain 5e-7; for a dump "
-                                  "msit's: cosine_min 0.99, relative_euclidean 0.05, kl 0.005, rmse 1, mean_relative 1); may "
-                                  "be repeated", default=(), metavar="MEASURE=X", many=True)
+    image: str | None = flag(
+        "picture (default: a drawn one)", "--input-image", default=None, metavar="FILE"
+    )
+    save_input: str | None = flag(
+        "also write what the encoder is fed, for ais_bench --input",
+        default=None,
+        metavar="FILE.npy",
+    )
+    limit: tuple[str, ...] = flag(
+        "another limit, e.g. relative_euclidean=0.01 (default: 3e-5 and gain 5e-7; for a dump "
+        "msit's: cosine_min 0.99, relative_euclidean 0.05, kl 0.005, rmse 1, mean_relative 1); may "
+        "be repeated",
+        default=(),
+        metavar="MEASURE=X",
+        many=True,
+    )
 
     def __post_init__(self):
         check_folder("model", self.model)
-        require(self, "artifact", bool(self.artifact) != bool(self.candidate), "give either --artifact or --candidate")
-        require(self, "artifact", not self.artifact or (Path(self.artifact) / "vision.onnx").is_file(),
-                "there is no vision.onnx in it; give the --out folder of python -m convert")
+        require(
+            self,
+            "artifact",
+            bool(self.artifact) != bool(self.candidate),
+            "give either --artifact or --candidate",
+        )
+        require(
+            self,
+            "artifact",
+            not self.artifact or (Path(self.artifact) / "vision.onnx").is_file(),
+            "there is no vision.onnx in it; give the --out folder of python -m convert",
+        )
         for name in ("candidate", "dump"):
             if getattr(self, name):
                 check_folder(name, getattr(self, name))
-        require(self, "dump", not (self.dump and self.candidate), "it is compared with a graph; give --artifact")
+        require(
+            self,
+            "dump",
+            not (self.dump and self.candidate),
+            "it is compared with a graph; give --artifact",
+        )
         for name in ("out", "save_input"):
             path = getattr(self, name)
-            require(self, name, not path or Path(path).parent.is_dir(), "its folder does not exist; make it first")
+            require(
+                self,
+                name,
+                not path or Path(path).parent.is_dir(),
+                "its folder does not exist; make it first",
+            )
         self.limits = read_limits(self.limit, MSIT if self.dump else FP32)
 
 
 def main(argv) -> int:
-    options, = Parser("python -m convert.nodes", "--model DIR --artifact DIR --out FILE.csv [options]",
-                      "Compare the inside of a vision encoder with the reference, node by node. Exit code 0: all are within "
-                      "the limits, 1: the first that is not is named.", {"what to compare": NodesOptions}).parse(argv)
+    (options,) = Parser(
+        "python -m convert.nodes",
+        "--model DIR --artifact DIR --out FILE.csv [options]",
+        "Compare the inside of a vision encoder with the reference, node by node. Exit code 0: all are within "
+        "the limits, 1: the first that is not is named.",
+        {"what to compare": NodesOptions},
+    ).parse(argv)
     from runtime.common.files import write_atomically
+
     nodes = compare(options)
     write_atomically(Path(options.out), table(nodes, options.limits))
     return tell(nodes, options)
@@ -67,14 +114,24 @@ def tell(nodes: list[Node], options) -> int:
     failed = [node for node in compared if not passes(node, options.limits)]
     print(f"{len(compared)} nodes compared, {len(failed)} depart; {options.out}")
     for reason, count in Counter(node.reason for node in nodes if node.reason).items():
-        names = [node.golden if node.candidate == "*" else node.candidate for node in nodes if node.reason == reason]
-        print(f"{count} not compared, {reason}: {', '.join(names[:NAMED])}{' ...' * (count > NAMED)}")
+        names = [
+            node.golden if node.candidate == "*" else node.candidate
+            for node in nodes
+            if node.reason == reason
+        ]
+        print(
+            f"{count} not compared, {reason}: {', '.join(names[:NAMED])}{' ...' * (count > NAMED)}"
+        )
     if failed:
-        print(f"FAILED: {describe(failed[0], options.limits, 'ONNX node' if options.dump else 'torch module')}")
+        print(
+            f"FAILED: {describe(failed[0], options.limits, 'ONNX node' if options.dump else 'torch module')}"
+        )
         return CHECK_FAILED
     worst = max(compared, key=lambda node: node.measures["relative_euclidean"])
-    print(f"PASSED: the largest relative Euclidean distance, {worst.measures['relative_euclidean']:.2e}, is at "
-          f"{worst.candidate}")
+    print(
+        f"PASSED: the largest relative Euclidean distance, {worst.measures['relative_euclidean']:.2e}, is at "
+        f"{worst.candidate}"
+    )
     return 0
 
 
@@ -84,30 +141,24 @@ def compare(options: NodesOptions) -> list[Node]:
 
     from convert.verify.pictures import pictures
     from models import family_of
+
     family = family_of(options.model)
     if family.vision is None:
-        raise ToolkitError(f"{family.name} is a text model; python -m runtime.compare compares its layers")
+        raise ToolkitError(
+            f"{family.name} is a text model; python -m runtime.compare compares its layers"
+        )
     pixels = family.pixels(options.image or pictures()["scene"])
     if options.save_input:
         np.save(options.save_input, pixels)
     if options.dump:
         from .om_dump import compare_dump
+
         return compare_dump(Path(options.artifact), Path(options.dump), pixels)
     with tempfile.TemporaryDirectory(prefix="ascend-vlm-") as work:
         shapes = record(family, pixels, Path(work))
         if options.candidate:
             return compare_towers(family_of(options.candidate), pixels, Path(work), shapes)
         return compare_graph(family, Path(options.artifact), pixels, Path(work), shapes)
-
-
-
-
-
-
-
-
-
-
 
 
 if __name__ == "__main__":

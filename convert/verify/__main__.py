@@ -4,6 +4,7 @@ In flows a checkpoint and a folder with vision.onnx, out flows one Comparison pe
 shapes, dtypes, then values over all elements. Run as a process of its own (`python -m convert.verify`), because neither
 torch nor ONNX Runtime gives memory back.
 """
+
 import json
 import sys
 from dataclasses import asdict
@@ -22,14 +23,19 @@ def verify(family: Family, directory: Path, folder: Path) -> dict[str, Compariso
     from runtime.common.processes import output_of
 
     from .piecewise import memory_needed
+
     need = memory_needed(folder)
     if need > available_memory():
-        raise ToolkitError(f"verifying {family.name}'s encoder needs {gib(need)} GiB of memory, only "
-                           f"{gib(available_memory())} are free; free some and run the same command again")
+        raise ToolkitError(
+            f"verifying {family.name}'s encoder needs {gib(need)} GiB of memory, only "
+            f"{gib(available_memory())} are free; free some and run the same command again"
+        )
     code, output = output_of("convert.verify", directory.resolve(), folder.resolve())
     if code:
         why = "was killed, perhaps for lack of memory" if code < 0 else "failed"
-        raise ToolkitError(f"the verification of {folder} {why}; run the same command again", CHECK_FAILED)
+        raise ToolkitError(
+            f"the verification of {folder} {why}; run the same command again", CHECK_FAILED
+        )
     return {name: Comparison(**values) for name, values in json.loads(output).items()}
 
 
@@ -41,9 +47,11 @@ def measure(directory: str, folder: str) -> dict[str, Comparison]:
 
     from .piecewise import StreamedGraph, StreamedTower
     from .preflight import interface
+
     family = family_of(directory)
     pixels = {name: family.pixels(picture) for name, picture in pictures().items()}
-    tower, graph = StreamedTower(family, Checkpoint(directory)), StreamedGraph(Path(folder))
+    tower = StreamedTower(family, Checkpoint(directory))
+    graph = StreamedGraph(Path(folder))
     for finding in interface(graph.model.graph, family.vision):
         raise ToolkitError(str(finding), CHECK_FAILED)
     with step_progress("verifying: torch", len(pixels) * tower.steps) as tower.advance:
@@ -55,6 +63,7 @@ def measure(directory: str, folder: str) -> dict[str, Comparison]:
 
 def main(argv: list[str]) -> int:
     from runtime.common.processes import die_with_parent
+
     die_with_parent()
     print(json.dumps({name: asdict(result) for name, result in measure(*argv).items()}))
     return 0
@@ -62,4 +71,5 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     from runtime.common.errors import run_command
+
     sys.exit(run_command(main))

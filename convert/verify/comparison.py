@@ -1,16 +1,19 @@
 """Two arrays held against each other."""
+
 from dataclasses import dataclass
 
 import numpy as np
 
 from runtime.common.errors import CHECK_FAILED, ToolkitError
 
-COSINE, RELATIVE = 0.999999, 1e-4       # lowest cosine; highest error relative to the largest value (measured: 1e-6)
+COSINE = 0.999999
+RELATIVE = 1e-4  # lowest cosine; highest error relative to the largest value (measured: 1e-6)
 
 
 @dataclass
 class Comparison:
     """ONNX Runtime against torch on one picture; errors are absolute, over all `elements`."""
+
     cosine: float
     max_abs: float
     mean_abs: float
@@ -20,22 +23,36 @@ class Comparison:
     @property
     def passed(self) -> bool:
         """False for NaN, Inf and for nothing compared."""
-        return bool(self.elements and self.cosine >= COSINE and self.max_abs <= RELATIVE * self.reference_max)
+        return bool(
+            self.elements
+            and self.cosine >= COSINE
+            and self.max_abs <= RELATIVE * self.reference_max
+        )
 
     def __str__(self):
-        return (f"cosine {self.cosine:.9f}, max abs {self.max_abs:.3g}, mean abs {self.mean_abs:.3g} "
-                f"(largest value {self.reference_max:.3g}, {self.elements} elements)")
+        return (
+            f"cosine {self.cosine:.9f}, max abs {self.max_abs:.3g}, mean abs {self.mean_abs:.3g} "
+            f"(largest value {self.reference_max:.3g}, {self.elements} elements)"
+        )
 
 
 def compare(reference: np.ndarray, candidate: np.ndarray) -> Comparison:
     """Two arrays of the same shape -> Comparison, in float64. ToolkitError when the shapes differ."""
     if reference.shape != candidate.shape:
-        raise ToolkitError(f"output shapes differ: torch {list(reference.shape)}, ONNX {list(candidate.shape)}",
-                           CHECK_FAILED)
-    a, b = reference.astype(np.float64).ravel(), candidate.astype(np.float64).ravel()
+        raise ToolkitError(
+            f"output shapes differ: torch {list(reference.shape)}, ONNX {list(candidate.shape)}",
+            CHECK_FAILED,
+        )
+    a = reference.astype(np.float64).ravel()
+    b = candidate.astype(np.float64).ravel()
     if not a.size or not (np.isfinite(a).all() and np.isfinite(b).all()):
         return Comparison(0.0, float("inf"), float("inf"), 0.0, 0)
     difference = np.abs(a - b)
     norms = np.linalg.norm(a) * np.linalg.norm(b)
-    return Comparison(float(a @ b / norms) if norms else float(np.array_equal(a, b)), float(difference.max()),
-                      float(difference.mean()), float(np.abs(a).max()), a.size)
+    return Comparison(
+        float(a @ b / norms) if norms else float(np.array_equal(a, b)),
+        float(difference.max()),
+        float(difference.mean()),
+        float(np.abs(a).max()),
+        a.size,
+    )

@@ -1,7 +1,8 @@
 """Draw a scene nobody has seen and ask the demo model about it, once in each language, through the public Python API.
 
-    python examples/demo/ask.py --model examples/demo/checkpoint --seed 7 --out out/demo
+python examples/demo/ask.py --model examples/demo/checkpoint --seed 7 --out out/demo
 """
+
 import argparse
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from scenes import draw_pil, sample_scene
 
 from runtime import Engine, SamplingParams
 
-UNSEEN = 10**6      # training and test seeds lie elsewhere
+UNSEEN = 10**6  # training and test seeds lie elsewhere
 
 
 def pose(seed: int):
@@ -26,7 +27,9 @@ def pose(seed: int):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--artifact", help="folder written by python -m convert")
     parser.add_argument("--seed", type=int, default=0, help="which scene")
@@ -37,15 +40,24 @@ def main():
     picture = args.out / "scene.png"
     Image.fromarray(draw_pil(scene)).save(picture)
 
-    engine, console, right = Engine(args.model, artifact=args.artifact), Console(highlight=False), True
+    engine = Engine(args.model, artifact=args.artifact)
+    console = Console(highlight=False)
+    right = True
     console.print(f"picture: {picture} (seed {args.seed})")
     for turn, language in turns:
-        content = [{"type": "image", "image": picture}, {"type": "text", "text": turn.question(language)}]
-        result = engine.generate([engine.prompt([{"role": "user", "content": content}])], SamplingParams(max_tokens=48))[0]
+        content = [
+            {"type": "image", "image": picture},
+            {"type": "text", "text": turn.question(language)},
+        ]
+        result = engine.generate(
+            [engine.prompt([{"role": "user", "content": content}])], SamplingParams(max_tokens=48)
+        )[0]
         expected = turn.answer[language]
         right &= result.text == expected
-        console.print(f"  {turn.question(language)}  ->  [bold]{result.text}[/]"
-                      + ("" if result.text == expected else f"   [red](expected {expected})[/]"))
+        console.print(
+            f"  {turn.question(language)}  ->  [bold]{result.text}[/]"
+            + ("" if result.text == expected else f"   [red](expected {expected})[/]")
+        )
     return 0 if right else 1
 
 

@@ -1,4 +1,5 @@
 """Batches for training: scenes and patches drawn from a step's own seed, questions as packed token sequences."""
+
 import numpy as np
 import torch
 from net import ROWS
@@ -8,8 +9,15 @@ from targets import PATCH
 from torch.nn import functional as F
 
 SEED = 1
-FULLNESS = (0.1, 0.2, 0.3, 0.4)         # share of scenes with 1, 2, 3, 4 objects
-WEIGHTS = {"relation": 3.0, "extreme": 2.0, "count_shape": 2.0, "describe": 1.5, "size": 1.5, "exists": 1.5}
+FULLNESS = (0.1, 0.2, 0.3, 0.4)  # share of scenes with 1, 2, 3, 4 objects
+WEIGHTS = {
+    "relation": 3.0,
+    "extreme": 2.0,
+    "count_shape": 2.0,
+    "describe": 1.5,
+    "size": 1.5,
+    "exists": 1.5,
+}
 
 
 def stream(stage: int, step: int, rank: int) -> np.random.Generator:
@@ -19,7 +27,10 @@ def stream(stage: int, step: int, rank: int) -> np.random.Generator:
 
 def draw_scenes(rng, count):
     """Full scenes more often than the grammar has them: sorting three or four objects takes longest to learn."""
-    return [sample_scene(rng, rng.random() < 0.3, int(rng.choice(4, p=FULLNESS)) + 1) for _ in range(count)]
+    return [
+        sample_scene(rng, rng.random() < 0.3, int(rng.choice(4, p=FULLNESS)) + 1)
+        for _ in range(count)
+    ]
 
 
 def cut(pictures: np.ndarray) -> np.ndarray:
@@ -55,7 +66,9 @@ class Questions:
 
     def sample(self, scenes, per_scene, rng):
         """-> rows' owners; (ids, start of rows, answer ids) of each turn; (turn, scene, two objects) of relations."""
-        owners, turns, pairs = [], [], []
+        owners = []
+        turns = []
+        pairs = []
         for b, scene in enumerate(scenes):
             while len(turns) < (b + 1) * per_scene:
                 turn = ask(scene, KINDS[rng.choice(len(KINDS), p=self.weights)], rng)
@@ -63,7 +76,9 @@ class Questions:
                     owners.append(b)
                     pairs += [(len(turns), b, *turn.pair)] if turn.pair else []
                     language = LANGUAGES[rng.integers(2)]
-                    turns.append(self.encode(turn, language, language if rng.random() < 0.4 else "zh"))
+                    turns.append(
+                        self.encode(turn, language, language if rng.random() < 0.4 else "zh")
+                    )
         return torch.tensor(owners), turns, pairs
 
     def marks(self, turns):
@@ -78,7 +93,11 @@ class Questions:
     def encode(self, turn, language, wrapper):
         """`wrapper`: English questions also stand in the release's default form, 问：…答："""
         ids, start = self.tokenizer.prompt(turn.question(language), wrapper, ROWS)
-        return ids, start, self.tokenizer.encode(turn.answer[language]) + [self.tokenizer.ids["eos_token_id"]]
+        return (
+            ids,
+            start,
+            self.tokenizer.encode(turn.answer[language]) + [self.tokenizer.ids["eos_token_id"]],
+        )
 
 
 def layout(prompt_length: int, answer_length: int) -> np.ndarray:
@@ -93,17 +112,21 @@ def pack(turns, pad):
     """Right-padded ids, positions, contexts and labels (-100 = not an answer token)."""
     longest = max(len(ids) + len(answer) for ids, _, answer in turns) - 1
     ids = torch.full((len(turns), longest), pad)
-    labels, positions = torch.full_like(ids, -100), torch.zeros(len(turns), longest, 2)
+    labels = torch.full_like(ids, -100)
+    positions = torch.zeros(len(turns), longest, 2)
     for b, (prompt, _, answer) in enumerate(turns):
         row = torch.tensor(prompt + answer)
-        ids[b, :len(row) - 1], labels[b, len(prompt) - 1:len(row) - 1] = row[:-1], torch.tensor(answer)
-        positions[b, :len(row) - 1] = torch.from_numpy(layout(len(prompt), len(answer) - 1))
+        ids[b, : len(row) - 1] = row[:-1]
+        labels[b, len(prompt) - 1 : len(row) - 1] = torch.tensor(answer)
+        positions[b, : len(row) - 1] = torch.from_numpy(layout(len(prompt), len(answer) - 1))
     return ids, positions, torch.tensor([len(p) - 1 for p, _, _ in turns]), labels
 
 
 def splice(decoder, ids, start, rows):
     embedded = decoder.word_embeddings(ids)
-    return torch.cat((embedded[:, :start], rows.to(embedded.dtype), embedded[:, start + ROWS:]), dim=1)
+    return torch.cat(
+        (embedded[:, :start], rows.to(embedded.dtype), embedded[:, start + ROWS :]), dim=1
+    )
 
 
 def answer_loss(decoder, turns, rows, pad, drop=False, taps=None, marks=None):
@@ -113,8 +136,11 @@ def answer_loss(decoder, turns, rows, pad, drop=False, taps=None, marks=None):
     x = splice(decoder, ids, start, rows)
     if drop:
         keep = torch.cat((torch.arange(start + 9), torch.arange(start + ROWS, ids.shape[1])))
-        x, positions, labels, context = x[:, keep], positions[:, keep], labels[:, keep], context - (ROWS - 9)
+        x = x[:, keep]
+        positions = positions[:, keep]
+        labels = labels[:, keep]
+        context = context - (ROWS - 9)
     hidden = decoder(x, positions, context, taps)
-    if taps is not None:        # what stands at the marked tokens after each layer
+    if taps is not None:  # what stands at the marked tokens after each layer
         taps[:] = [tap[torch.arange(len(tap))[:, None], context[:, None] - marks] for tap in taps]
     return F.cross_entropy(decoder.lm_head(hidden[labels >= 0]).float(), labels[labels >= 0])

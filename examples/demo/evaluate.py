@@ -2,6 +2,7 @@
 
 python examples/demo/evaluate.py --checkpoint examples/demo/checkpoint --scenes 200 --renderer pil
 """
+
 import argparse
 import json
 from collections import defaultdict
@@ -16,7 +17,7 @@ from questions import KINDS, LANGUAGES, ask
 from scenes import draw_pil, draw_sdf, sample_scene
 from tokenizer import Tokenizer
 
-UNSEEN = 999        # the first number of every test seed; training seeds begin with train.SEED
+UNSEEN = 999  # the first number of every test seed; training seeds begin with train.SEED
 RENDERERS = {"sdf": draw_sdf, "pil": draw_pil, "hard": lambda scene: draw_pil(scene, scale=1)}
 
 
@@ -37,12 +38,15 @@ def look(tower, pictures: np.ndarray) -> torch.Tensor:
 def answers(decoder, tokenizer, rows, questions, limit=16) -> list[str]:
     """Greedy answers to (picture index, question, language); the whole sequence is run again for every token."""
     prompts = [tokenizer.prompt(text, language, ROWS) for _, text, language in questions]
-    written, open_ones = [[] for _ in prompts], list(range(len(prompts)))
+    written = [[] for _ in prompts]
+    open_ones = list(range(len(prompts)))
     owners = torch.tensor([index for index, _, _ in questions])
     for _ in range(limit):
         turns = [(prompts[i][0], prompts[i][1], written[i] + [0]) for i in open_ones]
         ids, positions, context, labels = pack(turns, tokenizer.ids["pad_token_id"])
-        hidden = decoder(splice(decoder, ids, turns[0][1], rows[owners[open_ones]]), positions, context)
+        hidden = decoder(
+            splice(decoder, ids, turns[0][1], rows[owners[open_ones]]), positions, context
+        )
         last = (labels >= 0).float().cumsum(1).argmax(1)
         best = decoder.lm_head(hidden[torch.arange(len(turns)), last]).argmax(-1).tolist()
         for i, token in zip(open_ones, best):
@@ -50,17 +54,30 @@ def answers(decoder, tokenizer, rows, questions, limit=16) -> list[str]:
         open_ones = [i for i in open_ones if written[i][-1] != tokenizer.ids["eos_token_id"]]
         if not open_ones:
             break
-    return [tokenizer.decode([t for t in ids if t != tokenizer.ids["eos_token_id"]]) for ids in written]
+    return [
+        tokenizer.decode([t for t in ids if t != tokenizer.ids["eos_token_id"]]) for ids in written
+    ]
 
 
 def score(tower, decoder, tokenizer, scenes, renderer, first=0, batch=25):
     """-> {(kind, language): [right, asked]} and the wrong answers."""
-    counts, wrong = defaultdict(lambda: [0, 0]), []
+    counts = defaultdict(lambda: [0, 0])
+    wrong = []
     for start in range(first, first + scenes, batch):
-        drawn = [test_scene(seed, integer=seed % 3 == 0) for seed in range(start, min(start + batch, first + scenes))]
+        drawn = [
+            test_scene(seed, integer=seed % 3 == 0)
+            for seed in range(start, min(start + batch, first + scenes))
+        ]
         rows = look(tower, np.stack([renderer(scene) for scene, _ in drawn]))
-        asked = [(i, turn, lang) for i, (_, turns) in enumerate(drawn) for turn in turns for lang in LANGUAGES]
-        replies = answers(decoder, tokenizer, rows, [(i, turn.question(lang), lang) for i, turn, lang in asked])
+        asked = [
+            (i, turn, lang)
+            for i, (_, turns) in enumerate(drawn)
+            for turn in turns
+            for lang in LANGUAGES
+        ]
+        replies = answers(
+            decoder, tokenizer, rows, [(i, turn.question(lang), lang) for i, turn, lang in asked]
+        )
         for (i, turn, lang), reply in zip(asked, replies):
             right = reply == turn.answer[lang]
             counts[turn.kind, lang][0] += right
@@ -89,20 +106,33 @@ def write_samples(folder: Path, count=3) -> None:
     for seed in range(10_000, 10_000 + count):
         scene, turns = test_scene(seed)
         Image.fromarray(draw_pil(scene)).save(folder / f"scene{seed}.png")
-        lines += [{"image": f"scene{seed}.png", "prompt": turn.question(lang), "answer": turn.answer[lang],
-                   "lang": lang, "kind": turn.kind} for turn in turns for lang in LANGUAGES]
+        lines += [
+            {
+                "image": f"scene{seed}.png",
+                "prompt": turn.question(lang),
+                "answer": turn.answer[lang],
+                "lang": lang,
+                "kind": turn.kind,
+            }
+            for turn in turns
+            for lang in LANGUAGES
+        ]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     (folder / "questions.jsonl").write_text(text, encoding="utf-8")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--checkpoint", type=Path, default=Path(__file__).parent / "checkpoint")
     parser.add_argument("--scenes", type=int, default=200)
     parser.add_argument("--first", type=int, default=0, help="first test seed")
     parser.add_argument("--renderer", choices=RENDERERS, default="pil")
     parser.add_argument("--wrong", type=int, default=0, help="print this many wrong answers")
-    parser.add_argument("--samples", type=Path, help="write sample pictures and questions.jsonl here and stop")
+    parser.add_argument(
+        "--samples", type=Path, help="write sample pictures and questions.jsonl here and stop"
+    )
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -110,9 +140,16 @@ def main():
         write_samples(args.samples)
         return
     _, tower, decoder = load_release(args.checkpoint)
-    counts, wrong = score(tower, decoder, Tokenizer(args.checkpoint), args.scenes, RENDERERS[args.renderer], args.first)
+    counts, wrong = score(
+        tower,
+        decoder,
+        Tokenizer(args.checkpoint),
+        args.scenes,
+        RENDERERS[args.renderer],
+        args.first,
+    )
     print(report(counts))
-    for line in wrong[:args.wrong]:
+    for line in wrong[: args.wrong]:
         print(*line, sep=" | ")
 
 

@@ -1,4 +1,5 @@
 """The demo network: the product's own vision encoder, a dense trainable ChatGLM-6B decoder, and the release layout."""
+
 import json
 import math
 import sys
@@ -13,24 +14,60 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from models.families.visualglm import VisionEncoder
 
-ALPHA = math.sqrt(2 * 28)       # the release computes it from 28 layers whatever the configuration says
+ALPHA = math.sqrt(2 * 28)  # the release computes it from 28 layers whatever the configuration says
 ROWS = 32
 
-EVA = {"num_layers": 4, "hidden_size": 128, "num_attention_heads": 4, "vocab_size": 1, "layernorm_order": "pre",
-       "model_parallel_size": 1, "max_sequence_length": 257, "inner_hidden_size": 384, "use_final_layernorm": False,
-       "layernorm_epsilon": 1e-06, "image_size": [224, 224], "pre_len": 1, "post_len": 0, "in_channels": 3,
-       "num_classes": 0, "patch_size": 14}
-QFORMER = {"num_layers": 3, "hidden_size": 128, "num_attention_heads": 4, "vocab_size": ROWS, "layernorm_order": "post",
-           "model_parallel_size": 1, "max_sequence_length": 0, "is_decoder": [True, False, True],
-           "cross_attn_hidden_size": 128, "layernorm_epsilon": 1e-12}
-MODEL = {"architectures": ["ChatGLMModel"],
-         "auto_map": {"AutoConfig": "configuration_chatglm.ChatGLMConfig",
-                      "AutoModel": "modeling_chatglm.ChatGLMForConditionalGenerationWithImage",
-                      "AutoModelForSeq2SeqLM": "modeling_chatglm.ChatGLMForConditionalGenerationWithImage"},
-         "hidden_size": 128, "inner_hidden_size": 512, "layernorm_epsilon": 1e-05, "max_sequence_length": 2048,
-         "model_type": "chatglm", "num_attention_heads": 4, "num_layers": 4, "position_encoding_2d": True,
-         "torch_dtype": "float16", "use_cache": True, "image_length": ROWS,
-         "eva_config": EVA, "qformer_config": QFORMER}
+EVA = {
+    "num_layers": 4,
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "vocab_size": 1,
+    "layernorm_order": "pre",
+    "model_parallel_size": 1,
+    "max_sequence_length": 257,
+    "inner_hidden_size": 384,
+    "use_final_layernorm": False,
+    "layernorm_epsilon": 1e-06,
+    "image_size": [224, 224],
+    "pre_len": 1,
+    "post_len": 0,
+    "in_channels": 3,
+    "num_classes": 0,
+    "patch_size": 14,
+}
+QFORMER = {
+    "num_layers": 3,
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "vocab_size": ROWS,
+    "layernorm_order": "post",
+    "model_parallel_size": 1,
+    "max_sequence_length": 0,
+    "is_decoder": [True, False, True],
+    "cross_attn_hidden_size": 128,
+    "layernorm_epsilon": 1e-12,
+}
+MODEL = {
+    "architectures": ["ChatGLMModel"],
+    "auto_map": {
+        "AutoConfig": "configuration_chatglm.ChatGLMConfig",
+        "AutoModel": "modeling_chatglm.ChatGLMForConditionalGenerationWithImage",
+        "AutoModelForSeq2SeqLM": "modeling_chatglm.ChatGLMForConditionalGenerationWithImage",
+    },
+    "hidden_size": 128,
+    "inner_hidden_size": 512,
+    "layernorm_epsilon": 1e-05,
+    "max_sequence_length": 2048,
+    "model_type": "chatglm",
+    "num_attention_heads": 4,
+    "num_layers": 4,
+    "position_encoding_2d": True,
+    "torch_dtype": "float16",
+    "use_cache": True,
+    "image_length": ROWS,
+    "eva_config": EVA,
+    "qformer_config": QFORMER,
+}
 
 
 def make_config(tokenizer) -> dict:
@@ -71,15 +108,22 @@ class Layer(nn.Module):
 
     def __init__(self, config: dict):
         super().__init__()
-        width, inner, eps = config["hidden_size"], config["inner_hidden_size"], config["layernorm_epsilon"]
+        width = config["hidden_size"]
+        inner = config["inner_hidden_size"]
+        eps = config["layernorm_epsilon"]
         self.heads = config["num_attention_heads"]
-        self.input_layernorm, self.post_attention_layernorm = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps)
-        self.query_key_value, self.dense = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.dense_h_to_4h, self.dense_4h_to_h = nn.Linear(width, inner), nn.Linear(inner, width)
+        self.input_layernorm = nn.LayerNorm(width, eps)
+        self.post_attention_layernorm = nn.LayerNorm(width, eps)
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.dense = nn.Linear(width, width)
+        self.dense_h_to_4h = nn.Linear(width, inner)
+        self.dense_4h_to_h = nn.Linear(inner, width)
 
     def forward(self, h, turn, mask):
         x = self.input_layernorm(h)
-        q, k, v = self.query_key_value(x).unflatten(2, (self.heads, -1)).transpose(1, 2).chunk(3, dim=-1)
+        q, k, v = (
+            self.query_key_value(x).unflatten(2, (self.heads, -1)).transpose(1, 2).chunk(3, dim=-1)
+        )
         scores = rotate(q, turn) @ rotate(k, turn).transpose(2, 3) / math.sqrt(k.shape[-1])
         mixed = torch.softmax(scores + mask.to(scores.dtype), dim=-1) @ v
         x = self.post_attention_layernorm(x * ALPHA + self.dense(mixed.transpose(1, 2).flatten(2)))
@@ -106,8 +150,15 @@ class Decoder(nn.Module):
 
     def _start(self):
         nn.init.normal_(self.word_embeddings.weight, std=0.2)
-        for layer in self.layers:       # alpha shrinks every branch against its residual: start the branches larger
-            for name, gain in (("query_key_value", 1), ("dense", 3), ("dense_h_to_4h", 1), ("dense_4h_to_h", 3)):
+        for layer in (
+            self.layers
+        ):  # alpha shrinks every branch against its residual: start the branches larger
+            for name, gain in (
+                ("query_key_value", 1),
+                ("dense", 3),
+                ("dense_h_to_4h", 1),
+                ("dense_4h_to_h", 3),
+            ):
                 linear = getattr(layer, name)
                 nn.init.normal_(linear.weight, std=gain / math.sqrt(linear.in_features))
                 nn.init.zeros_(linear.bias)
@@ -115,10 +166,12 @@ class Decoder(nn.Module):
 
     def forward(self, x, positions, context, taps=None):
         """x [B, T, width], positions [B, T, 2] -> hidden states; the first context[b] tokens see each other."""
-        angles = positions[..., None].float() * self.inv_freq               # [B, T, 2, d]
+        angles = positions[..., None].float() * self.inv_freq  # [B, T, 2, d]
         turn = angles.cos()[:, None], angles.sin()[:, None]
         steps = torch.arange(x.shape[1])
-        hidden = (steps[None, :] > steps[:, None]) & (steps[None, None, :] >= context[:, None, None])
+        hidden = (steps[None, :] > steps[:, None]) & (
+            steps[None, None, :] >= context[:, None, None]
+        )
         mask = torch.zeros(hidden.shape).masked_fill(hidden, -1e4)
         for layer in self.layers:
             x = layer(x, turn, mask[:, None])
@@ -135,9 +188,11 @@ def inverse_frequencies(config):
 
 # ------------------------------------------------------------------------------------------------- release layout
 
+
 def vision_table(config: dict):
     """(release name, our names to stack, linear?) for every tensor of the encoder."""
-    vit, former = "image_encoder.vit.", "image_encoder.qformer.transformer."
+    vit = "image_encoder.vit."
+    former = "image_encoder.qformer.transformer."
     yield vit + "mixins.patch_embedding.proj.weight", ["vit.patch.weight"], False
     yield vit + "mixins.patch_embedding.proj.bias", ["vit.patch.bias"], False
     yield vit + "transformer.word_embeddings.weight", ["vit.cls"], False
@@ -147,21 +202,30 @@ def vision_table(config: dict):
     yield from _affine(former + "final_layernorm", ["qformer.norm"], False)
     yield from _affine("image_encoder.glm_proj", ["project"], True)
     for i in range(config["eva_config"]["num_layers"]):
-        yield from _block(f"{vit}transformer.layers.{i}.", f"vit.blocks.{i}.", "attention_norm", "mlp_norm")
+        yield from _block(
+            f"{vit}transformer.layers.{i}.", f"vit.blocks.{i}.", "attention_norm", "mlp_norm"
+        )
     for i, cross in enumerate(config["qformer_config"]["is_decoder"]):
-        theirs, ours = f"{former}layers.{i}.", f"qformer.layers.{i}."
+        theirs = f"{former}layers.{i}."
+        ours = f"qformer.layers.{i}."
         yield from _block(theirs, ours, "input_norm", "attention_norm")
         if cross:
-            yield from _affine(theirs + "post_cross_attention_layernorm", [ours + "cross_norm"], False)
+            yield from _affine(
+                theirs + "post_cross_attention_layernorm", [ours + "cross_norm"], False
+            )
             yield from _affine(theirs + "cross_attention.query", [ours + "cross.q"], True)
-            yield from _affine(theirs + "cross_attention.key_value", [ours + "cross.k", ours + "cross.v"], True)
+            yield from _affine(
+                theirs + "cross_attention.key_value", [ours + "cross.k", ours + "cross.v"], True
+            )
             yield from _affine(theirs + "cross_attention.dense", [ours + "cross.out"], True)
 
 
 def _block(theirs, ours, first_norm, second_norm):
     yield from _affine(theirs + "input_layernorm", [ours + first_norm], False)
     yield from _affine(theirs + "post_attention_layernorm", [ours + second_norm], False)
-    yield from _affine(theirs + "attention.query_key_value", [f"{ours}attention.{c}" for c in "qkv"], True)
+    yield from _affine(
+        theirs + "attention.query_key_value", [f"{ours}attention.{c}" for c in "qkv"], True
+    )
     yield from _affine(theirs + "attention.dense", [ours + "attention.out"], True)
     yield from _affine(theirs + "mlp.dense_h_to_4h", [ours + "mlp.up"], True)
     yield from _affine(theirs + "mlp.dense_4h_to_h", [ours + "mlp.down"], True)
@@ -174,7 +238,12 @@ def _affine(theirs, ours, linear):
 
 def decoder_name(ours: str) -> str:
     """word_embeddings.weight -> transformer.word_embeddings.weight, layers.0.dense.. -> ..layers.0.attention.dense.."""
-    groups = {"query_key_value": "attention", "dense_h_to_4h": "mlp", "dense_4h_to_h": "mlp", "dense": "attention"}
+    groups = {
+        "query_key_value": "attention",
+        "dense_h_to_4h": "mlp",
+        "dense_4h_to_h": "mlp",
+        "dense": "attention",
+    }
     for part, group in groups.items():
         if f".{part}." in ours:
             ours = ours.replace(f".{part}.", f".{group}.{part}.")
@@ -184,25 +253,33 @@ def decoder_name(ours: str) -> str:
 
 def save_release(folder: Path, config: dict, tower: nn.Module, decoder: nn.Module) -> None:
     """config.json and model.safetensors (fp16) with the released names."""
-    state, tensors = tower.state_dict(), {}
+    state = tower.state_dict()
+    tensors = {}
     for name, parts, linear in vision_table(config):
         tensors[name] = torch.cat([state[p].T if linear else state[p] for p in parts])
     for name, value in decoder.state_dict().items():
         tensors[decoder_name(name)] = value
     for i in range(config["num_layers"]):
         tensors[f"transformer.layers.{i}.attention.rotary_emb.inv_freq"] = decoder.inv_freq.clone()
-    save_file({k: v.detach().half().contiguous() for k, v in tensors.items()}, str(folder / "model.safetensors"),
-              metadata={"format": "pt"})
+    save_file(
+        {k: v.detach().half().contiguous() for k, v in tensors.items()},
+        str(folder / "model.safetensors"),
+        metadata={"format": "pt"},
+    )
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
 def load_release(folder: Path) -> tuple[dict, VisionEncoder, Decoder]:
     config = json.loads((folder / "config.json").read_text())
     tensors = load_file(str(folder / "model.safetensors"))
-    tower, decoder, state = make_tower(config), Decoder(config), {}
+    tower = make_tower(config)
+    decoder = Decoder(config)
+    state = {}
     for name, parts, linear in vision_table(config):
         for part, piece in zip(parts, tensors[name].float().chunk(len(parts))):
             state[part] = piece.T if linear else piece
     tower.load_state_dict(state)
-    decoder.load_state_dict({name: tensors[decoder_name(name)].float() for name in decoder.state_dict()})
+    decoder.load_state_dict(
+        {name: tensors[decoder_name(name)].float() for name in decoder.state_dict()}
+    )
     return config, tower, decoder

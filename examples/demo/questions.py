@@ -2,6 +2,7 @@
 
 Every kind has a function (scene, rng) -> slots and answer, or None where the scene allows no unambiguous question.
 """
+
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,14 +11,23 @@ from scenes import CLEAR, COLORS, SHAPES, SIZES, Scene, Thing
 LANGUAGES = ("en", "zh")
 PROMPT = {"en": "Q:{}\nA:", "zh": "问：{}\n答："}
 
-COLOR = {"en": tuple(COLORS), "zh": ("红色", "橙色", "黄色", "绿色", "青色", "蓝色", "紫色", "黑色")}
+COLOR = {
+    "en": tuple(COLORS),
+    "zh": ("红色", "橙色", "黄色", "绿色", "青色", "蓝色", "紫色", "黑色"),
+}
 SHAPE = {"en": SHAPES, "zh": ("圆形", "正方形", "三角形", "十字形")}
 PLURAL = {"en": ("circles", "squares", "triangles", "crosses"), "zh": SHAPE["zh"]}
 SIZE = {"en": SIZES, "zh": ("小", "中", "大")}
 PRESENT = {"en": ("no", "yes"), "zh": ("没有", "有")}
 TRUTH = {"en": ("no", "yes"), "zh": ("不是", "是")}
-EXTREME = {"en": ("leftmost", "rightmost", "topmost", "bottommost"), "zh": ("左边", "右边", "上边", "下边")}
-SIDE = {"en": ("to the left of", "to the right of", "above", "below"), "zh": ("左边", "右边", "上边", "下边")}
+EXTREME = {
+    "en": ("leftmost", "rightmost", "topmost", "bottommost"),
+    "zh": ("左边", "右边", "上边", "下边"),
+}
+SIDE = {
+    "en": ("to the left of", "to the right of", "above", "below"),
+    "zh": ("左边", "右边", "上边", "下边"),
+}
 COMMA = {"en": ", ", "zh": "、"}
 
 WORDING = {
@@ -37,10 +47,11 @@ KINDS = tuple(WORDING)
 @dataclass(frozen=True)
 class Turn:
     """One question with its answer; `slots` fill the wording, per language, as `answer` does."""
+
     kind: str
     slots: dict
     answer: dict
-    pair: tuple = ()        # relation only: indices of the two objects
+    pair: tuple = ()  # relation only: indices of the two objects
 
     def question(self, language: str) -> str:
         return WORDING[self.kind][language].format(*self.slots[language])
@@ -51,11 +62,13 @@ def ask(scene: Scene, kind: str, rng: np.random.Generator) -> Turn | None:
     if found is None:
         return None
     slots, answer, *pair = found
-    return Turn(kind, {g: slots(g) for g in LANGUAGES}, {g: answer(g) for g in LANGUAGES}, tuple(pair))
+    return Turn(
+        kind, {g: slots(g) for g in LANGUAGES}, {g: answer(g) for g in LANGUAGES}, tuple(pair)
+    )
 
 
 def name(thing: Thing, language: str) -> str:
-    """"red circle", "红色圆形"."""
+    """ "red circle", "红色圆形"."""
     return _pair(thing.color, thing.shape, language)
 
 
@@ -92,7 +105,9 @@ def _count(scene, rng):
 def _count_shape(scene, rng):
     """Half the time a shape that is there, half the time any of the four."""
     shapes = [t.shape for t in scene.things]
-    shape = shapes[rng.integers(len(shapes))] if rng.random() < 0.5 else int(rng.integers(len(SHAPES)))
+    shape = (
+        shapes[rng.integers(len(shapes))] if rng.random() < 0.5 else int(rng.integers(len(SHAPES)))
+    )
     return lambda g: (PLURAL[g][shape],), lambda g: str(shapes.count(shape))
 
 
@@ -101,7 +116,8 @@ def _exists(scene, rng):
     present = {(t.color, t.shape) for t in scene.things}
     thing = scene.things[rng.integers(len(scene.things))]
     if rng.random() < 0.5:
-        color, shape = thing.color, thing.shape
+        color = thing.color
+        shape = thing.shape
     else:
         color, shape = _absent(present, thing, rng)
     return lambda g: (_pair(color, shape, g),), lambda g: PRESENT[g][(color, shape) in present]
@@ -109,9 +125,16 @@ def _exists(scene, rng):
 
 def _absent(present, thing, rng):
     while True:
-        color, shape = int(rng.integers(len(COLORS))), int(rng.integers(len(SHAPES)))
+        color = int(rng.integers(len(COLORS)))
+        shape = int(rng.integers(len(SHAPES)))
         near = rng.integers(3)
-        pair = (thing.color, shape) if near == 0 else (color, thing.shape) if near == 1 else (color, shape)
+        pair = (
+            (thing.color, shape)
+            if near == 0
+            else (color, thing.shape)
+            if near == 1
+            else (color, shape)
+        )
         if pair not in present:
             return pair
 
@@ -131,7 +154,8 @@ def _relation(scene, rng):
     if len(scene.things) < 2:
         return None
     i, j = (int(k) for k in rng.choice(len(scene.things), 2, replace=False))
-    one, two = scene.things[i], scene.things[j]
+    one = scene.things[i]
+    two = scene.things[j]
     which = int(rng.integers(4))
     lead = two.x - one.x if which < 2 else two.y - one.y
     if abs(lead) < CLEAR:
@@ -148,5 +172,14 @@ def _describe(scene, rng):
     return lambda g: (), lambda g: COMMA[g].join(name(t, g) for t in things)
 
 
-ASKERS = {"color": _color, "shape": _shape, "size": _size, "count": _count, "count_shape": _count_shape,
-          "exists": _exists, "extreme": _extreme, "relation": _relation, "describe": _describe}
+ASKERS = {
+    "color": _color,
+    "shape": _shape,
+    "size": _size,
+    "count": _count,
+    "count_shape": _count_shape,
+    "exists": _exists,
+    "extreme": _extreme,
+    "relation": _relation,
+    "describe": _describe,
+}

@@ -3,25 +3,42 @@
 Two renderers that share nothing: a signed-distance one in numpy (fast, soft edges, fractional centres) and one on PIL's
 polygon drawing (supersampled). Training mixes them so that the model learns the grammar, not a renderer.
 """
+
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 CANVAS = 224
-MARGIN = 4          # free pixels between an object's box and the canvas edge
-GAP = 6             # free pixels between the boxes of two objects
-CLEAR = 12          # order questions are asked only where the centres differ by at least this much
+MARGIN = 4  # free pixels between an object's box and the canvas edge
+GAP = 6  # free pixels between the boxes of two objects
+CLEAR = 12  # order questions are asked only where the centres differ by at least this much
 
 SHAPES = ("circle", "square", "triangle", "cross")
 SIZES = ("small", "medium", "large")
 RADIUS = (11, 19, 29)
-COLORS = {"red": (220, 30, 30), "orange": (255, 140, 0), "yellow": (250, 220, 40), "green": (30, 150, 60),
-          "cyan": (0, 190, 210), "blue": (30, 60, 220), "purple": (140, 40, 180), "black": (20, 20, 20)}
-PAPERS = {"white": (255, 255, 255), "grey": (225, 225, 225), "cream": (250, 240, 215), "sky": (215, 230, 248),
-          "mint": (218, 242, 222), "rose": (246, 222, 228), "silver": (185, 185, 190), "sand": (205, 190, 160)}
+COLORS = {
+    "red": (220, 30, 30),
+    "orange": (255, 140, 0),
+    "yellow": (250, 220, 40),
+    "green": (30, 150, 60),
+    "cyan": (0, 190, 210),
+    "blue": (30, 60, 220),
+    "purple": (140, 40, 180),
+    "black": (20, 20, 20),
+}
+PAPERS = {
+    "white": (255, 255, 255),
+    "grey": (225, 225, 225),
+    "cream": (250, 240, 215),
+    "sky": (215, 230, 248),
+    "mint": (218, 242, 222),
+    "rose": (246, 222, 228),
+    "silver": (185, 185, 190),
+    "sand": (205, 190, 160),
+}
 BACKGROUNDS = ("plain", "gradient", "stripes")
-STRIPE = 16         # width of a stripe in pixels
+STRIPE = 16  # width of a stripe in pixels
 
 COLOR_RGB = np.array(list(COLORS.values()), np.float32)
 PAPER_RGB = np.array(list(PAPERS.values()), np.float32)
@@ -30,6 +47,7 @@ PAPER_RGB = np.array(list(PAPERS.values()), np.float32)
 @dataclass(frozen=True)
 class Thing:
     """One object: indices into SHAPES, COLORS and SIZES, and the centre of its box in pixels (x right, y down)."""
+
     shape: int
     color: int
     size: int
@@ -44,11 +62,13 @@ class Thing:
 @dataclass(frozen=True)
 class Scene:
     things: tuple[Thing, ...]
-    background: int             # index into BACKGROUNDS
-    papers: tuple[int, int]     # indices into PAPERS; a plain background uses the first
+    background: int  # index into BACKGROUNDS
+    papers: tuple[int, int]  # indices into PAPERS; a plain background uses the first
 
 
-def sample_scene(rng: np.random.Generator, integer: bool = False, count: int | None = None) -> Scene:
+def sample_scene(
+    rng: np.random.Generator, integer: bool = False, count: int | None = None
+) -> Scene:
     """1-4 objects, every (colour, shape) pair at most once, boxes apart by GAP and inside by MARGIN."""
     count = count or int(rng.integers(1, 5))
     pairs = rng.choice(len(SHAPES) * len(COLORS), count, replace=False)
@@ -57,7 +77,9 @@ def sample_scene(rng: np.random.Generator, integer: bool = False, count: int | N
         boxes = _place(rng, [RADIUS[s] for s in sizes], integer)
         if boxes:
             break
-    things = tuple(Thing(int(p) % 4, int(p) // 4, int(s), x, y) for p, s, (x, y) in zip(pairs, sizes, boxes))
+    things = tuple(
+        Thing(int(p) % 4, int(p) // 4, int(s), x, y) for p, s, (x, y) in zip(pairs, sizes, boxes)
+    )
     papers = rng.choice(len(PAPERS), 2, replace=False)
     return Scene(things, int(rng.integers(len(BACKGROUNDS))), (int(papers[0]), int(papers[1])))
 
@@ -69,8 +91,11 @@ def _place(rng, radii, integer):
         for _ in range(40):
             x, y = rng.uniform(radius + MARGIN, CANVAS - radius - MARGIN, 2)
             if integer:
-                x, y = round(x), round(y)
-            if all(max(abs(x - a), abs(y - b)) >= radius + r + GAP for (a, b), r in zip(placed, radii)):
+                x = round(x)
+                y = round(y)
+            if all(
+                max(abs(x - a), abs(y - b)) >= radius + r + GAP for (a, b), r in zip(placed, radii)
+            ):
                 placed.append((float(x), float(y)))
                 break
         else:
@@ -80,9 +105,11 @@ def _place(rng, radii, integer):
 
 # ---------------------------------------------------------------------------------------------------- renderers
 
+
 def paper(scene: Scene) -> np.ndarray:
     """The empty background, float32 [224, 224, 3]; built of whole rows, which numpy fills much faster than pixels."""
-    first, second = PAPER_RGB[scene.papers[0]], PAPER_RGB[scene.papers[1]]
+    first = PAPER_RGB[scene.papers[0]]
+    second = PAPER_RGB[scene.papers[1]]
     kind = BACKGROUNDS[scene.background]
     rows = np.empty((CANVAS, CANVAS * 3), np.float32)
     if kind == "stripes":
@@ -91,7 +118,9 @@ def paper(scene: Scene) -> np.ndarray:
     else:
         rows[:] = np.tile(first, CANVAS)
     if kind == "gradient":
-        rows += (np.arange(CANVAS, dtype=np.float32) / (CANVAS - 1))[:, None] * np.tile(second - first, CANVAS)
+        rows += (np.arange(CANVAS, dtype=np.float32) / (CANVAS - 1))[:, None] * np.tile(
+            second - first, CANVAS
+        )
     return rows.reshape(CANVAS, CANVAS, 3)
 
 
@@ -100,8 +129,10 @@ def draw_sdf(scene: Scene, softness: float = 1.0) -> np.ndarray:
     picture = paper(scene)
     for thing in scene.things:
         reach = thing.radius + 2
-        x0, y0 = max(int(thing.x - reach), 0), max(int(thing.y - reach), 0)
-        x1, y1 = min(int(thing.x + reach) + 1, CANVAS), min(int(thing.y + reach) + 1, CANVAS)
+        x0 = max(int(thing.x - reach), 0)
+        y0 = max(int(thing.y - reach), 0)
+        x1 = min(int(thing.x + reach) + 1, CANVAS)
+        y1 = min(int(thing.y + reach) + 1, CANVAS)
         dx = np.arange(x0, x1, dtype=np.float32)[None] + np.float32(0.5 - thing.x)
         dy = np.arange(y0, y1, dtype=np.float32)[:, None] + np.float32(0.5 - thing.y)
         distance = _distance(SHAPES[thing.shape], dx, dy, thing.radius)
@@ -115,9 +146,10 @@ def _distance(shape, dx, dy, r):
     """Signed distance (a tight bound of it at corners) to the outline, negative inside."""
     if shape == "circle":
         return np.sqrt(dx * dx + dy * dy) - r
-    if shape == "triangle":     # apex (0, -r), base corners (-r, r) and (r, r): the sides have slope 2
+    if shape == "triangle":  # apex (0, -r), base corners (-r, r) and (r, r): the sides have slope 2
         return np.maximum((2 * np.abs(dx) - dy - r) / np.sqrt(5.0), dy - r)
-    across, down = np.abs(dx), np.abs(dy)
+    across = np.abs(dx)
+    down = np.abs(dy)
     if shape == "square":
         return np.maximum(across, down) - r
     return np.minimum(np.maximum(across - r, down - r / 3), np.maximum(across - r / 3, down - r))
@@ -127,7 +159,9 @@ def draw_pil(scene: Scene, scale: int = 4, resample=Image.Resampling.LANCZOS) ->
     """uint8 picture of PIL shapes drawn `scale` times too large and reduced; scale 1 has hard edges."""
     base = Image.fromarray((paper(scene) + 0.5).astype(np.uint8))
     for thing in scene.things:
-        left, top, side = int(thing.x) - thing.radius - 4, int(thing.y) - thing.radius - 4, 2 * thing.radius + 9
+        left = int(thing.x) - thing.radius - 4
+        top = int(thing.y) - thing.radius - 4
+        side = 2 * thing.radius + 9
         mask = Image.new("L", (side * scale, side * scale), 0)
         _draw_mask(ImageDraw.Draw(mask), thing, scale, left, top)
         mask = mask if scale == 1 else mask.resize((side, side), resample)
@@ -137,8 +171,11 @@ def draw_pil(scene: Scene, scale: int = 4, resample=Image.Resampling.LANCZOS) ->
 
 def _draw_mask(draw, thing, scale, left, top):
     """PIL's pixel centres are integers and its boxes include both ends: hence the half pixel."""
-    r, x, y = thing.radius * scale - 0.5, (thing.x - left) * scale - 0.5, (thing.y - top) * scale - 0.5
-    thick, shape = thing.radius * scale / 3 - 0.5, SHAPES[thing.shape]
+    r = thing.radius * scale - 0.5
+    x = (thing.x - left) * scale - 0.5
+    y = (thing.y - top) * scale - 0.5
+    thick = thing.radius * scale / 3 - 0.5
+    shape = SHAPES[thing.shape]
     if shape == "circle":
         draw.ellipse((x - r, y - r, x + r, y + r), fill=255)
     elif shape == "square":
@@ -153,7 +190,9 @@ def _draw_mask(draw, thing, scale, left, top):
 def draw_mixed(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     """The training mix: mostly signed distance of varying softness, some PIL at several scales, jitter, noise."""
     if rng.random() < 0.12:
-        resample = (Image.Resampling.LANCZOS, Image.Resampling.BOX, Image.Resampling.BICUBIC)[rng.integers(3)]
+        resample = (Image.Resampling.LANCZOS, Image.Resampling.BOX, Image.Resampling.BICUBIC)[
+            rng.integers(3)
+        ]
         picture = draw_pil(scene, int(rng.integers(1, 4)), resample)
     else:
         picture = draw_sdf(scene, float(rng.uniform(0.3, 1.8)))

@@ -3,6 +3,7 @@
 Rows 0-3 are to hold the objects from left to right, rows 4-7 from top to bottom, as a fixed orthonormal code of
 their properties. So the decoder can learn to read scenes before the tower can see, and the tower knows what to say.
 """
+
 import numpy as np
 import torch
 from net import ROWS
@@ -11,9 +12,15 @@ from torch import nn
 from torch.nn import functional as F
 
 PATCH, GRID, MOST = 14, 16, 4
-GROUPS = {"empty": 2, "color": 8, "shape": 4, "size": 3, "rank": 4}     # one-hot groups of a row, then x and y
+GROUPS = {
+    "empty": 2,
+    "color": 8,
+    "shape": 4,
+    "size": 3,
+    "rank": 4,
+}  # one-hot groups of a row, then x and y
 FEATURES = sum(GROUPS.values()) + 2
-SHARP = 8.0                     # logit = SHARP * one-hot estimate
+SHARP = 8.0  # logit = SHARP * one-hot estimate
 PATCH_HEADS = {"color": 9, "shape": 4, "size": 3, "across": 4, "down": 4}
 
 
@@ -25,15 +32,20 @@ def codebook(width: int) -> torch.Tensor:
 
 def table(scenes) -> dict[str, np.ndarray]:
     """Objects as arrays [B, 4]; missing ones have class 0 and `there` False."""
-    out = {key: np.zeros((len(scenes), MOST), np.float32 if key in "xy" else np.int64)
-           for key in ("color", "shape", "size", "x", "y")}
+    out = {
+        key: np.zeros((len(scenes), MOST), np.float32 if key in "xy" else np.int64)
+        for key in ("color", "shape", "size", "x", "y")
+    }
     there = np.zeros((len(scenes), MOST), bool)
     for b, scene in enumerate(scenes):
         for k, thing in enumerate(scene.things):
             there[b, k] = True
             for key in out:
                 out[key][b, k] = getattr(thing, key)
-    ranks = {axis: np.argsort(np.argsort(np.where(there, out[axis], 1e9), axis=1), axis=1) for axis in "xy"}
+    ranks = {
+        axis: np.argsort(np.argsort(np.where(there, out[axis], 1e9), axis=1), axis=1)
+        for axis in "xy"
+    }
     return {**out, "there": there, "across": ranks["x"], "down": ranks["y"]}
 
 
@@ -43,8 +55,17 @@ def row_labels(objects) -> dict[str, torch.Tensor]:
     for order, other in (("across", "down"), ("down", "across")):
         index = np.argsort(objects[order], axis=1)
         pick = {k: np.take_along_axis(v, index, axis=1) for k, v in objects.items()}
-        parts.append({"empty": (~pick["there"]).astype(np.int64), "color": pick["color"], "shape": pick["shape"],
-                      "size": pick["size"], "rank": pick[other], "x": pick["x"], "y": pick["y"]})
+        parts.append(
+            {
+                "empty": (~pick["there"]).astype(np.int64),
+                "color": pick["color"],
+                "shape": pick["shape"],
+                "size": pick["size"],
+                "rank": pick[other],
+                "x": pick["x"],
+                "y": pick["y"],
+            }
+        )
     return {k: torch.from_numpy(np.concatenate([p[k] for p in parts], axis=1)) for k in parts[0]}
 
 
@@ -61,12 +82,16 @@ def row_features(labels) -> torch.Tensor:
 
 def doubtful(features, labels, width):
     """Ideal features as a tower gives them where two neighbours are hardly apart: a blend of both rows."""
-    out, place = features.clone(), torch.cat((labels["x"][:, :MOST], labels["y"][:, MOST:]), dim=1)
+    out = features.clone()
+    place = torch.cat((labels["x"][:, :MOST], labels["y"][:, MOST:]), dim=1)
     both = (labels["empty"][:, :-1] == 0) & (labels["empty"][:, 1:] == 0)
     share = 0.5 * torch.exp(-(place[:, 1:] - place[:, :-1]).abs() / width) * both
     for k in (0, 1, 2, 4, 5, 6):
-        a, b, w = out[:, k].clone(), out[:, k + 1].clone(), share[:, k, None]
-        out[:, k], out[:, k + 1] = a + w * (b - a), b + w * (a - b)
+        a = out[:, k].clone()
+        b = out[:, k + 1].clone()
+        w = share[:, k, None]
+        out[:, k] = a + w * (b - a)
+        out[:, k + 1] = b + w * (a - b)
     return out
 
 
@@ -74,10 +99,11 @@ def row_loss(rows, labels, codes):
     """Squared error to the codes, plus cross-entropy of every group read along its directions -> (loss, accuracy)."""
     ideal = row_features(labels)
     loss = (rows - ideal @ codes).square().sum(-1).mean()
-    read = rows[:, :2 * MOST] @ codes.T
+    read = rows[:, : 2 * MOST] @ codes.T
     scores = (read * SHARP)[..., :-2].split(list(GROUPS.values()), dim=-1)
-    there, right = labels["empty"] == 0, {}
-    loss = loss + 5 * F.l1_loss(read[there][:, -2:], ideal[:, :2 * MOST][there][:, -2:])
+    there = labels["empty"] == 0
+    right = {}
+    loss = loss + 5 * F.l1_loss(read[there][:, -2:], ideal[:, : 2 * MOST][there][:, -2:])
     for (group, _), score in zip(GROUPS.items(), scores):
         use = there if group != "empty" else torch.ones_like(there)
         loss = loss + F.cross_entropy(score[use], labels[group][use])
@@ -89,10 +115,17 @@ def patch_owner(objects) -> np.ndarray:
     """Index of the object whose box covers at least a quarter of the patch, -1 for paper: [B, 256]."""
     edge = np.arange(GRID) * PATCH
     radius = np.array(RADIUS)[objects["size"]]
+
     def covered(centre):
-        low, high = (centre - radius)[..., None], (centre + radius)[..., None]
+        low = (centre - radius)[..., None]
+        high = (centre + radius)[..., None]
         return np.clip(np.minimum(high, edge + PATCH) - np.maximum(low, edge), 0, None)
-    area = covered(objects["y"])[..., :, None] * covered(objects["x"])[..., None, :] * objects["there"][..., None, None]
+
+    area = (
+        covered(objects["y"])[..., :, None]
+        * covered(objects["x"])[..., None, :]
+        * objects["there"][..., None, None]
+    )
     area = area.reshape(*area.shape[:2], -1)
     return np.where(area.max(1) >= PATCH * PATCH / 4, area.argmax(1), -1)
 
@@ -106,12 +139,15 @@ class PairHeads(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.early, self.late = nn.Linear(width, 2 * MOST), nn.Linear(width, 2 * MOST)
+        self.early = nn.Linear(width, 2 * MOST)
+        self.late = nn.Linear(width, 2 * MOST)
         self.answer = nn.Linear(width, 4 * MOST)
 
     def forward(self, taps, objects, pairs):
         turns, scenes, *both = np.array(pairs).T
-        ranks = np.stack([objects[axis][scenes, k] for k in both for axis in ("across", "down")], axis=1)
+        ranks = np.stack(
+            [objects[axis][scenes, k] for k in both for axis in ("across", "down")], axis=1
+        )
         early, late = (F.layer_norm(tap[turns].float(), tap.shape[-1:]) for tap in taps[-3:-1])
         scores = (self.early(early[:, 1:]), self.late(late[:, 1:]), self.answer(late[:, 0]))
         labels = torch.from_numpy(ranks.ravel())
@@ -129,11 +165,15 @@ class PatchHeads(nn.Module):
         out = self.linear(tokens.float())
         *scores, centre = out.split([*PATCH_HEADS.values(), 2], dim=-1)
         on = owner >= 0
-        pick = {k: torch.from_numpy(np.take_along_axis(objects[k], np.maximum(owner, 0), axis=1)) for k in
-                ("color", "shape", "size", "across", "down", "x", "y")}
+        pick = {
+            k: torch.from_numpy(np.take_along_axis(objects[k], np.maximum(owner, 0), axis=1))
+            for k in ("color", "shape", "size", "across", "down", "x", "y")
+        }
         mask = torch.from_numpy(on)
-        loss = F.cross_entropy(scores[0].flatten(0, 1), torch.where(mask, pick["color"] + 1, 0).flatten())
+        loss = F.cross_entropy(
+            scores[0].flatten(0, 1), torch.where(mask, pick["color"] + 1, 0).flatten()
+        )
         for (head, _), score in list(zip(PATCH_HEADS.items(), scores))[1:]:
             loss = loss + F.cross_entropy(score[mask], pick[head][mask])
         where = torch.stack((pick["x"], pick["y"]), -1) / (CANVAS / 2) - 1
-        return loss + 10 * F.l1_loss(centre[mask], where[mask])     # order hangs on exact centres
+        return loss + 10 * F.l1_loss(centre[mask], where[mask])  # order hangs on exact centres

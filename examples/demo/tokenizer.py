@@ -2,6 +2,7 @@
 
 Pieces: <unk> <s> </s> <pad> | <n> and normal pieces | [MASK] .. <dBLOCK> | <|tab|> <|blank_2|> .. <|blank_80|> | bytes.
 """
+
 import io
 import json
 from pathlib import Path
@@ -11,12 +12,28 @@ from questions import COLOR, EXTREME, PLURAL, PROMPT, SHAPE, SIDE, SIZE, TRUTH, 
 from sentencepiece import sentencepiece_model_pb2 as proto
 
 CONTROLS = ("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>")
-IDS = {"mask_token_id": "[MASK]", "gmask_token_id": "[gMASK]", "bos_token_id": "<sop>", "eos_token_id": "<eop>",
-       "pad_token_id": "<pad>"}
-SETTINGS = {"name_or_path": "THUDM/chatglm-6b", "bos_token": "<sop>", "eos_token": "<eop>", "end_token": "</s>",
-            "gmask_token": "[gMASK]", "mask_token": "[MASK]", "pad_token": "<pad>", "unk_token": "<unk>",
-            "remove_space": False, "do_lower_case": False, "tokenizer_class": "ChatGLMTokenizer", "num_image_tokens": 0,
-            "auto_map": {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]}}
+IDS = {
+    "mask_token_id": "[MASK]",
+    "gmask_token_id": "[gMASK]",
+    "bos_token_id": "<sop>",
+    "eos_token_id": "<eop>",
+    "pad_token_id": "<pad>",
+}
+SETTINGS = {
+    "name_or_path": "THUDM/chatglm-6b",
+    "bos_token": "<sop>",
+    "eos_token": "<eop>",
+    "end_token": "</s>",
+    "gmask_token": "[gMASK]",
+    "mask_token": "[MASK]",
+    "pad_token": "<pad>",
+    "unk_token": "<unk>",
+    "remove_space": False,
+    "do_lower_case": False,
+    "tokenizer_class": "ChatGLMTokenizer",
+    "num_image_tokens": 0,
+    "auto_map": {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]},
+}
 NORMAL, CONTROL, USER_DEFINED, BYTE = 1, 3, 4, 6
 
 
@@ -24,7 +41,7 @@ def build(folder: Path) -> None:
     """Write ice_text.model and tokenizer_config.json."""
     model = _characters()
     for word in _words():
-        _add(model, word, NORMAL, score=-1.0)       # above any chain of single characters
+        _add(model, word, NORMAL, score=-1.0)  # above any chain of single characters
     for piece in CONTROLS:
         _add(model, piece, CONTROL)
     for piece in ("<|tab|>", *(f"<|blank_{n}|>" for n in range(2, 81))):
@@ -39,13 +56,32 @@ def build(folder: Path) -> None:
 
 def _words():
     """Whole words: English ones with the word-start mark, Chinese ones bare (the mark stands alone before them)."""
-    english = [w for form in WORDING.values() for w in form["en"].replace("?", " ").replace(".", " ").split()]
+    english = [
+        w
+        for form in WORDING.values()
+        for w in form["en"].replace("?", " ").replace(".", " ").split()
+    ]
     for table in (COLOR, SHAPE, PLURAL, SIZE, EXTREME, SIDE, TRUTH):
         english += [w for phrase in table["en"] for w in phrase.split()]
     chinese = [w for table in (COLOR, SHAPE, EXTREME, SIDE) for w in table["zh"]]
-    chinese += ["物体", "什么", "颜色", "形状", "大小", "图中有", "几个", "没有", "不是", "描述", "这张", "图片"]
+    chinese += [
+        "物体",
+        "什么",
+        "颜色",
+        "形状",
+        "大小",
+        "图中有",
+        "几个",
+        "没有",
+        "不是",
+        "描述",
+        "这张",
+        "图片",
+    ]
     plain = [w for w in english if "{" not in w]
-    return list(dict.fromkeys(["▁" + w for w in plain] + chinese + ["<img>", "</img>", "img>", "Q:", "A:"]))
+    return list(
+        dict.fromkeys(["▁" + w for w in plain] + chinese + ["<img>", "</img>", "img>", "Q:", "A:"])
+    )
 
 
 def _characters():
@@ -55,12 +91,22 @@ def _characters():
     text.append(" ".join(chr(c) for c in range(33, 127)))
     buffer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text * 5), model_writer=buffer, vocab_size=4000, model_type="char",
-        character_coverage=1.0, hard_vocab_limit=False, unk_id=0, bos_id=1, eos_id=2, pad_id=3,
-        user_defined_symbols=["<n>"], minloglevel=2)
+        sentence_iterator=iter(text * 5),
+        model_writer=buffer,
+        vocab_size=4000,
+        model_type="char",
+        character_coverage=1.0,
+        hard_vocab_limit=False,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=3,
+        user_defined_symbols=["<n>"],
+        minloglevel=2,
+    )
     model = proto.ModelProto()
     model.ParseFromString(buffer.getvalue())
-    model.trainer_spec.model_type = 1               # unigram: the words below compete with the characters
+    model.trainer_spec.model_type = 1  # unigram: the words below compete with the characters
     for piece in model.pieces:
         if piece.type == NORMAL:
             piece.score = -10.0
@@ -76,7 +122,9 @@ class Tokenizer:
     """The release's text rules on top of the file, as far as the grammar needs them."""
 
     def __init__(self, folder: Path):
-        self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "ice_text.model"))
+        self.pieces = sentencepiece.SentencePieceProcessor(
+            model_file=str(folder / "ice_text.model")
+        )
         self.ids = {key: self.pieces.piece_to_id(piece) for key, piece in IDS.items()}
         self.vocabulary = -(-self.pieces.get_piece_size() // 16) * 16
 
@@ -90,4 +138,7 @@ class Tokenizer:
         """ids up to <sop> with `rows` placeholders, and where the placeholders start."""
         head = self.encode("<img>")
         tail = self.encode("</img>" + PROMPT[language].format(question))
-        return head + [0] * rows + tail + [self.ids["gmask_token_id"], self.ids["bos_token_id"]], len(head)
+        return head + [0] * rows + tail + [
+            self.ids["gmask_token_id"],
+            self.ids["bos_token_id"],
+        ], len(head)

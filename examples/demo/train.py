@@ -1,11 +1,12 @@
 """Train the demo model on a CPU: python examples/demo/train.py --out DIR. Every stage can be stopped and resumed.
 
-  tower     the encoder learns to write the scene's code into its rows (patches dropped first, whole grids at the end)
-  language  the decoder learns to answer from ideal codes; needs no pictures, so it may run beside `tower`
-  relate    the same with mostly relation questions
-  read      the decoder goes on with what the tower really writes about pictures (tower fixed)
-  save      weights as a released checkpoint: fp16 safetensors, config.json, tokenizer
+tower     the encoder learns to write the scene's code into its rows (patches dropped first, whole grids at the end)
+language  the decoder learns to answer from ideal codes; needs no pictures, so it may run beside `tower`
+relate    the same with mostly relation questions
+read      the decoder goes on with what the tower really writes about pictures (tower fixed)
+save      weights as a released checkpoint: fp16 safetensors, config.json, tokenizer
 """
+
 import argparse
 import json
 import os
@@ -18,18 +19,30 @@ import torch.distributed as dist
 from batches import SEED, WEIGHTS, Questions, answer_loss, draw_patches, draw_scenes, kept, stream
 from net import Decoder, make_config, make_tower, save_release, see
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from targets import PairHeads, PatchHeads, codebook, doubtful, patch_owner, row_features, row_labels, row_loss, table
+from targets import (
+    PairHeads,
+    PatchHeads,
+    codebook,
+    doubtful,
+    patch_owner,
+    row_features,
+    row_labels,
+    row_loss,
+    table,
+)
 from tokenizer import Tokenizer, build
 from torch import nn
 
-STAGES = {"tower": 1, "language": 2, "read": 4, "relate": 5}   # numbers the random streams
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun
+STAGES = {"tower": 1, "language": 2, "read": 4, "relate": 5}  # numbers the random streams
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
 
 class Tower(nn.Module):
     def __init__(self, config, tokenizer):
         super().__init__()
-        self.tower, self.heads = make_tower(config), PatchHeads(config["eva_config"]["hidden_size"])
+        self.tower = make_tower(config)
+        self.heads = PatchHeads(config["eva_config"]["hidden_size"])
         self.codes = codebook(config["hidden_size"])
 
     def loss(self, step, args):
@@ -40,19 +53,24 @@ class Tower(nn.Module):
         patches, keep = draw_patches(scenes, rng, owner, kept(step, args))
         owner = owner if keep is None else np.take_along_axis(owner, keep, axis=1)
         with torch.autocast("cpu", torch.bfloat16):
-            rows, tokens = see(self.tower, patches, None if keep is None else torch.from_numpy(keep))
+            rows, tokens = see(
+                self.tower, patches, None if keep is None else torch.from_numpy(keep)
+            )
         loss, right = row_loss(rows.float(), row_labels(objects), self.codes)
         patch = self.heads(tokens, objects, owner, keep)
         return loss + patch, {"rows": loss.item(), "patch": patch.item(), **right}
 
 
 class Language(nn.Module):
-    name, weights = "language", WEIGHTS
+    name = "language"
+    weights = WEIGHTS
 
     def __init__(self, config, tokenizer):
         super().__init__()
-        self.decoder, self.pairs = Decoder(config), PairHeads(config["hidden_size"])
-        self.questions, self.pad = Questions(tokenizer, self.weights), config["pad_token_id"]
+        self.decoder = Decoder(config)
+        self.pairs = PairHeads(config["hidden_size"])
+        self.questions = Questions(tokenizer, self.weights)
+        self.pad = config["pad_token_id"]
         self.codes = codebook(config["hidden_size"])
 
     def loss(self, step, args):
@@ -63,24 +81,31 @@ class Language(nn.Module):
         rows = doubtful(row_features(labels), labels, rng.uniform(0.5, 4.0)) @ self.codes
         rows = rows + args.blur * torch.from_numpy(rng.standard_normal(rows.shape, np.float32))
         owners, turns, pairs = self.questions.sample(scenes, args.per_scene, rng)
-        taps, drop = [], step < args.steps * args.partial
+        taps = []
+        drop = step < args.steps * args.partial
         with torch.autocast("cpu", torch.bfloat16):
-            loss = answer_loss(self.decoder, turns, rows[owners], self.pad, drop, taps, self.questions.marks(turns))
+            loss = answer_loss(
+                self.decoder, turns, rows[owners], self.pad, drop, taps, self.questions.marks(turns)
+            )
         pair = self.pairs(taps, objects, pairs) if pairs else loss.new_zeros(())
         return loss + 0.5 * pair, {"answer": loss.item(), "pair": pair.item()}
 
 
 class Relate(Language):
     """More of the hardest kind."""
-    name, weights = "relate", {**WEIGHTS, "relation": 15.0}
+
+    name = "relate"
+    weights = {**WEIGHTS, "relation": 15.0}
 
 
 class Read(nn.Module):
     def __init__(self, config, tokenizer):
         super().__init__()
-        self.decoder, self.eye = Decoder(config), [make_tower(config)]      # in a list: not part of this stage's state
-        self.blind = True       # until the trained tower is loaded
-        self.questions, self.pad = Questions(tokenizer), config["pad_token_id"]
+        self.decoder = Decoder(config)
+        self.eye = [make_tower(config)]  # in a list: not part of this stage's state
+        self.blind = True  # until the trained tower is loaded
+        self.questions = Questions(tokenizer)
+        self.pad = config["pad_token_id"]
 
     def loss(self, step, args):
         if self.blind:
@@ -105,23 +130,31 @@ def make_stage(name, config, tokenizer):
 
 def optimizers(module, rate):
     """Muon for the matrices inside the blocks, AdamW for everything else."""
-    inside, rest = [], []
+    inside = []
+    rest = []
     for name, p in module.named_parameters():
         matrix = p.dim() == 2 and ("blocks" in name or "layers" in name)
         (inside if matrix else rest).append(p)
-    return [torch.optim.Muon(inside, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)]
+    return [
+        torch.optim.Muon(inside, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
 
 
 def rate_at(step, args):
     """Linear warm-up over 100 steps, flat, then linear to zero over the last `decay` part."""
-    return min((step + 1) / 100, (args.steps - step) / max(args.steps * args.decay, 1), 1.0) * args.rate
+    return (
+        min((step + 1) / 100, (args.steps - step) / max(args.steps * args.decay, 1), 1.0)
+        * args.rate
+    )
 
 
 def load_part(module, part, path):
     """The weights that the stage stored in `path` keeps under `part`."""
     saved = torch.load(path, weights_only=True)["model"]
-    module.load_state_dict({k.removeprefix(part + "."): v for k, v in saved.items() if k.startswith(part + ".")})
+    module.load_state_dict(
+        {k.removeprefix(part + "."): v for k, v in saved.items() if k.startswith(part + ".")}
+    )
 
 
 def begin(name, module, out):
@@ -132,8 +165,10 @@ def begin(name, module, out):
 
 
 def train(name, args, config, tokenizer, progress):
-    module, path = make_stage(name, config, tokenizer), args.out / f"{name}.pt"
-    tools, step = optimizers(module, args.rate), 0
+    module = make_stage(name, config, tokenizer)
+    path = args.out / f"{name}.pt"
+    tools = optimizers(module, args.rate)
+    step = 0
     if path.exists():
         saved = torch.load(path, weights_only=True)
         module.load_state_dict(saved["model"])
@@ -142,7 +177,8 @@ def train(name, args, config, tokenizer, progress):
         step = saved["step"]
     else:
         begin(name, module, args.out)
-    bar, started = progress.add_task(name, total=args.steps, completed=step), time.time()
+    bar = progress.add_task(name, total=args.steps, completed=step)
+    started = time.time()
     log = Log(args.out / f"{name}.log")
     while step < args.steps:
         advance(module, tools, step, args, log)
@@ -179,7 +215,10 @@ def average_gradients(module):
 def keep(path, module, tools, step):
     """Written aside first: a killed run leaves the previous state whole."""
     aside = path.with_suffix(".tmp")
-    torch.save({"model": module.state_dict(), "tools": [t.state_dict() for t in tools], "step": step}, aside)
+    torch.save(
+        {"model": module.state_dict(), "tools": [t.state_dict() for t in tools], "step": step},
+        aside,
+    )
     os.replace(aside, path)
 
 
@@ -187,7 +226,8 @@ class Log:
     """Mean of the numbers since the last line, appended to a text file."""
 
     def __init__(self, path):
-        self.path, self.rows = path, []
+        self.path = path
+        self.rows = []
 
     def add(self, numbers):
         self.rows.append(numbers)
@@ -202,7 +242,8 @@ class Log:
 
 def save(out, folder, config, tokenizer):
     """The states of `tower` and `read` as a released checkpoint."""
-    tower, decoder = make_tower(config), Decoder(config)
+    tower = make_tower(config)
+    decoder = Decoder(config)
     load_part(tower, "tower", out / "tower.pt")
     load_part(decoder, "decoder", out / "read.pt")
     folder.mkdir(parents=True, exist_ok=True)
@@ -211,26 +252,57 @@ def save(out, folder, config, tokenizer):
     greedy = {"do_sample": False, "max_length": 1024, "repetition_penalty": 1.0}
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     (folder / "generation_config.json").write_text(json.dumps({**greedy, **ids}, indent=2))
-    for path in folder.iterdir():       # safetensors writes files that only their owner can read
+    for path in folder.iterdir():  # safetensors writes files that only their owner can read
         path.chmod(0o644)
 
 
-DEFAULTS = {"tower": {"steps": 3000, "batch": 32, "rate": 2e-3, "decay": 0.5, "partial": 0.9, "per_scene": 0},
-            "language": {"steps": 1500, "batch": 16, "rate": 2e-3, "decay": 0.5, "partial": 0.9, "per_scene": 4},
-            "relate": {"steps": 2000, "batch": 16, "rate": 4e-3, "decay": 0.5, "partial": 0.9, "per_scene": 6},
-            "read": {"steps": 300, "batch": 12, "rate": 6e-4, "decay": 0.7, "partial": 0.0, "per_scene": 5}}
+DEFAULTS = {
+    "tower": {
+        "steps": 3000,
+        "batch": 32,
+        "rate": 2e-3,
+        "decay": 0.5,
+        "partial": 0.9,
+        "per_scene": 0,
+    },
+    "language": {
+        "steps": 1500,
+        "batch": 16,
+        "rate": 2e-3,
+        "decay": 0.5,
+        "partial": 0.9,
+        "per_scene": 4,
+    },
+    "relate": {
+        "steps": 2000,
+        "batch": 16,
+        "rate": 4e-3,
+        "decay": 0.5,
+        "partial": 0.9,
+        "per_scene": 6,
+    },
+    "read": {"steps": 300, "batch": 12, "rate": 6e-4, "decay": 0.7, "partial": 0.0, "per_scene": 5},
+}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="states of the stages, logs, and checkpoint/")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="states of the stages, logs, and checkpoint/"
+    )
     parser.add_argument("--stage", choices=[*STAGES, "save", "all"], default="all")
     parser.add_argument("--steps", type=int, help="steps of the stage (default: as published)")
     parser.add_argument("--rate", type=float, help="learning rate")
     parser.add_argument("--batch", type=int, help="scenes per step")
-    parser.add_argument("--keep", type=int, default=96, help="patches per picture in the first part of `tower`")
+    parser.add_argument(
+        "--keep", type=int, default=96, help="patches per picture in the first part of `tower`"
+    )
     parser.add_argument("--per-scene", type=int, help="questions per scene")
-    parser.add_argument("--blur", type=float, default=0.05, help="noise on the ideal codes in `language`")
+    parser.add_argument(
+        "--blur", type=float, default=0.05, help="noise on the ideal codes in `language`"
+    )
     parser.add_argument("--every", type=int, default=50, help="steps between saves and log lines")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -244,11 +316,28 @@ def main():
         dist.barrier()
     tokenizer = Tokenizer(args.out)
     config = make_config(tokenizer)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns) as progress:
-        for name in DEFAULTS if args.stage == "all" else [args.stage] if args.stage in DEFAULTS else []:
-            given = {k: getattr(args, k) for k in ("steps", "rate", "batch", "per_scene") if getattr(args, k) is not None}
-            train(name, argparse.Namespace(**{**vars(args), **DEFAULTS[name], **given}), config, tokenizer, progress)
+        for name in (
+            DEFAULTS if args.stage == "all" else [args.stage] if args.stage in DEFAULTS else []
+        ):
+            given = {
+                k: getattr(args, k)
+                for k in ("steps", "rate", "batch", "per_scene")
+                if getattr(args, k) is not None
+            }
+            train(
+                name,
+                argparse.Namespace(**{**vars(args), **DEFAULTS[name], **given}),
+                config,
+                tokenizer,
+                progress,
+            )
     if args.stage in ("save", "all") and RANK == 0:
         save(args.out, args.out / "checkpoint", config, tokenizer)
 

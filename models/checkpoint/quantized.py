@@ -8,6 +8,7 @@ Row permutations that unify the ropes apply to int8 rows, their scales and their
 (q, k, v) may differ in kind, so their pieces are kept apart until all are read: target "layers.0.qkv#256:W8A8.weight"
 is the piece that begins at row 256.
 """
+
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -24,18 +25,30 @@ from .reader import SHOWN, Checkpoint
 from .table import Part, Weight
 
 FILE = "quant_model_description.json"
-STATIC = ("W8A8", "W8A8S")                  # activations quantised with stored scales
+STATIC = ("W8A8", "W8A8S")  # activations quantised with stored scales
 NORMS = ("attention_norm", "mlp_norm", "final_norm")
-NOT_TENSORS = {"model_quant_type", "version", "group_size", "kv_cache_type", "kv_quant_type", "fa_quant_type",
-               "reduce_quant_type", "metadata", "optional"}
+NOT_TENSORS = {
+    "model_quant_type",
+    "version",
+    "group_size",
+    "kv_cache_type",
+    "kv_quant_type",
+    "fa_quant_type",
+    "reduce_quant_type",
+    "metadata",
+    "optional",
+}
 
 # tensor of a linear layer [n, k] -> (its shape, dtypes). D in msmodelslim's files: the model's float type, or float32
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 TENSORS = {
     "weight": (lambda n, k: (n, k), (torch.int8,)),
-    "weight_scale": (lambda n, k: (n, 1), FLOATS), "weight_offset": (lambda n, k: (n, 1), FLOATS),
-    "input_scale": (lambda n, k: (1,), FLOATS), "input_offset": (lambda n, k: (1,), FLOATS),
-    "quant_bias": (lambda n, k: (n,), (torch.int32,)), "deq_scale": (lambda n, k: (n,), (torch.int64, torch.float32)),
+    "weight_scale": (lambda n, k: (n, 1), FLOATS),
+    "weight_offset": (lambda n, k: (n, 1), FLOATS),
+    "input_scale": (lambda n, k: (1,), FLOATS),
+    "input_offset": (lambda n, k: (1,), FLOATS),
+    "quant_bias": (lambda n, k: (n,), (torch.int32,)),
+    "deq_scale": (lambda n, k: (n,), (torch.int64, torch.float32)),
 }
 SCALARS = ("input_scale", "input_offset")
 
@@ -43,15 +56,21 @@ SCALARS = ("input_scale", "input_offset")
 @dataclass(frozen=True)
 class Kind:
     """Tensors a linear layer must have, and those it may have, which nothing reads."""
+
     needed: tuple[str, ...]
     unused: tuple[str, ...] = ()
 
 
-_STATIC = Kind(("weight", "input_scale", "input_offset", "quant_bias", "deq_scale"), ("weight_scale", "weight_offset"))
+_STATIC = Kind(
+    ("weight", "input_scale", "input_offset", "quant_bias", "deq_scale"),
+    ("weight_scale", "weight_offset"),
+)
 _WEIGHTS = Kind(("weight", "weight_scale", "weight_offset"))
 KINDS = {"W8A8": _STATIC, "W8A8S": _STATIC, "W8A8_DYNAMIC": _WEIGHTS, "W8A16": _WEIGHTS}
-COMPRESSED = {"W8A8SC": "only the NPU's own kernel can decompress it; run the W8A8S directory it was made from",
-              "W16A16SC": "only the NPU's own kernel can decompress it; run the directory it was made from"}
+COMPRESSED = {
+    "W8A8SC": "only the NPU's own kernel can decompress it; run the W8A8S directory it was made from",
+    "W16A16SC": "only the NPU's own kernel can decompress it; run the directory it was made from",
+}
 
 
 @dataclass
@@ -63,6 +82,7 @@ class Quantized:
     W8A8_DYNAMIC: s = max|x| / 127 of each token, q = round(x / s); y = (q @ weight.T) * s * scale + bias.
     W8A16: y = x @ (weight * scale).T + bias.  bias float32 [n] or None in the last two.
     """
+
     kind: str
     weight: torch.Tensor
     scale: torch.Tensor
@@ -79,11 +99,10 @@ class Quantized:
         return replace(self, weight=self.weight.to(device), scale=self.scale.to(device), bias=bias)
 
 
-
-
 @dataclass
 class Description:
     """What `quant_model_description.json` says: kind of every tensor, and the directory's type (as MindIE calls it)."""
+
     file: Path
     type: str
     kinds: dict[str, str]
@@ -91,15 +110,21 @@ class Description:
     def kind(self, layer: str) -> str:
         """Kind of the linear layer's weight; "FLOAT" if it is not quantised (or is no linear layer)."""
         kind = self.kinds.get(layer + ".weight", "FLOAT")
-        twin = layer.endswith(".module")        # the older layout's second copy of a norm
+        twin = layer.endswith(".module")  # the older layout's second copy of a norm
         return kind if (kind in KINDS or kind in COMPRESSED) and not twin else "FLOAT"
 
 
 def read_description(file: Path) -> Description:
     entries = read_json(file)
     if not isinstance(entries, dict) or not isinstance(entries.get("model_quant_type"), str):
-        raise ModelError(f"{file} has no model_quant_type; it is not a description that msmodelslim wrote")
-    return Description(file, entries["model_quant_type"], {k: v for k, v in entries.items() if k not in NOT_TENSORS})
+        raise ModelError(
+            f"{file} has no model_quant_type; it is not a description that msmodelslim wrote"
+        )
+    return Description(
+        file,
+        entries["model_quant_type"],
+        {k: v for k, v in entries.items() if k not in NOT_TENSORS},
+    )
 
 
 def find_description(directory) -> Description | None:
@@ -112,44 +137,75 @@ def find_description(directory) -> Description | None:
 def stored_weights(family: Family) -> list[Weight]:
     """The weight table of the family's directory, float or quantised."""
     description = find_description(family.directory)
-    return family.weights() if description is None else list(quantized_weights(family.weights(), description))
+    return (
+        family.weights()
+        if description is None
+        else list(quantized_weights(family.weights(), description))
+    )
 
 
 def quantized_weights(weights: Iterable[Weight], description: Description) -> Iterator[Weight]:
     """The float table's rows -> rows of the quantised directory. ModelError for kinds that cannot be computed."""
     refuse_unknown(description)
     rows = list(weights)
-    split = {_base(part) for row in rows if description.kind(_layer(row)) in KINDS and row.source.endswith(".weight")
-             for part in row.parts}
+    split = {
+        _base(part)
+        for row in rows
+        if description.kind(_layer(row)) in KINDS and row.source.endswith(".weight")
+        for part in row.parts
+    }
     for row in rows:
         kind = description.kind(_layer(row))
         if kind in KINDS and row.source.endswith(".weight"):
             yield from _layer_rows(row, kind)
         elif kind in STATIC and row.source.endswith(".bias"):
-            yield replace(row, parts=(), optional=True)         # it is in quant_bias
+            yield replace(row, parts=(), optional=True)  # it is in quant_bias
         else:
-            yield replace(row, parts=tuple(_piece(part, kind) if _base(part) in split else part for part in row.parts))
+            yield replace(
+                row,
+                parts=tuple(
+                    _piece(part, kind) if _base(part) in split else part for part in row.parts
+                ),
+            )
             yield from _norm_extras(row, rows, description)
 
 
 def refuse_unknown(description: Description):
-    unknown = set(description.kinds.values()) - KINDS.keys() - {"FLOAT", "W16A16S"}     # the last: float with zeros
+    unknown = (
+        set(description.kinds.values()) - KINDS.keys() - {"FLOAT", "W16A16S"}
+    )  # the last: float with zeros
     if unknown:
         kind = min(unknown)
-        raise ModelError(f"{description.file} has tensors of kind {kind}, which this toolkit does not compute: "
-                         + COMPRESSED.get(kind, f"known are {', '.join(KINDS)}"))
+        raise ModelError(
+            f"{description.file} has tensors of kind {kind}, which this toolkit does not compute: "
+            + COMPRESSED.get(kind, f"known are {', '.join(KINDS)}")
+        )
 
 
 def check_stored(description: Description, checkpoint: Checkpoint):
     """ModelError unless description and weights name the same tensors, and int8 layers have the dtypes of TENSORS."""
-    described, stored = set(description.kinds), set(checkpoint.names)
-    problems = [f"{len(names)} tensors {what}, e.g. {min(names)}" for names, what in (
-        (described - stored, "described but not stored"), (stored - described, "stored but not described")) if names]
-    problems += [f"{name} is {checkpoint.dtype(name)}" for name in sorted(described & stored)
-                 if not _right_dtype(name, description, checkpoint)]
+    described = set(description.kinds)
+    stored = set(checkpoint.names)
+    problems = [
+        f"{len(names)} tensors {what}, e.g. {min(names)}"
+        for names, what in (
+            (described - stored, "described but not stored"),
+            (stored - described, "stored but not described"),
+        )
+        if names
+    ]
+    problems += [
+        f"{name} is {checkpoint.dtype(name)}"
+        for name in sorted(described & stored)
+        if not _right_dtype(name, description, checkpoint)
+    ]
     if problems:
-        shown = "; ".join(problems[:SHOWN]) + f" and {len(problems) - SHOWN} more" * (len(problems) > SHOWN)
-        raise ModelError(f"{description.file} does not fit the weights beside it: {shown}; take both from one run")
+        shown = "; ".join(problems[:SHOWN]) + f" and {len(problems) - SHOWN} more" * (
+            len(problems) > SHOWN
+        )
+        raise ModelError(
+            f"{description.file} does not fit the weights beside it: {shown}; take both from one run"
+        )
 
 
 def _right_dtype(name: str, description: Description, checkpoint: Checkpoint) -> bool:
@@ -169,7 +225,9 @@ def _base(part: Part) -> str:
 def _piece(part: Part, kind: str, tensor: str | None = None) -> Part:
     """The part as a piece of its own, of the named tensor (None: the one it is)."""
     base, _, own = part.target.rpartition(".")
-    return replace(part, target=f"{base}#{part.at[0] if part.at else 0}:{kind}.{tensor or own}", at=None)
+    return replace(
+        part, target=f"{base}#{part.at[0] if part.at else 0}:{kind}.{tensor or own}", at=None
+    )
 
 
 def _layer_rows(row: Weight, kind: str) -> Iterator[Weight]:
@@ -197,7 +255,7 @@ def _norm_extras(row: Weight, rows: list[Weight], description: Description) -> I
 
 # tensors -> layers
 
-PIECE = re.compile(r"(.+)#(\d+):(\w+)\.(\w+)")     # target of a piece: layer, first row, kind, tensor
+PIECE = re.compile(r"(.+)#(\d+):(\w+)\.(\w+)")  # target of a piece: layer, first row, kind, tensor
 
 
 def layer_of(pieces: dict[int, tuple[str, dict[str, torch.Tensor]]], dtype: torch.dtype):
@@ -217,7 +275,11 @@ def layer_of(pieces: dict[int, tuple[str, dict[str, torch.Tensor]]], dtype: torc
 
 def float_scale(deq_scale: torch.Tensor) -> torch.Tensor:
     """deq_scale as float32: stored so for bfloat16 models; for float16 ones its bits are the low half of an int64."""
-    return deq_scale.to(torch.int32).view(torch.float32) if deq_scale.dtype == torch.int64 else deq_scale.float()
+    return (
+        deq_scale.to(torch.int32).view(torch.float32)
+        if deq_scale.dtype == torch.int64
+        else deq_scale.float()
+    )
 
 
 def _linear(tensors, dtype) -> Linear:
@@ -227,20 +289,39 @@ def _linear(tensors, dtype) -> Linear:
 
 def _quantized(kind: str, t: dict[str, torch.Tensor]) -> Quantized:
     if kind in STATIC:
-        return Quantized(kind, t["weight"], float_scale(t["deq_scale"]), t["quant_bias"],
-                         t["input_scale"].item(), int(t["input_offset"].item()))
+        return Quantized(
+            kind,
+            t["weight"],
+            float_scale(t["deq_scale"]),
+            t["quant_bias"],
+            t["input_scale"].item(),
+            int(t["input_offset"].item()),
+        )
     if t["weight_offset"].any():
-        raise ModelError(f"a {kind} layer has weight offsets; quantise with symmetric weights (w_sym=True)")
-    return Quantized(kind, t["weight"], t["weight_scale"].float().flatten(),
-                     t["bias"].float() if "bias" in t else None)
+        raise ModelError(
+            f"a {kind} layer has weight offsets; quantise with symmetric weights (w_sym=True)"
+        )
+    return Quantized(
+        kind,
+        t["weight"],
+        t["weight_scale"].float().flatten(),
+        t["bias"].float() if "bias" in t else None,
+    )
 
 
 def _joined(first, second):
     """One layer that does the work of both, or None: kinds, activation scales and presence of a bias must be equal."""
+
     def shared(layer):
-        return [getattr(layer, name, None) for name in ("kind", "input_scale", "input_offset")] + [layer.bias is None]
+        return [getattr(layer, name, None) for name in ("kind", "input_scale", "input_offset")] + [
+            layer.bias is None
+        ]
+
     if shared(first) != shared(second):
         return None
-    together = {name: torch.cat((getattr(first, name), getattr(second, name)))
-                for name in ("weight", "scale", "bias") if getattr(first, name, None) is not None}
+    together = {
+        name: torch.cat((getattr(first, name), getattr(second, name)))
+        for name in ("weight", "scale", "bias")
+        if getattr(first, name, None) is not None
+    }
     return replace(first, **together)

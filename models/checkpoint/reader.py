@@ -3,6 +3,7 @@
 Only headers are read until a tensor is asked for. Every problem of a directory, and every difference between its names
 and a weight table, is reported in one message. Tensors come one at a time, in memory of their own.
 """
+
 import hashlib
 import math
 import re
@@ -17,9 +18,11 @@ from models.errors import ModelError
 from .shards import Damaged, Entry, TensorReader, find_files, stored_entries
 from .table import Part, Weight
 
-LARGE_BYTES = 256 << 20         # sources above are assembled first, while few targets are in memory
-CONVERT_BLOCK = 1 << 18         # elements converted at a time between half formats: what stays in the cache
-SHOWN = 8                       # name groups shown per kind of problem
+LARGE_BYTES = 256 << 20  # sources above are assembled first, while few targets are in memory
+CONVERT_BLOCK = (
+    1 << 18
+)  # elements converted at a time between half formats: what stays in the cache
+SHOWN = 8  # name groups shown per kind of problem
 
 
 class Checkpoint:
@@ -32,7 +35,9 @@ class Checkpoint:
         self.directory = Path(directory)
         if not self.directory.is_dir():
             kind = "is a file, not a directory" if self.directory.exists() else "does not exist"
-            raise ModelError(f"checkpoint {self.directory} {kind}; pass the directory that holds config.json")
+            raise ModelError(
+                f"checkpoint {self.directory} {kind}; pass the directory that holds config.json"
+            )
         self.format, self.files, index = find_files(self.directory)
         self._entries = _read_headers(self.directory, self.files, index)
         self._reader = TensorReader()
@@ -61,16 +66,34 @@ class Checkpoint:
         table = {weight.source: weight for weight in weights}
         missing = [n for n, w in table.items() if n not in self._entries and not w.optional]
         unknown = [n for n in self._entries if n not in table]
-        wrong = {n: f"is {list(e.shape)}, expected {list(table[n].shape)}" for n, e in self._entries.items()
-                 if n in table and tuple(table[n].shape) != e.shape}
-        found = (_listing("missing", missing) + _listing("unknown", unknown)
-                 + _listing("of wrong shape", wrong, wrong.get))
+        wrong = {
+            n: f"is {list(e.shape)}, expected {list(table[n].shape)}"
+            for n, e in self._entries.items()
+            if n in table and tuple(table[n].shape) != e.shape
+        }
+        found = (
+            _listing("missing", missing)
+            + _listing("unknown", unknown)
+            + _listing("of wrong shape", wrong, wrong.get)
+        )
         if found:
-            raise ModelError("\n".join([f"the tensors of {self.directory} do not fit its config.json:", *found,
-                                        "take config.json and weights from the same release"]))
+            raise ModelError(
+                "\n".join(
+                    [
+                        f"the tensors of {self.directory} do not fit its config.json:",
+                        *found,
+                        "take config.json and weights from the same release",
+                    ]
+                )
+            )
 
-    def assemble(self, weights: Iterable[Weight], prefix: str = "", dtype: torch.dtype | None = None,
-                 progress: Callable[[int, int], None] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    def assemble(
+        self,
+        weights: Iterable[Weight],
+        prefix: str = "",
+        dtype: torch.dtype | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every target that starts with `prefix` as soon as it is complete: (name, tensor in its own memory).
 
         Floating-point targets are converted to `dtype` (None: as stored). At most one source is in memory beside the
@@ -79,8 +102,13 @@ class Checkpoint:
         `progress(done, total)` counts source bytes. Raises ModelError if a target stays incomplete.
         """
         rows = [(w.source, [p for p in w.parts if p.target.startswith(prefix)]) for w in weights]
-        rows = sorted([row for row in rows if row[1] and row[0] in self._entries], key=lambda row: self._order(row[0]))
-        total, done, pending = sum(self._bytes_read(*row) for row in rows), 0, {}
+        rows = sorted(
+            [row for row in rows if row[1] and row[0] in self._entries],
+            key=lambda row: self._order(row[0]),
+        )
+        total = sum(self._bytes_read(*row) for row in rows)
+        done = 0
+        pending = {}
         for name, parts in rows:
             whole = None if all(part.take for part in parts) else self.tensor(name)
             for part in parts:
@@ -90,14 +118,20 @@ class Checkpoint:
                 if whole is not None and part is parts[-1]:
                     done += whole.nbytes
                     whole = None
-                del piece               # not in memory while the caller works on the target
+                del piece  # not in memory while the caller works on the target
                 if complete:
                     yield part.target, pending.pop(part.target)[0]
             if progress:
                 progress(done, total)
         if pending:
-            raise ModelError("\n".join([f"{self.directory} has only some pieces of these weights:",
-                                        *_listing("incomplete", pending)]))
+            raise ModelError(
+                "\n".join(
+                    [
+                        f"{self.directory} has only some pieces of these weights:",
+                        *_listing("incomplete", pending),
+                    ]
+                )
+            )
 
     def digest(self, names: Iterable[str]) -> str:
         """sha256 (hex) of names, dtypes, shapes and bytes: the same however the tensors are sharded or packed."""
@@ -125,8 +159,12 @@ class Checkpoint:
         return 1, str(entry.file), entry.offset or 0
 
 
-def _read_headers(directory: Path, files: list[Path], index: dict[str, str] | None) -> dict[str, Entry]:
-    entries, problems, damaged = {}, [], []
+def _read_headers(
+    directory: Path, files: list[Path], index: dict[str, str] | None
+) -> dict[str, Entry]:
+    entries = {}
+    problems = []
+    damaged = []
     for file in files:
         try:
             stored = stored_entries(file)
@@ -141,15 +179,22 @@ def _read_headers(directory: Path, files: list[Path], index: dict[str, str] | No
             problems += _listing(f"in {file.name} and in another file", twice)
         entries.update(stored)
     if problems:
-        again = f"download again: {', '.join(damaged)}" if damaged else "download index and weights again, together"
-        raise ModelError("\n".join([f"the weights in {directory} are not complete:", *problems, again]))
+        again = (
+            f"download again: {', '.join(damaged)}"
+            if damaged
+            else "download index and weights again, together"
+        )
+        raise ModelError(
+            "\n".join([f"the weights in {directory} are not complete:", *problems, again])
+        )
     return entries
 
 
 def _contradictions(file: str, stored: dict[str, Entry], index: dict[str, str]) -> list[str]:
     named = {name for name, where in index.items() if where == file}
-    return (_listing(f"named by the index, not in {file}", sorted(named - stored.keys()))
-            + _listing(f"in {file}, not named by the index", sorted(stored.keys() - named)))
+    return _listing(f"named by the index, not in {file}", sorted(named - stored.keys())) + _listing(
+        f"in {file}, not named by the index", sorted(stored.keys() - named)
+    )
 
 
 def _place(part: Part, piece: torch.Tensor, dtype: torch.dtype | None, pending: dict) -> bool:
@@ -161,7 +206,7 @@ def _place(part: Part, piece: torch.Tensor, dtype: torch.dtype | None, pending: 
         return True
     offset, total = part.at
     slot = pending.setdefault(part.target, [torch.empty((total, *piece.shape[1:]), dtype=dtype), 0])
-    _copy(piece, slot[0][offset:offset + len(piece)])
+    _copy(piece, slot[0][offset : offset + len(piece)])
     slot[1] += len(piece)
     return slot[1] == total
 
@@ -176,7 +221,9 @@ def _copy(piece: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
     return into
 
 
-def _listing(kind: str, names: Iterable[str], detail: Callable[[str], str] = lambda name: "") -> list[str]:
+def _listing(
+    kind: str, names: Iterable[str], detail: Callable[[str], str] = lambda name: ""
+) -> list[str]:
     """Lines `N tensors <kind>:` and the names, those that differ in one number only on one line."""
     groups = defaultdict(list)
     for name in names:
@@ -186,6 +233,8 @@ def _listing(kind: str, names: Iterable[str], detail: Callable[[str], str] = lam
     count = sum(map(len, groups.values()))
     lines = [f"  {count} tensor{'s' * (count > 1)} {kind}:"]
     for (template, note), members in list(groups.items())[:SHOWN]:
-        label = members[0] if len(members) == 1 else f"{template} ({len(members)}x, first {members[0]})"
+        label = (
+            members[0] if len(members) == 1 else f"{template} ({len(members)}x, first {members[0]})"
+        )
         lines.append(f"    {label} {note}".rstrip())
     return lines + ([f"    and {len(groups) - SHOWN} more kinds"] if len(groups) > SHOWN else [])

@@ -3,6 +3,7 @@
 Formats: safetensors, .bin (pickled state dicts, read as tensors only) and the SAT layout (`latest` + one .pt). Nothing
 stays mapped for long, because mapped pages count as resident memory.
 """
+
 import json
 import math
 import os
@@ -19,19 +20,29 @@ from models.config import read_json
 from models.errors import ModelError
 
 SAFETENSORS_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 LFS_MARK = b"version https://git-lfs"
-HEADER_LIMIT = 100 << 20        # a larger safetensors header is damage, not a header
-REOPEN_BYTES = 256 << 20        # a mapped .bin is reopened after this much was read from it
+HEADER_LIMIT = 100 << 20  # a larger safetensors header is damage, not a header
+REOPEN_BYTES = 256 << 20  # a mapped .bin is reopened after this much was read from it
 
 
 @dataclass(frozen=True)
 class Entry:
     """One stored tensor, or the rows of it from `first`; `offset` is its first byte in a safetensors file (pickled files
     have None)."""
+
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -55,7 +66,10 @@ class Damaged(Exception):
 
 def find_files(directory: Path) -> tuple[str, list[Path], dict[str, str] | None]:
     """Format, weight files, and the index's {tensor: file name} where there is one."""
-    formats = [_indexed(directory, "safetensors", "*.safetensors"), _indexed(directory, "bin", "pytorch_model*.bin")]
+    formats = [
+        _indexed(directory, "safetensors", "*.safetensors"),
+        _indexed(directory, "bin", "pytorch_model*.bin"),
+    ]
     for name, files, index in formats:
         if any(file.exists() for file in files):
             return name, files, index
@@ -64,18 +78,27 @@ def find_files(directory: Path) -> tuple[str, list[Path], dict[str, str] | None]
     for name, files, index in formats:
         if index is not None:
             return name, files, index
-    raise ModelError(f"{directory} holds no weights (*.safetensors, pytorch_model*.bin, or SAT's `latest`); "
-                     "download the model's weight files into it")
+    raise ModelError(
+        f"{directory} holds no weights (*.safetensors, pytorch_model*.bin, or SAT's `latest`); "
+        "download the model's weight files into it"
+    )
 
 
-def _indexed(directory: Path, name: str, pattern: str) -> tuple[str, list[Path], dict[str, str] | None]:
-    indexes = sorted(directory.glob(f"{pattern}.index.json"), key=lambda p: (not p.name.startswith("model."), p.name))
+def _indexed(
+    directory: Path, name: str, pattern: str
+) -> tuple[str, list[Path], dict[str, str] | None]:
+    indexes = sorted(
+        directory.glob(f"{pattern}.index.json"),
+        key=lambda p: (not p.name.startswith("model."), p.name),
+    )
     if not indexes:
         return name, _with_gaps(sorted(directory.glob(pattern))), None
     content = read_json(indexes[0])
     index = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
-        raise ModelError(f"{indexes[0]} has no weight_map of tensor names to file names; download it again")
+        raise ModelError(
+            f"{indexes[0]} has no weight_map of tensor names to file names; download it again"
+        )
     return name, [directory / file for file in sorted(set(index.values()))], index
 
 
@@ -84,7 +107,10 @@ def _with_gaps(files: list[Path]) -> list[Path]:
     complete = dict.fromkeys(files)
     for file in files:
         if match := re.fullmatch(r"(.+-)(\d+)-of-(\d+)(\.\w+)", file.name):
-            stem, digits, count, suffix = match[1], len(match[2]), match[3], match[4]
+            stem = match[1]
+            digits = len(match[2])
+            count = match[3]
+            suffix = match[4]
             names = [f"{stem}{k:0{digits}}-of-{count}{suffix}" for k in range(1, int(count) + 1)]
             complete.update(dict.fromkeys(file.with_name(name) for name in names))
     return sorted(complete)
@@ -94,8 +120,10 @@ def _sat_files(directory: Path) -> list[Path]:
     step = (directory / "latest").read_text(encoding="utf-8").strip()
     files = sorted((directory / step).glob("mp_rank_*_model_states.pt"))
     if len(files) > 1:
-        raise ModelError(f"{directory / step} is split over {len(files)} model-parallel ranks, only 1 can be read; "
-                         "merge it with SAT's own merge command first")
+        raise ModelError(
+            f"{directory / step} is split over {len(files)} model-parallel ranks, only 1 can be read; "
+            "merge it with SAT's own merge command first"
+        )
     return files or [directory / step / "mp_rank_00_model_states.pt"]
 
 
@@ -109,7 +137,9 @@ def stored_entries(file: Path) -> dict[str, Entry]:
         with open(file, "rb") as stream:
             if stream.read(len(LFS_MARK)) == LFS_MARK:
                 raise Damaged("is only a Git LFS pointer, not the weights; run `git lfs pull`")
-        return _safetensors_entries(file) if file.suffix == ".safetensors" else _pickled_entries(file)
+        return (
+            _safetensors_entries(file) if file.suffix == ".safetensors" else _pickled_entries(file)
+        )
     except OSError as error:
         raise Damaged(f"cannot be read ({reason(error)})") from None
 
@@ -132,10 +162,22 @@ def _safetensors_entries(file: Path) -> dict[str, Entry]:
     try:
         header = json.loads(header)
         header.pop("__metadata__", None)
-        entries = {name: Entry(file, SAFETENSORS_DTYPES[item["dtype"]], tuple(item["shape"]),
-                               8 + length + item["data_offsets"][0]) for name, item in header.items()}
-        end = max((8 + length + item["data_offsets"][1] for item in header.values()), default=8 + length)
-        consistent = all(entries[n].nbytes == i["data_offsets"][1] - i["data_offsets"][0] for n, i in header.items())
+        entries = {
+            name: Entry(
+                file,
+                SAFETENSORS_DTYPES[item["dtype"]],
+                tuple(item["shape"]),
+                8 + length + item["data_offsets"][0],
+            )
+            for name, item in header.items()
+        }
+        end = max(
+            (8 + length + item["data_offsets"][1] for item in header.values()), default=8 + length
+        )
+        consistent = all(
+            entries[n].nbytes == i["data_offsets"][1] - i["data_offsets"][0]
+            for n, i in header.items()
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"has a damaged header ({reason(error)})") from None
     if size != end or not consistent:
@@ -145,7 +187,10 @@ def _safetensors_entries(file: Path) -> dict[str, Entry]:
 
 
 def _pickled_entries(file: Path) -> dict[str, Entry]:
-    return {name: Entry(file, value.dtype, tuple(value.shape)) for name, value in _load_pickled(file).items()}
+    return {
+        name: Entry(file, value.dtype, tuple(value.shape))
+        for name, value in _load_pickled(file).items()
+    }
 
 
 def _load_pickled(file: Path) -> dict[str, torch.Tensor]:
@@ -154,10 +199,21 @@ def _load_pickled(file: Path) -> dict[str, torch.Tensor]:
         mapped = stream.read(2) == b"PK"
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-        state = state.get("module", state)          # SAT keeps the state dict one level down
+        state = state.get("module", state)  # SAT keeps the state dict one level down
         return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError):
-        raise Damaged("is truncated, or holds more than tensors (pickled code is never run)") from None
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ):
+        raise Damaged(
+            "is truncated, or holds more than tensors (pickled code is never run)"
+        ) from None
 
 
 class TensorReader:
@@ -165,7 +221,9 @@ class TensorReader:
     of the mapped pages read so far."""
 
     def __init__(self):
-        self.file, self.state, self.read = None, {}, 0
+        self.file = None
+        self.state = {}
+        self.read = 0
 
     def tensor(self, name: str, entry: Entry) -> torch.Tensor:
         """The stored tensor, contiguous; ModelError if the file shrank since its header was read."""
@@ -178,13 +236,19 @@ class TensorReader:
 
     def _pickled(self, name: str, entry: Entry) -> torch.Tensor:
         if entry.file != self.file or self.read > REOPEN_BYTES:
-            self.state = {}         # close the old one first: two shards of an old format may not fit
+            self.state = {}  # close the old one first: two shards of an old format may not fit
             try:
-                self.file, self.state, self.read = entry.file, _load_pickled(entry.file), 0
+                self.file = entry.file
+                self.state = _load_pickled(entry.file)
+                self.read = 0
             except Damaged as error:
                 raise ModelError(f"{entry.file} changed while it was read: it {error}") from None
         self.read += entry.nbytes
-        return self.state[name][entry.first:entry.first + entry.shape[0]] if entry.shape else self.state[name]
+        return (
+            self.state[name][entry.first : entry.first + entry.shape[0]]
+            if entry.shape
+            else self.state[name]
+        )
 
 
 def _raw(memory: np.ndarray, entry: Entry) -> torch.Tensor:

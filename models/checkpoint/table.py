@@ -1,4 +1,5 @@
 """The weight table: which tensors of a checkpoint make which weight of the model."""
+
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ class Part:
     `transform` is applied to the piece (fp tensors of any dtype) before it is stored; one on q rows alone, or on k rows
     alone, works head by head, so that it also serves for some of the heads.
     """
+
     target: str
     take: tuple[int, int] | None = None
     at: tuple[int, int] | None = None
@@ -19,6 +21,7 @@ class Part:
 @dataclass(frozen=True)
 class Weight:
     """One row of a weight table: checkpoint name, its exact shape, and where its parts go (none = known and dropped)."""
+
     source: str
     shape: tuple[int, ...]
     parts: tuple[Part, ...] = ()
@@ -38,16 +41,22 @@ def transposed(weight):
 
 def dense(source: str, outputs: int, inputs: int, target: str, bias: bool = True):
     """Table rows of a tower's linear layer, whose weight we keep as [in, out]."""
-    yield Weight(source + ".weight", (outputs, inputs), (Part(target + ".weight", transform=transposed),))
+    yield Weight(
+        source + ".weight", (outputs, inputs), (Part(target + ".weight", transform=transposed),)
+    )
     if bias:
         yield Weight(source + ".bias", (outputs,), (Part(target + ".bias"),))
 
 
 def fused_dense(source: str, outputs: int, inputs: int, targets: list[str]):
     """Table rows of a tower's fused projection (row blocks of `outputs` each), split into one linear layer per target."""
+
     def parts(suffix, transform=None):
-        return tuple(Part(t + suffix, take=(i * outputs, (i + 1) * outputs), transform=transform)
-                     for i, t in enumerate(targets))
+        return tuple(
+            Part(t + suffix, take=(i * outputs, (i + 1) * outputs), transform=transform)
+            for i, t in enumerate(targets)
+        )
+
     total = outputs * len(targets)
     yield Weight(source + ".weight", (total, inputs), parts(".weight", transposed))
     yield Weight(source + ".bias", (total,), parts(".bias"))

@@ -2,6 +2,7 @@
 
 A picture squashed to S x S flows in, the rows [boi; patches; eoi] that replace its three prompt tokens flow out.
 """
+
 import numpy as np
 import torch
 from torch import nn
@@ -22,8 +23,10 @@ class PostNormBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, inner: int, eps: float):
         super().__init__()
-        self.attention, self.attention_norm = Attention(width, heads), nn.LayerNorm(width, eps=eps)
-        self.mlp, self.mlp_norm = Mlp(width, inner), nn.LayerNorm(width, eps=eps)
+        self.attention = Attention(width, heads)
+        self.attention_norm = nn.LayerNorm(width, eps=eps)
+        self.mlp = Mlp(width, inner)
+        self.mlp_norm = nn.LayerNorm(width, eps=eps)
 
     def forward(self, x):
         x = x + self.attention_norm(self.attention(x))
@@ -35,14 +38,17 @@ class Tower(nn.Module):
 
     def __init__(self, config: dict):
         super().__init__()
-        width, patch = config["hidden_size"], config["patch_size"]
+        width = config["hidden_size"]
+        patch = config["patch_size"]
         self.grid = config["image_size"] // patch
         self.normalize = Normalize(CLIP_MEAN, CLIP_STD)
         self.patch = nn.Conv2d(3, width, patch, patch)
         self.cls = nn.Parameter(torch.empty(1, width))
         self.position = nn.Parameter(torch.empty(config["num_positions"], width))
         block = (width, config["num_heads"], config["intermediate_size"], config["layer_norm_eps"])
-        self.blocks = nn.ModuleList(PostNormBlock(*block) for _ in range(config["num_hidden_layers"]))
+        self.blocks = nn.ModuleList(
+            PostNormBlock(*block) for _ in range(config["num_hidden_layers"])
+        )
 
     def forward(self, nhwc):
         x = self.patch(self.normalize(nhwc)).flatten(2).transpose(1, 2)
@@ -60,7 +66,8 @@ class VisionEncoder(nn.Module):
 
     def __init__(self, config: dict, hidden: int, inner: int):
         super().__init__()
-        self.tower, self.adapter = Tower(config), GluAdapter(config["hidden_size"], hidden, inner)
+        self.tower = Tower(config)
+        self.adapter = GluAdapter(config["hidden_size"], hidden, inner)
         self.scaling = float(config["scaling_factor"])
 
     def forward(self, nhwc):
@@ -68,7 +75,8 @@ class VisionEncoder(nn.Module):
 
 
 class Glm4V(Glm4):
-    name, takes_tools = "glm-4v", False
+    name = "glm-4v"
+    takes_tools = False
 
     @classmethod
     def matches(cls, config):
@@ -79,11 +87,16 @@ class Glm4V(Glm4):
         super().__init__(directory, config)
         tower = config["vision_config"]
         supported(tower, {"hidden_act": "gelu", "in_channels": 3})
-        side, grid = tower["image_size"], tower["image_size"] // tower["patch_size"]
+        side = tower["image_size"]
+        grid = tower["image_size"] // tower["patch_size"]
         if tower["num_positions"] != grid * grid + 1:
-            raise ModelError(f"vision_config has num_positions {tower['num_positions']}, but a picture of {side} "
-                             f"pixels has {grid * grid} patches and one class token; take config.json from the release")
-        self.vision = VisionSpec((1, side, side, 3), (1, (grid // 2) ** 2 + 2, config["hidden_size"]))
+            raise ModelError(
+                f"vision_config has num_positions {tower['num_positions']}, but a picture of {side} "
+                f"pixels has {grid * grid} patches and one class token; take config.json from the release"
+            )
+        self.vision = VisionSpec(
+            (1, side, side, 3), (1, (grid // 2) ** 2 + 2, config["hidden_size"])
+        )
 
     def vision_encoder(self):
         return VisionEncoder(self.config["vision_config"], self.decoder.hidden, self.decoder.ffn)
@@ -115,17 +128,24 @@ class Glm4V(Glm4):
         """The picture's three ids (begin, placeholder, end) become as many as it has rows."""
         if not pixels:
             return Prompt(ids, [], Layout(np.arange(len(ids))[:, None], (len(ids),), (1,)), text)
-        start, patches = self._picture_start(ids, image_starts), self.vision.rows - 2
-        ids = np.concatenate((ids[:start + 1], np.full(patches, ids[start + 1]), ids[start + 2:]))
+        start = self._picture_start(ids, image_starts)
+        patches = self.vision.rows - 2
+        ids = np.concatenate((ids[: start + 1], np.full(patches, ids[start + 1]), ids[start + 2 :]))
         return Prompt(ids, pixels, expanded_layout(len(ids), start, patches), text)
 
     def _picture_start(self, ids, image_starts) -> int:
         """Index of the begin mark; the end mark must stand two places behind it."""
         marks = self.config["boi_token_id"], self.config["eoi_token_id"]
-        starts = np.flatnonzero(ids == marks[0]) if image_starts is None else np.asarray(image_starts).reshape(-1)
-        if len(starts) != 1 or tuple(ids[starts[0]:starts[0] + 3:2]) != marks:
-            raise ModelError(f"the prompt has one picture, so its ids must hold {marks[0]}, one placeholder, "
-                             f"{marks[1]} once; build it with Engine.prompt, or pass ids of the release's tokenizer")
+        starts = (
+            np.flatnonzero(ids == marks[0])
+            if image_starts is None
+            else np.asarray(image_starts).reshape(-1)
+        )
+        if len(starts) != 1 or tuple(ids[starts[0] : starts[0] + 3 : 2]) != marks:
+            raise ModelError(
+                f"the prompt has one picture, so its ids must hold {marks[0]}, one placeholder, "
+                f"{marks[1]} once; build it with Engine.prompt, or pass ids of the release's tokenizer"
+            )
         return int(starts[0])
 
     # weights
@@ -134,15 +154,23 @@ class Glm4V(Glm4):
         return [*super().weights(), *self._vision_weights()]
 
     def _vision_weights(self):
-        root, tower, d = "transformer.vision.", self.config["vision_config"], self.decoder
-        width, inner, patch = tower["hidden_size"], tower["intermediate_size"], tower["patch_size"]
+        root = "transformer.vision."
+        tower = self.config["vision_config"]
+        d = self.decoder
+        width = tower["hidden_size"]
+        inner = tower["intermediate_size"]
+        patch = tower["patch_size"]
         embedding = root + "patch_embedding."
         yield Weight(embedding + "cls_embedding", (1, width), (Part("vision.tower.cls"),))
         yield from pair(embedding + "proj", (width, 3, patch, patch), "vision.tower.patch")
-        yield Weight(embedding + "position_embedding.weight", (tower["num_positions"], width),
-                     (Part("vision.tower.position"),))
+        yield Weight(
+            embedding + "position_embedding.weight",
+            (tower["num_positions"], width),
+            (Part("vision.tower.position"),),
+        )
         for i in range(tower["num_hidden_layers"]):
-            layer, ours = f"{root}transformer.layers.{i}.", f"vision.tower.blocks.{i}."
+            layer = f"{root}transformer.layers.{i}."
+            ours = f"vision.tower.blocks.{i}."
             heads = [f"{ours}attention.{name}" for name in "qkv"]
             yield from pair(layer + "input_layernorm", (width,), ours + "attention_norm")
             yield from fused_dense(layer + "attention.query_key_value", width, width, heads)
@@ -156,6 +184,6 @@ class Glm4V(Glm4):
 def expanded_layout(length: int, start: int, patches: int) -> Layout:
     """All patch rows share one position, so that text after the picture counts on as if they were one token."""
     place = np.arange(length)
-    first = start + 1                               # of the patch rows
+    first = start + 1  # of the patch rows
     positions = np.where(place < first, place, np.maximum(place - patches + 1, first))
     return Layout(positions[:, None], (length - patches + 1,), (1,), image_starts=(start,))

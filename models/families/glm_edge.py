@@ -3,6 +3,7 @@
 config.json and messages flow in; weight table, vision encoder and prompts flow out. The chat template of a V model
 itself writes one `<|begin_of_image|>` per picture row (578).
 """
+
 import functools
 import math
 from dataclasses import replace
@@ -21,12 +22,27 @@ from models.prompt.images import denormalize, fit_pad, open_image
 from models.prompt.tokenizers import JsonText, MissingTokenizer
 
 from .templated import TemplatedFamily
-from .weight_rows import buffers, decoder_weights, glu_adapter_weights, output_matrix, prefix, tower_block, unused
+from .weight_rows import (
+    buffers,
+    decoder_weights,
+    glu_adapter_weights,
+    output_matrix,
+    prefix,
+    tower_block,
+    unused,
+)
 
 MEAN = STD = (0.5, 0.5, 0.5)
 ACTIVATIONS = {"gelu_pytorch_tanh": gelu_tanh, "gelu": gelu_erf}
-SIGLIP = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-          "image_size": 224, "patch_size": 16, "layer_norm_eps": 1e-6}
+SIGLIP = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 16,
+    "layer_norm_eps": 1e-6,
+}
 CHAT = "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}{% endfor %}<|assistant|>"
 CHAT_V = """\
 {% for m in messages if m.role != 'system' %}{{ '<|' + m.role + '|>\n' }}{% for part in m.content %}
@@ -39,14 +55,23 @@ class SiglipTower(nn.Module):
 
     def __init__(self, siglip: dict):
         super().__init__()
-        width, patch, eps = siglip["hidden_size"], siglip["patch_size"], siglip["layer_norm_eps"]
+        width = siglip["hidden_size"]
+        patch = siglip["patch_size"]
+        eps = siglip["layer_norm_eps"]
         self.grid = siglip["image_size"] // patch
         self.normalize = Normalize(MEAN, STD)
         self.patch = nn.Conv2d(3, width, patch, patch)
-        self.position = nn.Parameter(torch.empty(self.grid ** 2, width))
-        block = (width, siglip["num_attention_heads"], siglip["intermediate_size"], eps,
-                 chosen(ACTIVATIONS, siglip, "hidden_act", "gelu_pytorch_tanh"))
-        self.blocks = nn.ModuleList(PreNormBlock(*block) for _ in range(siglip["num_hidden_layers"]))
+        self.position = nn.Parameter(torch.empty(self.grid**2, width))
+        block = (
+            width,
+            siglip["num_attention_heads"],
+            siglip["intermediate_size"],
+            eps,
+            chosen(ACTIVATIONS, siglip, "hidden_act", "gelu_pytorch_tanh"),
+        )
+        self.blocks = nn.ModuleList(
+            PreNormBlock(*block) for _ in range(siglip["num_hidden_layers"])
+        )
         self.norm = nn.LayerNorm(width, eps=eps)
 
     def forward(self, nhwc):
@@ -64,7 +89,8 @@ class VisionEncoder(nn.Module):
 
     def __init__(self, siglip: dict, hidden: int, inner: int):
         super().__init__()
-        self.tower, self.adapter = SiglipTower(siglip), GluAdapter(siglip["hidden_size"], hidden, inner)
+        self.tower = SiglipTower(siglip)
+        self.adapter = GluAdapter(siglip["hidden_size"], hidden, inner)
 
     def forward(self, nhwc):
         return self.adapter(self.tower(nhwc))
@@ -75,6 +101,7 @@ class GlmEdge(TemplatedFamily):
 
     One prompt wording serves every language; the model answers in the language of the question.
     """
+
     name = "glm-edge"
     stop_tokens = ("<|endoftext|>", "<|user|>", "<|observation|>")
 
@@ -88,17 +115,21 @@ class GlmEdge(TemplatedFamily):
     def __init__(self, directory, config):
         super().__init__(directory, config)
         if config.get("hidden_act", "silu") != "silu":
-            raise ModelError(f"config.json says hidden_act {config['hidden_act']!r}, GLM-Edge has 'silu'; "
-                             "use the released config.json")
+            raise ModelError(
+                f"config.json says hidden_act {config['hidden_act']!r}, GLM-Edge has 'silu'; "
+                "use the released config.json"
+            )
         self.decoder = _decoder(config)
         self.default_template = CHAT
         if "vision_config" in config:
             self._open_eyes()
 
     def _open_eyes(self):
-        self.name, self.default_template = "glm-edge-v", CHAT_V
+        self.name = "glm-edge-v"
+        self.default_template = CHAT_V
         self.siglip = SIGLIP | self.config["vision_config"]
-        side, grid = self.siglip["image_size"], self.siglip["image_size"] // self.siglip["patch_size"]
+        side = self.siglip["image_size"]
+        grid = self.siglip["image_size"] // self.siglip["patch_size"]
         self.vision = VisionSpec((1, side, side, 3), (1, (grid // 2) ** 2 + 2, self.decoder.hidden))
         self.placeholder = ("<|begin_of_image|>", self.config["boi_token_id"])
 
@@ -111,7 +142,9 @@ class GlmEdge(TemplatedFamily):
         return JsonText(file) if file.is_file() else MissingTokenizer(file)
 
     def release_sampling(self, with_picture):
-        return SamplingDefaults(max_length=self.decoder.max_length, temperature=0.6, top_p=0.8, repetition_penalty=1.2)
+        return SamplingDefaults(
+            max_length=self.decoder.max_length, temperature=0.6, top_p=0.8, repetition_penalty=1.2
+        )
 
     def clean(self, answer):
         """The chat models begin an answer with a line break."""
@@ -131,36 +164,64 @@ class GlmEdge(TemplatedFamily):
     # weights
 
     def weights(self) -> list[Weight]:
-        names, d = self.shapes, self.decoder
+        names = self.shapes
+        d = self.decoder
         root = prefix(names, "embed_tokens.weight", "model.")
         head = output_matrix(names, "", self.config.get("tie_word_embeddings"))
-        rows = decoder_weights(d, root, head, interleaved_order(d.head_dim, d.rope.dim),
-                               qkv_bias=self.config.get("attention_bias", True), fused_mlp=True)
+        rows = decoder_weights(
+            d,
+            root,
+            head,
+            interleaved_order(d.head_dim, d.rope.dim),
+            qkv_bias=self.config.get("attention_bias", True),
+            fused_mlp=True,
+        )
         return [*rows, *(self._vision_weights() if self.vision else ()), *buffers(names)]
 
     def _vision_weights(self):
-        names, tower = self.shapes, self.siglip
-        width, inner, patch = tower["hidden_size"], tower["intermediate_size"], tower["patch_size"]
-        root = prefix(names, "embeddings.patch_embedding.weight", "model.vision.vit.model.vision_model.")
-        yield from pair(root + "embeddings.patch_embedding", (width, 3, patch, patch), "vision.tower.patch")
-        yield Weight(root + "embeddings.position_embedding.weight", ((tower["image_size"] // patch) ** 2, width),
-                     (Part("vision.tower.position"),))
+        names = self.shapes
+        tower = self.siglip
+        width = tower["hidden_size"]
+        inner = tower["intermediate_size"]
+        patch = tower["patch_size"]
+        root = prefix(
+            names, "embeddings.patch_embedding.weight", "model.vision.vit.model.vision_model."
+        )
+        yield from pair(
+            root + "embeddings.patch_embedding", (width, 3, patch, patch), "vision.tower.patch"
+        )
+        yield Weight(
+            root + "embeddings.position_embedding.weight",
+            ((tower["image_size"] // patch) ** 2, width),
+            (Part("vision.tower.position"),),
+        )
         for i in range(tower["num_hidden_layers"]):
-            yield from tower_block(f"{root}encoder.layers.{i}.", width, inner, f"vision.tower.blocks.{i}.")
+            yield from tower_block(
+                f"{root}encoder.layers.{i}.", width, inner, f"vision.tower.blocks.{i}."
+            )
         yield from pair(root + "post_layernorm", (width,), "vision.tower.norm")
         yield from unused(_pooling_head(root + "head.", width, inner))
         root = prefix(names, "conv.weight", "model.vision.adapter.")
-        for row in glu_adapter_weights(root, "vision.adapter.", width, self.decoder.hidden, self.decoder.ffn):
+        for row in glu_adapter_weights(
+            root, "vision.adapter.", width, self.decoder.hidden, self.decoder.ffn
+        ):
             yield _reshaped(row, names.get(row.source, row.shape))
 
 
 def _decoder(config: dict) -> DecoderConfig:
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     return DecoderConfig(
-        vocab_size=config["vocab_size"], hidden=config["hidden_size"], layers=config["num_hidden_layers"],
-        heads=config["num_attention_heads"], kv_heads=config["num_key_value_heads"], head_dim=head_dim,
-        ffn=config["intermediate_size"], rope=rope_of(config, head_dim, factor=0.5), eps=config["rms_norm_eps"],
-        max_length=config["max_position_embeddings"])
+        vocab_size=config["vocab_size"],
+        hidden=config["hidden_size"],
+        layers=config["num_hidden_layers"],
+        heads=config["num_attention_heads"],
+        kv_heads=config["num_key_value_heads"],
+        head_dim=head_dim,
+        ffn=config["intermediate_size"],
+        rope=rope_of(config, head_dim, factor=0.5),
+        eps=config["rms_norm_eps"],
+        max_length=config["max_position_embeddings"],
+    )
 
 
 def _pooling_head(root: str, width: int, inner: int):
@@ -168,8 +229,12 @@ def _pooling_head(root: str, width: int, inner: int):
     yield Weight(root + "probe", (1, 1, width))
     yield Weight(root + "attention.in_proj_weight", (3 * width, width))
     yield Weight(root + "attention.in_proj_bias", (3 * width,))
-    for name, shape in (("attention.out_proj", (width, width)), ("layernorm", (width,)),
-                        ("mlp.fc1", (inner, width)), ("mlp.fc2", (width, inner))):
+    for name, shape in (
+        ("attention.out_proj", (width, width)),
+        ("layernorm", (width,)),
+        ("mlp.fc1", (inner, width)),
+        ("mlp.fc2", (width, inner)),
+    ):
         yield from pair(root + name, shape, "")
 
 
@@ -177,5 +242,7 @@ def _reshaped(row: Weight, shape: tuple[int, ...]) -> Weight:
     """The begin and end rows may be stored with fewer axes."""
     if shape == row.shape or len(row.shape) != 3 or math.prod(shape) != math.prod(row.shape):
         return row
-    part, = row.parts
-    return replace(row, shape=shape, parts=(replace(part, transform=lambda stored: stored.reshape(row.shape)),))
+    (part,) = row.parts
+    return replace(
+        row, shape=shape, parts=(replace(part, transform=lambda stored: stored.reshape(row.shape)),)
+    )

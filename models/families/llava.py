@@ -3,6 +3,7 @@
 config.json, whose gaps are the defaults of transformers' classes, and messages flow in; weight table, vision encoder
 and prompts flow out. Every `<image>` of a prompt becomes as many tokens as the picture has rows (576).
 """
+
 import functools
 
 import numpy as np
@@ -13,7 +14,14 @@ from models.checkpoint.table import Part, Weight, dense, pair
 from models.config import DecoderConfig, VisionSpec, chosen, read_json, rope_of
 from models.errors import ModelError
 from models.family import SamplingDefaults
-from models.network.vision_blocks import Dense, Normalize, PreNormBlock, gelu_erf, gelu_tanh, quick_gelu
+from models.network.vision_blocks import (
+    Dense,
+    Normalize,
+    PreNormBlock,
+    gelu_erf,
+    gelu_tanh,
+    quick_gelu,
+)
 from models.prompt.images import CLIP_MEAN, CLIP_STD, center_crop, denormalize, open_image
 from models.prompt.tokenizers import JsonText, MissingTokenizer, SentencePieceText, added_tokens
 
@@ -21,13 +29,37 @@ from .templated import TemplatedFamily
 from .weight_rows import buffers, decoder_weights, output_matrix, prefix, tower_block, unused
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu_erf, "gelu_pytorch_tanh": gelu_tanh}
-LLAMA = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-         "num_attention_heads": 32, "vocab_size": 32000, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
-         "bos_token_id": 1, "eos_token_id": 2}
-CLIP = {"model_type": "clip_vision_model", "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-        "num_attention_heads": 12, "image_size": 224, "patch_size": 32, "layer_norm_eps": 1e-5, "num_channels": 3}
-VIT_L_336 = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-             "image_size": 336, "patch_size": 14}       # of a config without vision_config
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 32000,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+CLIP = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 32,
+    "layer_norm_eps": 1e-5,
+    "num_channels": 3,
+}
+VIT_L_336 = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}  # of a config without vision_config
 TEMPLATE = """\
 {% for message in messages %}{% if message.role != 'system' %}{{ message.role | upper }}: {% endif %}
 {% for part in message.content if part.type == 'image' %}{{ '<image>\n' }}{% endfor %}
@@ -41,14 +73,21 @@ class ClipTower(nn.Module):
 
     def __init__(self, clip: dict, layers: int):
         super().__init__()
-        width, patch, eps = clip["hidden_size"], clip["patch_size"], clip["layer_norm_eps"]
+        width = clip["hidden_size"]
+        patch = clip["patch_size"]
+        eps = clip["layer_norm_eps"]
         self.normalize = Normalize(CLIP_MEAN, CLIP_STD)
         self.patch = nn.Conv2d(3, width, patch, patch, bias=False)
         self.cls = nn.Parameter(torch.empty(width))
         self.position = nn.Parameter(torch.empty(1 + (clip["image_size"] // patch) ** 2, width))
         self.pre_norm = nn.LayerNorm(width, eps=eps)
-        block = (width, clip["num_attention_heads"], clip["intermediate_size"], eps,
-                 chosen(ACTIVATIONS, clip, "hidden_act", "quick_gelu"))
+        block = (
+            width,
+            clip["num_attention_heads"],
+            clip["intermediate_size"],
+            eps,
+            chosen(ACTIVATIONS, clip, "hidden_act", "quick_gelu"),
+        )
         self.blocks = nn.ModuleList(PreNormBlock(*block) for _ in range(layers))
 
     def forward(self, nhwc):
@@ -68,16 +107,19 @@ class VisionEncoder(nn.Module):
 
     def __init__(self, clip: dict, layers: int, hidden: int, activation, bias: bool, whole: bool):
         super().__init__()
-        self.tower, self.first, self.activation = ClipTower(clip, layers), int(not whole), activation
+        self.tower = ClipTower(clip, layers)
+        self.first = int(not whole)
+        self.activation = activation
         self.linear_1 = Dense(clip["hidden_size"], hidden, bias)
         self.linear_2 = Dense(hidden, hidden, bias)
 
     def forward(self, nhwc):
-        return self.linear_2(self.activation(self.linear_1(self.tower(nhwc)[:, self.first:])))
+        return self.linear_2(self.activation(self.linear_1(self.tower(nhwc)[:, self.first :])))
 
 
 class Llava(TemplatedFamily):
     """One prompt wording serves every language; the model answers in the language of the question."""
+
     name = "llava-1.5"
     default_template = TEMPLATE
     stop_tokens = ("</s>",)
@@ -90,32 +132,49 @@ class Llava(TemplatedFamily):
     def __init__(self, directory, config):
         super().__init__(directory, config)
         if "mm_vision_tower" in config:
-            raise ModelError(f"{directory} holds LLaVA in its authors' own layout, without the vision tower; "
-                             "download llava-hf/llava-1.5-7b-hf")
+            raise ModelError(
+                f"{directory} holds LLaVA in its authors' own layout, without the vision tower; "
+                "download llava-hf/llava-1.5-7b-hf"
+            )
         self.text = LLAMA | (config.get("text_config") or {})
         self.clip = CLIP | (config.get("vision_config") or VIT_L_336)
         _supported(self.text, {"model_type": "llama", "hidden_act": "silu"}, "text_config")
-        _supported(self.clip, {"model_type": "clip_vision_model", "num_channels": 3}, "vision_config")
+        _supported(
+            self.clip, {"model_type": "clip_vision_model", "num_channels": 3}, "vision_config"
+        )
         self.decoder = _decoder(self.text)
         self.layers, self.whole = self._feature_layers(), self._keeps_class_token()
         side = self.clip["image_size"]
         rows = (side // self.clip["patch_size"]) ** 2 + self.whole
         self.vision = VisionSpec((1, side, side, 3), (1, rows, self.decoder.hidden))
-        self.placeholder = ("<image>", config.get("image_token_index", config.get("image_token_id", 32000)))
+        self.placeholder = (
+            "<image>",
+            config.get("image_token_index", config.get("image_token_id", 32000)),
+        )
 
     def vision_encoder(self):
         activation = chosen(ACTIVATIONS, self.config, "projector_hidden_act", "gelu")
-        return VisionEncoder(self.clip, self.layers, self.decoder.hidden, activation, self._projector_bias, self.whole)
+        return VisionEncoder(
+            self.clip,
+            self.layers,
+            self.decoder.hidden,
+            activation,
+            self._projector_bias,
+            self.whole,
+        )
 
     @functools.cached_property
     def tokenizer(self):
-        json, model = self.directory / "tokenizer.json", self.directory / "tokenizer.model"
+        json = self.directory / "tokenizer.json"
+        model = self.directory / "tokenizer.model"
         if json.is_file():
             return JsonText(json, self.text["bos_token_id"])
         if not model.is_file():
             return MissingTokenizer(json)
         file = self.directory / "added_tokens.json"
-        added = added_tokens(self.directory / "tokenizer_config.json") | (read_json(file) if file.is_file() else {})
+        added = added_tokens(self.directory / "tokenizer_config.json") | (
+            read_json(file) if file.is_file() else {}
+        )
         return SentencePieceText(model, added, self.text["bos_token_id"])
 
     def release_sampling(self, with_picture):
@@ -143,14 +202,22 @@ class Llava(TemplatedFamily):
 
     def _feature_layers(self) -> int:
         """How many blocks run: vision_feature_layer counts hidden states, of which there is one more than blocks."""
-        layer, blocks = self.config.get("vision_feature_layer", -2), self.clip["num_hidden_layers"]
+        layer = self.config.get("vision_feature_layer", -2)
+        blocks = self.clip["num_hidden_layers"]
         if not isinstance(layer, int) or not -blocks - 1 <= layer <= blocks:
-            raise ModelError(f"config.json says vision_feature_layer {layer}, this toolkit takes one number from "
-                             f"{-blocks - 1} to {blocks}; use the released config.json")
+            raise ModelError(
+                f"config.json says vision_feature_layer {layer}, this toolkit takes one number from "
+                f"{-blocks - 1} to {blocks}; use the released config.json"
+            )
         return layer if layer >= 0 else blocks + 1 + layer
 
     def _keeps_class_token(self) -> bool:
-        return chosen({"default": False, "full": True}, self.config, "vision_feature_select_strategy", "default")
+        return chosen(
+            {"default": False, "full": True},
+            self.config,
+            "vision_feature_select_strategy",
+            "default",
+        )
 
     # weights
 
@@ -158,42 +225,76 @@ class Llava(TemplatedFamily):
         names = self.shapes
         root = prefix(names, "embed_tokens.weight", "language_model.model.")
         tied = self.config.get("tie_word_embeddings") or self.text.get("tie_word_embeddings")
-        head, bias = output_matrix(names, "language_model.", tied), self.text.get("attention_bias", False)
+        head = output_matrix(names, "language_model.", tied)
+        bias = self.text.get("attention_bias", False)
         tower = prefix(names, "embeddings.class_embedding", "vision_tower.vision_model.")
         projector = prefix(names, "linear_1.weight", "multi_modal_projector.")
-        return [*decoder_weights(self.decoder, root, head, qkv_bias=bias, out_bias=bias,
-                                 mlp_bias=self.text.get("mlp_bias", False)),
-                *self._tower_weights(tower), *self._projector_weights(projector), *buffers(names)]
+        return [
+            *decoder_weights(
+                self.decoder,
+                root,
+                head,
+                qkv_bias=bias,
+                out_bias=bias,
+                mlp_bias=self.text.get("mlp_bias", False),
+            ),
+            *self._tower_weights(tower),
+            *self._projector_weights(projector),
+            *buffers(names),
+        ]
 
     def _tower_weights(self, root):
-        width, inner, patch = self.clip["hidden_size"], self.clip["intermediate_size"], self.clip["patch_size"]
-        positions, ours, embeddings = 1 + (self.clip["image_size"] // patch) ** 2, "vision.tower.", root + "embeddings."
+        width = self.clip["hidden_size"]
+        inner = self.clip["intermediate_size"]
+        patch = self.clip["patch_size"]
+        positions = 1 + (self.clip["image_size"] // patch) ** 2
+        ours = "vision.tower."
+        embeddings = root + "embeddings."
         yield Weight(embeddings + "class_embedding", (width,), (Part(ours + "cls"),))
-        yield from pair(embeddings + "patch_embedding", (width, 3, patch, patch), ours + "patch", bias=False)
-        yield Weight(embeddings + "position_embedding.weight", (positions, width), (Part(ours + "position"),))
-        yield from pair(root + "pre_layrnorm", (width,), ours + "pre_norm")     # the release's spelling
+        yield from pair(
+            embeddings + "patch_embedding", (width, 3, patch, patch), ours + "patch", bias=False
+        )
+        yield Weight(
+            embeddings + "position_embedding.weight", (positions, width), (Part(ours + "position"),)
+        )
+        yield from pair(
+            root + "pre_layrnorm", (width,), ours + "pre_norm"
+        )  # the release's spelling
         for i in range(self.clip["num_hidden_layers"]):
             block = tower_block(f"{root}encoder.layers.{i}.", width, inner, f"{ours}blocks.{i}.")
             yield from block if i < self.layers else unused(block)
         yield from unused(pair(root + "post_layernorm", (width,), ""))
 
     def _projector_weights(self, root):
-        width, hidden, bias = self.clip["hidden_size"], self.decoder.hidden, self._projector_bias
+        width = self.clip["hidden_size"]
+        hidden = self.decoder.hidden
+        bias = self._projector_bias
         yield from dense(root + "linear_1", hidden, width, "vision.linear_1", bias)
         yield from dense(root + "linear_2", hidden, hidden, "vision.linear_2", bias)
 
 
 def _decoder(text: dict) -> DecoderConfig:
-    heads, hidden = text["num_attention_heads"], text["hidden_size"]
+    heads = text["num_attention_heads"]
+    hidden = text["hidden_size"]
     head_dim = text.get("head_dim") or hidden // heads
     return DecoderConfig(
-        vocab_size=text["vocab_size"], hidden=hidden, layers=text["num_hidden_layers"], heads=heads,
-        kv_heads=text.get("num_key_value_heads") or heads, head_dim=head_dim, ffn=text["intermediate_size"],
-        rope=rope_of(text, head_dim), eps=text["rms_norm_eps"], max_length=text["max_position_embeddings"])
+        vocab_size=text["vocab_size"],
+        hidden=hidden,
+        layers=text["num_hidden_layers"],
+        heads=heads,
+        kv_heads=text.get("num_key_value_heads") or heads,
+        head_dim=head_dim,
+        ffn=text["intermediate_size"],
+        rope=rope_of(text, head_dim),
+        eps=text["rms_norm_eps"],
+        max_length=text["max_position_embeddings"],
+    )
 
 
 def _supported(config: dict, wanted: dict, where: str):
     for key, value in wanted.items():
         if config.get(key, value) != value:
-            raise ModelError(f"{where} says {key} {config[key]!r}, this toolkit runs LLaVA with {value!r} only; "
-                             "use llava-hf/llava-1.5-7b-hf")
+            raise ModelError(
+                f"{where} says {key} {config[key]!r}, this toolkit runs LLaVA with {value!r} only; "
+                "use llava-hf/llava-1.5-7b-hf"
+            )

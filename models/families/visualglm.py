@@ -1,4 +1,5 @@
 """VisualGLM-6B: EVA-ViT-g + Q-Former + projection in front of ChatGLM-6B (first generation)."""
+
 import functools
 import math
 import re
@@ -18,7 +19,7 @@ from models.prompt.messages import split_content
 from models.prompt.streaming import begun
 from models.prompt.tokenizers import IceText
 
-LN_VISION_EPS = 1e-5        # a plain nn.LayerNorm in the release, not the tower's 1e-6
+LN_VISION_EPS = 1e-5  # a plain nn.LayerNorm in the release, not the tower's 1e-6
 
 
 class Vit(nn.Module):
@@ -26,13 +27,19 @@ class Vit(nn.Module):
 
     def __init__(self, eva: dict):
         super().__init__()
-        width, patch = eva["hidden_size"], eva["patch_size"]
+        width = eva["hidden_size"]
+        patch = eva["patch_size"]
         patches = (eva["image_size"][0] // patch) * (eva["image_size"][1] // patch)
         self.normalize = Normalize(CLIP_MEAN, CLIP_STD)
         self.patch = nn.Conv2d(3, width, patch, patch)
         self.cls = nn.Parameter(torch.empty(1, width))
         self.position = nn.Parameter(torch.empty(1 + patches, width))
-        block = (width, eva["num_attention_heads"], eva["inner_hidden_size"], eva["layernorm_epsilon"])
+        block = (
+            width,
+            eva["num_attention_heads"],
+            eva["inner_hidden_size"],
+            eva["layernorm_epsilon"],
+        )
         self.blocks = nn.ModuleList(PreNormBlock(*block) for _ in range(eva["num_layers"]))
         self.norm = nn.LayerNorm(width, eps=LN_VISION_EPS)
 
@@ -49,7 +56,8 @@ class QFormerLayer(nn.Module):
 
     def __init__(self, width, heads, inner, context_width, cross: bool, eps: float):
         super().__init__()
-        self.input_norm, self.attention = nn.LayerNorm(width, eps=eps), Attention(width, heads)
+        self.input_norm = nn.LayerNorm(width, eps=eps)
+        self.attention = Attention(width, heads)
         self.attention_norm = nn.LayerNorm(width, eps=eps)
         self.cross = Attention(width, heads, context_width) if cross else None
         self.cross_norm = nn.LayerNorm(width, eps=eps) if cross else None
@@ -68,12 +76,20 @@ class QFormer(nn.Module):
 
     def __init__(self, config: dict):
         super().__init__()
-        width, eps = config["hidden_size"], config["layernorm_epsilon"]
+        width = config["hidden_size"]
+        eps = config["layernorm_epsilon"]
         self.queries = nn.Parameter(torch.empty(config["vocab_size"], width))
         self.layers = nn.ModuleList(
-            QFormerLayer(width, config["num_attention_heads"], config.get("inner_hidden_size") or 4 * width,
-                         config["cross_attn_hidden_size"], cross, eps)
-            for cross in config["is_decoder"])
+            QFormerLayer(
+                width,
+                config["num_attention_heads"],
+                config.get("inner_hidden_size") or 4 * width,
+                config["cross_attn_hidden_size"],
+                cross,
+                eps,
+            )
+            for cross in config["is_decoder"]
+        )
         self.norm = nn.LayerNorm(width, eps=eps)
 
     def forward(self, context):
@@ -88,15 +104,19 @@ class VisionEncoder(nn.Module):
 
     def __init__(self, config: dict):
         super().__init__()
-        self.vit, self.qformer = Vit(config["eva_config"]), QFormer(config["qformer_config"])
+        self.vit = Vit(config["eva_config"])
+        self.qformer = QFormer(config["qformer_config"])
         self.project = Dense(config["qformer_config"]["hidden_size"], config["hidden_size"])
 
     def forward(self, nhwc):
         return self.project(self.qformer(self.vit(nhwc)))
 
 
-WORDING = {"zh": ("问：{}\n答：", "问：{}\n答：{}\n"), "en": ("Q:{}\nA:", "Q:{}\nA:{}\n")}      # question, past turn
-TRAINED = "[[训练时间]]"        # the model's own placeholder for its date
+WORDING = {
+    "zh": ("问：{}\n答：", "问：{}\n答：{}\n"),
+    "en": ("Q:{}\nA:", "Q:{}\nA:{}\n"),
+}  # question, past turn
+TRAINED = "[[训练时间]]"  # the model's own placeholder for its date
 FULL_WIDTH = str.maketrans(",!:;?", "，！：；？")
 
 
@@ -114,17 +134,33 @@ class VisualGLM(Family):
     def __init__(self, directory, config):
         self.sat = "eva_args" in config
         if self.sat:
-            config = {**config, "eva_config": config["eva_args"], "qformer_config": config["qformer_args"]}
+            config = {
+                **config,
+                "eva_config": config["eva_args"],
+                "qformer_config": config["qformer_args"],
+            }
         super().__init__(directory, config)
-        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        hidden = config["hidden_size"]
+        heads = config["num_attention_heads"]
         self.decoder = DecoderConfig(
-            vocab_size=config["vocab_size"], hidden=hidden, layers=config["num_layers"], heads=heads, kv_heads=heads,
-            head_dim=hidden // heads, ffn=config.get("inner_hidden_size") or 4 * hidden, eps=config["layernorm_epsilon"],
-            rope=Rope(dim=hidden // heads // 2, channels=2, half_rounded=True), max_length=config["max_sequence_length"],
-            norm="layer", activation="gelu_tanh",
-            residual_alpha=math.sqrt(2 * 28))       # the release never passes num_layers to its blocks: always 28
+            vocab_size=config["vocab_size"],
+            hidden=hidden,
+            layers=config["num_layers"],
+            heads=heads,
+            kv_heads=heads,
+            head_dim=hidden // heads,
+            ffn=config.get("inner_hidden_size") or 4 * hidden,
+            eps=config["layernorm_epsilon"],
+            rope=Rope(dim=hidden // heads // 2, channels=2, half_rounded=True),
+            max_length=config["max_sequence_length"],
+            norm="layer",
+            activation="gelu_tanh",
+            residual_alpha=math.sqrt(2 * 28),
+        )  # the release never passes num_layers to its blocks: always 28
         side = self.config["eva_config"]["image_size"][0]
-        self.vision = VisionSpec((1, side, side, 3), (1, self.config["qformer_config"]["vocab_size"], hidden))
+        self.vision = VisionSpec(
+            (1, side, side, 3), (1, self.config["qformer_config"]["vocab_size"], hidden)
+        )
         self.stop_ids = (config["eos_token_id"],)
 
     def vision_encoder(self):
@@ -135,8 +171,10 @@ class VisualGLM(Family):
         return IceText(self.directory / "ice_text.model", self.config["bos_token_id"])
 
     def release_sampling(self, with_picture):
-        if with_picture:        # the release also forces 100 tokens at least, which spoils short answers: not taken over
-            return SamplingDefaults(max_length=1024, temperature=0.8, top_p=0.4, top_k=100, repetition_penalty=1.2)
+        if with_picture:  # the release also forces 100 tokens at least, which spoils short answers: not taken over
+            return SamplingDefaults(
+                max_length=1024, temperature=0.8, top_p=0.4, top_k=100, repetition_penalty=1.2
+            )
         return SamplingDefaults(max_length=2048, temperature=0.95, top_p=0.7)
 
     def clean(self, answer):
@@ -165,14 +203,19 @@ class VisualGLM(Family):
         self.one_picture_at_most(len(pictures))
         if not pictures:
             return self._finish(self.tokenizer.encode(text), [], (), text)
-        before, after = self.tokenizer.encode("<img>"), self.tokenizer.encode("</img>" + text)
+        before = self.tokenizer.encode("<img>")
+        after = self.tokenizer.encode("</img>" + text)
         ids = before + [self.placeholder_id] * self.vision.rows + after
-        return self._finish(ids, [self.pixels(p) for p in pictures], (len(before),), "<img></img>" + text)
+        return self._finish(
+            ids, [self.pixels(p) for p in pictures], (len(before),), "<img></img>" + text
+        )
 
     def prompt_from_ids(self, ids, pixels=None, image_starts=None) -> Prompt:
         """ids [T] as the release feeds its model (32 placeholders, gMASK, sop); pixels as its processor returns them."""
         ids = np.asarray(ids, dtype=np.int64).reshape(-1)
-        pictures = [] if pixels is None else [self.pixels(np.asarray(p)[None]) for p in np.asarray(pixels)]
+        pictures = (
+            [] if pixels is None else [self.pixels(np.asarray(p)[None]) for p in np.asarray(pixels)]
+        )
         self.one_picture_at_most(len(pictures))
         if pictures and image_starts is None:
             image_starts = (self._find_placeholders(ids),)
@@ -183,42 +226,57 @@ class VisualGLM(Family):
         return self.tokenizer.piece_id("<unk>")
 
     def _conversation(self, messages, wording):
-        pictures, text, question = [], "", None
+        pictures = []
+        text = ""
+        question = None
         for message in messages:
             new, content = split_content(message["content"])
             pictures += new
             if message["role"] == "user" and question is None:
                 question = content
             elif message["role"] == "assistant" and question is not None:
-                text, question = text + wording[1].format(question, content), None
+                text = text + wording[1].format(question, content)
+                question = None
             else:
-                raise ModelError(f"{self.name} wants user and assistant messages in turn, got {message['role']!r}; "
-                                 "it has no system messages")
+                raise ModelError(
+                    f"{self.name} wants user and assistant messages in turn, got {message['role']!r}; "
+                    "it has no system messages"
+                )
         if question is None:
             raise ModelError("the conversation does not end with a user message; add a question")
         return pictures, text + wording[0].format(question)
 
     def _finish(self, ids, pixels, starts, text):
-        ids = np.array(ids + [self.config["gmask_token_id"], self.config["bos_token_id"]], dtype=np.int64)
+        ids = np.array(
+            ids + [self.config["gmask_token_id"], self.config["bos_token_id"]], dtype=np.int64
+        )
         return Prompt(ids, pixels, self._layout(ids, starts), text)
 
     def _find_placeholders(self, ids) -> int:
         rows = self.vision.rows
         for start in range(len(ids) - rows + 1):
-            if len(set(ids[start:start + rows].tolist())) == 1:
+            if len(set(ids[start : start + rows].tolist())) == 1:
                 return start
-        raise ModelError(f"the prompt has a picture but no run of {rows} equal placeholder ids; pass image_starts")
+        raise ModelError(
+            f"the prompt has a picture but no run of {rows} equal placeholder ids; pass image_starts"
+        )
 
     def _layout(self, ids, image_starts) -> Layout:
         """Context tokens count 0, 1, 2, ...; <sop> and answer keep the mask token's position and count blocks 1, 2, ..."""
-        bos, masks = self.config["bos_token_id"], (self.config["gmask_token_id"], self.config["mask_token_id"])
+        bos = self.config["bos_token_id"]
+        masks = (self.config["gmask_token_id"], self.config["mask_token_id"])
         sop = _index(ids, bos)
         mask = next((m for m in (_index(ids, m) for m in masks) if m is not None), None)
         if sop is None or mask is None:
-            raise ModelError(f"a {self.name} prompt needs gMASK ({masks[0]}) and <sop> ({bos}) among its ids")
+            raise ModelError(
+                f"a {self.name} prompt needs gMASK ({masks[0]}) and <sop> ({bos}) among its ids"
+            )
         place = np.arange(len(ids))
-        position, block = np.where(place < sop, place, mask), np.maximum(place - sop + 1, 0)
-        return Layout(np.stack((position, block), 1), (mask, len(ids) - sop + 1), (0, 1), sop, image_starts)
+        position = np.where(place < sop, place, mask)
+        block = np.maximum(place - sop + 1, 0)
+        return Layout(
+            np.stack((position, block), 1), (mask, len(ids) - sop + 1), (0, 1), sop, image_starts
+        )
 
     # weights
 
@@ -226,46 +284,80 @@ class VisualGLM(Family):
         return [*self._decoder_weights(), *self._vision_weights()]
 
     def _decoder_weights(self):
-        d, heads = self.decoder, self.decoder.heads
+        d = self.decoder
+        heads = self.decoder.heads
         order = two_halves_order(d.head_dim)
-        qkv = functools.partial(fold_sat_qkv if self.sat else fold_head_major_qkv, heads=heads, order=order)
-        yield Weight("transformer.word_embeddings.weight", (d.vocab_size, d.hidden), (Part("embed.weight"),))
+        qkv = functools.partial(
+            fold_sat_qkv if self.sat else fold_head_major_qkv, heads=heads, order=order
+        )
+        yield Weight(
+            "transformer.word_embeddings.weight", (d.vocab_size, d.hidden), (Part("embed.weight"),)
+        )
         lm_head = "mixins.chatglm-final.lm_head.weight" if self.sat else "lm_head.weight"
         yield Weight(lm_head, (d.vocab_size, d.hidden), (Part("lm_head.weight"),))
         yield from pair("transformer.final_layernorm", (d.hidden,), "final_norm")
         if self.sat:
-            yield Weight("mixins.chatglm-attn.rotary_emb.inv_freq", (d.rope.dim // 2,), optional=True)
+            yield Weight(
+                "mixins.chatglm-attn.rotary_emb.inv_freq", (d.rope.dim // 2,), optional=True
+            )
         for i in range(d.layers):
-            layer, ours = f"transformer.layers.{i}.", f"layers.{i}."
+            layer = f"transformer.layers.{i}."
+            ours = f"layers.{i}."
             yield from pair(layer + "input_layernorm", (d.hidden,), ours + "attention_norm")
-            yield from pair(layer + "attention.query_key_value", (3 * d.hidden, d.hidden), ours + "qkv", qkv)
+            yield from pair(
+                layer + "attention.query_key_value", (3 * d.hidden, d.hidden), ours + "qkv", qkv
+            )
             yield from pair(layer + "attention.dense", (d.hidden, d.hidden), ours + "out")
             yield from pair(layer + "post_attention_layernorm", (d.hidden,), ours + "mlp_norm")
             yield from pair(layer + "mlp.dense_h_to_4h", (d.ffn, d.hidden), ours + "up")
             yield from pair(layer + "mlp.dense_4h_to_h", (d.hidden, d.ffn), ours + "down")
             if not self.sat:
-                yield Weight(layer + "attention.rotary_emb.inv_freq", (d.rope.dim // 2,), optional=True)
+                yield Weight(
+                    layer + "attention.rotary_emb.inv_freq", (d.rope.dim // 2,), optional=True
+                )
 
     def _vision_weights(self):
         root = "mixins.eva.model." if self.sat else "image_encoder."
-        eva, qformer, (_, rows, hidden) = self.config["eva_config"], self.config["qformer_config"], self.vision.output_shape
+        eva, qformer, (_, rows, hidden) = (
+            self.config["eva_config"],
+            self.config["qformer_config"],
+            self.vision.output_shape,
+        )
         yield from _vit_weights(root + "vit.", eva)
         yield from _qformer_weights(root + "qformer.transformer.", qformer, rows)
         yield from dense(root + "glm_proj", hidden, qformer["hidden_size"], "vision.project")
 
 
 def _vit_weights(root, eva):
-    width, inner, patch = eva["hidden_size"], eva["inner_hidden_size"], eva["patch_size"]
+    width = eva["hidden_size"]
+    inner = eva["inner_hidden_size"]
+    patch = eva["patch_size"]
     patches = (eva["image_size"][0] // patch) * (eva["image_size"][1] // patch)
-    yield Weight(root + "mixins.patch_embedding.proj.weight", (width, 3, patch, patch), (Part("vision.vit.patch.weight"),))
-    yield Weight(root + "mixins.patch_embedding.proj.bias", (width,), (Part("vision.vit.patch.bias"),))
+    yield Weight(
+        root + "mixins.patch_embedding.proj.weight",
+        (width, 3, patch, patch),
+        (Part("vision.vit.patch.weight"),),
+    )
+    yield Weight(
+        root + "mixins.patch_embedding.proj.bias", (width,), (Part("vision.vit.patch.bias"),)
+    )
     yield from pair(root + "mixins.cls.ln_vision", (width,), "vision.vit.norm")
     yield Weight(root + "transformer.word_embeddings.weight", (1, width), (Part("vision.vit.cls"),))
-    yield Weight(root + "transformer.position_embeddings.weight", (1 + patches, width), (Part("vision.vit.position"),))
+    yield Weight(
+        root + "transformer.position_embeddings.weight",
+        (1 + patches, width),
+        (Part("vision.vit.position"),),
+    )
     for i in range(eva["num_layers"]):
-        layer, ours = f"{root}transformer.layers.{i}.", f"vision.vit.blocks.{i}."
+        layer = f"{root}transformer.layers.{i}."
+        ours = f"vision.vit.blocks.{i}."
         yield from pair(layer + "input_layernorm", (width,), ours + "attention_norm")
-        yield from fused_dense(layer + "attention.query_key_value", width, width, [ours + "attention." + n for n in "qkv"])
+        yield from fused_dense(
+            layer + "attention.query_key_value",
+            width,
+            width,
+            [ours + "attention." + n for n in "qkv"],
+        )
         yield from dense(layer + "attention.dense", width, width, ours + "attention.out")
         yield from pair(layer + "post_attention_layernorm", (width,), ours + "mlp_norm")
         yield from dense(layer + "mlp.dense_h_to_4h", inner, width, ours + "mlp.up")
@@ -273,19 +365,31 @@ def _vit_weights(root, eva):
 
 
 def _qformer_weights(root, config, rows):
-    width, context = config["hidden_size"], config["cross_attn_hidden_size"]
+    width = config["hidden_size"]
+    context = config["cross_attn_hidden_size"]
     inner = config.get("inner_hidden_size") or 4 * width
     yield Weight(root + "word_embeddings.weight", (rows, width), (Part("vision.qformer.queries"),))
     yield from pair(root + "final_layernorm", (width,), "vision.qformer.norm")
     for i, cross in enumerate(config["is_decoder"]):
-        layer, ours = f"{root}layers.{i}.", f"vision.qformer.layers.{i}."
+        layer = f"{root}layers.{i}."
+        ours = f"vision.qformer.layers.{i}."
         yield from pair(layer + "input_layernorm", (width,), ours + "input_norm")
-        yield from fused_dense(layer + "attention.query_key_value", width, width, [ours + "attention." + n for n in "qkv"])
+        yield from fused_dense(
+            layer + "attention.query_key_value",
+            width,
+            width,
+            [ours + "attention." + n for n in "qkv"],
+        )
         yield from dense(layer + "attention.dense", width, width, ours + "attention.out")
         yield from pair(layer + "post_attention_layernorm", (width,), ours + "attention_norm")
         if cross:
             yield from dense(layer + "cross_attention.query", width, width, ours + "cross.q")
-            yield from fused_dense(layer + "cross_attention.key_value", width, context, [ours + "cross." + n for n in "kv"])
+            yield from fused_dense(
+                layer + "cross_attention.key_value",
+                width,
+                context,
+                [ours + "cross." + n for n in "kv"],
+            )
             yield from dense(layer + "cross_attention.dense", width, width, ours + "cross.out")
             yield from pair(layer + "post_cross_attention_layernorm", (width,), ours + "cross_norm")
         yield from dense(layer + "mlp.dense_h_to_4h", inner, width, ours + "mlp.up")

@@ -3,6 +3,7 @@
 All arithmetic goes through an `ops` object (see runtime/ops): the same layers run on plain torch, the fast CPU kernels or
 the NPU's. Sequences of different lengths lie one after another in T; `Step` says where each begins and what it may see.
 """
+
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ class Step:
     block_table int32 [B, blocks].  q_lens, kv_lens: per sequence, tokens in this step and in the cache after it.
     causal: a token sees itself and what is before it; else all kv_lens tokens (prefix-LM context).
     """
+
     cos: torch.Tensor
     sin: torch.Tensor
     slots: torch.Tensor
@@ -44,17 +46,26 @@ class LayerArithmetic:
     """What one layer computes, whatever its linear layers and norms are made of: `ops` knows."""
 
     def __init__(self, config: DecoderConfig, ops):
-        self.config, self.ops = config, ops
+        self.config = config
+        self.ops = ops
 
     def layer(self, x, layer: Layer, index: int, step, cache):
         """Residual stream [T, hidden] before the layer -> after it."""
         normed = self._norm(x, layer.attention_norm)
         if self.config.residual_alpha is None:
-            normed, x = self.ops.add_rms_norm(self.ops.all_reduce(self._attention(normed, layer, index, step, cache)), x,
-                                              layer.mlp_norm, self.config.eps)
+            normed, x = self.ops.add_rms_norm(
+                self.ops.all_reduce(self._attention(normed, layer, index, step, cache)),
+                x,
+                layer.mlp_norm,
+                self.config.eps,
+            )
             return x + self.ops.all_reduce(self._mlp(normed, layer))
-        alpha = self.config.residual_alpha      # ChatGLM-6B: the residual is the norm's output times alpha
-        x = self.ops.scaled_add(self.ops.all_reduce(self._attention(normed, layer, index, step, cache)), normed, alpha)
+        alpha = (
+            self.config.residual_alpha
+        )  # ChatGLM-6B: the residual is the norm's output times alpha
+        x = self.ops.scaled_add(
+            self.ops.all_reduce(self._attention(normed, layer, index, step, cache)), normed, alpha
+        )
         normed = self._norm(x, layer.mlp_norm)
         return self.ops.scaled_add(self.ops.all_reduce(self._mlp(normed, layer)), normed, alpha)
 
@@ -94,7 +105,7 @@ class Decoder(LayerArithmetic):
         self.layers = [layer_of(weights, f"layers.{i}.") for i in range(config.layers)]
         self.final_norm = norm_of(weights, "final_norm")
         self.lm_head = linear_of(weights, "lm_head")
-        self.tap = None         # callable(stage, residual stream [T, hidden]) -> the stream to go on with
+        self.tap = None  # callable(stage, residual stream [T, hidden]) -> the stream to go on with
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """ids int64 [T] -> [T, hidden]."""
@@ -114,7 +125,11 @@ class Decoder(LayerArithmetic):
 
     def stages(self) -> list[str]:
         """Where `tap` is called, in order."""
-        layers = (f"layers.{i}.{branch}" for i in range(len(self.layers)) for branch in ("attention", "mlp"))
+        layers = (
+            f"layers.{i}.{branch}"
+            for i in range(len(self.layers))
+            for branch in ("attention", "mlp")
+        )
         return ["embed", *layers, "final_norm"]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -126,10 +141,16 @@ class Decoder(LayerArithmetic):
         next_norms = [layer.attention_norm for layer in self.layers[1:]] + [self.final_norm]
         x = self._norm(residual, self.layers[0].attention_norm)
         for i, (layer, next_norm) in enumerate(zip(self.layers, next_norms)):
-            x, residual = self.ops.add_rms_norm(self.ops.all_reduce(self._attention(x, layer, i, step, cache)), residual,
-                                                layer.mlp_norm, self.config.eps)
+            x, residual = self.ops.add_rms_norm(
+                self.ops.all_reduce(self._attention(x, layer, i, step, cache)),
+                residual,
+                layer.mlp_norm,
+                self.config.eps,
+            )
             x, residual = self._tapped_norm(f"layers.{i}.attention", x, residual, layer.mlp_norm)
-            x, residual = self.ops.add_rms_norm(self.ops.all_reduce(self._mlp(x, layer)), residual, next_norm, self.config.eps)
+            x, residual = self.ops.add_rms_norm(
+                self.ops.all_reduce(self._mlp(x, layer)), residual, next_norm, self.config.eps
+            )
             x, residual = self._tapped_norm(f"layers.{i}.mlp", x, residual, next_norm)
         return x
 
@@ -137,7 +158,9 @@ class Decoder(LayerArithmetic):
         alpha = self.config.residual_alpha
         for i, layer in enumerate(self.layers):
             normed = self._norm(x, layer.attention_norm)
-            x = self.ops.scaled_add(self.ops.all_reduce(self._attention(normed, layer, i, step, cache)), normed, alpha)
+            x = self.ops.scaled_add(
+                self.ops.all_reduce(self._attention(normed, layer, i, step, cache)), normed, alpha
+            )
             x = self._tapped(f"layers.{i}.attention", x)
             normed = self._norm(x, layer.mlp_norm)
             x = self.ops.scaled_add(self.ops.all_reduce(self._mlp(normed, layer)), normed, alpha)
@@ -156,7 +179,11 @@ class Decoder(LayerArithmetic):
 
 
 def linear_of(weights: dict, name: str):
-    return weights[name] if name in weights else Linear(weights[name + ".weight"], weights.get(name + ".bias"))
+    return (
+        weights[name]
+        if name in weights
+        else Linear(weights[name + ".weight"], weights.get(name + ".bias"))
+    )
 
 
 def norm_of(weights: dict, name: str) -> Norm:
@@ -165,6 +192,9 @@ def norm_of(weights: dict, name: str) -> Norm:
 
 def layer_of(weights: dict, prefix: str) -> Layer:
     """The layer whose tensors (or packed layers) have names that begin with `prefix`."""
-    norms, linears = ("attention_norm", "mlp_norm"), ("qkv", "out", "up", "down")
-    return Layer(**{name: norm_of(weights, prefix + name) for name in norms},
-                 **{name: linear_of(weights, prefix + name) for name in linears})
+    norms = ("attention_norm", "mlp_norm")
+    linears = ("qkv", "out", "up", "down")
+    return Layer(
+        **{name: norm_of(weights, prefix + name) for name in norms},
+        **{name: linear_of(weights, prefix + name) for name in linears},
+    )

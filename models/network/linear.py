@@ -1,4 +1,5 @@
 """Decoder pieces that are pure arithmetic: linear weights, rotary angles and the row permutations that unify the ropes."""
+
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ import torch
 @dataclass
 class Linear:
     """y = x @ weight.T + bias, weight [out, in]. Backends may replace it by a packed form in their `prepare`."""
+
     weight: torch.Tensor
     bias: torch.Tensor | None = None
 
@@ -15,6 +17,7 @@ class Linear:
 @dataclass
 class Wide:
     """A float32 linear layer in a decoder of a narrower dtype: takes its input as float32 and gives `out`."""
+
     linear: Linear
     out: torch.dtype
 
@@ -27,12 +30,14 @@ def widened(name: str, linear: Linear, dtype: torch.dtype) -> Wide:
 @dataclass
 class Late:
     """A linear layer that `read()` gives when its turn comes."""
+
     read: Callable[[], Linear]
 
 
 @dataclass
 class Norm:
     """LayerNorm (with bias) or RMSNorm (a bias only where anti-outlier quantisation gave it one) over the last axis."""
+
     weight: torch.Tensor
     bias: torch.Tensor | None = None
 
@@ -40,4 +45,5 @@ class Norm:
 @dataclass
 class Stacked:
     """Linear layers of one input whose outputs lie side by side."""
+
     parts: list

@@ -1,4 +1,5 @@
 """Rotary position embedding: angles, and the order of rows that two ways of rotating need."""
+
 import torch
 
 from models.config import Rope
@@ -28,7 +29,8 @@ def interleaved_order(head_dim: int, rotary_dim: int) -> torch.Tensor:
 
     The untouched channels are shared out behind both halves, where their angle is zero.
     """
-    rotated, rest = torch.arange(rotary_dim), torch.arange(rotary_dim, head_dim)
+    rotated = torch.arange(rotary_dim)
+    rest = torch.arange(rotary_dim, head_dim)
     first, second = rest.chunk(2) if len(rest) else (rest, rest)
     return torch.cat((rotated[0::2], first, rotated[1::2], second))
 

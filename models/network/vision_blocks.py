@@ -3,6 +3,7 @@
 Linear weights are kept as [in, out] so that a projection is one MatMul without a Transpose, q, k and v are separate
 projections (no Slice/Squeeze chains), and attention is written out (MatMul, Softmax, MatMul).
 """
+
 import math
 
 import torch
@@ -34,7 +35,9 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, context_width: int | None = None):
         super().__init__()
-        self.heads, self.head_dim, self.crossed = heads, width // heads, context_width is not None
+        self.heads = heads
+        self.head_dim = width // heads
+        self.crossed = context_width is not None
         self.q = Dense(width, width)
         self.k = Dense(context_width or width, width)
         self.v = Dense(context_width or width, width)
@@ -66,7 +69,9 @@ def quick_gelu(x):
 class Mlp(nn.Module):
     def __init__(self, width: int, inner: int, activation=gelu_erf):
         super().__init__()
-        self.up, self.down, self.activation = Dense(width, inner), Dense(inner, width), activation
+        self.up = Dense(width, inner)
+        self.down = Dense(inner, width)
+        self.activation = activation
 
     def forward(self, x):
         return self.down(self.activation(self.up(x)))
@@ -77,8 +82,10 @@ class PreNormBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, inner: int, eps: float, activation=gelu_erf):
         super().__init__()
-        self.attention_norm, self.attention = nn.LayerNorm(width, eps=eps), Attention(width, heads)
-        self.mlp_norm, self.mlp = nn.LayerNorm(width, eps=eps), Mlp(width, inner, activation)
+        self.attention_norm = nn.LayerNorm(width, eps=eps)
+        self.attention = Attention(width, heads)
+        self.mlp_norm = nn.LayerNorm(width, eps=eps)
+        self.mlp = Mlp(width, inner, activation)
 
     def forward(self, x):
         x = x + self.attention(self.attention_norm(x))
@@ -90,7 +97,8 @@ class Normalize(nn.Module):
 
     def __init__(self, mean, std):
         super().__init__()
-        self.mean, self.std = tuple(mean), tuple(std)
+        self.mean = tuple(mean)
+        self.std = tuple(std)
 
     def forward(self, nhwc):
         mean = torch.tensor(self.mean, dtype=nhwc.dtype).view(1, 3, 1, 1)
@@ -108,8 +116,10 @@ class GluAdapter(nn.Module):
     def __init__(self, width: int, hidden: int, inner: int):
         super().__init__()
         self.conv = nn.Conv2d(width, hidden, 2, 2)
-        self.project, self.norm = Dense(hidden, hidden, bias=False), nn.LayerNorm(hidden, eps=1e-5)
-        self.gate, self.up = Dense(hidden, inner, bias=False), Dense(hidden, inner, bias=False)
+        self.project = Dense(hidden, hidden, bias=False)
+        self.norm = nn.LayerNorm(hidden, eps=1e-5)
+        self.gate = Dense(hidden, inner, bias=False)
+        self.up = Dense(hidden, inner, bias=False)
         self.down = Dense(inner, hidden, bias=False)
         self.boi, self.eoi = (nn.Parameter(torch.empty(1, 1, hidden)) for _ in "be")
 
@@ -119,5 +129,3 @@ class GluAdapter(nn.Module):
         x = self.down(F.silu(self.gate(x)) * self.up(x))
         batch = x.shape[0]
         return torch.cat((self.boi.expand(batch, -1, -1), x, self.eoi.expand(batch, -1, -1)), dim=1)
-
-

@@ -3,6 +3,7 @@
 A path, bytes or PIL image flows in; float32 NHWC [1, S, S, 3] with raw values 0..255 flows out. Mean and standard
 deviation are applied inside the vision encoder's graph, not here.
 """
+
 import io
 import math
 import re
@@ -16,8 +17,8 @@ from models.errors import ModelError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS         # 178,956,970: where PIL stops trusting a header
-WHOLE = 1e-3                                    # a denormalised value this close to a whole number was that number
+MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # 178,956,970: where PIL stops trusting a header
+WHOLE = 1e-3  # a denormalised value this close to a whole number was that number
 
 
 def open_image(source, upright: bool = True) -> Image.Image:
@@ -31,8 +32,10 @@ def open_image(source, upright: bool = True) -> Image.Image:
     name, image = _open(source)
     try:
         return _rgb(ImageOps.exif_transpose(image) if upright else image)
-    except Exception as error:      # PIL's decoders raise whatever their parsers stumble over
-        raise ModelError(f"{name} is damaged or truncated ({_brief(error)}); use another copy of it") from None
+    except Exception as error:  # PIL's decoders raise whatever their parsers stumble over
+        raise ModelError(
+            f"{name} is damaged or truncated ({_brief(error)}); use another copy of it"
+        ) from None
 
 
 def squash(image: Image.Image, size: int) -> np.ndarray:
@@ -42,24 +45,31 @@ def squash(image: Image.Image, size: int) -> np.ndarray:
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
     """Shorter edge to `size` (the other one truncated to whole pixels), then the centre: CLIP, LLaVA."""
-    short, long = min(image.size), max(image.size)
+    short = min(image.size)
+    long = max(image.size)
     scaled = int(size * long / short)
     if size * scaled > MAX_PIXELS:
-        raise ModelError(f"a picture of {image.width}x{image.height} is too narrow: its longer edge would become "
-                         f"{scaled:,} pixels (limit {MAX_PIXELS // size:,}); crop it first")
+        raise ModelError(
+            f"a picture of {image.width}x{image.height} is too narrow: its longer edge would become "
+            f"{scaled:,} pixels (limit {MAX_PIXELS // size:,}); crop it first"
+        )
     width, height = (size, scaled) if image.width <= image.height else (scaled, size)
-    left, top = (width - size) // 2, (height - size) // 2
+    left = (width - size) // 2
+    top = (height - size) // 2
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     return _array(resized.crop((left, top, left + size, top + size)))
 
 
 def fit_pad(image: Image.Image, size: int) -> np.ndarray:
     """Fit into size x size keeping the aspect (enlarging too), top left, the rest zero: GLM-Edge-V."""
-    across, down = size / image.width, size / image.height
+    across = size / image.width
+    down = size / image.height
     if across < down:
-        width, height = size, math.floor(image.height * across) or 1
+        width = size
+        height = math.floor(image.height * across) or 1
     else:
-        width, height = math.floor(image.width * down) or 1, size
+        width = math.floor(image.width * down) or 1
+        height = size
     pixels = np.zeros((1, size, size, 3), np.float32)
     pixels[:, :height, :width] = _array(image.resize((width, height), Image.Resampling.BICUBIC))
     return pixels
@@ -71,9 +81,13 @@ def denormalize(pixels: np.ndarray, mean, std, shape: tuple[int, ...]) -> np.nda
     Values that come from an 8-bit picture come back as exactly its whole numbers.
     """
     batch, height, width, channels = shape
-    if pixels.shape != (batch, channels, height, width) or not np.issubdtype(pixels.dtype, np.floating):
-        raise ModelError(f"pixels are {pixels.dtype} {list(pixels.shape)}, expected normalised float values "
-                         f"{[batch, channels, height, width]} as the release's preprocessor returns them")
+    if pixels.shape != (batch, channels, height, width) or not np.issubdtype(
+        pixels.dtype, np.floating
+    ):
+        raise ModelError(
+            f"pixels are {pixels.dtype} {list(pixels.shape)}, expected normalised float values "
+            f"{[batch, channels, height, width]} as the release's preprocessor returns them"
+        )
     raw = (pixels.astype(np.float64).transpose(0, 2, 3, 1) * std + mean) * 255
     whole = np.rint(raw)
     return (whole if np.abs(raw - whole).max() < WHOLE else raw).astype(np.float32)
@@ -83,11 +97,15 @@ def _open(source) -> tuple[str, Image.Image]:
     """Name for messages, and the image with its header read but nothing decoded."""
     if isinstance(source, Image.Image):
         return "the picture", source
-    name = f"the picture ({len(source):,} bytes)" if isinstance(source, bytes) else f"picture {source}"
+    name = (
+        f"the picture ({len(source):,} bytes)" if isinstance(source, bytes) else f"picture {source}"
+    )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return name, Image.open(io.BytesIO(source) if isinstance(source, bytes) else Path(source))
+            return name, Image.open(
+                io.BytesIO(source) if isinstance(source, bytes) else Path(source)
+            )
     except FileNotFoundError:
         raise ModelError(f"{name} does not exist; check --image") from None
     except IsADirectoryError:
@@ -96,14 +114,20 @@ def _open(source) -> tuple[str, Image.Image]:
         raise ModelError(f"{name} may not be read; change its permissions") from None
     except Image.DecompressionBombError as error:
         pixels = int(re.search(r"\d+", str(error))[0])
-        raise ModelError(f"{name} has {pixels:,} pixels, the limit is {MAX_PIXELS:,}; make it smaller first") from None
-    except Exception:               # not only UnidentifiedImageError: a damaged header raises all kinds
-        raise ModelError(f"{name} is not a picture that can be read; use PNG, JPEG, WebP, BMP or GIF") from None
+        raise ModelError(
+            f"{name} has {pixels:,} pixels, the limit is {MAX_PIXELS:,}; make it smaller first"
+        ) from None
+    except Exception:  # not only UnidentifiedImageError: a damaged header raises all kinds
+        raise ModelError(
+            f"{name} is not a picture that can be read; use PNG, JPEG, WebP, BMP or GIF"
+        ) from None
 
 
 def _rgb(image: Image.Image) -> Image.Image:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)    # "palette images with transparency": dropped on purpose
+        warnings.simplefilter(
+            "ignore", UserWarning
+        )  # "palette images with transparency": dropped on purpose
         return image.convert("RGB")
 
 

@@ -1,7 +1,5 @@
 """Messages and their content parts: images, then text."""
 
-
-
 from models.errors import ModelError
 
 ROLES = ("system", "user", "assistant")
@@ -12,13 +10,18 @@ def with_parts(messages: list[dict]) -> tuple[list[dict], list]:
 
     Picture parts keep their place and become {"type": "image"}.
     """
-    pictures, turns = [], []
+    pictures = []
+    turns = []
     for message in messages:
         if message["role"] not in ROLES:
-            raise ModelError(f"message role {message['role']!r} is not known; use one of {', '.join(ROLES)}")
+            raise ModelError(
+                f"message role {message['role']!r} is not known; use one of {', '.join(ROLES)}"
+            )
         parts = message["content"]
         parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
-        turns.append({"role": message["role"], "content": [_part(part, pictures) for part in parts]})
+        turns.append(
+            {"role": message["role"], "content": [_part(part, pictures) for part in parts]}
+        )
     if not turns or turns[-1]["role"] != "user":
         raise ModelError("the conversation does not end with a user message; add a question")
     return turns, pictures
@@ -39,7 +42,9 @@ def _part(part: dict, pictures: list) -> dict:
         pictures.append(part["image"])
         return {"type": "image"}
     if part.get("type") != "text":
-        raise ModelError(f"content part of type {part.get('type')!r} is not known; use 'text' or 'image'")
+        raise ModelError(
+            f"content part of type {part.get('type')!r} is not known; use 'text' or 'image'"
+        )
     return {"type": "text", "text": part["text"]}
 
 
@@ -47,7 +52,8 @@ def split_content(content) -> tuple[list, str]:
     """A message's content (text, or OpenAI-style parts) -> (pictures, text)."""
     if isinstance(content, str):
         return [], content
-    pictures, texts = [], []
+    pictures = []
+    texts = []
     for part in content:
         kind = part.get("type")
         if kind == "text":
@@ -61,4 +67,7 @@ def split_content(content) -> tuple[list, str]:
 
 def content(text: str, pictures=()) -> list[dict]:
     """A user message's content: pictures (path or PIL image), then text. `models.family.split_content` takes it apart."""
-    return [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": text}]
+    return [
+        *({"type": "image", "image": picture} for picture in pictures),
+        {"type": "text", "text": text},
+    ]

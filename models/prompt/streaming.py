@@ -1,5 +1,6 @@
 """Text of a growing answer: only what no later token can change."""
 
+
 def begun(mark: str, text: str) -> int:
     """Length of the longest beginning of `mark`, short of all of it, that `text` ends with."""
     return max(n for n in range(len(mark)) if text.endswith(mark[:n]))
@@ -14,24 +15,28 @@ class StreamDecoder:
     """
 
     def __init__(self, tokenizer):
-        self._tokenizer, self._ids, self._start, self._given = tokenizer, [], 0, 0
-        self._byte_ids, self._open_run = getattr(tokenizer, "byte_ids", ()), False
+        self._tokenizer = tokenizer
+        self._ids = []
+        self._start = 0
+        self._given = 0
+        self._byte_ids = getattr(tokenizer, "byte_ids", ())
+        self._open_run = False
 
     def push(self, token_id: int) -> str:
         self._ids.append(token_id)
         if self._byte_ids and (token_id in self._byte_ids or self._tokenizer.decode([token_id])):
-            self._open_run = token_id in self._byte_ids         # an invisible token does not end a run
+            self._open_run = token_id in self._byte_ids  # an invisible token does not end a run
         return self._next(final=False)
 
     def finish(self) -> str:
         return self._next(final=True)
 
     def _next(self, final: bool) -> str:
-        before = self._tokenizer.decode(self._ids[self._start:self._given])
-        now = self._tokenizer.decode(self._ids[self._start:])
+        before = self._tokenizer.decode(self._ids[self._start : self._given])
+        now = self._tokenizer.decode(self._ids[self._start :])
         if not final and (self._open_run or now.endswith("\ufffd")):
             return ""
-        piece = now[len(before):]
-        if piece:                       # a window that starts on an invisible id would lose the blank after it
+        piece = now[len(before) :]
+        if piece:  # a window that starts on an invisible id would lose the blank after it
             self._start, self._given = self._given, len(self._ids)
         return piece

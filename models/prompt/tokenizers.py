@@ -1,4 +1,5 @@
 """Tokenizers read straight from the vocabulary files, and streaming decode that never splits a character."""
+
 import base64
 import re
 from pathlib import Path
@@ -13,12 +14,16 @@ class IceText:
     Line breaks, tabs and runs of blanks have pieces of their own. `offset` is added to every piece id (20000 image
     tokens of the first ChatGLM-6B files, 0 in the release); it follows from where the config says that <sop> is.
     """
+
     LONGEST_BLANK = 80
 
     def __init__(self, path: Path, sop_id: int):
         import sentencepiece
+
         if not path.is_file():
-            raise ModelError(f"tokenizer file {path} is missing (released size about 2.7 MB); copy it from the release")
+            raise ModelError(
+                f"tokenizer file {path} is missing (released size about 2.7 MB); copy it from the release"
+            )
         try:
             self._pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except RuntimeError:
@@ -35,7 +40,9 @@ class IceText:
 
     def decode(self, ids) -> str:
         known = range(self._pieces.get_piece_size())
-        text = self._pieces.decode([int(i) - self.offset for i in ids if int(i) - self.offset in known])
+        text = self._pieces.decode(
+            [int(i) - self.offset for i in ids if int(i) - self.offset in known]
+        )
         text = text.replace("<n>", "\n").replace("<|tab|>", "\t")
         return re.sub(r"<\|blank_(\d+)\|>", lambda mark: " " * int(mark[1]), text)
 
@@ -45,14 +52,20 @@ class TiktokenText:
 
     Special pieces have ids of their own behind the ranks: those of tokenizer_config.json, else `special` in order.
     """
-    PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
-               r"\s+(?!\S)|\s+")
+
+    PATTERN = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+        r"\s+(?!\S)|\s+"
+    )
 
     def __init__(self, path: Path, special: tuple[str, ...] = ()):
         import tiktoken
+
         ranks = _read_ranks(path)
         self._pieces = {rank: piece for piece, rank in ranks.items()}
-        self._encoding = tiktoken.Encoding(path.name, pat_str=self.PATTERN, mergeable_ranks=ranks, special_tokens={})
+        self._encoding = tiktoken.Encoding(
+            path.name, pat_str=self.PATTERN, mergeable_ranks=ranks, special_tokens={}
+        )
         self._special = added_tokens(path.with_name("tokenizer_config.json"))
         self._special = self._special or {piece: len(ranks) + i for i, piece in enumerate(special)}
 
@@ -66,7 +79,9 @@ class TiktokenText:
 
     def decode(self, ids) -> str:
         """Special and unknown ids are left out; bytes that are no UTF-8 become U+FFFD."""
-        return b"".join(self._pieces.get(int(i), b"") for i in ids).decode("utf-8", errors="replace")
+        return b"".join(self._pieces.get(int(i), b"") for i in ids).decode(
+            "utf-8", errors="replace"
+        )
 
 
 class MissingTokenizer:
@@ -90,7 +105,9 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
         lines = [line.split() for line in path.read_bytes().splitlines() if line]
         return {base64.b64decode(piece, validate=True): int(rank) for piece, rank in lines}
     except (ValueError, OSError):
-        raise ModelError(f"{path} is not a tokenizer file of lines \"base64 rank\"; download it again") from None
+        raise ModelError(
+            f'{path} is not a tokenizer file of lines "base64 rank"; download it again'
+        ) from None
 
 
 def added_tokens(path: Path) -> dict[str, int]:
@@ -107,10 +124,13 @@ class JsonText:
 
     def __init__(self, path: Path, bos_id: int | None = None, plain: bool = False):
         from tokenizers import Tokenizer
+
         try:
             self._tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        except Exception as error:      # tokenizers raises plain Exceptions
-            raise ModelError(f"{path} is not a tokenizer file ({error}); download it again") from None
+        except Exception as error:  # tokenizers raises plain Exceptions
+            raise ModelError(
+                f"{path} is not a tokenizer file ({error}); download it again"
+            ) from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = plain
@@ -140,15 +160,26 @@ class SentencePieceText:
     def __init__(self, path: Path, added: dict[str, int], bos_id: int):
         import sentencepiece
         from sentencepiece import sentencepiece_model_pb2
+
         try:
             model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
-            model.normalizer_spec.add_dummy_prefix = False      # `encode` adds it, where it belongs
-            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
-        except Exception as error:      # protobuf's DecodeError, sentencepiece's RuntimeError
-            raise ModelError(f"{path} is not a sentencepiece file ({error}); download it again") from None
-        control = [i for i in range(len(self._pieces)) if self._pieces.is_control(i) or self._pieces.is_unknown(i)]
+            model.normalizer_spec.add_dummy_prefix = False  # `encode` adds it, where it belongs
+            self._pieces = sentencepiece.SentencePieceProcessor(
+                model_proto=model.SerializeToString()
+            )
+        except Exception as error:  # protobuf's DecodeError, sentencepiece's RuntimeError
+            raise ModelError(
+                f"{path} is not a sentencepiece file ({error}); download it again"
+            ) from None
+        control = [
+            i
+            for i in range(len(self._pieces))
+            if self._pieces.is_control(i) or self._pieces.is_unknown(i)
+        ]
         self._special = {self._pieces.id_to_piece(i): i for i in control} | added
-        self._split = re.compile("(" + "|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) + ")")
+        self._split = re.compile(
+            "(" + "|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) + ")"
+        )
         self._bos = bos_id
 
     def token_id(self, token: str) -> int | None:
@@ -161,15 +192,17 @@ class SentencePieceText:
         ids = []
         for part in filter(None, self._split.split(text)):
             blank = "" if ids or part.startswith(" ") else " "
-            ids += [self._special[part]] if part in self._special else self._pieces.encode(blank + part)
+            ids += (
+                [self._special[part]]
+                if part in self._special
+                else self._pieces.encode(blank + part)
+            )
         return ids if ids[:1] == [self._bos] else [self._bos, *ids]
 
     def decode(self, ids) -> str:
         """Text of the ids; special tokens and ids beyond the vocabulary are left out."""
         left_out = set(self._special.values())
-        text = self._pieces.decode([int(i) for i in ids if int(i) < len(self._pieces) and int(i) not in left_out])
+        text = self._pieces.decode(
+            [int(i) for i in ids if int(i) < len(self._pieces) and int(i) not in left_out]
+        )
         return text.removeprefix(" ")
-
-
-
-

@@ -7,6 +7,7 @@ safetensors shards, index, tokenizer and config.json flow out. Tensors are strea
 one, so that the bytes do not depend on where a run was interrupted. Finished shards are kept; index and config.json
 come last.
 """
+
 import argparse
 import sys
 
@@ -17,11 +18,21 @@ from .write import write_checkpoint
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m models.synthetic", description="Write a checkpoint in a released "
-                                     "layout with random weights. An interrupted run goes on where it stopped.")
-    parser.add_argument("--like", required=True, choices=sorted(RELEASES), help="the release to imitate")
+    parser = argparse.ArgumentParser(
+        prog="python -m models.synthetic",
+        description="Write a checkpoint in a released "
+        "layout with random weights. An interrupted run goes on where it stopped.",
+    )
+    parser.add_argument(
+        "--like", required=True, choices=sorted(RELEASES), help="the release to imitate"
+    )
     parser.add_argument("--out", required=True, help="directory to write, new or empty")
-    parser.add_argument("--scale", choices=("full", "tiny"), default="full", help="real shapes, or small ones (1 MB)")
+    parser.add_argument(
+        "--scale",
+        choices=("full", "tiny"),
+        default="full",
+        help="real shapes, or small ones (1 MB)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of all weights (default 0)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -30,21 +41,47 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """The command; exit code 0, or 2 for a user mistake."""
     options = _parser().parse_args(arguments)
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-    columns = TextColumn("writing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("writing"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     try:
         with Progress(*columns) as bar:
             task = bar.add_task("", total=None)
-            write_checkpoint(options.like, options.out, options.scale, options.seed, bar.console.print,
-                             lambda done, total: bar.update(task, completed=done, total=total))
-    except (ModelError, OSError, KeyboardInterrupt) as error:       # `models` may not import runtime's run_command
+            write_checkpoint(
+                options.like,
+                options.out,
+                options.scale,
+                options.seed,
+                bar.console.print,
+                lambda done, total: bar.update(task, completed=done, total=total),
+            )
+    except (
+        ModelError,
+        OSError,
+        KeyboardInterrupt,
+    ) as error:  # `models` may not import runtime's run_command
         if options.debug:
             raise
         interrupted = isinstance(error, KeyboardInterrupt)
         message = "interrupted; run the same command again to go on" if interrupted else error
         print(f"error: {message}", file=sys.stderr)
         return 130 if interrupted else 2
-    print(f"{options.out} is a complete checkpoint; next: python -m convert --model {options.out} --out ARTIFACT")
+    print(
+        f"{options.out} is a complete checkpoint; next: python -m convert --model {options.out} --out ARTIFACT"
+    )
     return 0
 
 

@@ -1,4 +1,5 @@
 """The released checkpoints that can be imitated, and the tokenizer files of each."""
+
 import functools
 import json
 
@@ -8,26 +9,38 @@ def visualglm_files(tokenizer_config: dict, full: bool) -> tuple[dict[str, bytes
     import sentencepiece
 
     from .tokenizer_files import ice_text
+
     vocabulary = ice_text(base_pieces=130000 if full else None)
     pieces = sentencepiece.SentencePieceProcessor(model_proto=vocabulary)
-    special = {"bos_token_id": "<sop>", "eos_token_id": "<eop>", "mask_token_id": "[MASK]", "gmask_token_id": "[gMASK]"}
+    special = {
+        "bos_token_id": "<sop>",
+        "eos_token_id": "<eop>",
+        "mask_token_id": "[MASK]",
+        "gmask_token_id": "[gMASK]",
+    }
     fields = {field: pieces.piece_to_id(piece) for field, piece in special.items()}
     return {"ice_text.model": vocabulary, "tokenizer_config.json": _json(tokenizer_config)}, fields
 
 
-def glm4_files(tokenizer_config: dict, full: bool, json_file: bool = False,
-               released: int = 151329) -> tuple[dict[str, bytes], dict]:
+def glm4_files(
+    tokenizer_config: dict, full: bool, json_file: bool = False, released: int = 151329
+) -> tuple[dict[str, bytes], dict]:
     """`tokenizer.model` of the `chatglm` layout or, with `json_file`, `tokenizer.json`: the same `released` pieces (291
     for tiny) and the special ones behind them.
     """
     from models.families.glm4 import SPECIAL
 
     from .tokenizer_files import byte_pieces, json_file_of, rank_lines
+
     pieces = byte_pieces(released if full else 291)
     ids = {piece: len(pieces) + i for i, piece in enumerate(SPECIAL)}
     added = {str(token_id): {"content": piece, "special": True} for piece, token_id in ids.items()}
     files = {"tokenizer_config.json": _json({"added_tokens_decoder": added} | tokenizer_config)}
-    files |= {"tokenizer.json": json_file_of(pieces, SPECIAL)} if json_file else {"tokenizer.model": rank_lines(pieces)}
+    files |= (
+        {"tokenizer.json": json_file_of(pieces, SPECIAL)}
+        if json_file
+        else {"tokenizer.model": rank_lines(pieces)}
+    )
     eos = [ids[piece] for piece in ("<|endoftext|>", "<|user|>", "<|observation|>")]
     return files, {"eos_token_id": eos, "pad_token_id": eos[0]}
 
@@ -42,12 +55,15 @@ def glm4v_files(tokenizer_config: dict, full: bool, **kind) -> tuple[dict[str, b
 def llava_files(tokenizer_config: dict, full: bool) -> tuple[dict[str, bytes], dict]:
     """LLaMA's 32,000 pieces (480 for tiny), <image> and <pad>."""
     from .tokenizer_files import llama_file
+
     count = 32000 if full else 480
     files = {"tokenizer.json": llama_file(count, ("<image>", "<pad>"))}
     files["tokenizer_config.json"] = _json(tokenizer_config)
     return files, {"image_token_index": count, "pad_token_id": count + 1}
+
+
 GLM_EDGE = {"json_file": True, "released": 59246}
-RELEASES = {        # name of the file in released/ -> who makes its tokenizer
+RELEASES = {  # name of the file in released/ -> who makes its tokenizer
     "visualglm-6b": visualglm_files,
     "glm-4-9b-chat": glm4_files,
     "glm-4-9b-chat-hf": functools.partial(glm4_files, json_file=True),

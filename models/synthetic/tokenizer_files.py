@@ -2,6 +2,7 @@
 
 Sentences flow in, the bytes of a vocabulary file flow out; the same input gives the same bytes.
 """
+
 import base64
 import io
 import itertools
@@ -10,8 +11,8 @@ from collections.abc import Iterable, Iterator
 
 ICE_SPECIAL = ("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>")
 ICE_BLANKS = ("<|tab|>", *(f"<|blank_{n}|>" for n in range(2, 81)))
-ICE_CHINESE_FROM = 63823        # first id of the release's Chinese range
-RARE = -14.0                    # log-probability of a filler piece: below every trained one
+ICE_CHINESE_FROM = 63823  # first id of the release's Chinese range
+RARE = -14.0  # log-probability of a filler piece: below every trained one
 
 SENTENCES = (
     "描述这张图片。 问：这张图片里有什么？ 答：图片里有一只猫，坐在红色的沙发上。 问：它是什么颜色的？ 答：白色。",
@@ -27,6 +28,7 @@ def ice_text(sentences: Iterable[str] = SENTENCES, base_pieces: int | None = Non
     None: no filler), 8 special pieces, tab and blanks, 256 bytes.
     """
     from sentencepiece import sentencepiece_model_pb2 as proto
+
     model = proto.ModelProto.FromString(_train(sentences))
     kind = proto.ModelProto.SentencePiece
     known = {piece.piece for piece in model.pieces}
@@ -49,7 +51,9 @@ def byte_pieces(count: int) -> list[bytes]:
 
 def rank_lines(pieces: Iterable[bytes]) -> bytes:
     """GLM-4's `tokenizer.model`: one "base64 rank" line per piece."""
-    return b"".join(b"%s %d\n" % (base64.b64encode(piece), rank) for rank, piece in enumerate(pieces))
+    return b"".join(
+        b"%s %d\n" % (base64.b64encode(piece), rank) for rank, piece in enumerate(pieces)
+    )
 
 
 def json_file_of(pieces: Iterable[bytes], special: Iterable[str]) -> bytes:
@@ -57,12 +61,16 @@ def json_file_of(pieces: Iterable[bytes], special: Iterable[str]) -> bytes:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     from models.prompt.tokenizers import TiktokenText
+
     shown = byte_characters()
     vocabulary = {"".join(shown[byte] for byte in piece): rank for rank, piece in enumerate(pieces)}
     tokenizer = Tokenizer(models.BPE(vocabulary, [], ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(TiktokenText.PATTERN), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(TiktokenText.PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(piece, normalized=False) for piece in special])
     return tokenizer.to_str().encode()
@@ -72,15 +80,31 @@ def llama_file(count: int, added: Iterable[str]) -> bytes:
     """A `tokenizer.json` like LLaMA's: 3 control pieces, 256 bytes, then ASCII characters, made-up words and Chinese
     characters up to `count` pieces; `added` tokens come last."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
     control = ("<unk>", "<s>", "</s>")
-    pieces = itertools.chain(control, (f"<0x{byte:02X}>" for byte in range(256)), "\u2581", string.printable.strip(),
-                             _filler(0))
+    pieces = itertools.chain(
+        control,
+        (f"<0x{byte:02X}>" for byte in range(256)),
+        "\u2581",
+        string.printable.strip(),
+        _filler(0),
+    )
     vocabulary = {piece: rank for rank, piece in enumerate(itertools.islice(pieces, count))}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True, ignore_merges=True))
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True, ignore_merges=True)
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
-                                           decoders.Strip(" ", 1, 0)])
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in (*control, *added)])
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.add_special_tokens(
+        [AddedToken(token, normalized=False) for token in (*control, *added)]
+    )
     return tokenizer.to_str().encode()
 
 
@@ -94,11 +118,23 @@ def byte_characters() -> list[str]:
 def _train(sentences: Iterable[str]) -> bytes:
     """Unigram pieces and, above all, sentencepiece's own NFKC normaliser table."""
     import sentencepiece
+
     trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(list(sentences) * 20), model_writer=trained, model_type="unigram", vocab_size=400,
-        hard_vocab_limit=False, character_coverage=1.0, unk_id=0, bos_id=1, eos_id=2, pad_id=3,
-        user_defined_symbols=["<n>"], num_threads=1, minloglevel=2)
+        sentence_iterator=iter(list(sentences) * 20),
+        model_writer=trained,
+        model_type="unigram",
+        vocab_size=400,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=3,
+        user_defined_symbols=["<n>"],
+        num_threads=1,
+        minloglevel=2,
+    )
     return trained.getvalue()
 
 

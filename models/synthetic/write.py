@@ -1,4 +1,5 @@
 """Writes synthetic checkpoints: released config and tensor names, random weights."""
+
 import hashlib
 import json
 import math
@@ -19,13 +20,14 @@ from .releases import RELEASES, _json
 RELEASED = Path(__file__).parents[1] / "released"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 2_000_000_000
-BLOCK = 1 << 20                 # normal values drawn per tensor; a larger tensor repeats them, rotated at random
-SPREAD = 0.02                   # standard deviation of matrices and biases, and of norm weights around 1
+BLOCK = 1 << 20  # normal values drawn per tensor; a larger tensor repeats them, rotated at random
+SPREAD = 0.02  # standard deviation of matrices and biases, and of norm weights around 1
 
 
 @dataclass(frozen=True)
 class Shard:
     """A file to write, `size` bytes: `header` (safetensors, its length in front), then the tensors in order."""
+
     file: Path
     header: bytes
     weights: list[Weight]
@@ -33,7 +35,11 @@ class Shard:
 
     @property
     def finished(self) -> bool:
-        return self.file.is_file() and self.file.stat().st_size == self.size and self._start() == self.header
+        return (
+            self.file.is_file()
+            and self.file.stat().st_size == self.size
+            and self._start() == self.header
+        )
 
     @property
     def foreign(self) -> bool:
@@ -44,8 +50,15 @@ class Shard:
             return stream.read(len(self.header))
 
 
-def write_checkpoint(like: str, out: str | Path, scale: str = "full", seed: int = 0, report=print,
-                     progress: Callable[[int, int], None] = lambda done, total: None, changes: dict | None = None) -> None:
+def write_checkpoint(
+    like: str,
+    out: str | Path,
+    scale: str = "full",
+    seed: int = 0,
+    report=print,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    changes: dict | None = None,
+) -> None:
     """Write the checkpoint of release `like` into `out`, going on where an interrupted run stopped.
 
     `changes` of the release's config, e.g. {"num_layers": 1}. `report(line)` gets the plan, `progress(done, total)` counts
@@ -58,11 +71,14 @@ def write_checkpoint(like: str, out: str | Path, scale: str = "full", seed: int 
     _prepare(out, shards, files | manifest, report)
     for name, content in files.items():
         _write(out / name, [content])
-    total, done = sum(shard.size for shard in shards), 0
+    total = sum(shard.size for shard in shards)
+    done = 0
     for shard in shards:
         if not shard.finished:
             blocks = _blocks(shard, config["torch_dtype"], seed)
-            _write(shard.file, blocks, lambda written, before=done: progress(before + written, total))
+            _write(
+                shard.file, blocks, lambda written, before=done: progress(before + written, total)
+            )
         done += shard.size
         progress(done, total)
     for name, content in manifest.items():
@@ -78,8 +94,10 @@ def _release(like: str, scale: str) -> tuple[dict, dict[str, bytes]]:
 
 
 def _merged(config: dict, changes: dict) -> dict:
-    return config | {key: _merged(config[key], value) if isinstance(value, dict) else value
-                     for key, value in changes.items()}
+    return config | {
+        key: _merged(config[key], value) if isinstance(value, dict) else value
+        for key, value in changes.items()
+    }
 
 
 def _plan(config: dict, out: Path, label: dict) -> tuple[list[Shard], dict]:
@@ -87,29 +105,46 @@ def _plan(config: dict, out: Path, label: dict) -> tuple[list[Shard], dict]:
     import torch
 
     from models import known_families
+
     family = next(family for family in known_families() if family.matches(config))
-    dtype, groups, size = getattr(torch, config["torch_dtype"]), [[]], 0
+    dtype = getattr(torch, config["torch_dtype"])
+    groups = [[]]
+    size = 0
     for weight in family(out, config).weights():
         nbytes = math.prod(weight.shape) * dtype.itemsize
         if groups[-1] and size + nbytes > SHARD_BYTES:
-            groups, size = [*groups, []], 0
+            groups = [*groups, []]
+            size = 0
         groups[-1].append(weight)
         size += nbytes
-    shards = [_shard(out / f"model-{k:05}-of-{len(groups):05}.safetensors", group, dtype, label)
-              for k, group in enumerate(groups, 1)]
-    return shards, {"metadata": {"total_size": sum(shard.size - len(shard.header) for shard in shards)},
-                    "weight_map": {weight.source: shard.file.name for shard in shards for weight in shard.weights}}
+    shards = [
+        _shard(out / f"model-{k:05}-of-{len(groups):05}.safetensors", group, dtype, label)
+        for k, group in enumerate(groups, 1)
+    ]
+    return shards, {
+        "metadata": {"total_size": sum(shard.size - len(shard.header) for shard in shards)},
+        "weight_map": {
+            weight.source: shard.file.name for shard in shards for weight in shard.weights
+        },
+    }
 
 
 def _shard(file: Path, weights: list[Weight], dtype, label: dict) -> Shard:
     from models.checkpoint.shards import SAFETENSORS_DTYPES
+
     stored = {ours: name for name, ours in SAFETENSORS_DTYPES.items()}[dtype]
-    header, end = {"__metadata__": {"format": "pt", "synthetic": json.dumps(label)}}, 0
+    header = {"__metadata__": {"format": "pt", "synthetic": json.dumps(label)}}
+    end = 0
     for weight in weights:
-        start, end = end, end + math.prod(weight.shape) * dtype.itemsize
-        header[weight.source] = {"dtype": stored, "shape": weight.shape, "data_offsets": (start, end)}
+        start = end
+        end = end + math.prod(weight.shape) * dtype.itemsize
+        header[weight.source] = {
+            "dtype": stored,
+            "shape": weight.shape,
+            "data_offsets": (start, end),
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)                                     # tensors start aligned
+    text += b" " * (-len(text) % 8)  # tensors start aligned
     header = len(text).to_bytes(8, "little") + text
     return Shard(file, header, weights, len(header) + end)
 
@@ -117,20 +152,25 @@ def _shard(file: Path, weights: list[Weight], dtype, label: dict) -> Shard:
 def _prepare(out: Path, shards: list[Shard], others: Iterable[str], report) -> None:
     """Refuse a directory with other files and a disk too small; then nothing in `out` may look whole any more."""
     from rich.filesize import decimal
+
     ours = {shard.file.name for shard in shards} | set(others)
     if out.exists() and not out.is_dir():
         raise ModelError(f"{out} is a file; choose another --out")
     foreign = [file.name for file in out.glob("*") if file.name.removesuffix(".part") not in ours]
     foreign += [shard.file.name for shard in shards if shard.foreign]
     if foreign:
-        raise ModelError(f"{out} holds files of something else ({foreign[0]}); choose an empty directory as --out")
+        raise ModelError(
+            f"{out} holds files of something else ({foreign[0]}); choose an empty directory as --out"
+        )
     need = sum(shard.size for shard in shards if not shard.finished)
     out.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out).free
     report(f"{decimal(need)} to write to {out}, {decimal(free)} free on its disk")
     if need > free:
-        raise ModelError(f"{out} needs {decimal(need)}, its disk has {decimal(free)} free; "
-                         "free some space or choose another --out")
+        raise ModelError(
+            f"{out} needs {decimal(need)}, its disk has {decimal(free)} free; "
+            "free some space or choose another --out"
+        )
     if need:
         for name in (INDEX, "config.json"):
             (out / name).unlink(missing_ok=True)
@@ -145,7 +185,9 @@ def _blocks(shard: Shard, dtype: str, seed: int) -> Iterator[bytes | memoryview]
 def _tensor_blocks(weight: Weight, dtype: str, seed: int) -> Iterator[memoryview]:
     """Bytes of one tensor: N(0, 0.02), norm weights around 1; they depend on the seed and the name only."""
     import torch
-    count, dtype = math.prod(weight.shape), getattr(torch, dtype)
+
+    count = math.prod(weight.shape)
+    dtype = getattr(torch, dtype)
     random = np.random.default_rng([seed, *hashlib.sha256(weight.source.encode()).digest()])
     values = random.standard_normal(min(count, BLOCK), dtype=np.float32) * SPREAD
     if len(weight.shape) == 1 and weight.source.endswith(".weight"):
@@ -153,12 +195,13 @@ def _tensor_blocks(weight: Weight, dtype: str, seed: int) -> Iterator[memoryview
     twice = torch.from_numpy(np.concatenate((values, values))).to(dtype).view(torch.uint8).numpy()
     for start in range(0, count, BLOCK):
         first = int(random.integers(len(values))) * dtype.itemsize
-        yield twice[first:first + min(BLOCK, count - start) * dtype.itemsize].data
+        yield twice[first : first + min(BLOCK, count - start) * dtype.itemsize].data
 
 
 def _write(file: Path, blocks: Iterable[bytes | memoryview], progress=lambda written: None) -> None:
     """Write under another name, then rename: `file` is complete or not there."""
-    part, written = file.with_name(file.name + ".part"), 0
+    part = file.with_name(file.name + ".part")
+    written = 0
     try:
         with open(part, "wb") as stream:
             for block in blocks:
@@ -166,7 +209,9 @@ def _write(file: Path, blocks: Iterable[bytes | memoryview], progress=lambda wri
                 progress(written)
         os.replace(part, file)
     except OSError as error:
-        raise ModelError(f"{file} cannot be written ({error.strerror}); finished shards are kept, "
-                         "run the same command again to go on") from None
+        raise ModelError(
+            f"{file} cannot be written ({error.strerror}); finished shards are kept, "
+            "run the same command again to go on"
+        ) from None
     finally:
         part.unlink(missing_ok=True)

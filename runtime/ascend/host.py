@@ -2,6 +2,7 @@
 
 Paths, environment and commands go through a Host, so that a test can stand a directory tree in for a machine.
 """
+
 import glob
 import os
 import platform
@@ -15,24 +16,33 @@ from pathlib import Path
 
 DEVICE = re.compile(r"(\d+)\s+([A-Za-z]*\d\S*)")
 BUS = re.compile(r"[\dA-Fa-fx]{4}:[\dA-Fa-fx]{2}:[\dA-Fa-fx]{2}\.\w|NA")
-HUAWEI, ACCELERATOR = "0x19e5", "0x1200"        # PCI vendor; class of processing accelerators
-TOOLKITS = ("usr/local/Ascend/ascend-toolkit/latest", "usr/local/Ascend/ascend-toolkit/*.*", "usr/local/Ascend/cann",
-            "usr/local/Ascend/cann-*")
+HUAWEI, ACCELERATOR = "0x19e5", "0x1200"  # PCI vendor; class of processing accelerators
+TOOLKITS = (
+    "usr/local/Ascend/ascend-toolkit/latest",
+    "usr/local/Ascend/ascend-toolkit/*.*",
+    "usr/local/Ascend/cann",
+    "usr/local/Ascend/cann-*",
+)
 HOMES = ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME")
 
 WHEELS = "https://aisbench.obs.myhuaweicloud.com/packet/ais_bench_infer/0.0.2/ait/"
-SOURCES = "git+https://gitee.com/ascend/tools.git#egg={}&subdirectory=ais-bench_workload/tool/ais_bench{}"
+SOURCES = (
+    "git+https://gitee.com/ascend/tools.git#egg={}&subdirectory=ais-bench_workload/tool/ais_bench{}"
+)
 NEWEST_WHEEL = (3, 10)
 
 
 def npu_nodes(root: str | Path = "/") -> list[str]:
     """Device files of the NPUs this process may see: ["/dev/davinci0", ...]."""
-    return sorted(node for node in glob.glob(f"{root}/dev/davinci*".replace("//", "/")) if node[-1].isdigit())
+    return sorted(
+        node for node in glob.glob(f"{root}/dev/davinci*".replace("//", "/")) if node[-1].isdigit()
+    )
 
 
 @dataclass(frozen=True)
 class Device:
     """One chip as `npu-smi info` lists it; memory in MB, of HBM where there is some."""
+
     npu: int
     chip: int
     name: str
@@ -48,7 +58,8 @@ class Device:
 
 def parse_npu_smi(text: str) -> list[Device]:
     """Devices in the table of `npu-smi info`: two rows each, in the layouts of 21.0 to 26.0."""
-    devices, head = [], None
+    devices = []
+    head = None
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
         if len(cells) != 3:
@@ -57,7 +68,10 @@ def parse_npu_smi(text: str) -> list[Device]:
         if named and not BUS.fullmatch(cells[1]):
             head = int(named[1]), named[2], cells[1]
         elif head and BUS.fullmatch(cells[1]):
-            memory = [(int(total), int(used)) for used, total in re.findall(r"(\d+)\s*/\s*(\d+)", cells[2])]
+            memory = [
+                (int(total), int(used))
+                for used, total in re.findall(r"(\d+)\s*/\s*(\d+)", cells[2])
+            ]
             total, used = max(memory[-2:], default=(0, 0))
             devices.append(Device(head[0], int(cells[0].split()[0]), head[1], head[2], used, total))
             head = None
@@ -67,6 +81,7 @@ def parse_npu_smi(text: str) -> list[Device]:
 @dataclass(frozen=True)
 class Toolkit:
     """One installed CANN toolkit. `info`: its ascend_toolkit_install.info."""
+
     path: Path
     info: Mapping[str, str]
 
@@ -78,12 +93,17 @@ class Toolkit:
     def set_env(self) -> Path:
         """set_env.sh lies inside a `cann` folder, and beside the version folders of an `ascend-toolkit`."""
         inside = self.path / "set_env.sh"
-        return inside if inside.is_file() or self.path.parent.name != "ascend-toolkit" else self.path.parent / "set_env.sh"
+        return (
+            inside
+            if inside.is_file() or self.path.parent.name != "ascend-toolkit"
+            else self.path.parent / "set_env.sh"
+        )
 
 
 @dataclass
 class Host:
     """This machine, or a tree that stands in for one."""
+
     root: Path = Path("/")
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
 
@@ -102,8 +122,14 @@ class Host:
     def run(self, *command: str, timeout: float = 60) -> tuple[int, str]:
         """(exit status, output) of a command; 127 when there is none of that name, 124 when it takes too long."""
         try:
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout,
-                                  stdin=subprocess.DEVNULL)
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=timeout,
+                stdin=subprocess.DEVNULL,
+            )
         except FileNotFoundError:
             return 127, f"{command[0]} is not there"
         except OSError as error:
@@ -133,23 +159,31 @@ class Host:
         found = 0
         for vendor in self.root.glob("sys/bus/pci/devices/*/vendor"):
             kind = vendor.with_name("class")
-            found += (vendor.read_text().strip() == HUAWEI and kind.is_file()
-                      and kind.read_text().startswith(ACCELERATOR))
+            found += (
+                vendor.read_text().strip() == HUAWEI
+                and kind.is_file()
+                and kind.read_text().startswith(ACCELERATOR)
+            )
         return found
 
     def toolkits(self) -> list[Toolkit]:
         """Installed CANN toolkits, each once, the one the environment points to first."""
         named = [self.path(self.environ[name]) for name in HOMES if self.environ.get(name)]
         found = {}
-        for path in (*named, *(path for pattern in TOOLKITS for path in sorted(self.root.glob(pattern)))):
+        for path in (
+            *named,
+            *(path for pattern in TOOLKITS for path in sorted(self.root.glob(pattern))),
+        ):
             infos = sorted(path.glob("*-linux/ascend_toolkit_install.info"))
             if infos:
-                found.setdefault(path.resolve(), Toolkit(path, self.info(str(infos[0].relative_to(self.root)))))
+                found.setdefault(
+                    path.resolve(), Toolkit(path, self.info(str(infos[0].relative_to(self.root))))
+                )
         return list(found.values())
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """"8.3.RC1" -> (8, 3), "7.7.0.1.231" -> (7, 7, 0, 1, 231): the leading numbers, to compare versions."""
+    """ "8.3.RC1" -> (8, 3), "7.7.0.1.231" -> (7, 7, 0, 1, 231): the leading numbers, to compare versions."""
     leading = re.match(r"\d+(\.\d+)*", version or "")
     return tuple(map(int, leading[0].split("."))) if leading else ()
 
@@ -159,5 +193,7 @@ def install_ais_bench() -> str:
     if sys.version_info[:2] > NEWEST_WHEEL:
         return f"pip install '{SOURCES.format('aclruntime', '/backend')}' '{SOURCES.format('ais_bench', '')}'"
     tag = "cp{}{}".format(*sys.version_info[:2])
-    return (f"pip install {WHEELS}aclruntime-0.0.2-{tag}-{tag}-linux_{platform.machine()}.whl "
-            f"{WHEELS}ais_bench-0.0.2-py3-none-any.whl")
+    return (
+        f"pip install {WHEELS}aclruntime-0.0.2-{tag}-{tag}-linux_{platform.machine()}.whl "
+        f"{WHEELS}ais_bench-0.0.2-py3-none-any.whl"
+    )

@@ -2,11 +2,12 @@
 
 `npu.py` reads these rows and has no chip's name in it. Kernel names are keys of the tables in `npu.py`.
 """
+
 from dataclasses import dataclass, replace
 
 from runtime.common.errors import ToolkitError
 
-ND, NZ = 2, 29      # storage formats, by torch_npu's numbers: plain, and 16 x 16 tiles (FRACTAL_NZ)
+ND, NZ = 2, 29  # storage formats, by torch_npu's numbers: plain, and 16 x 16 tiles (FRACTAL_NZ)
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Soc:
     token_scales: the int8 matmul takes one activation scale per token.  int64_scales: its output scales are int64 (float32
     bits in the low half) whatever the dtype; else only for float16.
     """
+
     name: str
     dtypes: tuple[str, ...]
     weight_format: int
@@ -39,18 +41,48 @@ class Soc:
 
 
 A2 = Soc(
-    name="Ascend 910B (A2)", dtypes=("float16", "bfloat16"), weight_format=ND, cache_format=ND, block_sizes=(128,),
-    fused_bias=True, swiglu_multiple=2, token_multiple=1, cache_write="scatter",
-    attention={"context": "fusion", "prompt": "fused_infer", "extension": "fused_infer", "token": "fused_infer"},
-    lens_on_device=False, token_scales=True, int64_scales=False)
+    name="Ascend 910B (A2)",
+    dtypes=("float16", "bfloat16"),
+    weight_format=ND,
+    cache_format=ND,
+    block_sizes=(128,),
+    fused_bias=True,
+    swiglu_multiple=2,
+    token_multiple=1,
+    cache_write="scatter",
+    attention={
+        "context": "fusion",
+        "prompt": "fused_infer",
+        "extension": "fused_infer",
+        "token": "fused_infer",
+    },
+    lens_on_device=False,
+    token_scales=True,
+    int64_scales=False,
+)
 
 A3 = replace(A2, name="Ascend 910C (A3)")
 
 P310 = Soc(
-    name="Ascend 310P", dtypes=("float16",), weight_format=NZ, cache_format=NZ, block_sizes=(128, 64),
-    fused_bias=False, swiglu_multiple=32, token_multiple=16, cache_write="reshape_and_cache",
-    attention={"context": "flash_unpadded", "prompt": "flash", "extension": "splitfuse", "token": "paged"},
-    lens_on_device=True, token_scales=False, int64_scales=True)
+    name="Ascend 310P",
+    dtypes=("float16",),
+    weight_format=NZ,
+    cache_format=NZ,
+    block_sizes=(128, 64),
+    fused_bias=False,
+    swiglu_multiple=32,
+    token_multiple=16,
+    cache_write="reshape_and_cache",
+    attention={
+        "context": "flash_unpadded",
+        "prompt": "flash",
+        "extension": "splitfuse",
+        "token": "paged",
+    },
+    lens_on_device=True,
+    token_scales=False,
+    int64_scales=True,
+)
 
 # torch_npu's numbers: 310P1, P3, P5, P7; 910B1, B2, B2C, B3, B4, B4-1; 910_9391 to 910_9362.
 CODES = {range(200, 206): P310, range(220, 226): A2, range(250, 256): A3}
@@ -62,4 +94,6 @@ def soc_of(code: int, name: str) -> Soc:
         if code in codes:
             return soc
     known = ", ".join(soc.name for soc in CODES.values())
-    raise ToolkitError(f"the chip {name} (number {code}) is not supported; supported are {known}; use --device cpu")
+    raise ToolkitError(
+        f"the chip {name} (number {code}) is not supported; supported are {known}; use --device cpu"
+    )

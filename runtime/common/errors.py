@@ -2,10 +2,15 @@
 
 1 a check failed, 2 a user mistake, 3 a component is missing, 130 Ctrl-C, 141 nobody reads our output any more.
 """
+
 import os
 import sys
 
-CHECK_FAILED, USER_MISTAKE, MISSING_COMPONENT, INTERRUPTED, READER_GONE = 1, 2, 3, 130, 141
+CHECK_FAILED = 1
+USER_MISTAKE = 2
+MISSING_COMPONENT = 3
+INTERRUPTED = 130
+READER_GONE = 141
 
 
 class ToolkitError(Exception):
@@ -25,13 +30,23 @@ def run_command(main, argv=None) -> int:
     try:
         return main(arguments) or 0
     except KeyboardInterrupt:
-        return _fail("interrupted; nothing half-written was kept, run the same command again to continue", INTERRUPTED)
-    except BrokenPipeError:         # head or less has closed our stdout: Python must not flush into it again at exit
+        return _fail(
+            "interrupted; nothing half-written was kept, run the same command again to continue",
+            INTERRUPTED,
+        )
+    except (
+        BrokenPipeError
+    ):  # head or less has closed our stdout: Python must not flush into it again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return READER_GONE
     except Exception as error:
-        from models.errors import ModelError  # not earlier: it brings numpy, and `--help` should answer at once
-        if "--debug" in arguments or not isinstance(error, (ToolkitError, ModelError, OSError, MemoryError)):
+        from models.errors import (
+            ModelError,
+        )  # not earlier: it brings numpy, and `--help` should answer at once
+
+        if "--debug" in arguments or not isinstance(
+            error, (ToolkitError, ModelError, OSError, MemoryError)
+        ):
             raise
         return _fail(_sentence(error), getattr(error, "exit_code", USER_MISTAKE))
 

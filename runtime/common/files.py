@@ -1,4 +1,5 @@
 """Files that are whole or absent: atomic writes, locks, the cache folder, digests."""
+
 import fcntl
 import hashlib
 import json
@@ -39,7 +40,7 @@ def tensors_digest(checkpoint, names: list[str]) -> str:
         memo.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(memo, digest)
     except OSError:
-        pass            # a cache that cannot be written only costs time
+        pass  # a cache that cannot be written only costs time
     return digest
 
 
@@ -54,7 +55,9 @@ def locked(directory: Path):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"another conversion into {directory} is running, waiting for it", file=sys.stderr)
+            print(
+                f"another conversion into {directory} is running, waiting for it", file=sys.stderr
+            )
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -67,4 +70,6 @@ def prepare(out: str) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:
-        raise ToolkitError(f"--out {out} cannot be written ({error.strerror}); give another folder") from None
+        raise ToolkitError(
+            f"--out {out} cannot be written ({error.strerror}); give another folder"
+        ) from None

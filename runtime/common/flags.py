@@ -3,6 +3,7 @@
 In flows a command line (or keyword arguments), out flow checked dataclass instances. Nothing heavy is imported here, so
 that `--help` answers at once. Commands add their own fields with `flag` and build their parser with `Parser`.
 """
+
 import argparse
 import difflib
 import sys
@@ -12,14 +13,26 @@ from pathlib import Path
 from .errors import USER_MISTAKE, ToolkitError
 
 
-def flag(help, *aliases, default=MISSING, kind=str, metavar=None, choices=(), many=False, shorthand=None):
+def flag(
+    help, *aliases, default=MISSING, kind=str, metavar=None, choices=(), many=False, shorthand=None
+):
     """A dataclass field that is also a flag: --its-name and `aliases`. No default = required; many = repeatable.
 
     `shorthand`: (flag, kind, metavar, help) of a second flag for the same field whose value is written otherwise.
     """
     shown = metavar or ("{" + ",".join(choices) + "}" if choices else None)
-    return field(default=default, metadata={"help": help, "aliases": aliases, "kind": kind, "metavar": shown,
-                                            "choices": choices, "many": many, "shorthand": shorthand})
+    return field(
+        default=default,
+        metadata={
+            "help": help,
+            "aliases": aliases,
+            "kind": kind,
+            "metavar": shown,
+            "choices": choices,
+            "many": many,
+            "shorthand": shorthand,
+        },
+    )
 
 
 def spelled(name: str) -> str:
@@ -37,30 +50,25 @@ def check_choices(options):
     for f in fields(options):
         known = f.metadata.get("choices")
         if known:
-            require(options, f.name, getattr(options, f.name) in (*known, f.default), f"use one of {', '.join(known)}")
+            require(
+                options,
+                f.name,
+                getattr(options, f.name) in (*known, f.default),
+                f"use one of {', '.join(known)}",
+            )
 
 
 def check_folder(name: str, path: str):
     """A checkpoint folder must exist before anything slow begins."""
     if not Path(path).exists():
-        raise ToolkitError(f"{spelled(name)} {path} does not exist; give the folder of a downloaded checkpoint "
-                           "(a hub name is not downloaded for you)")
+        raise ToolkitError(
+            f"{spelled(name)} {path} does not exist; give the folder of a downloaded checkpoint "
+            "(a hub name is not downloaded for you)"
+        )
     if not Path(path).is_dir():
-        raise ToolkitError(f"{spelled(name)} {path} is a file; give the folder that holds config.json")
-
-
-
-
-
-
-
-
-
-
-
-
-
-
+        raise ToolkitError(
+            f"{spelled(name)} {path} is a file; give the folder that holds config.json"
+        )
 
 
 class Help(argparse.HelpFormatter):
@@ -70,7 +78,11 @@ class Help(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=30, width=100)
 
     def _format_action_invocation(self, action):
-        value = "" if action.nargs == 0 else " " + self._format_args(action, action.metavar or action.dest.upper())
+        value = (
+            ""
+            if action.nargs == 0
+            else " " + self._format_args(action, action.metavar or action.dest.upper())
+        )
         return ", ".join(action.option_strings) + value
 
 
@@ -81,8 +93,14 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, command: str, usage: str, description: str, groups: dict[str, type]):
-        super().__init__(prog=command, usage=f"{command} {usage}", description=description, formatter_class=Help,
-                         allow_abbrev=False, add_help=False)
+        super().__init__(
+            prog=command,
+            usage=f"{command} {usage}",
+            description=description,
+            formatter_class=Help,
+            allow_abbrev=False,
+            add_help=False,
+        )
         self._classes = list(groups.values())
         for title, options in groups.items():
             group = self.add_argument_group(title)
@@ -96,9 +114,20 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             self.error(f"unknown argument {unknown[0]}" + self._nearest(unknown[0]))
         if values.trust_remote_code:
-            print("note: --trust-remote-code is ignored; no code of a checkpoint is ever run", file=sys.stderr)
-        return [options(**{f.name: getattr(values, f.name) for f in fields(options) if hasattr(values, f.name)})
-                for options in self._classes]
+            print(
+                "note: --trust-remote-code is ignored; no code of a checkpoint is ever run",
+                file=sys.stderr,
+            )
+        return [
+            options(
+                **{
+                    f.name: getattr(values, f.name)
+                    for f in fields(options)
+                    if hasattr(values, f.name)
+                }
+            )
+            for options in self._classes
+        ]
 
     def error(self, message):
         raise ToolkitError(f"{message}; see {self.prog} --help", USER_MISTAKE)
@@ -106,8 +135,11 @@ class Parser(argparse.ArgumentParser):
     def _add_common(self, group):
         group.add_argument("-h", "--help", action="help", help="show this help and exit")
         group.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        group.add_argument("--trust-remote-code", action="store_true",
-                           help="accepted and ignored: no code of a checkpoint is ever run")
+        group.add_argument(
+            "--trust-remote-code",
+            action="store_true",
+            help="accepted and ignored: no code of a checkpoint is ever run",
+        )
 
     def _nearest(self, argument: str) -> str:
         close = difflib.get_close_matches(argument.split("=")[0], self._option_string_actions, n=1)
@@ -122,20 +154,33 @@ def kebab(argument: str) -> str:
 
 def _add(group, f):
     """Add the flag of dataclass field `f` to an argparse group; what is not given is left to the dataclass."""
-    meta, aliases = f.metadata, f.metadata["aliases"]
-    names = [*(a for a in aliases if a[1] != "-"), spelled(f.name), *(a for a in aliases if a[1] == "-")]
+    meta = f.metadata
+    aliases = f.metadata["aliases"]
+    names = [
+        *(a for a in aliases if a[1] != "-"),
+        spelled(f.name),
+        *(a for a in aliases if a[1] == "-"),
+    ]
     default = f" (default: {f.default})" if f.default not in (MISSING, None, (), False) else ""
-    settings = {"dest": f.name, "help": meta["help"] + default, "required": f.default is MISSING,
-                "default": argparse.SUPPRESS}
+    settings = {
+        "dest": f.name,
+        "help": meta["help"] + default,
+        "required": f.default is MISSING,
+        "default": argparse.SUPPRESS,
+    }
     if meta["kind"] is bool:
         group.add_argument(*names, action="store_true", **settings)
     elif meta["many"]:
-        group.add_argument(*names, action="append", type=meta["kind"], metavar=meta["metavar"], **settings)
+        group.add_argument(
+            *names, action="append", type=meta["kind"], metavar=meta["metavar"], **settings
+        )
     else:
         group.add_argument(*names, type=meta["kind"], metavar=meta["metavar"], **settings)
     if meta["shorthand"]:
         name, kind, metavar, help = meta["shorthand"]
-        group.add_argument(name, dest=f.name, type=kind, metavar=metavar, default=argparse.SUPPRESS, help=help)
+        group.add_argument(
+            name, dest=f.name, type=kind, metavar=metavar, default=argparse.SUPPRESS, help=help
+        )
 
 
 def limit_value(text: str) -> float:

@@ -1,22 +1,39 @@
 """Facts of this machine: processor, memory, versions of packages."""
+
 from __future__ import annotations
 
 import contextlib
 import platform
 
-PACKAGES = ("ascend-vlm", "torch", "numpy", "onnx", "onnxruntime", "safetensors", "sentencepiece", "pillow")
+PACKAGES = (
+    "ascend-vlm",
+    "torch",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "safetensors",
+    "sentencepiece",
+    "pillow",
+)
 
 
 def environment() -> dict:
     """The machine and the versions that were used."""
     import torch
+
     versions = {name: version(name) for name in PACKAGES}
-    return {"platform": platform.platform(), "cpu": cpu_name(), "threads": torch.get_num_threads(),
-            "python": platform.python_version(), **{name: v for name, v in versions.items() if v}}
+    return {
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: v for name, v in versions.items() if v},
+    }
 
 
 def version(package: str) -> str | None:
     from importlib import metadata
+
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -1,4 +1,5 @@
 """A part of a command as a process of its own, which gives all its memory back when it ends."""
+
 import ctypes
 import os
 import signal
@@ -8,12 +9,14 @@ from pathlib import Path
 
 from .files import cache_root
 
-PR_SET_PDEATHSIG = 1        # Linux, prctl.h
+PR_SET_PDEATHSIG = 1  # Linux, prctl.h
 
 
 def output_of(module: str, *arguments) -> tuple[int, bytes]:
     """(exit status, stdout) of `python -m module arguments`, which should call `die_with_parent`; Ctrl-C ends it too."""
-    with start_module(module, *arguments, stdout=subprocess.PIPE, start_new_session=True) as process:
+    with start_module(
+        module, *arguments, stdout=subprocess.PIPE, start_new_session=True
+    ) as process:
         try:
             output, _ = process.communicate()
         except BaseException:
@@ -33,4 +36,6 @@ ROOT = Path(__file__).resolve().parents[2]
 def start_module(module: str, *arguments, **options) -> subprocess.Popen:
     """`python -m module arguments` of ours, found however this process was started; paths must be absolute."""
     environment = {**os.environ, "ASCEND_VLM_CACHE": str(cache_root().absolute())}
-    return subprocess.Popen([sys.executable, "-m", module, *map(str, arguments)], cwd=ROOT, env=environment, **options)
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *map(str, arguments)], cwd=ROOT, env=environment, **options
+    )

@@ -1,15 +1,15 @@
 """The built-in questions of `runtime.compare` and `runtime.predict --examples`, about drawn pictures and without one."""
+
 from collections.abc import Callable
 from dataclasses import dataclass
 
 SIZE = 448
 
 
-
-
 @dataclass(frozen=True)
 class Question:
     """language = wording of the prompt around it; scene draws the picture it is about (None: no picture)."""
+
     language: str
     text: str
     scene: Callable | None = None
@@ -31,6 +31,7 @@ def house():
 def shapes():
     """A red circle, a blue square, a green triangle and a yellow bar on grey -> PIL image."""
     from PIL import Image, ImageDraw
+
     image = Image.new("RGB", (SIZE, SIZE), (225, 225, 220))
     draw = ImageDraw.Draw(image)
     draw.ellipse((50, 50, 190, 190), fill=(210, 45, 45))
@@ -44,17 +45,24 @@ def boats():
     """Three sailing boats of different colours on the sea -> PIL image."""
     image, draw = _sky_and_meadow()
     draw.rectangle((0, 250, SIZE, SIZE), fill=(40, 95, 150))
-    for x, y, colour in ((60, 270, (200, 50, 50)), (180, 330, (245, 245, 240)), (310, 285, (240, 190, 60))):
+    for x, y, colour in (
+        (60, 270, (200, 50, 50)),
+        (180, 330, (245, 245, 240)),
+        (310, 285, (240, 190, 60)),
+    ):
         draw.polygon(((x + 45, y), (x + 45, y - 110), (x + 105, y)), fill=colour)
-        draw.polygon(((x, y + 8), (x + 110, y + 8), (x + 90, y + 38), (x + 20, y + 38)), fill=(90, 60, 40))
+        draw.polygon(
+            ((x, y + 8), (x + 110, y + 8), (x + 90, y + 38), (x + 20, y + 38)), fill=(90, 60, 40)
+        )
     return image
 
 
 def _sky_and_meadow():
     from PIL import Image, ImageDraw
+
     image = Image.new("RGB", (SIZE, SIZE), (120, 170, 90))
     draw = ImageDraw.Draw(image)
-    for y in range(330):        # a gradient: flat colour alone would leave most patches equal
+    for y in range(330):  # a gradient: flat colour alone would leave most patches equal
         draw.line((0, y, SIZE, y), fill=(110 + y // 3, 170 + y // 6, 230))
     return image, draw
 

@@ -2,6 +2,7 @@
 
 A check is {"stage", "measure", "value", "limit", "passed", "nonfinite", "worst"}: where the worst value stands.
 """
+
 from runtime.common import metrics
 from runtime.compare.report.sentences import chinese, verdict
 
@@ -9,7 +10,7 @@ from . import layerwise as layers
 from .limits import AT_LEAST, EXACT
 from .report import page as report
 
-FP32_DISTANCE, OM_DISTANCE = 1e-5, 0.05     # measured: 9e-7; msit's for an .om
+FP32_DISTANCE, OM_DISTANCE = 1e-5, 0.05  # measured: 9e-7; msit's for an .om
 
 
 def judge(reference, candidate, cases: list, limits: dict[str, dict[str, float]]) -> dict:
@@ -19,24 +20,49 @@ def judge(reference, candidate, cases: list, limits: dict[str, dict[str, float]]
     decode = [metrics.compare_logits(a.logits, b.logits) for a, b in pairs]
     stages = {"vision": metrics.summarize(vision), "decode": metrics.summarize(decode)}
     noise = candidate.noise
-    found = layers.judge(candidate.layers, noise and noise.layers, limits["layers"]) if candidate.layers else []
-    limits = {"vision": {"relative_euclidean": vision_limit(candidate.info), **limits["vision"]},
-              "decode": with_rounding(limits["decode"], reference, noise)}
-    checks = [check(name, stage, *limit) for name, stage in stages.items() if stage["rows"]
-              for limit in limits[name].items()]
+    found = (
+        layers.judge(candidate.layers, noise and noise.layers, limits["layers"])
+        if candidate.layers
+        else []
+    )
+    limits = {
+        "vision": {"relative_euclidean": vision_limit(candidate.info), **limits["vision"]},
+        "decode": with_rounding(limits["decode"], reference, noise),
+    }
+    checks = [
+        check(name, stage, *limit)
+        for name, stage in stages.items()
+        if stage["rows"]
+        for limit in limits[name].items()
+    ]
     checks += [layer_check(found)] if found else []
     passed = bool(stages["decode"]["rows"]) and all(c["passed"] for c in checks)
-    return {"schema": report.SCHEMA, "passed": passed, "verdict": verdict(passed, checks),
-            "verdict_zh": chinese(passed, checks), "checks": checks, "histogram": histogram(pairs),
-            "stages": stages, "layers": found, "layers_note": candidate.note, "reference": reference.info,
-            "candidate": candidate.info,
-            "cases": [describe_case(*four, candidate.family)
-                      for four in zip(cases, reference.outcomes, vision, decode)]}
+    return {
+        "schema": report.SCHEMA,
+        "passed": passed,
+        "verdict": verdict(passed, checks),
+        "verdict_zh": chinese(passed, checks),
+        "checks": checks,
+        "histogram": histogram(pairs),
+        "stages": stages,
+        "layers": found,
+        "layers_note": candidate.note,
+        "reference": reference.info,
+        "candidate": candidate.info,
+        "cases": [
+            describe_case(*four, candidate.family)
+            for four in zip(cases, reference.outcomes, vision, decode)
+        ],
+    }
 
 
 def vision_limit(info: dict) -> float:
     """Largest relative Euclidean distance of a picture row: an .om computes in fp16, everything else in fp32."""
-    return OM_DISTANCE if any(stage.startswith("vision: om") for stage in info["stages"]) else FP32_DISTANCE
+    return (
+        OM_DISTANCE
+        if any(stage.startswith("vision: om") for stage in info["stages"])
+        else FP32_DISTANCE
+    )
 
 
 def with_rounding(limits: dict[str, float], reference, noise) -> dict[str, float]:
@@ -48,15 +74,24 @@ def with_rounding(limits: dict[str, float], reference, noise) -> dict[str, float
         return {"cosine_min": EXACT, **limits}
     pairs = [metrics.compare_rows(a.logits, b) for a, b in zip(reference.outcomes, noise.logits)]
     lost = 1 - metrics.summarize(pairs)["cosine_min"]
-    return {"cosine_min": min(EXACT, 1 - layers.NOISE ** 2 * lost), **limits}       # 1 - cosine grows as error squared
+    return {
+        "cosine_min": min(EXACT, 1 - layers.NOISE**2 * lost),
+        **limits,
+    }  # 1 - cosine grows as error squared
 
 
 def check(name: str, stage: dict, measure: str, limit: float) -> dict:
     """NaN is never within a limit."""
     value = stage[measure]
-    return {"stage": name, "measure": measure, "value": value, "limit": limit,
-            "passed": value >= limit if measure in AT_LEAST else value <= limit,
-            "nonfinite": stage["nonfinite"], "worst": stage["worst"]}
+    return {
+        "stage": name,
+        "measure": measure,
+        "value": value,
+        "limit": limit,
+        "passed": value >= limit if measure in AT_LEAST else value <= limit,
+        "nonfinite": stage["nonfinite"],
+        "worst": stage["worst"],
+    }
 
 
 def layer_check(found: list[dict]) -> dict:
@@ -64,23 +99,22 @@ def layer_check(found: list[dict]) -> dict:
     failed = [stage for stage in found if not stage["passed"]]
     shown = failed[0] if failed else max(found, key=lambda s: s["relative"] / s["limit"])
     by_gain = shown["relative"] <= shown["limit"] and not shown["passed"]
-    return {"stage": "layers", "measure": "gain" if by_gain else "relative",
-            "value": shown["gain" if by_gain else "relative"], "limit": shown["gain_limit" if by_gain else "limit"],
-            "passed": not failed, "nonfinite": shown["nonfinite"], "worst": {"stage": shown["stage"]},
-            "failed": [stage["stage"] for stage in failed]}
-
-
-
-
-
-
-
-
+    return {
+        "stage": "layers",
+        "measure": "gain" if by_gain else "relative",
+        "value": shown["gain" if by_gain else "relative"],
+        "limit": shown["gain_limit" if by_gain else "limit"],
+        "passed": not failed,
+        "nonfinite": shown["nonfinite"],
+        "worst": {"stage": shown["stage"]},
+        "failed": [stage["stage"] for stage in failed],
+    }
 
 
 def histogram(pairs) -> dict:
     """How many logits are off by which power of ten: {"edges" [n + 1], "counts" [n]}; equal ones are left out."""
     import numpy as np
+
     edges = np.arange(-9, 3.01, 0.5)
     counts = np.zeros(len(edges) - 1, np.int64)
     for a, b in pairs:
@@ -90,22 +124,28 @@ def histogram(pairs) -> dict:
     return {"edges": edges.tolist(), "counts": counts.tolist()}
 
 
-
-
-
-
 def describe_case(case, expected, vision: dict, decode: dict, family) -> dict:
     agree = decode["agree"].tolist()
-    return {"question": case.question, "language": case.language, "pictures": len(case.pictures),
-            "prompt_tokens": len(expected.ids), "answer": expected.answer, "same_answer": all(agree),
-            "vision": metrics.summarize([vision]), "decode": metrics.summarize([decode]),
-            "tokens": [describe_token(decode, row, family) for row in range(len(agree))]}
+    return {
+        "question": case.question,
+        "language": case.language,
+        "pictures": len(case.pictures),
+        "prompt_tokens": len(expected.ids),
+        "answer": expected.answer,
+        "same_answer": all(agree),
+        "vision": metrics.summarize([vision]),
+        "decode": metrics.summarize([decode]),
+        "tokens": [describe_token(decode, row, family) for row in range(len(agree))],
+    }
 
 
 def describe_token(decode: dict, row: int, family) -> dict:
     token = {name: decode[name][row].item() for name in decode}
-    return {"text": token_text(family, token["reference_top1"]),
-            "candidate_text": token_text(family, token["candidate_top1"]), **token}
+    return {
+        "text": token_text(family, token["reference_top1"]),
+        "candidate_text": token_text(family, token["candidate_top1"]),
+        **token,
+    }
 
 
 def token_text(family, token_id: int) -> str:

@@ -3,13 +3,14 @@
 A candidate's side and the findings flow in; `python -m convert.nodes` runs as a process of its own against the reference's
 checkpoint and leaves its table, nodes.csv, in the report's folder; one sentence flows out, into the verdict too.
 """
+
 import csv
 import subprocess
 from pathlib import Path
 
 from runtime.common.progress import spinner
 
-ARTIFACT = ", artifact "        # how OnnxVision.describe ends
+ARTIFACT = ", artifact "  # how OnnxVision.describe ends
 
 
 def find(options, candidate, found: dict, out: Path) -> str | None:
@@ -19,12 +20,17 @@ def find(options, candidate, found: dict, out: Path) -> str | None:
     stage = next(line for line in candidate.info["stages"] if line.startswith("vision: "))
     if stage.startswith("vision: om"):
         return "python -m convert.nodes --dump names the operator of an .om"
-    side = ["--artifact", Path(stage.partition(ARTIFACT)[2]).absolute()] if ARTIFACT in stage else \
-        ["--candidate", Path(options.model).absolute()]
+    side = (
+        ["--artifact", Path(stage.partition(ARTIFACT)[2]).absolute()]
+        if ARTIFACT in stage
+        else ["--candidate", Path(options.model).absolute()]
+    )
     first = first_that_departs(options, side, out / "nodes.csv")
     if first is None:
         return "no module of the encoder departs on the drawn picture of python -m convert.nodes; give it --image"
-    sentence = f"inside the encoder {first['NPUDump']} ({first['OpType']}) is the first that departs"
+    sentence = (
+        f"inside the encoder {first['NPUDump']} ({first['OpType']}) is the first that departs"
+    )
     found["verdict"] += f"; {sentence}"
     found["verdict_zh"] += f"；编码器内部首先偏离的节点：{first['NPUDump']}（{first['OpType']}）"
     return sentence
@@ -33,12 +39,28 @@ def find(options, candidate, found: dict, out: Path) -> str | None:
 def first_that_departs(options, side: list, table: Path) -> dict | None:
     """Row of the table, which convert.nodes writes in the order of computation."""
     from runtime.common.processes import start_module
-    picture = ["--image", Path(options.image[0]).absolute()] if options.image and isinstance(options.image[0], str) else []
+
+    picture = (
+        ["--image", Path(options.image[0]).absolute()]
+        if options.image and isinstance(options.image[0], str)
+        else []
+    )
     with spinner("looking into the vision encoder"):
-        process = start_module("convert.nodes", "--model", Path(options.reference).absolute(), *side, "--out",
-                               table.absolute(), *picture, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = start_module(
+            "convert.nodes",
+            "--model",
+            Path(options.reference).absolute(),
+            *side,
+            "--out",
+            table.absolute(),
+            *picture,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         process.wait()
     if not table.is_file():
         return None
     with open(table, encoding="utf-8", newline="") as lines:
-        return next((row for row in csv.DictReader(lines) if row["IsPrecisionError"] == "YES"), None)
+        return next(
+            (row for row in csv.DictReader(lines) if row["IsPrecisionError"] == "YES"), None
+        )

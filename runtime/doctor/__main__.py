@@ -3,6 +3,7 @@
 Facts of the machine flow in (runtime.checks), a table or JSON flows out; exit 3 when something for a present NPU, or a
 package for the CPU, is missing or does not match.
 """
+
 import json
 import platform
 import sys
@@ -11,26 +12,51 @@ from dataclasses import asdict, dataclass
 from runtime.common.errors import MISSING_COMPONENT, run_command
 from runtime.common.flags import Parser, flag
 
-VARIABLES = ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME", "ASCEND_OPP_PATH", "ATB_HOME_PATH", "ASCEND_RT_VISIBLE_DEVICES",
-             "ASCEND_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONPATH", "PYTORCH_NPU_ALLOC_CONF",
-             "TORCH_DEVICE_BACKEND_AUTOLOAD", "TASK_QUEUE_ENABLE", "INF_NAN_MODE_ENABLE", "ASCEND_SLOG_PRINT_TO_STDOUT",
-             "OMP_NUM_THREADS")
-COLOURS = {"ok": "green", "note": "dim", "warning": "yellow", "missing": "bold red", "mismatch": "bold red"}
+VARIABLES = (
+    "ASCEND_HOME_PATH",
+    "ASCEND_TOOLKIT_HOME",
+    "ASCEND_OPP_PATH",
+    "ATB_HOME_PATH",
+    "ASCEND_RT_VISIBLE_DEVICES",
+    "ASCEND_VISIBLE_DEVICES",
+    "LD_LIBRARY_PATH",
+    "LD_PRELOAD",
+    "PYTHONPATH",
+    "PYTORCH_NPU_ALLOC_CONF",
+    "TORCH_DEVICE_BACKEND_AUTOLOAD",
+    "TASK_QUEUE_ENABLE",
+    "INF_NAN_MODE_ENABLE",
+    "ASCEND_SLOG_PRINT_TO_STDOUT",
+    "OMP_NUM_THREADS",
+)
+COLOURS = {
+    "ok": "green",
+    "note": "dim",
+    "warning": "yellow",
+    "missing": "bold red",
+    "mismatch": "bold red",
+}
 
 
 @dataclass(kw_only=True)
 class DoctorOptions:
-    json: bool = flag("print everything as JSON, for an issue or a script", default=False, kind=bool)
+    json: bool = flag(
+        "print everything as JSON, for an issue or a script", default=False, kind=bool
+    )
 
 
 def main(argv) -> int:
-    [options] = Parser("python -m runtime.doctor", "[--json]",
-                       "Checks drivers, CANN, Python packages and NPUs of this machine against what is known to fit together, "
-                       "and prints the line that mends each failure. Exit code 3 when something is missing or does not match.",
-                       {"output": DoctorOptions}).parse(argv)
+    [options] = Parser(
+        "python -m runtime.doctor",
+        "[--json]",
+        "Checks drivers, CANN, Python packages and NPUs of this machine against what is known to fit together, "
+        "and prints the line that mends each failure. Exit code 3 when something is missing or does not match.",
+        {"output": DoctorOptions},
+    ).parse(argv)
     from runtime.ascend.host import Host
 
     from .checks import examine
+
     host = Host()
     examination = examine(host)
     if options.json:
@@ -52,12 +78,20 @@ def verdict(examination) -> str:
 def record(examination, host) -> dict:
     """The --json output."""
     from .checks import VERSIONS
+
     free, total = host.memory()
-    return {"passed": examination.passed, "verdict": verdict(examination), "machine": platform.platform(),
-            "python": sys.executable, "memory": {"free": free, "total": total}, "npu": examination.has_npu,
-            "checks": [asdict(check) for check in examination.checks],
-            "devices": [{**asdict(device), "soc": device.soc} for device in examination.devices],
-            "environment": environment(host), "tested": VERSIONS["tested"]}
+    return {
+        "passed": examination.passed,
+        "verdict": verdict(examination),
+        "machine": platform.platform(),
+        "python": sys.executable,
+        "memory": {"free": free, "total": total},
+        "npu": examination.has_npu,
+        "checks": [asdict(check) for check in examination.checks],
+        "devices": [{**asdict(device), "soc": device.soc} for device in examination.devices],
+        "environment": environment(host),
+        "tested": VERSIONS["tested"],
+    }
 
 
 def environment(host) -> dict[str, str]:
@@ -69,7 +103,7 @@ def show(examination, host):
     print(platform.platform())
     try:
         print_table(examination.checks)
-    except ModuleNotFoundError:         # rich itself may be what is missing
+    except ModuleNotFoundError:  # rich itself may be what is missing
         for check in examination.checks:
             print(f"{check.name:14}{check.status:10}{check.found}")
     for name, value in environment(host).items():
@@ -84,9 +118,14 @@ def print_table(checks):
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
     table = Table("component", "state", "found")
     for check in checks:
-        table.add_row(check.name, Text(check.status, COLOURS[check.status]), Text(check.found, overflow="fold"))
+        table.add_row(
+            check.name,
+            Text(check.status, COLOURS[check.status]),
+            Text(check.found, overflow="fold"),
+        )
     Console().print(table)
 
 

@@ -1,4 +1,5 @@
 """Token ids of an answer -> the text the release shows, in pieces that never have to be taken back."""
+
 from models.prompt.streaming import StreamDecoder, begun
 
 
@@ -9,9 +10,12 @@ class AnswerText:
     """
 
     def __init__(self, family, stop: tuple[str, ...] = ()):
-        self._family, self._stop = family, stop
-        self._decoder, self._raw = StreamDecoder(family.tokenizer), ""
-        self.text, self.stopped = "", False
+        self._family = family
+        self._stop = stop
+        self._decoder = StreamDecoder(family.tokenizer)
+        self._raw = ""
+        self.text = ""
+        self.stopped = False
 
     def push(self, token_id: int) -> str:
         self._raw += self._decoder.push(token_id)
@@ -28,9 +32,10 @@ class AnswerText:
         self.stopped = cut is not None
         raw = self._raw[:cut]
         if not (final or self.stopped):
-            raw = raw[:len(raw) - self._held(raw)]
+            raw = raw[: len(raw) - self._held(raw)]
         cleaned = self._family.clean(raw)
-        new, self.text = cleaned[len(self.text):], cleaned
+        new = cleaned[len(self.text) :]
+        self.text = cleaned
         return new
 
     def _held(self, raw: str) -> int:

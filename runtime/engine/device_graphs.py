@@ -4,6 +4,7 @@ A host step and token ids flow in, logits flow out. A batch is filled up to the 
 and write a cache block of their own. Lengths that the attention kernels take from the host are renewed inside the graph
 by torch_npu (task update), layer by layer while the graph runs; lengths in device memory are inputs like the others.
 """
+
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,12 +14,13 @@ from models.network.decoder import Step
 from runtime.common.errors import CHECK_FAILED, ToolkitError
 from runtime.ops.reference import device_tensors
 
-BATCH_SIZES = (8, 4, 2, 1)      # the largest first: the others fit into its memory
+BATCH_SIZES = (8, 4, 2, 1)  # the largest first: the others fit into its memory
 
 
 @dataclass
 class Recording:
     """One graph and the tensors it reads and writes: ids int64 [batch], step, logits float32 [batch, vocab]."""
+
     graph: object
     ids: torch.Tensor
     step: Step
@@ -29,8 +31,11 @@ class DecodeGraphs:
     """Recorded decode steps of `decoder` over `cache`; `width` = blocks of the longest sequence."""
 
     def __init__(self, decoder, cache, width: int, device: str):
-        self._decoder, self._cache, self._width, self._device = decoder, cache, width, device
-        self._torch = decoder.ops.accelerator       # torch.npu or torch.cuda: the same calls
+        self._decoder = decoder
+        self._cache = cache
+        self._width = width
+        self._device = device
+        self._torch = decoder.ops.accelerator  # torch.npu or torch.cuda: the same calls
         self._spare = int(cache.allocate(1)[0])
         self._recordings: dict[int, Recording] = {}
 
@@ -39,14 +44,24 @@ class DecodeGraphs:
         """Warm up and record every batch size, with a progress bar; ToolkitError when the driver refuses."""
         from rich.console import Console
         from rich.progress import track
-        console, pool = Console(stderr=True), self._torch.graph_pool_handle()
-        for size in track(BATCH_SIZES, "recording decode graphs", console=console, transient=True,
-                          disable=not console.is_terminal):
+
+        console = Console(stderr=True)
+        pool = self._torch.graph_pool_handle()
+        for size in track(
+            BATCH_SIZES,
+            "recording decode graphs",
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        ):
             try:
                 self._recordings[size] = self._record(size, pool)
             except RuntimeError as error:
-                raise ToolkitError(f"recording the decode step for {size} sequences failed ({error}); run again with "
-                                   "--enforce-eager", CHECK_FAILED) from error
+                raise ToolkitError(
+                    f"recording the decode step for {size} sequences failed ({error}); run again with "
+                    "--enforce-eager",
+                    CHECK_FAILED,
+                ) from error
 
     def fits(self, batch: int) -> bool:
         return batch <= max(self._recordings)
@@ -58,16 +73,19 @@ class DecodeGraphs:
         self._load(recording, ids, step)
         recording.graph.replay()
         if recording.step.kv_tensor is None:
-            recording.graph.update(cpu_update_input=[{"actual_seq_lengths_kv": self._kv_lens(recording, step)}])
+            recording.graph.update(
+                cpu_update_input=[{"actual_seq_lengths_kv": self._kv_lens(recording, step)}]
+            )
         return recording.logits[:batch].clone()
 
     def _record(self, size, pool) -> Recording:
         turn = torch.zeros(0, self._decoder.config.head_dim, dtype=self._decoder.embedding.dtype)
-        slots, tables = torch.zeros(0, dtype=torch.int64), torch.zeros(0, self._width, dtype=torch.int32)
+        slots = torch.zeros(0, dtype=torch.int64)
+        tables = torch.zeros(0, self._width, dtype=torch.int32)
         nobody = Step(turn, turn, slots, tables, [], [])
         ids = torch.zeros(size, dtype=torch.int64, device=self._device)
         step = self._begin(self._fill_up(nobody, size), self._device)
-        self._compute(ids, step)        # warm-up: compiles kernels, makes masks
+        self._compute(ids, step)  # warm-up: compiles kernels, makes masks
         self._torch.synchronize()
         graph, told = self._decoder.ops.new_graph(step)
         with self._torch.graph(graph, pool=pool, **told):
@@ -95,8 +113,15 @@ class DecodeGraphs:
         """`step` with rows of one token each added up to `size`, in the spare block, and a table of full width."""
         rows = size - len(step.slots)
         tables = F.pad(step.block_table, (0, self._width - step.block_table.shape[1], 0, rows))
-        tables[len(step.slots):] = self._spare
+        tables[len(step.slots) :] = self._spare
         slots = self._spare * self._cache.block_size + torch.arange(len(step.slots), size)
         cos, sin = (F.pad(t, (0, 0, 0, rows)) for t in (step.cos, step.sin))
-        return replace(step, cos=cos, sin=sin, slots=torch.cat((step.slots, slots)), block_table=tables,
-                       q_lens=[1] * size, kv_lens=step.kv_lens + [1] * rows)
+        return replace(
+            step,
+            cos=cos,
+            sin=sin,
+            slots=torch.cat((step.slots, slots)),
+            block_table=tables,
+            q_lens=[1] * size,
+            kv_lens=step.kv_lens + [1] * rows,
+        )

@@ -1,4 +1,5 @@
 """`python -m runtime.engine.follower PID`: one rank of a split model, started by rank 0, whose process id is PID."""
+
 import os
 import sys
 
@@ -11,7 +12,7 @@ from .engine import Engine
 
 def main(argv) -> int:
     die_with_parent()
-    if os.getppid() != int(argv[0]):    # it died before we could ask
+    if os.getppid() != int(argv[0]):  # it died before we could ask
         return USER_MISTAKE
     return follow(Engine)
 

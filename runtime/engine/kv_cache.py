@@ -3,6 +3,7 @@
 A full block may be remembered under a key that says what its tokens and all before them are; a later sequence that
 begins the same finds it, in use or free, until the block is given to somebody else (least recently used first).
 """
+
 from collections import OrderedDict
 
 import torch
@@ -13,10 +14,14 @@ class KVCache:
 
     def __init__(self, config, blocks: int, block_size: int, dtype, device, ops):
         self.block_size = block_size
-        self.layers = [tuple(ops.cache(config, blocks, block_size, dtype, device) for _ in "kv")
-                       for _ in range(config.layers)]
+        self.layers = [
+            tuple(ops.cache(config, blocks, block_size, dtype, device) for _ in "kv")
+            for _ in range(config.layers)
+        ]
         self._free = OrderedDict.fromkeys(range(blocks))
-        self._users, self._key_of, self._block_of = [0] * blocks, {}, {}
+        self._users = [0] * blocks
+        self._key_of = {}
+        self._block_of = {}
 
     @property
     def free_blocks(self) -> int:
@@ -47,7 +52,8 @@ class KVCache:
         """`block` is full; the first block of a key stays the one that is found."""
         if key not in self._block_of:
             self._forget(block)
-            self._block_of[key], self._key_of[block] = block, key
+            self._block_of[key] = block
+            self._key_of[block] = key
 
     def find(self, keys: list[bytes]) -> list[int]:
         """The remembered blocks of the longest run of `keys` from the first on, without taking them."""
@@ -69,7 +75,8 @@ class KVCache:
 
     def slots(self, blocks: list[int], start: int, end: int) -> torch.Tensor:
         """Cache slots int64 of the token range [start, end) of a sequence."""
-        place, table = torch.arange(start, end), torch.tensor(blocks)
+        place = torch.arange(start, end)
+        table = torch.tensor(blocks)
         return table[place // self.block_size] * self.block_size + place % self.block_size
 
     def _take(self) -> int:

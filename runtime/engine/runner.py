@@ -14,7 +14,10 @@ from .sequence import Chunk, Sequence
 class Runner:
     def __init__(self, decoder, cache, graphs=None, team=None):
         """graphs: recorded decode steps (graph.DecodeGraphs) or None. team: parallel.Team of a split decoder or None."""
-        self.decoder, self.cache, self.graphs, self.team = decoder, cache, graphs, team
+        self.decoder = decoder
+        self.cache = cache
+        self.graphs = graphs
+        self.team = team
         self._device = decoder.embedding.device
 
     def prefill(self, sequence: Sequence, features=None, all_logits=False) -> torch.Tensor:
@@ -37,14 +40,18 @@ class Runner:
         groups = [[part] for part in both] + [causal] * bool(causal)
         parts = [part for group in groups for part in group]
         ids = torch.from_numpy(np.concatenate([c.sequence.ids(a, b) for c, a, b in parts]))
-        last, pictures, row = {}, [], 0
+        last = {}
+        pictures = []
+        row = 0
         for chunk, a, b in parts:
             pictures += _rows_between(chunk, a, b, row)
             row += b - a
             last[id(chunk)] = row - 1
         rows = None if all_logits else torch.tensor([last[id(chunk)] for chunk in chunks])
-        logits = self._compute_together(ids, pictures, [self._step(group, group is causal) for group in groups], rows)
-        for chunk in chunks:        # not before: Ctrl-C may come in between
+        logits = self._compute_together(
+            ids, pictures, [self._step(group, group is causal) for group in groups], rows
+        )
+        for chunk in chunks:  # not before: Ctrl-C may come in between
             chunk.sequence.length = chunk.end
         return logits
 
@@ -59,35 +66,51 @@ class Runner:
     def compute(self, ids, pictures, steps: list[Step], rows=None) -> torch.Tensor:
         """ids int64 [T], pictures [(first row, float32 [rows, hidden])], steps on the host, one after another, that make
         up T tokens -> float32 logits on the host of the tokens `rows` (None: of all)."""
-        if self.graphs and not self.decoder.tap and steps[0].q_lens == [1] * len(ids) and self.graphs.fits(len(ids)):
+        if (
+            self.graphs
+            and not self.decoder.tap
+            and steps[0].q_lens == [1] * len(ids)
+            and self.graphs.fits(len(ids))
+        ):
             return self.graphs.run(ids, steps[0]).cpu()
         x = self.decoder.embed(ids.to(self._device))
         for start, values in pictures:
-            x[start:start + len(values)] = torch.from_numpy(values).to(x)
-        hidden = [self._forward(part, step) for part, step in zip(x.split([len(s.slots) for s in steps]), steps)]
+            x[start : start + len(values)] = torch.from_numpy(values).to(x)
+        hidden = [
+            self._forward(part, step)
+            for part, step in zip(x.split([len(s.slots) for s in steps]), steps)
+        ]
         hidden = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
         if rows is not None and len(rows) < len(ids):
             hidden = hidden.index_select(0, rows.to(self._device))
         return self.decoder.logits(hidden).cpu()
 
     def _forward(self, x, step):
-        return self.decoder.forward(x, self.decoder.ops.begin(step, self.decoder.config, self._device), self.cache)
+        return self.decoder.forward(
+            x, self.decoder.ops.begin(step, self.decoder.config, self._device), self.cache
+        )
 
     def _step(self, parts, causal: bool) -> Step:
         """Parts (chunk, start, end) as a step on the host."""
         spans = [(chunk.sequence, a, b) for chunk, a, b in parts]
-        cos, sin = self.decoder.angles(torch.from_numpy(np.concatenate([s.positions(a, b) for s, a, b in spans])))
+        cos, sin = self.decoder.angles(
+            torch.from_numpy(np.concatenate([s.positions(a, b) for s, a, b in spans]))
+        )
         slots = torch.cat([self.cache.slots(s.blocks, a, b) for s, a, b in spans])
-        tables = torch.nn.utils.rnn.pad_sequence([torch.tensor(s.blocks, dtype=torch.int32) for s, _, _ in spans],
-                                                 batch_first=True)
-        return Step(cos, sin, slots, tables, [b - a for _, a, b in spans], [b for _, _, b in spans], causal)
+        tables = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(s.blocks, dtype=torch.int32) for s, _, _ in spans], batch_first=True
+        )
+        return Step(
+            cos, sin, slots, tables, [b - a for _, a, b in spans], [b for _, _, b in spans], causal
+        )
 
 
 def _rows_between(chunk: Chunk, start: int, end: int, row: int) -> list[tuple[int, np.ndarray]]:
     """What of the chunk's pictures falls into its tokens [start, end), which lie at `row` of the packed tokens."""
     found = []
     for first, values in zip(chunk.sequence.prompt.layout.image_starts, chunk.features or ()):
-        a, b = max(start, first), min(end, first + len(values))
+        a = max(start, first)
+        b = min(end, first + len(values))
         if a < b:
-            found.append((row + a - start, values[a - first:b - first]))
+            found.append((row + a - start, values[a - first : b - first]))
     return found

@@ -1,19 +1,29 @@
 """From logits to the next token: penalties, temperature, min-p, top-k, top-p, in vLLM's order, which is the releases'."""
+
 import math
 
 import torch
 
 from runtime.common.errors import CHECK_FAILED, ToolkitError
 
-GREEDY = 1e-5       # a temperature below it takes the most likely token, as in vLLM; logits divided by it would overflow
+GREEDY = 1e-5  # a temperature below it takes the most likely token, as in vLLM; logits divided by it would overflow
 
 
-def sample(logits: torch.Tensor, seen: torch.Tensor, answer: torch.Tensor, settings, generator: torch.Generator) -> int:
+def sample(
+    logits: torch.Tensor,
+    seen: torch.Tensor,
+    answer: torch.Tensor,
+    settings,
+    generator: torch.Generator,
+) -> int:
     """logits float32 [vocab]; seen, answer: int64 ids of prompt and answer so far, and of the answer alone; temperature 0
     takes the most likely token."""
-    if not all(math.isfinite(end) for end in logits.aminmax()):     # NaN is both ends
-        raise ToolkitError("the decoder's logits contain NaN or Inf; try --dtype float32, or compare the checkpoint with "
-                           "python -m runtime.compare", CHECK_FAILED)
+    if not all(math.isfinite(end) for end in logits.aminmax()):  # NaN is both ends
+        raise ToolkitError(
+            "the decoder's logits contain NaN or Inf; try --dtype float32, or compare the checkpoint with "
+            "python -m runtime.compare",
+            CHECK_FAILED,
+        )
     logits = penalise(logits, seen, settings.repetition_penalty)
     logits = discourage(logits, answer, settings.presence_penalty, settings.frequency_penalty)
     if settings.temperature < GREEDY:
@@ -41,7 +51,9 @@ def discourage(logits, answer, presence: float, frequency: float):
 
 def min_p(logits, p: float):
     """Drop what is less likely than p times the likeliest (Nguyen et al. 2024)."""
-    return logits.masked_fill(logits < logits.max() + math.log(p), float("-inf")) if p > 0 else logits
+    return (
+        logits.masked_fill(logits < logits.max() + math.log(p), float("-inf")) if p > 0 else logits
+    )
 
 
 def top_k(logits, k: int):

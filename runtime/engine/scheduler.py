@@ -4,6 +4,7 @@ Requests flow in at any time; every step computes one token of each answer and a
 leaves (long prompts in chunks), and yields (request, new text). A request is admitted when the cache has room for all
 its tokens so far; when answers outgrow the cache, the latest request gives its blocks back and is computed again later.
 """
+
 import time
 from collections import deque
 
@@ -17,9 +18,13 @@ class Scheduler:
     longest sequence."""
 
     def __init__(self, runner, look_at, max_requests: int, budget: int):
-        self._runner, self._cache, self._look_at = runner, runner.cache, look_at
-        self._max_requests, self._budget = max_requests, budget
-        self.waiting, self.active = deque(), []         # both in the order of arrival
+        self._runner = runner
+        self._cache = runner.cache
+        self._look_at = look_at
+        self._max_requests = max_requests
+        self._budget = budget
+        self.waiting = deque()
+        self.active = []  # both in the order of arrival
 
     def add(self, request: Request):
         self.waiting.append(request)
@@ -40,14 +45,17 @@ class Scheduler:
         """One pass of the decoder -> (request, new text) of every request that got a token or failed."""
         before = len(self.active)
         work = self._running_work()
-        failed = self._admit(work) if len(self.active) == before else []        # unless somebody just had to give way
+        failed = (
+            self._admit(work) if len(self.active) == before else []
+        )  # unless somebody just had to give way
         events = [(request, "") for request in failed] + (self._compute(work) if work else [])
         self._retire()
         return events
 
     def _running_work(self) -> list[tuple[Request, int]]:
         """(request, tokens) of those admitted: first all answers, then prompts while the budget lasts."""
-        work, budget = [], self._budget - sum(r.pending == 1 for r in self.active)
+        work = []
+        budget = self._budget - sum(r.pending == 1 for r in self.active)
         for request in list(self.active):
             if request in self.active and self._grow(request):
                 count = 1 if request.pending == 1 else self._share(request, budget, first=not work)
@@ -78,7 +86,8 @@ class Scheduler:
 
     def _admit(self, work) -> list[Request]:
         """Add waiting requests to `work` while there is room and budget; returns those whose pictures failed."""
-        failed, budget = [], self._budget - sum(count for _, count in work)
+        failed = []
+        budget = self._budget - sum(count for _, count in work)
         while self.waiting and len(self.active) < self._max_requests and budget > 0:
             request = self.waiting[0]
             known = self._known_blocks(request)
@@ -113,7 +122,7 @@ class Scheduler:
         if request.prompt.pixels:
             try:
                 request.features, seconds = self._look_at(request.prompt)
-            except Exception as error:      # whatever it is, it is this request's alone
+            except Exception as error:  # whatever it is, it is this request's alone
                 request.fail(error)
                 return False
             request.result.metrics["vision_seconds"] += seconds
@@ -132,7 +141,8 @@ class Scheduler:
         work = [(request, count) for request, count in work if count]
         start = time.perf_counter()
         chunks = [Chunk(r.sequence, r.sequence.length + n, r.features) for r, n in work]
-        logits, events = self._runner.run(chunks), []
+        logits = self._runner.run(chunks)
+        events = []
         seconds = time.perf_counter() - start
         for (request, count), row in zip(work, logits):
             request.spend(seconds)
@@ -144,8 +154,10 @@ class Scheduler:
 
     def _remember(self, request, count):
         """Blocks that its last `count` tokens filled can be found by later requests."""
-        sequence, size = request.sequence, self._cache.block_size
-        first, full = (sequence.length - count) // size, sequence.length // size
+        sequence = request.sequence
+        size = self._cache.block_size
+        first = (sequence.length - count) // size
+        full = sequence.length // size
         if first < full and not request.prompt.layout.bidirectional:
             for block, key in zip(sequence.blocks[first:full], request.keys(full, size)[first:]):
                 self._cache.remember(block, key)
@@ -158,4 +170,6 @@ class Scheduler:
 
     def _give_back(self, request):
         self._cache.release(request.sequence.blocks)
-        request.sequence.blocks, request.sequence.length, request.features = [], 0, None
+        request.sequence.blocks = []
+        request.sequence.length = 0
+        request.features = None

@@ -1,5 +1,6 @@
 """The operator set of the decoder, one module per backend: reference (plain torch, the oracle), cpu (fast), npu,
 cuda."""
+
 from runtime.common.errors import ToolkitError
 
 
@@ -8,7 +9,9 @@ def choose(name: str, device: str):
     kind = device.split(":")[0]
     if kind not in ("cpu", "cuda", "npu"):
         raise ToolkitError(f"device {device!r} is not known; use cpu, npu:N or cuda:N")
-    own = {"cpu": _cpu, "npu": _npu, "cuda": _cuda}[kind](device)       # it must be opened even for plain torch
+    own = {"cpu": _cpu, "npu": _npu, "cuda": _cuda}[kind](
+        device
+    )  # it must be opened even for plain torch
     if name in ("auto", own.name):
         return own
     if name == "reference":
@@ -18,19 +21,23 @@ def choose(name: str, device: str):
 
 def _reference(device):
     from .reference import ReferenceOps
+
     return ReferenceOps()
 
 
 def _cpu(device):
     from runtime.ops.cpu.ops import CpuOps
+
     return CpuOps()
 
 
 def _cuda(device):
     from .cuda import open_cuda
+
     return open_cuda(device)
 
 
 def _npu(device):
     from runtime.ops.npu.open import open_npu
+
     return open_npu(device)

@@ -3,6 +3,7 @@
 Shapes: activations [T, width], q [T, heads, head_dim], k and v [T, kv_heads, head_dim], caches
 [blocks, block_size, kv_heads, head_dim]. `step` is models.network.decoder.Step.
 """
+
 import math
 from dataclasses import fields, replace
 
@@ -14,14 +15,14 @@ from models.network.decoder import Step
 from models.network.linear import Linear
 from runtime.common.machine import available_memory
 
-SMALLEST_SCALE = 1e-12      # of a token whose values are all zero
+SMALLEST_SCALE = 1e-12  # of a token whose values are all zero
 
 
 class ReferenceOps:
     name = "reference"
     default_block_size = 16
-    records_graphs = False      # decode can be recorded as device graphs
-    team = None                 # parallel.Team when the decoder is split over several devices
+    records_graphs = False  # decode can be recorded as device graphs
+    team = None  # parallel.Team when the decoder is split over several devices
 
     def check(self, dtype: str, block_size: int):
         """ToolkitError when the backend cannot compute in `dtype` or page by `block_size`."""
@@ -55,11 +56,17 @@ class ReferenceOps:
         shape = blocks, block_size, config.kv_heads, config.head_dim
         if torch.device(device).type != "cpu":
             return torch.zeros(shape, dtype=dtype, device=device)
-        return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+        return (
+            torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8))
+            .view(dtype)
+            .view(shape)
+        )
 
     def begin(self, step, config, device):
         """A step built on the host -> the step that the layers get: on the device, with what the backend adds to it."""
-        tensors = {name: getattr(step, name).to(device) for name in ("cos", "sin", "slots", "block_table")}
+        tensors = {
+            name: getattr(step, name).to(device) for name in ("cos", "sin", "slots", "block_table")
+        }
         return replace(step, **tensors)
 
     def all_layers(self, decoder, x, step, cache):
@@ -122,9 +129,11 @@ class ReferenceOps:
 
     def rope(self, q, k, cos, sin):
         """Half-rotation over the full head: x * cos + [-x2, x1] * sin, in the inputs' dtype."""
+
         def rotate(x):
             first, second = x.chunk(2, dim=-1)
             return x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
+
         return rotate(q), rotate(k)
 
     def cache_write(self, k, v, keys, values, slots):
@@ -141,7 +150,10 @@ class ReferenceOps:
         """softmax(q k / sqrt(head_dim)) v per sequence over its cached keys and values -> [T, heads, head_dim]."""
         outputs = []
         for b, rows in enumerate(q.split(step.q_lens)):
-            cached = [_gather(cache, step.block_table[b], step.kv_lens[b]).float() for cache in (keys, values)]
+            cached = [
+                _gather(cache, step.block_table[b], step.kv_lens[b]).float()
+                for cache in (keys, values)
+            ]
             outputs.append(_attend(rows.float(), *cached, causal=step.causal).to(q.dtype))
         return torch.cat(outputs)
 

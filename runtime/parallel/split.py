@@ -5,6 +5,7 @@ out and one after down make every layer whole; their biases are in the first dev
 int8 layers must have, is zero on the others). Embedding and norms are held by all. Devices beyond the number of key/value
 heads share one: each holds a copy of the head its queries use.
 """
+
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -18,24 +19,36 @@ from models.config import DecoderConfig
 from runtime.common.errors import ToolkitError
 
 SIZES = (1, 2, 4, 8)
-ROWS, COLUMNS = ("qkv", "up", "lm_head"), ("out", "down")
+ROWS = ("qkv", "up", "lm_head")
+COLUMNS = ("out", "down")
 
 
 def check_split(family, size: int):
     """ToolkitError when the family's decoder cannot be split over `size` devices."""
     c = family.decoder
-    counts = {"attention heads": c.heads, "feed-forward channels": c.ffn, "vocabulary rows": c.vocab_size}
+    counts = {
+        "attention heads": c.heads,
+        "feed-forward channels": c.ffn,
+        "vocabulary rows": c.vocab_size,
+    }
     wrong = [f"{n} {what}" for what, n in counts.items() if n % size]
     if c.kv_heads % size and size % c.kv_heads:
         wrong.append(f"{c.kv_heads} key/value heads")
     if wrong:
         fitting = [str(s) for s in SIZES if not _misfit(c, s)]
-        raise ToolkitError(f"--tensor-parallel-size {size} does not divide {family.name}'s {', '.join(wrong)}; use "
-                           f"{', '.join(fitting)}")
+        raise ToolkitError(
+            f"--tensor-parallel-size {size} does not divide {family.name}'s {', '.join(wrong)}; use "
+            f"{', '.join(fitting)}"
+        )
 
 
 def _misfit(c: DecoderConfig, size: int) -> bool:
-    return bool(c.heads % size or c.ffn % size or c.vocab_size % size or (c.kv_heads % size and size % c.kv_heads))
+    return bool(
+        c.heads % size
+        or c.ffn % size
+        or c.vocab_size % size
+        or (c.kv_heads % size and size % c.kv_heads)
+    )
 
 
 def layer_kind(target: str) -> str:
@@ -46,6 +59,7 @@ def layer_kind(target: str) -> str:
 @dataclass(frozen=True)
 class Split:
     """The part of `rank` when `whole` is split over `size` devices."""
+
     whole: DecoderConfig
     size: int = 1
     rank: int = 0
@@ -54,13 +68,19 @@ class Split:
     def config(self) -> DecoderConfig:
         """The decoder that this device computes."""
         c = self.whole
-        return replace(c, heads=c.heads // self.size, kv_heads=max(1, c.kv_heads // self.size), ffn=c.ffn // self.size)
+        return replace(
+            c,
+            heads=c.heads // self.size,
+            kv_heads=max(1, c.kv_heads // self.size),
+            ffn=c.ffn // self.size,
+        )
 
     def share(self, target: str) -> Fraction:
         """The fraction of a weight that the first device, which has the most, holds."""
         kind = layer_kind(target)
         if kind == "qkv":
-            c, local = self.whole, self.config
+            c = self.whole
+            local = self.config
             return Fraction(local.heads + 2 * local.kv_heads, c.heads + 2 * c.kv_heads)
         split = kind in ROWS or (kind in COLUMNS and target.endswith("weight"))
         return Fraction(1, self.size if split else 1)
@@ -68,16 +88,27 @@ class Split:
     def weights(self, table: Iterable[Weight]) -> Iterator[Weight]:
         """The weight table with every part narrowed to what this device holds."""
         for weight in table:
-            yield weight if self.size == 1 else replace(weight, parts=tuple(
-                piece for part in weight.parts for piece in self._pieces(weight, part)))
+            yield (
+                weight
+                if self.size == 1
+                else replace(
+                    weight,
+                    parts=tuple(
+                        piece for part in weight.parts for piece in self._pieces(weight, part)
+                    ),
+                )
+            )
 
     def _pieces(self, weight: Weight, part: Part) -> list[Part]:
         kind = layer_kind(part.target)
         if part.target.startswith("vision.") or kind not in (*ROWS, *COLUMNS):
             return [part]
         if kind in ROWS:
-            piece, blocks = PIECE.fullmatch(part.target), self.row_blocks(kind)
-            return [_rows_of_piece(part, piece, blocks)] if piece else self._rows(weight, part, blocks)
+            piece = PIECE.fullmatch(part.target)
+            blocks = self.row_blocks(kind)
+            return (
+                [_rows_of_piece(part, piece, blocks)] if piece else self._rows(weight, part, blocks)
+            )
         return self._columns(weight, part)
 
     def _columns(self, weight, part) -> list[Part]:
@@ -85,7 +116,7 @@ class Split:
         if tensor == "weight":
             span = slice(*self.span(weight.shape[1]))
             return [replace(part, transform=_then(part.transform, lambda rows: rows[:, span]))]
-        if self.rank and tensor == "quant_bias":        # a static layer must have one
+        if self.rank and tensor == "quant_bias":  # a static layer must have one
             return [replace(part, transform=torch.zeros_like)]
         return [part] * (self.rank == 0 or tensor != "bias")
 
@@ -94,13 +125,27 @@ class Split:
         first, total = part.at or (0, weight.shape[0])
         source, last = part.take or (0, weight.shape[0])
         ends = list(accumulate(b - a for a, b in blocks))
-        wanted = [(max(a, first), min(b, first + last - source), end - b) for (a, b), end in zip(blocks, ends)]
+        wanted = [
+            (max(a, first), min(b, first + last - source), end - b)
+            for (a, b), end in zip(blocks, ends)
+        ]
         wanted = [(a, b, shift) for a, b, shift in wanted if a < b]
-        if part.transform and len(wanted) > 1:      # it may move rows between q, k and v: read all of them first
-            return [replace(part, at=None, transform=_then(part.transform, lambda rows: torch.cat(
-                [rows[a:b] for a, b, _ in wanted])))]
-        return [replace(part, take=(source + a - first, source + b - first), at=(a + shift, ends[-1]))
-                for a, b, shift in wanted]
+        if (
+            part.transform and len(wanted) > 1
+        ):  # it may move rows between q, k and v: read all of them first
+            return [
+                replace(
+                    part,
+                    at=None,
+                    transform=_then(
+                        part.transform, lambda rows: torch.cat([rows[a:b] for a, b, _ in wanted])
+                    ),
+                )
+            ]
+        return [
+            replace(part, take=(source + a - first, source + b - first), at=(a + shift, ends[-1]))
+            for a, b, shift in wanted
+        ]
 
     def row_blocks(self, kind: str) -> list[tuple[int, int]]:
         c = self.whole
@@ -108,10 +153,16 @@ class Split:
             return [self.span(c.vocab_size)]
         if kind == "up":
             halves = 2 if c.activation == "swiglu" else 1
-            return [(i * c.ffn + a, i * c.ffn + b) for i in range(halves) for a, b in [self.span(c.ffn)]]
-        q, kv, dim = self.span(c.heads), self._kv_span(), c.head_dim
-        return [((start + a) * dim, (start + b) * dim)
-                for start, (a, b) in ((0, q), (c.heads, kv), (c.heads + c.kv_heads, kv))]
+            return [
+                (i * c.ffn + a, i * c.ffn + b) for i in range(halves) for a, b in [self.span(c.ffn)]
+            ]
+        q = self.span(c.heads)
+        kv = self._kv_span()
+        dim = c.head_dim
+        return [
+            ((start + a) * dim, (start + b) * dim)
+            for start, (a, b) in ((0, q), (c.heads, kv), (c.heads + c.kv_heads, kv))
+        ]
 
     def span(self, count: int) -> tuple[int, int]:
         each = count // self.size
@@ -127,11 +178,22 @@ class Split:
 def _rows_of_piece(part: Part, piece, blocks) -> Part:
     """The rows of a quantised layer's piece that lie in `blocks`, ranges of the whole layer's rows; it begins behind those
     of the pieces before it."""
-    name, first, kind, tensor = piece[1], int(piece[2]), piece[3], piece[4]
+    name = piece[1]
+    first = int(piece[2])
+    kind = piece[3]
+    tensor = piece[4]
     ranges = [(max(a - first, 0), b - first) for a, b in blocks if b > first]
-    part = replace(part, target=f"{name}#{sum(max(0, min(b, first) - a) for a, b in blocks)}:{kind}.{tensor}")
-    return part if tensor in SCALARS else replace(part, transform=_then(
-        part.transform, lambda rows: torch.cat([rows[a:b] for a, b in ranges])))
+    part = replace(
+        part, target=f"{name}#{sum(max(0, min(b, first) - a) for a, b in blocks)}:{kind}.{tensor}"
+    )
+    return (
+        part
+        if tensor in SCALARS
+        else replace(
+            part,
+            transform=_then(part.transform, lambda rows: torch.cat([rows[a:b] for a, b in ranges])),
+        )
+    )
 
 
 def _then(first: Callable | None, second: Callable) -> Callable:

@@ -8,6 +8,7 @@ rank 0 end up in `follow`.
 Messages go over gloo between the hosts' processors; sums of activations over hccl on NPUs, over gloo on CPUs. Rank 0 ends
 everything when a rank dies, and the kernel ends the others when rank 0 dies, in whatever way.
 """
+
 import atexit
 import os
 import signal
@@ -23,12 +24,14 @@ from pathlib import Path
 from runtime.common.errors import CHECK_FAILED, ToolkitError
 from runtime.common.processes import die_with_parent
 
-PATIENCE = timedelta(days=30)       # a user may think that long before the next question
-REPORT_SECONDS = 10                 # a lost connection waits so long for the thread of rank 0 that knows which one died
-PORT = "ASCEND_VLM_PORT"            # tells a process we started where rank 0 listens
-FOLLOWER = "runtime.engine.follower"    # what a process we start runs
+PATIENCE = timedelta(days=30)  # a user may think that long before the next question
+REPORT_SECONDS = (
+    10  # a lost connection waits so long for the thread of rank 0 that knows which one died
+)
+PORT = "ASCEND_VLM_PORT"  # tells a process we started where rank 0 listens
+FOLLOWER = "runtime.engine.follower"  # what a process we start runs
 
-_team = None                        # of this process; torch.distributed has one group of processes, too
+_team = None  # of this process; torch.distributed has one group of processes, too
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -43,8 +46,10 @@ def join_torchrun(size: int, load):
     """
     rank, started = rank_and_size()
     if started not in (1, size):
-        raise ToolkitError(f"torchrun started {started} processes, --tensor-parallel-size is {size}; give both the same "
-                           "number")
+        raise ToolkitError(
+            f"torchrun started {started} processes, --tensor-parallel-size is {size}; give both the same "
+            "number"
+        )
     if rank:
         sys.exit(follow(load))
 
@@ -55,8 +60,13 @@ class Team:
     def __init__(self, rank: int, size: int, store=None):
         import torch
         import torch.distributed as dist
-        self.rank, self.size, self.free, self._dist, self._sums = rank, size, True, dist, None
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")       # all ranks run on one machine
+
+        self.rank = rank
+        self.size = size
+        self.free = True
+        self._dist = dist
+        self._sums = None
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks run on one machine
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
         where = {"store": store} if store else {"init_method": "env://"}
         dist.init_process_group("gloo", rank=rank, world_size=size, timeout=PATIENCE, **where)
@@ -76,8 +86,11 @@ class Team:
     def send(self, message):
         """Rank 0: tell all others."""
         if self._out_of_step:
-            raise ToolkitError("an error interrupted the processes of this model in the middle of a step; run the same "
-                               "command again", CHECK_FAILED)
+            raise ToolkitError(
+                "an error interrupted the processes of this model in the middle of a step; run the same "
+                "command again",
+                CHECK_FAILED,
+            )
         with self._alive():
             self._dist.broadcast_object_list([message])
 
@@ -118,10 +131,13 @@ class Team:
         try:
             yield
         except RuntimeError as error:
-            if _workers or PORT in os.environ:      # who watches the process that died ends us
+            if _workers or PORT in os.environ:  # who watches the process that died ends us
                 threading.Event().wait(REPORT_SECONDS)
-            raise ToolkitError(f"rank {self.rank} lost its connection to another process ({str(error).splitlines()[0]}); "
-                               "run the same command again", CHECK_FAILED) from error
+            raise ToolkitError(
+                f"rank {self.rank} lost its connection to another process ({str(error).splitlines()[0]}); "
+                "run the same command again",
+                CHECK_FAILED,
+            ) from error
 
 
 @contextmanager
@@ -142,6 +158,7 @@ def deferred_interrupt():
 
 # rank 0
 
+
 def open_team(model_dir, options, load) -> Team | None:
     """The team of an Engine with these options: None for one device, else with every other rank loading the model too.
 
@@ -153,7 +170,9 @@ def open_team(model_dir, options, load) -> Team | None:
     if options.tensor_parallel_size == 1 or (_team and rank):
         return _team if rank else None
     if _team and not _team.free:
-        raise ToolkitError("this process has a model that is split over several devices already; close() that Engine first")
+        raise ToolkitError(
+            "this process has a model that is split over several devices already; close() that Engine first"
+        )
     join_torchrun(options.tensor_parallel_size, load)
     if _team is None:
         _team = _join() if started > 1 else _start(options.tensor_parallel_size)
@@ -165,9 +184,14 @@ def open_team(model_dir, options, load) -> Team | None:
 def _start(size: int) -> Team:
     """Start the other ranks on this machine and wait for them."""
     from torch.distributed import TCPStore
-    store = TCPStore("127.0.0.1", 0, world_size=size, is_master=True, wait_for_workers=False, timeout=PATIENCE)
+
+    store = TCPStore(
+        "127.0.0.1", 0, world_size=size, is_master=True, wait_for_workers=False, timeout=PATIENCE
+    )
     for rank in range(1, size):
-        threading.Thread(target=_watch, args=(rank, size, store.port, _terminal()), daemon=True).start()
+        threading.Thread(
+            target=_watch, args=(rank, size, store.port, _terminal()), daemon=True
+        ).start()
     return Team(0, size, store)
 
 
@@ -178,30 +202,48 @@ _ending = threading.Lock()
 def _watch(rank: int, size: int, port: int, terminal):
     """Start one rank and wait for its end, which is the end of us all. The thread lives as long as the process it started,
     because the kernel kills that process (child.die_with_parent) when this thread ends."""
-    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), PORT: str(port),
-                   "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // size)), "PYTHONPATH": path}
+    path = os.pathsep.join(
+        filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")))
+    )
+    environment = {
+        **os.environ,
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(rank),
+        PORT: str(port),
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // size)),
+        "PYTHONPATH": path,
+    }
     with tempfile.TemporaryFile() as said:
         try:
-            worker = subprocess.Popen([sys.executable, "-m", FOLLOWER, str(os.getpid())], env=environment,
-                                      stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True)
-        except OSError as error:        # rank 0 would wait for it
+            worker = subprocess.Popen(
+                [sys.executable, "-m", FOLLOWER, str(os.getpid())],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+                start_new_session=True,
+            )
+        except OSError as error:  # rank 0 would wait for it
             _end_all(rank, size, CHECK_FAILED, str(error), terminal)
         _workers.append(worker)
         code = worker.wait()
-        if worker in _workers:          # not closed by us
+        if worker in _workers:  # not closed by us
             said.seek(0)
             _end_all(rank, size, code, said.read().decode(errors="replace").strip(), terminal)
 
 
 def _end_all(rank: int, size: int, code: int, said: str, terminal):
-    _ending.acquire()                   # for good: one message is enough
+    _ending.acquire()  # for good: one message is enough
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     if said and code > 0:
         how = f"failed: {said if '--debug' in sys.argv else said.splitlines()[-1].removeprefix('error: ')}"
-    print(f"error: process {rank} of {size} (tensor parallel) {how}; all were ended, run the same command again",
-          file=sys.stderr, flush=True)
-    if terminal:                        # the prompt's line editing changed it
+    print(
+        f"error: process {rank} of {size} (tensor parallel) {how}; all were ended, run the same command again",
+        file=sys.stderr,
+        flush=True,
+    )
+    if terminal:  # the prompt's line editing changed it
         termios.tcsetattr(sys.stdin, termios.TCSANOW, terminal)
     os._exit(code if CHECK_FAILED <= code <= 3 else CHECK_FAILED)
 
@@ -223,7 +265,9 @@ def _leave():
     """Also at exit: torch aborts a process that still has its connections then."""
     global _team
     import torch.distributed as dist
-    ended, _workers[:] = _workers[:], []
+
+    ended = _workers[:]
+    _workers[:] = []
     for worker in ended:
         worker.kill()
         worker.wait()
@@ -234,24 +278,32 @@ def _leave():
 
 # the other ranks
 
+
 def _join() -> Team:
     """The team that the environment describes."""
     from torch.distributed import TCPStore
+
     rank, size = rank_and_size()
     port = os.environ.get(PORT)
-    return Team(rank, size, port and TCPStore("127.0.0.1", int(port), world_size=size, is_master=False, timeout=PATIENCE))
+    return Team(
+        rank,
+        size,
+        port
+        and TCPStore("127.0.0.1", int(port), world_size=size, is_master=False, timeout=PATIENCE),
+    )
 
 
 def follow(load) -> int:
     """`load` the model that rank 0 loads and compute what it sends, until it is gone."""
     global _team
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # rank 0 decides what Ctrl-C ends
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides what Ctrl-C ends
     die_with_parent()
-    _team, engine = _join(), None
+    _team = _join()
+    engine = None
     while message := _team.receive():
         kind, content = message
         if kind == "load":
-            engine = None               # its memory first
+            engine = None  # its memory first
             model_dir, options = content
             engine = load(model_dir, **options | {"device": _own_device(options["device"])})
         else:

@@ -7,6 +7,7 @@ output line is the input line and "answer", "finish_reason", "output_tokens" and
 While it runs, OUT.partial holds the job (first line) and the finished lines; OUT appears when all are there. A batch is
 appended in one piece; after a kill the unfinished batch is asked again, so that the same questions are decoded together.
 """
+
 import sys
 from pathlib import Path
 
@@ -23,10 +24,13 @@ from .questions import read_questions
 
 
 def parser() -> Parser:
-    return Parser("python -m runtime.predict", "--model DIR (--input FILE --out FILE | --examples) [options]",
-                  "Answer every line of a jsonl file; a killed run continues where it was. Exit code 0: all lines were "
-                  "answered, 1: some failed (they say why).",
-                  {"input": PredictOptions, "engine": EngineOptions, "sampling": SamplingParams})
+    return Parser(
+        "python -m runtime.predict",
+        "--model DIR (--input FILE --out FILE | --examples) [options]",
+        "Answer every line of a jsonl file; a killed run continues where it was. Exit code 0: all lines were "
+        "answered, 1: some failed (they say why).",
+        {"input": PredictOptions, "engine": EngineOptions, "sampling": SamplingParams},
+    )
 
 
 def main(argv) -> int:
@@ -47,35 +51,20 @@ def main(argv) -> int:
     return CHECK_FAILED if failed else 0
 
 
-
-
-
-
-
-
-
-
-
-
 def predict(options, engine_options, sampling, questions, answers: Answers):
     """Ask what has no answer yet, batch by batch."""
     engine = open_engine(options.model, **vars(engine_options))
     asker = Asker(engine, sampling, options.language, Path(options.input).parent)
     for start in range(answers.count, len(questions), options.batch_size):
-        batch = asker.ask(questions[start:start + options.batch_size])
+        batch = asker.ask(questions[start : start + options.batch_size])
         answers.append(batch)
         tell(batch, answers.count, len(questions))
 
 
 def on_ray(*job):
     from .on_ray import predict
+
     predict(*job)
-
-
-
-
-
-
 
 
 if __name__ == "__main__":

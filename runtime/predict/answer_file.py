@@ -1,4 +1,5 @@
 """The file of answers: resumed where an earlier run stopped."""
+
 import fcntl
 import hashlib
 import json
@@ -13,25 +14,39 @@ from runtime.common.errors import ToolkitError
 def job_of(options, engine_options, sampling) -> dict:
     """What must be the same when a run is continued, or its answers would not belong together."""
     digest = hashlib.sha256(Path(options.input).read_bytes()).hexdigest()
-    return json.loads(json.dumps({"input": digest, "model": str(Path(options.model).resolve()), "language": options.language,
-                                  "batch_size": options.batch_size, "engine": asdict(engine_options),
-                                  "sampling": asdict(sampling)}))
+    return json.loads(
+        json.dumps(
+            {
+                "input": digest,
+                "model": str(Path(options.model).resolve()),
+                "language": options.language,
+                "batch_size": options.batch_size,
+                "engine": asdict(engine_options),
+                "sampling": asdict(sampling),
+            }
+        )
+    )
 
 
 class Answers:
     """The partial file: the job, then finished lines. Opened by `opened`, which holds its lock."""
 
     def __init__(self, out: Path, stream, job: dict):
-        self.out, self.partial, self.stream = out, Path(stream.name), stream
+        self.out = out
+        self.partial = Path(stream.name)
+        self.stream = stream
         head = (json.dumps(job) + "\n").encode()
         lines = stream.read().splitlines(keepends=True)
-        if not lines or not lines[0].endswith(b"\n"):       # new, or killed within the first line
+        if not lines or not lines[0].endswith(b"\n"):  # new, or killed within the first line
             self._cut([])
             stream.write(head)
         elif lines[0] != head:
-            raise ToolkitError(f"{self.partial} was begun with another model, input or other options; remove it, or give "
-                               "another --out")
-        self.head, self.lines = head, [line for line in lines[1:] if line.endswith(b"\n")]
+            raise ToolkitError(
+                f"{self.partial} was begun with another model, input or other options; remove it, or give "
+                "another --out"
+            )
+        self.head = head
+        self.lines = [line for line in lines[1:] if line.endswith(b"\n")]
 
     @property
     def count(self) -> int:
@@ -53,6 +68,7 @@ class Answers:
     def publish(self) -> int:
         """The finished file under its name; returns how many lines failed."""
         from runtime.common.files import write_atomically
+
         write_atomically(self.out, b"".join(self.lines).decode())
         self.partial.unlink()
         return sum("error" in json.loads(line) for line in self.lines)
@@ -72,6 +88,8 @@ def opened(out: Path, job: dict):
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ToolkitError(f"another process is writing {stream.name}; wait for it, or give another --out") from None
+            raise ToolkitError(
+                f"another process is writing {stream.name}; wait for it, or give another --out"
+            ) from None
         stream.seek(0)
         yield Answers(out, stream, job)

@@ -1,4 +1,5 @@
 """Asks one question and prints its answer."""
+
 import sys
 import time
 from pathlib import Path
@@ -9,8 +10,11 @@ from runtime.common.errors import ToolkitError
 def tell(batch: list[dict], done: int, total: int):
     """A line on stderr for each answer of the batch that was the last of `done` lines."""
     for number, answer in enumerate(batch, done - len(batch) + 1):
-        told = f"failed: {answer['error']}" if "error" in answer else \
-            f"{answer['output_tokens']} tokens, {answer['seconds']:.2f} s"
+        told = (
+            f"failed: {answer['error']}"
+            if "error" in answer
+            else f"{answer['output_tokens']} tokens, {answer['seconds']:.2f} s"
+        )
         print(f"[{number}/{total}] {told}", file=sys.stderr, flush=True)
 
 
@@ -18,7 +22,10 @@ class Asker:
     """Questions as dicts in, answers as dicts out; a question that cannot be asked fails alone."""
 
     def __init__(self, engine, sampling, language: str | None, folder: Path):
-        self.engine, self.sampling, self.language, self.folder = engine, sampling, language, folder
+        self.engine = engine
+        self.sampling = sampling
+        self.language = language
+        self.folder = folder
 
     def ask(self, questions: list[dict | ToolkitError]) -> list[dict]:
         prompts = [self._prompt(question) for question in questions]
@@ -26,16 +33,23 @@ class Asker:
         start = time.perf_counter()
         results = iter(self.engine.generate(good, self.sampling))
         seconds = time.perf_counter() - start
-        return [self.failed(question, prompt) if isinstance(prompt, Exception)
-                else self._answered(question, next(results), seconds) for question, prompt in zip(questions, prompts)]
+        return [
+            self.failed(question, prompt)
+            if isinstance(prompt, Exception)
+            else self._answered(question, next(results), seconds)
+            for question, prompt in zip(questions, prompts)
+        ]
 
     def _prompt(self, question):
         from models.errors import ModelError
+
         if isinstance(question, Exception):
             return question
         try:
-            prompt = self.engine.prompt(self.messages(question), language=question.get("language") or self.language)
-            self.engine.settings(prompt, self.sampling)     # too long?
+            prompt = self.engine.prompt(
+                self.messages(question), language=question.get("language") or self.language
+            )
+            self.engine.settings(prompt, self.sampling)  # too long?
             self.engine.features(prompt)
             return prompt
         except (ToolkitError, ModelError, OSError) as error:
@@ -44,19 +58,36 @@ class Asker:
     def messages(self, question: dict) -> list[dict]:
         """Pictures belong to the first question of a conversation."""
         from models.prompt.messages import content
+
         images = question.get("image") or []
-        pictures = [str(self.folder / image) for image in ([images] if isinstance(images, str) else images)]
-        turns = [text for turn in question.get("history") or [] for text in turn] + [question["prompt"]]
-        messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+        pictures = [
+            str(self.folder / image) for image in ([images] if isinstance(images, str) else images)
+        ]
+        turns = [text for turn in question.get("history") or [] for text in turn] + [
+            question["prompt"]
+        ]
+        messages = [
+            {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)
+        ]
         messages[0]["content"] = content(turns[0], pictures)
         return messages
 
     @staticmethod
     def _answered(question, result, seconds):
-        return {**question, "answer": result.text, "finish_reason": result.finish_reason,
-                "output_tokens": len(result.token_ids), "seconds": round(seconds, 3)}
+        return {
+            **question,
+            "answer": result.text,
+            "finish_reason": result.finish_reason,
+            "output_tokens": len(result.token_ids),
+            "seconds": round(seconds, 3),
+        }
 
     @staticmethod
     def failed(question, error):
         known = {} if isinstance(question, Exception) else question
-        return {**known, "error": f"{error.strerror}: {error.filename}" if getattr(error, "strerror", None) else str(error)}
+        return {
+            **known,
+            "error": f"{error.strerror}: {error.filename}"
+            if getattr(error, "strerror", None)
+            else str(error),
+        }

@@ -1,4 +1,5 @@
 """Options of `runtime.predict`."""
+
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,29 +10,61 @@ from runtime.common.flags import check_choices, check_folder, flag, require
 @dataclass(kw_only=True)
 class PredictOptions:
     model: str = flag("folder of a downloaded checkpoint", "-m", "--model-path", metavar="DIR")
-    input: str | None = flag("questions: a jsonl file with prompt, image, history, language per line", default=None,
-                             metavar="FILE")
-    out: str | None = flag("answers: the jsonl file to be written; run again to continue after a kill", default=None,
-                           metavar="FILE")
-    examples: bool = flag("instead of --input: the three pictures in the checkpoint's examples/ (or three drawn ones), with "
-                          "a question and its time each", default=False, kind=bool)
+    input: str | None = flag(
+        "questions: a jsonl file with prompt, image, history, language per line",
+        default=None,
+        metavar="FILE",
+    )
+    out: str | None = flag(
+        "answers: the jsonl file to be written; run again to continue after a kill",
+        default=None,
+        metavar="FILE",
+    )
+    examples: bool = flag(
+        "instead of --input: the three pictures in the checkpoint's examples/ (or three drawn ones), with "
+        "a question and its time each",
+        default=False,
+        kind=bool,
+    )
     batch_size: int = flag("questions decoded together", default=1, kind=int, metavar="N")
-    engine: str = flag("what computes the batches: local one after another, ray over the devices of a cluster, or of this "
-                       "machine", default="local", choices=("local", "ray"))
-    actors: int | None = flag("ray: how many engines (default: one per NPU; on the CPU one per machine)", default=None,
-                              kind=int, metavar="N")
-    language: str | None = flag("wording of the prompt around the question (default: as released)", default=None,
-                                choices=("zh", "en"))
+    engine: str = flag(
+        "what computes the batches: local one after another, ray over the devices of a cluster, or of this "
+        "machine",
+        default="local",
+        choices=("local", "ray"),
+    )
+    actors: int | None = flag(
+        "ray: how many engines (default: one per NPU; on the CPU one per machine)",
+        default=None,
+        kind=int,
+        metavar="N",
+    )
+    language: str | None = flag(
+        "wording of the prompt around the question (default: as released)",
+        default=None,
+        choices=("zh", "en"),
+    )
 
     def __post_init__(self):
         check_choices(self)
         check_folder("model", self.model)
         require(self, "batch_size", self.batch_size >= 1, "1 or more is needed, e.g. 8")
-        require(self, "actors", self.actors is None or (self.actors >= 1 and self.engine == "ray"),
-                "1 or more is needed, and --engine ray")
+        require(
+            self,
+            "actors",
+            self.actors is None or (self.actors >= 1 and self.engine == "ray"),
+            "1 or more is needed, and --engine ray",
+        )
         if self.examples == bool(self.input):
             raise ToolkitError("give either --input FILE --out FILE, or --examples")
         if self.input:
-            require(self, "out", bool(self.out), "the answers need a file, e.g. --out answers.jsonl")
+            require(
+                self, "out", bool(self.out), "the answers need a file, e.g. --out answers.jsonl"
+            )
             require(self, "input", Path(self.input).is_file(), "there is no such file")
-            require(self, "out", Path(self.out).parent.is_dir(), "its folder does not exist; make it first")
+            require(
+                self,
+                "out",
+                Path(self.out).parent.is_dir(),
+                "its folder does not exist; make it first",
+            )

@@ -1,4 +1,5 @@
 """Reads the questions of a jsonl file."""
+
 import json
 from pathlib import Path
 
@@ -13,8 +14,10 @@ def read_questions(path: str) -> list[dict | ToolkitError]:
         raise ToolkitError(f"--input {path} is not UTF-8 text; save it as UTF-8 jsonl") from None
     found = [read_question(line) for line in lines if line.strip()]
     if not found:
-        raise ToolkitError(f"--input {path} holds no questions; write one JSON object per line, e.g. "
-                           '{"prompt": "Describe the picture.", "image": "a.png"}')
+        raise ToolkitError(
+            f"--input {path} holds no questions; write one JSON object per line, e.g. "
+            '{"prompt": "Describe the picture.", "image": "a.png"}'
+        )
     return found
 
 
@@ -23,10 +26,17 @@ def read_question(line: str) -> dict | ToolkitError:
         question = json.loads(line)
     except ValueError as error:
         return ToolkitError(f"no JSON ({error})")
-    if not isinstance(question, dict) or not isinstance(question.get("prompt"), str) or not question["prompt"].strip():
+    if (
+        not isinstance(question, dict)
+        or not isinstance(question.get("prompt"), str)
+        or not question["prompt"].strip()
+    ):
         return ToolkitError('no "prompt" text')
     history = question.get("history") or []
-    if not all(isinstance(turn, list) and len(turn) == 2 and all(isinstance(t, str) for t in turn) for turn in history):
+    if not all(
+        isinstance(turn, list) and len(turn) == 2 and all(isinstance(t, str) for t in turn)
+        for turn in history
+    ):
         return ToolkitError('"history" is not a list of [question, answer]')
     images = question.get("image") or []
     if not isinstance(images, str) and not all(isinstance(image, str) for image in images):

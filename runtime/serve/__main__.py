@@ -2,6 +2,7 @@
 
 Listens on 127.0.0.1, fetches nothing, reads no file and logs no prompt unless told otherwise; see docs/serving.md.
 """
+
 import signal
 import sys
 from dataclasses import replace
@@ -17,24 +18,29 @@ from .options import LOCAL, ServeOptions
 HEADER_BYTES = 65536
 
 
-
-
 def main(argv) -> int:
     options, engine_options = Parser(
-        "python -m runtime.serve", "--model DIR [--port N] [options]",
+        "python -m runtime.serve",
+        "--model DIR [--port N] [options]",
         "Serves a model to many clients at once through OpenAI's HTTP API: /v1/chat/completions, /v1/completions, "
         "/v1/models, and /tokenize, /detokenize, /health, /version, /metrics.",
-        {"service": ServeOptions, "model": EngineOptions}).parse(argv)
+        {"service": ServeOptions, "model": EngineOptions},
+    ).parse(argv)
     join_torchrun(engine_options)
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
         import uvicorn
     except ImportError as error:
-        raise ToolkitError(f"the service needs {error.name}; run: pip install 'ascend-vlm[serve]'",
-                           MISSING_COMPONENT) from None
+        raise ToolkitError(
+            f"the service needs {error.name}; run: pip install 'ascend-vlm[serve]'",
+            MISSING_COMPONENT,
+        ) from None
     if options.host not in LOCAL and not options.api_key:
-        print(f"warning: anybody who reaches {options.host} may use this server; give --api-key", file=sys.stderr)
+        print(
+            f"warning: anybody who reaches {options.host} may use this server; give --api-key",
+            file=sys.stderr,
+        )
     serve(uvicorn, options, engine_options)
     return 0
 
@@ -42,10 +48,13 @@ def main(argv) -> int:
 def serve(uvicorn, options: ServeOptions, engine_options: EngineOptions):
     """Until a signal ends it. Raises what kept the model from loading."""
     from models import family_of
-    family_of(options.model)            # a folder that is no checkpoint is told before anything listens
+
+    family_of(options.model)  # a folder that is no checkpoint is told before anything listens
     server, worker = build(uvicorn, options, engine_options)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *event: None)      # uvicorn hears it, and raises it again when it has ended
+        signal.signal(
+            number, lambda *event: None
+        )  # uvicorn hears it, and raises it again when it has ended
     worker.start()
     try:
         server.run()
@@ -67,7 +76,10 @@ def build(uvicorn, options: ServeOptions, engine_options: EngineOptions):
     def ready_engine():
         engine = open_engine(options.model, **vars(engine_options))
         where = f"http://{options.host}:{options.port}"
-        print("\n".join([*engine.describe(), f"ready: {options.served_model_name} at {where}/v1"]), file=sys.stderr)
+        print(
+            "\n".join([*engine.describe(), f"ready: {options.served_model_name} at {where}/v1"]),
+            file=sys.stderr,
+        )
         return engine
 
     def end_server():
@@ -77,13 +89,34 @@ def build(uvicorn, options: ServeOptions, engine_options: EngineOptions):
     telemetry = Telemetry(options.served_model_name)
     worker = Worker(ready_engine, end_server, telemetry.finished)
     folder = options.allowed_local_media_path
-    rules = PictureRules(options.limit_images, options.max_image_bytes, options.max_image_pixels, folder and Path(folder),
-                         options.allowed_media_domains)
+    rules = PictureRules(
+        options.limit_images,
+        options.max_image_bytes,
+        options.max_image_pixels,
+        folder and Path(folder),
+        options.allowed_media_domains,
+    )
     service = Service(worker, options.served_model_name, rules, telemetry, options.language)
-    app = create_app(service, options.max_body_bytes, engine_options.max_num_seqs + options.max_queue, options.api_key)
-    server = uvicorn.Server(uvicorn.Config(
-        app, host=options.host, port=options.port, log_level="warning", access_log=False, http="h11", ws="none",
-        h11_max_incomplete_event_size=HEADER_BYTES, timeout_graceful_shutdown=options.shutdown_seconds, server_header=False))
+    app = create_app(
+        service,
+        options.max_body_bytes,
+        engine_options.max_num_seqs + options.max_queue,
+        options.api_key,
+    )
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            host=options.host,
+            port=options.port,
+            log_level="warning",
+            access_log=False,
+            http="h11",
+            ws="none",
+            h11_max_incomplete_event_size=HEADER_BYTES,
+            timeout_graceful_shutdown=options.shutdown_seconds,
+            server_header=False,
+        )
+    )
     return server, worker
 
 

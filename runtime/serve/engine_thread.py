@@ -3,6 +3,7 @@
 Only this thread touches the scheduler, so that nothing in it needs a lock. Loading happens here too; the server listens
 meanwhile and says 503.
 """
+
 import asyncio
 import contextlib
 import queue
@@ -13,13 +14,14 @@ from dataclasses import dataclass
 
 from .errors import ApiError
 
-PREPARING = 2       # prompts whose pictures are decoded at the same time; bounds the memory they take
-STOP_SECONDS = 10   # for the step or the loading under way; the thread does not outlive the process
+PREPARING = 2  # prompts whose pictures are decoded at the same time; bounds the memory they take
+STOP_SECONDS = 10  # for the step or the loading under way; the thread does not outlive the process
 
 
 @dataclass(frozen=True)
 class Piece:
     """New text of an answer, with the tokens and log probabilities (where asked for) since the last piece."""
+
     text: str
     token_ids: list[int]
     logprobs: list[dict]
@@ -29,9 +31,14 @@ class Answer:
     """An answer under way: `async for piece in answer`; afterwards `result` is whole. Raises what ended it."""
 
     def __init__(self, prompt, params):
-        self.prompt, self.params, self.request = prompt, params, None
-        self.begun, self.first, self._told = time.perf_counter(), None, 0
-        self._loop, self._pieces = asyncio.get_running_loop(), asyncio.Queue()
+        self.prompt = prompt
+        self.params = params
+        self.request = None
+        self.begun = time.perf_counter()
+        self.first = None
+        self._told = 0
+        self._loop = asyncio.get_running_loop()
+        self._pieces = asyncio.Queue()
         self.accepted = self._loop.create_future()
 
     @property
@@ -58,9 +65,12 @@ class Answer:
 
     def tell(self, text: str):
         """Pass on what a step gave."""
-        result, count = self.request.result, len(self.request.result.token_ids)
+        result = self.request.result
+        count = len(self.request.result.token_ids)
         self.first = self.first or time.perf_counter()
-        self._put(Piece(text, result.token_ids[self._told:count], result.logprobs[self._told:count]))
+        self._put(
+            Piece(text, result.token_ids[self._told : count], result.logprobs[self._told : count])
+        )
         self._told = count
 
     def end(self, error: BaseException | None = None):
@@ -74,7 +84,7 @@ class Answer:
             self.accepted.set_exception(error) if error else self.accepted.set_result(None)
 
     def _call(self, *work):
-        with contextlib.suppress(RuntimeError):     # the loop has been closed: nobody listens any more
+        with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody listens any more
             self._loop.call_soon_threadsafe(*work)
 
 
@@ -84,8 +94,12 @@ class Worker:
 
     def __init__(self, open_engine, on_end, finished):
         self.engine, self.failure = None, None
-        self._open, self._on_end, self._finished = open_engine, on_end, finished
-        self._inbox, self._answers, self._stopping = queue.SimpleQueue(), {}, False
+        self._open = open_engine
+        self._on_end = on_end
+        self._finished = finished
+        self._inbox = queue.SimpleQueue()
+        self._answers = {}
+        self._stopping = False
         self.pool = ThreadPoolExecutor(PREPARING, thread_name_prefix="prompt")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -133,7 +147,7 @@ class Worker:
     def _step(self):
         try:
             events = self.engine.step()
-        except Exception as error:              # e.g. out of memory: everybody is told, and the server goes on
+        except Exception as error:  # e.g. out of memory: everybody is told, and the server goes on
             return self._fail_all(error)
         for request, text in events:
             answer = self._answers.get(request)

@@ -3,6 +3,7 @@
 Defence against requests that would reach what only this machine can (SSRF): exact host names, public addresses only, the
 connection goes to the address that was checked, no redirect is followed, and bytes and seconds are limited.
 """
+
 import contextlib
 import http.client
 import ipaddress
@@ -14,9 +15,13 @@ from urllib.parse import quote, urlsplit
 from .errors import ApiError
 
 PORTS = {"http": 80, "https": 443}
-CONNECT_SECONDS, FETCH_SECONDS = 5, 15         # per address, of which two are tried; for all of it
-UNICAST = ipaddress.ip_network("2000::/3")      # all other IPv6 is local, multicast, or wraps an IPv4 address (mapped, NAT64)
-TRANSLATED = [ipaddress.ip_network(net) for net in ("2001::/32", "2002::/16", "192.88.99.0/24")]        # Teredo, 6to4
+CONNECT_SECONDS, FETCH_SECONDS = 5, 15  # per address, of which two are tried; for all of it
+UNICAST = ipaddress.ip_network(
+    "2000::/3"
+)  # all other IPv6 is local, multicast, or wraps an IPv4 address (mapped, NAT64)
+TRANSLATED = [
+    ipaddress.ip_network(net) for net in ("2001::/32", "2002::/16", "192.88.99.0/24")
+]  # Teredo, 6to4
 
 
 def fetch(url: str, domains, limit: int) -> bytes:
@@ -40,8 +45,9 @@ def taken_apart(url: str) -> tuple[str, str, int, str]:
     """scheme, host, port, path with query."""
     try:
         parts = urlsplit(url)
-        host, port = (parts.hostname or "").encode("idna").decode().lower(), parts.port or PORTS[parts.scheme]
-    except (ValueError, KeyError):      # UnicodeError is a ValueError
+        host = (parts.hostname or "").encode("idna").decode().lower()
+        port = parts.port or PORTS[parts.scheme]
+    except (ValueError, KeyError):  # UnicodeError is a ValueError
         raise refused("it is not an http or https URL") from None
     if parts.username is not None or parts.password is not None:
         raise refused("it has a user name")
@@ -67,7 +73,11 @@ def is_public(address: str) -> bool:
     except ValueError:
         return False
     known = ip.version == 4 or ip in UNICAST
-    return known and ip.is_global and not (ip.is_multicast or ip.is_reserved or any(ip in net for net in TRANSLATED))
+    return (
+        known
+        and ip.is_global
+        and not (ip.is_multicast or ip.is_reserved or any(ip in net for net in TRANSLATED))
+    )
 
 
 class Connection(http.client.HTTPConnection):
@@ -75,7 +85,9 @@ class Connection(http.client.HTTPConnection):
 
     def __init__(self, scheme: str, host: str, port: int, addresses: list[str]):
         super().__init__(host, port, timeout=CONNECT_SECONDS)
-        self.default_port, self._addresses, self.late = PORTS[scheme], addresses, False
+        self.default_port = PORTS[scheme]
+        self._addresses = addresses
+        self.late = False
         self._tls = ssl.create_default_context() if scheme == "https" else None
 
     def connect(self):
@@ -102,8 +114,15 @@ def download(connection: Connection, target: str, limit: int) -> bytes:
     timer.daemon = True
     timer.start()
     try:
-        connection.request("GET", target, headers={"Accept": "image/*", "Accept-Encoding": "identity",
-                                                   "User-Agent": "ascend-vlm"})
+        connection.request(
+            "GET",
+            target,
+            headers={
+                "Accept": "image/*",
+                "Accept-Encoding": "identity",
+                "User-Agent": "ascend-vlm",
+            },
+        )
         data = body(connection.getresponse(), limit)
         if connection.late:
             raise refused(f"it did not arrive within {FETCH_SECONDS} seconds")
@@ -116,13 +135,16 @@ def download(connection: Connection, target: str, limit: int) -> bytes:
 def body(response, limit: int) -> bytes:
     if response.status != 200:
         raise refused(f"its host answered {response.status}, and redirects are not followed")
-    data, whole = bytearray(), response.length
+    data = bytearray()
+    whole = response.length
     while len(data) <= limit and (part := response.read1(65536)):
         data += part
     if whole is not None and len(data) < min(whole, limit + 1):
         raise refused("it did not arrive whole")
-    return bytes(data[:limit + 1])
+    return bytes(data[: limit + 1])
 
 
 def refused(why: str) -> ApiError:
-    return ApiError(f"the picture's URL cannot be used: {why}", 400, "invalid_image_url", "messages")
+    return ApiError(
+        f"the picture's URL cannot be used: {why}", 400, "invalid_image_url", "messages"
+    )

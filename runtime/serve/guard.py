@@ -1,4 +1,5 @@
 """What stands before the routes: API key, body limits, the bound on requests under way, and clients that go away."""
+
 import asyncio
 import hmac
 from contextlib import contextmanager
@@ -7,10 +8,19 @@ from starlette.responses import JSONResponse
 
 from .errors import ApiError
 
-BODY_SECONDS = 60       # a client that sends its body more slowly is not waited for
-RETRY = {"Retry-After": "1"}        # second, for clients that found the queue full
-CLOSE = {"Connection": "close"}     # the rest of a body is not read; after an unexpected error uvicorn ends the connection
-HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 408: CLOSE, 413: CLOSE, 429: RETRY, 500: CLOSE, 503: RETRY}
+BODY_SECONDS = 60  # a client that sends its body more slowly is not waited for
+RETRY = {"Retry-After": "1"}  # second, for clients that found the queue full
+CLOSE = {
+    "Connection": "close"
+}  # the rest of a body is not read; after an unexpected error uvicorn ends the connection
+HEADERS = {
+    401: {"WWW-Authenticate": "Bearer"},
+    408: CLOSE,
+    413: CLOSE,
+    429: RETRY,
+    500: CLOSE,
+    503: RETRY,
+}
 OPEN_PATHS = {"/health"}
 
 
@@ -19,7 +29,10 @@ class Guard:
     the route is cancelled. check() raises ApiError while no POST can be served; at most `most` are under way."""
 
     def __init__(self, app, check, most: int, max_body: int, api_key: str | None):
-        self.app, self._check, self._most, self._max_body = app, check, most, max_body
+        self.app = app
+        self._check = check
+        self._most = most
+        self._max_body = max_body
         self._key = api_key and api_key.encode()
         self._under_way = 0
 
@@ -48,6 +61,7 @@ class Guard:
             if held:
                 held.pop()
                 self._under_way -= 1
+
         try:
             yield leave
         finally:
@@ -55,11 +69,19 @@ class Guard:
 
     def _authenticate(self, header: bytes):
         if self._key and not hmac.compare_digest(header, b"Bearer " + self._key):
-            raise ApiError("the API key is missing or wrong; send it as Authorization: Bearer KEY", 401, "invalid_api_key")
+            raise ApiError(
+                "the API key is missing or wrong; send it as Authorization: Bearer KEY",
+                401,
+                "invalid_api_key",
+            )
 
     def _admit(self):
         if self._under_way >= self._most:
-            raise ApiError(f"{self._most} requests are under way, which is the limit; try again later", 429, "queue_full")
+            raise ApiError(
+                f"{self._most} requests are under way, which is the limit; try again later",
+                429,
+                "queue_full",
+            )
 
     async def _serve(self, scope, receive, send):
         try:
@@ -74,28 +96,35 @@ class Guard:
 
     async def _body(self, scope, receive) -> bytes | None:
         """None when the client went away."""
-        parts, size, more = [], 0, True
+        parts = []
+        size = 0
+        more = True
         self._check_size(int(dict(scope["headers"]).get(b"content-length", b"0")))
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return None
             parts.append(message.get("body", b""))
-            size, more = size + len(parts[-1]), message.get("more_body", False)
+            size = size + len(parts[-1])
+            more = message.get("more_body", False)
             self._check_size(size)
         return b"".join(parts)
 
     def _check_size(self, size: int):
         if size > self._max_body:
-            raise ApiError(f"the body exceeds the limit of {self._max_body:,} bytes", 413, "request_too_large")
+            raise ApiError(
+                f"the body exceeds the limit of {self._max_body:,} bytes", 413, "request_too_large"
+            )
 
 
 def before_last(send, leave):
     """`send` that calls leave() before the end of the answer goes out, because the client may ask again at once."""
+
     async def sending(message):
         if message["type"] == "http.response.body" and not message.get("more_body"):
             leave()
         await send(message)
+
     return sending
 
 
@@ -108,13 +137,15 @@ class Replay:
     async def __call__(self) -> dict:
         if self._body is None:
             await asyncio.Event().wait()
-        body, self._body = self._body, None
+        body = self._body
+        self._body = None
         return {"type": "http.request", "body": body, "more_body": False}
 
 
 async def _while_connected(work, receive):
     """Run the coroutine `work` to its end, or cancel it when the client goes away."""
-    route, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(receive))
+    route = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnect(receive))
     try:
         await asyncio.wait((route, gone), return_when=asyncio.FIRST_COMPLETED)
         if route.done():

@@ -1,4 +1,5 @@
 """Options of `runtime.serve`."""
+
 import os
 import re
 from dataclasses import dataclass
@@ -14,26 +15,55 @@ HOST = re.compile(r"([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:\d{1,5})?")
 @dataclass(kw_only=True)
 class ServeOptions:
     """What is served, to whom, and how much of it."""
+
     model: str = flag("folder of a downloaded checkpoint", "-m", "--model-path", metavar="DIR")
-    host: str = flag("address to listen on; 0.0.0.0 for the whole network", default="127.0.0.1", metavar="ADDRESS")
+    host: str = flag(
+        "address to listen on; 0.0.0.0 for the whole network",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+    )
     port: int = flag("port to listen on", default=8000, kind=int, metavar="N")
-    api_key: str | None = flag(f"clients must send it; {KEY} in the environment does the same without showing it to other "
-                               "users of the machine", default=None, metavar="KEY")
-    served_model_name: str | None = flag("name that clients use (default: the folder's)", default=None, metavar="NAME")
-    language: str | None = flag("wording of the prompt around the question (default: as released)", default=None,
-                                choices=("zh", "en"))
-    max_queue: int = flag("requests that may wait while others are computed; more get status 429", default=64, kind=int,
-                          metavar="N")
+    api_key: str | None = flag(
+        f"clients must send it; {KEY} in the environment does the same without showing it to other "
+        "users of the machine",
+        default=None,
+        metavar="KEY",
+    )
+    served_model_name: str | None = flag(
+        "name that clients use (default: the folder's)", default=None, metavar="NAME"
+    )
+    language: str | None = flag(
+        "wording of the prompt around the question (default: as released)",
+        default=None,
+        choices=("zh", "en"),
+    )
+    max_queue: int = flag(
+        "requests that may wait while others are computed; more get status 429",
+        default=64,
+        kind=int,
+        metavar="N",
+    )
     max_body_bytes: int = flag("largest request body", default=20 << 20, kind=int, metavar="N")
     limit_images: int = flag("pictures in one request", default=4, kind=int, metavar="N")
     max_image_bytes: int = flag("largest picture file", default=10 << 20, kind=int, metavar="N")
-    max_image_pixels: int = flag("largest picture, width x height", default=50_000_000, kind=int, metavar="N")
-    allowed_local_media_path: str | None = flag("folder whose pictures clients may name as file:///... (default: none)",
-                                                default=None, metavar="DIR")
-    allowed_media_domains: tuple[str, ...] = flag("host, or host:port, whose pictures clients may name as http(s) URLs; "
-                                                  "repeat it for more (default: none, nothing is fetched)", default=(),
-                                                  metavar="HOST", many=True)
-    shutdown_seconds: int = flag("time that answers under way get at the end", default=30, kind=int, metavar="N")
+    max_image_pixels: int = flag(
+        "largest picture, width x height", default=50_000_000, kind=int, metavar="N"
+    )
+    allowed_local_media_path: str | None = flag(
+        "folder whose pictures clients may name as file:///... (default: none)",
+        default=None,
+        metavar="DIR",
+    )
+    allowed_media_domains: tuple[str, ...] = flag(
+        "host, or host:port, whose pictures clients may name as http(s) URLs; "
+        "repeat it for more (default: none, nothing is fetched)",
+        default=(),
+        metavar="HOST",
+        many=True,
+    )
+    shutdown_seconds: int = flag(
+        "time that answers under way get at the end", default=30, kind=int, metavar="N"
+    )
 
     def __post_init__(self):
         check_choices(self)
@@ -41,8 +71,12 @@ class ServeOptions:
         if self.allowed_local_media_path is not None:
             check_folder("allowed_local_media_path", self.allowed_local_media_path)
         self.allowed_media_domains = tuple(host.lower() for host in self.allowed_media_domains)
-        require(self, "allowed_media_domains", all(map(HOST.fullmatch, self.allowed_media_domains)),
-                "give host names without http:// or path, e.g. images.example.com or images.example.com:8443")
+        require(
+            self,
+            "allowed_media_domains",
+            all(map(HOST.fullmatch, self.allowed_media_domains)),
+            "give host names without http:// or path, e.g. images.example.com or images.example.com:8443",
+        )
         require(self, "port", 0 < self.port < 65536, "use a port from 1 to 65535, e.g. 8000")
         for name in ("max_queue", "limit_images", "shutdown_seconds"):
             require(self, name, getattr(self, name) >= 0, "0 or more is needed")

@@ -1,4 +1,5 @@
 """Pictures of a request, from a data URI, base64, a file or a host the operator allows: limits come before decoding."""
+
 import base64
 import binascii
 import io
@@ -21,6 +22,7 @@ DATA_URI = re.compile(r"data:image/[\w.+-]+;base64,")
 class PictureRules:
     """count per request; bytes of one file; pixels of one picture; folder files may be read from, or None; domains that
     pictures may be fetched from, as media.fetch takes them."""
+
     count: int
     bytes: int
     pixels: int
@@ -32,13 +34,16 @@ class PictureRules:
         anything else."""
         start = DATA_URI.match(url)
         if start:
-            return self.from_base64(url[start.end():])
+            return self.from_base64(url[start.end() :])
         if url.startswith("file://"):
             return self.decode(self._read(url))
         if self.domains and url.startswith(("http://", "https://")):
             return self.decode(fetch(url, self.domains, self.bytes))
-        raise ApiError("image_url must be a data URI (data:image/png;base64,...); this server fetches no URL and reads no "
-                       "file that its operator did not allow", param="messages")
+        raise ApiError(
+            "image_url must be a data URI (data:image/png;base64,...); this server fetches no URL and reads no "
+            "file that its operator did not allow",
+            param="messages",
+        )
 
     def from_base64(self, text: str) -> Image.Image:
         self._check_size(len(text) * 3 // 4)
@@ -57,16 +62,25 @@ class PictureRules:
             pixels = image.width * image.height
         except Image.DecompressionBombError:
             pixels = 2 * Image.MAX_IMAGE_PIXELS
-        except Exception:           # damaged headers raise all kinds
-            raise ApiError(f"the picture cannot be read; use {', '.join(FORMATS)}", 422, param="messages") from None
+        except Exception:  # damaged headers raise all kinds
+            raise ApiError(
+                f"the picture cannot be read; use {', '.join(FORMATS)}", 422, param="messages"
+            ) from None
         if pixels > self.pixels:
-            raise ApiError(f"the picture has {pixels:,} pixels, the limit is {self.pixels:,}; make it smaller", 413,
-                           param="messages")
+            raise ApiError(
+                f"the picture has {pixels:,} pixels, the limit is {self.pixels:,}; make it smaller",
+                413,
+                param="messages",
+            )
         return _loaded(image)
 
     def _check_size(self, size: int):
         if size > self.bytes:
-            raise ApiError(f"the picture has {size:,} bytes, the limit is {self.bytes:,}", 413, param="messages")
+            raise ApiError(
+                f"the picture has {size:,} bytes, the limit is {self.bytes:,}",
+                413,
+                param="messages",
+            )
 
     def _read(self, url: str) -> bytes:
         """Links are followed before the folder is checked; what is outside looks the same as what is not there."""
@@ -86,6 +100,6 @@ class PictureRules:
 def _loaded(image: Image.Image) -> Image.Image:
     try:
         image.load()
-    except Exception:               # PIL's decoders raise whatever their parsers stumble over
+    except Exception:  # PIL's decoders raise whatever their parsers stumble over
         raise ApiError("the picture is damaged or truncated", 422, param="messages") from None
     return image

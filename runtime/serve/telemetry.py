@@ -1,4 +1,5 @@
 """/metrics: vLLM's names under our prefix, and the time the vision encoder takes."""
+
 import time
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -12,22 +13,38 @@ class Telemetry:
     """All figures have the label model_name. `finished` is called in the engine's thread with every answer that ended."""
 
     def __init__(self, model: str):
-        self.registry, self._model = CollectorRegistry(), model
+        self.registry = CollectorRegistry()
+        self._model = model
         self._running = self._make(Gauge, "num_requests_running", "requests being computed")
         self._waiting = self._make(Gauge, "num_requests_waiting", "requests that wait for room")
-        self._cache = self._make(Gauge, "kv_cache_usage_perc", "share of the KV cache in use, 0 to 1")
+        self._cache = self._make(
+            Gauge, "kv_cache_usage_perc", "share of the KV cache in use, 0 to 1"
+        )
         self._prompt = self._make(Counter, "prompt_tokens", "prompt tokens of ended requests")
         self._cached = self._make(Counter, "prefix_cache_hits", "of those, found in the cache")
         self._generated = self._make(Counter, "generation_tokens", "tokens generated")
-        self._first = self._make(Histogram, "time_to_first_token_seconds", "from arrival", buckets=SECONDS)
-        self._per_token = self._make(Histogram, "time_per_output_token_seconds", "after the first", buckets=STEP_SECONDS)
-        self._whole = self._make(Histogram, "e2e_request_latency_seconds", "from arrival to the end", buckets=SECONDS)
-        self._vision = self._make(Histogram, "vision_encode_seconds", "pictures of a request", buckets=SECONDS)
-        self._ended = Counter(PREFIX + "request_success", "requests ended, by reason", ["model_name", "finished_reason"],
-                              registry=self.registry)
+        self._first = self._make(
+            Histogram, "time_to_first_token_seconds", "from arrival", buckets=SECONDS
+        )
+        self._per_token = self._make(
+            Histogram, "time_per_output_token_seconds", "after the first", buckets=STEP_SECONDS
+        )
+        self._whole = self._make(
+            Histogram, "e2e_request_latency_seconds", "from arrival to the end", buckets=SECONDS
+        )
+        self._vision = self._make(
+            Histogram, "vision_encode_seconds", "pictures of a request", buckets=SECONDS
+        )
+        self._ended = Counter(
+            PREFIX + "request_success",
+            "requests ended, by reason",
+            ["model_name", "finished_reason"],
+            registry=self.registry,
+        )
 
     def finished(self, answer):
-        result, now = answer.result, time.perf_counter()
+        result = answer.result
+        now = time.perf_counter()
         self._ended.labels(self._model, result.finish_reason).inc()
         self._prompt.inc(result.metrics["prompt_tokens"])
         self._cached.inc(result.metrics["cached_tokens"])
@@ -49,4 +66,6 @@ class Telemetry:
         return generate_latest(self.registry)
 
     def _make(self, kind, name, help, **more):
-        return kind(PREFIX + name, help, ["model_name"], registry=self.registry, **more).labels(self._model)
+        return kind(PREFIX + name, help, ["model_name"], registry=self.registry, **more).labels(
+            self._model
+        )

@@ -2,6 +2,7 @@
 
 How a call looks in the model's words is the family's knowledge (models.glm4.Glm4.called).
 """
+
 import uuid
 from typing import Annotated, Any, Literal
 
@@ -13,12 +14,18 @@ Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
 def shallow(schema: dict) -> dict:
     """Refuses what nests so deep that printing it would exhaust the stack."""
-    level, depth = [schema], 0
+    level = [schema]
+    depth = 0
     while level:
         depth += 1
         if depth > MAX_DEPTH:
             raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
-        level = [v for x in level if isinstance(x, (dict, list)) for v in (x.values() if isinstance(x, dict) else x)]
+        level = [
+            v
+            for x in level
+            if isinstance(x, (dict, list))
+            for v in (x.values() if isinstance(x, dict) else x)
+        ]
     return schema
 
 
@@ -26,7 +33,9 @@ class Function(BaseModel):
     name: Name
     description: Annotated[str, Field(max_length=100_000)] | None = None
     parameters: Annotated[dict[str, Any], AfterValidator(shallow)] | None = None
-    strict: Literal[False] | None = None        # the arguments are as the model writes them: nobody makes them fit
+    strict: Literal[False] | None = (
+        None  # the arguments are as the model writes them: nobody makes them fit
+    )
 
 
 class Tool(BaseModel):
@@ -35,8 +44,13 @@ class Tool(BaseModel):
 
     def told(self) -> dict:
         """As the model is told of it: what the client gave, in OpenAI's order."""
-        function = {name: getattr(self.function, name) for name in ("name", "description", "parameters")}
-        return {"type": "function", "function": {key: value for key, value in function.items() if value is not None}}
+        function = {
+            name: getattr(self.function, name) for name in ("name", "description", "parameters")
+        }
+        return {
+            "type": "function",
+            "function": {key: value for key, value in function.items() if value is not None},
+        }
 
 
 class Called(BaseModel):
@@ -46,6 +60,7 @@ class Called(BaseModel):
 
 class ToolCall(BaseModel):
     """A call that an earlier answer made, as the client gives it back."""
+
     id: Annotated[str, Field(max_length=256)] | None = None
     type: Literal["function"] = "function"
     function: Called
@@ -57,6 +72,7 @@ class FunctionName(BaseModel):
 
 class Choice(BaseModel):
     """The one function that the answer has to call."""
+
     type: Literal["function"]
     function: FunctionName
 
@@ -69,7 +85,10 @@ class Reader:
     """
 
     def __init__(self, family=None, names=(), forced: str | None = None):
-        self._family, self._names, self._forced, self._held = family, names, forced, ""
+        self._family = family
+        self._names = names
+        self._forced = forced
+        self._held = ""
         self._sort = self._undecided if names else self._content
 
     @property
@@ -96,7 +115,11 @@ class Reader:
 
     def _undecided(self, piece):
         self._held += piece
-        found = (self._forced, self._held) if self._forced else self._family.called(self._held, self._names)
+        found = (
+            (self._forced, self._held)
+            if self._forced
+            else self._family.called(self._held, self._names)
+        )
         if found:
             return self._call(*found)
         if self._family.may_call(self._held, self._names):
@@ -107,7 +130,18 @@ class Reader:
     def _call(self, name, arguments):
         self._sort = self._arguments
         function = {"name": name, "arguments": arguments}
-        return [{"tool_calls": [{"index": 0, "id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}]}]
+        return [
+            {
+                "tool_calls": [
+                    {
+                        "index": 0,
+                        "id": f"call_{uuid.uuid4().hex}",
+                        "type": "function",
+                        "function": function,
+                    }
+                ]
+            }
+        ]
 
     def _content(self, piece):
         return [{"content": piece}] if piece else []

@@ -3,6 +3,7 @@
 A question and the conversation so far flow in from the browser, the answer flows back piece by piece. The page asks nobody but
 this process: no font, script, picture or statistics of another site, which a content policy makes the browser enforce.
 """
+
 import os
 import signal
 import sys
@@ -21,23 +22,33 @@ from .options import UiOptions
 
 def main(argv) -> int:
     options, engine_options, sampling = Parser(
-        "python -m runtime.ui", "(--model DIR | --server URL) [options]",
+        "python -m runtime.ui",
+        "(--model DIR | --server URL) [options]",
         "A page in the browser: pictures, streamed answers, sampling; in English and Chinese, light and dark.",
-        {"page": UiOptions, "model": EngineOptions, "where the page's sliders begin": SamplingParams}).parse(argv)
+        {
+            "page": UiOptions,
+            "model": EngineOptions,
+            "where the page's sliders begin": SamplingParams,
+        },
+    ).parse(argv)
     join_torchrun(engine_options)
     if options.server and engine_options != EngineOptions():
         raise ToolkitError("--server runs its own engine; leave out the options of the model")
-    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1")     # both before gradio is imported
+    os.environ.update(
+        GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1"
+    )  # both before gradio is imported
     with tempfile.TemporaryDirectory(prefix="ascend-vlm-ui-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder          # what visitors upload goes when the page goes
+        os.environ["GRADIO_TEMP_DIR"] = folder  # what visitors upload goes when the page goes
         try:
             import gradio  # noqa: F401
             import openai  # noqa: F401
         except ImportError as error:
-            raise ToolkitError(f"the page needs {error.name}; run: pip install 'ascend-vlm[ui]'", MISSING_COMPONENT) from None
+            raise ToolkitError(
+                f"the page needs {error.name}; run: pip install 'ascend-vlm[ui]'", MISSING_COMPONENT
+            ) from None
         if options.host not in LOCAL:
             print(f"warning: anybody who reaches {options.host} may use this page", file=sys.stderr)
-        with (Remote(options) if options.server else Local(options, engine_options)) as backend:
+        with Remote(options) if options.server else Local(options, engine_options) as backend:
             show(backend, options, sampling)
     return 0
 
@@ -45,6 +56,7 @@ def main(argv) -> int:
 def show(backend, options: UiOptions, sampling: SamplingParams):
     """The page until a signal ends it."""
     from .page import build, launch
+
     ended = threading.Event()
     page = launch(build(backend, sampling), options.host, options.port)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -52,20 +64,6 @@ def show(backend, options: UiOptions, sampling: SamplingParams):
     print(f"ready: {backend.name} at http://{options.host}:{options.port}", file=sys.stderr)
     ended.wait()
     page.close(verbose=False)
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 if __name__ == "__main__":

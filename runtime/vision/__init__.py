@@ -2,6 +2,7 @@
 
 encode(pixels [n, ...] float32) -> features [n, rows, hidden] float32, for any n, however many a machine takes at once.
 """
+
 import sys
 
 from models.checkpoint.reader import Checkpoint
@@ -15,8 +16,15 @@ from .session import VisionSession
 from .torch_session import TorchVision
 
 
-def open_session(kind: str, family: Family, checkpoint: Checkpoint, artifact=None, threads: int | None = None,
-                 device: str = "cpu", precision: str = "fp32") -> VisionSession:
+def open_session(
+    kind: str,
+    family: Family,
+    checkpoint: Checkpoint,
+    artifact=None,
+    threads: int | None = None,
+    device: str = "cpu",
+    precision: str = "fp32",
+) -> VisionSession:
     """Session of `kind`: "torch", "onnx", "om" or "auto" (om where an NPU and a fitting .om are, else onnx; torch for a
     `precision` other than fp32).
 
@@ -30,6 +38,7 @@ def open_session(kind: str, family: Family, checkpoint: Checkpoint, artifact=Non
     if om is None:
         return OnnxVision(ensure(family, checkpoint, artifact), family.vision, threads)
     from .om_session import OmVision, check_chip
+
     check_chip(om)
     if om.note:
         print(om.note, file=sys.stderr)
@@ -39,6 +48,7 @@ def open_session(kind: str, family: Family, checkpoint: Checkpoint, artifact=Non
 def check_om(family: Family, checkpoint: Checkpoint, artifact=None):
     """ToolkitError for what `--vision om` lacks: the package (exit 3), the file, a manifest that fits."""
     from runtime.ascend.aclruntime import infer_session
+
     infer_session()
     _wanted_om("om", family, checkpoint, artifact)
 
@@ -46,15 +56,18 @@ def check_om(family: Family, checkpoint: Checkpoint, artifact=None):
 def _wanted_om(kind, family, checkpoint, artifact):
     """The OmFile to run, None for ONNX. "auto" takes one only where an NPU is, and unnamed only one that was verified."""
     from .om_session import find_om
+
     named = str(artifact or "").endswith(".om")
     if kind == "onnx" and named:
-        raise ToolkitError(f"--artifact {artifact} is an .om, which --vision onnx cannot run; use --vision om")
+        raise ToolkitError(
+            f"--artifact {artifact} is an .om, which --vision onnx cannot run; use --vision om"
+        )
     if kind == "auto" and not named and not npu_nodes() or kind == "onnx":
         return None
     om = find_om(family, checkpoint, artifact)
     if om is None and kind == "om":
-        raise ToolkitError(f"no .om in {artifact or f'the cache, nor in {checkpoint.directory}'}; give one with --artifact "
-                           "FILE.om, or make one with `python -m convert`")
+        raise ToolkitError(
+            f"no .om in {artifact or f'the cache, nor in {checkpoint.directory}'}; give one with --artifact "
+            "FILE.om, or make one with `python -m convert`"
+        )
     return om if kind == "om" or om and (om.verified or named) else None
-
-

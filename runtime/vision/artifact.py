@@ -3,6 +3,7 @@
 In flow a family and its checkpoint, out flows a directory that fits them: vision.onnx, vision.onnx.data, manifest.json.
 The manifest is written last and atomically, so a directory without one holds nothing usable.
 """
+
 import hashlib
 import json
 import os
@@ -19,9 +20,15 @@ from runtime.common.files import READ_BYTES, cache_root, tensors_digest, write_a
 from runtime.common.processes import start_module
 from runtime.common.progress import spinner
 
-MANIFEST, ONNX, DATA = "manifest.json", "vision.onnx", "vision.onnx.data"
-ONNX_VERIFIED, OM_COMPILED, OM_VERIFIED = "onnx verified", "om compiled, not verified", "om verified"
-EXPORTER = 1        # raise it when the exported graph changes: artifacts of older exporters are made again
+MANIFEST = "manifest.json"
+ONNX = "vision.onnx"
+DATA = "vision.onnx.data"
+ONNX_VERIFIED = "onnx verified"
+OM_COMPILED = "om compiled, not verified"
+OM_VERIFIED = "om verified"
+EXPORTER = (
+    1  # raise it when the exported graph changes: artifacts of older exporters are made again
+)
 
 
 @dataclass
@@ -32,6 +39,7 @@ class Manifest:
     With an .om, `soc_version` and `precision_mode` are its own, and `om` says the rest: files {name: {bytes, sha256}}
     (the .om first), input {dtype, shape}, gears (batch sizes), command, cann (version), log, attempts (precision mode,
     cosine, distance, latency_ms of each .om measured on a device, the kept one last)."""
+
     source: str
     family: str
     opset: int
@@ -40,7 +48,7 @@ class Manifest:
     files: dict
     errors: dict
     versions: dict = field(default_factory=dict)
-    soc_version: str | None = None      # set when an .om exists
+    soc_version: str | None = None  # set when an .om exists
     precision_mode: str = "fp32"
     status: str = ONNX_VERIFIED
     exporter: int = EXPORTER
@@ -52,20 +60,36 @@ def load(directory: str | Path) -> Manifest:
     directory = Path(directory)
     path = directory / MANIFEST
     if not path.is_file():
-        what = "has no manifest.json" if directory.is_dir() else "is a file" if directory.exists() else "does not exist"
-        raise ToolkitError(f"artifact {directory} {what}; make it with {_convert_command('CHECKPOINT', directory)}")
+        what = (
+            "has no manifest.json"
+            if directory.is_dir()
+            else "is a file"
+            if directory.exists()
+            else "does not exist"
+        )
+        raise ToolkitError(
+            f"artifact {directory} {what}; make it with {_convert_command('CHECKPOINT', directory)}"
+        )
     try:
         manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
         sizes = {name: int(entry["bytes"]) for name, entry in manifest.files.items()}
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise ToolkitError(f"{path} is not a manifest this version can read; "
-                           f"make it again with {_convert_command('CHECKPOINT', directory)}") from None
+        raise ToolkitError(
+            f"{path} is not a manifest this version can read; "
+            f"make it again with {_convert_command('CHECKPOINT', directory)}"
+        ) from None
     for name, size in sizes.items():
         there = (directory / name).stat().st_size if (directory / name).is_file() else None
         if there != size:
-            problem = "is missing" if there is None else f"has {there:,} bytes, its manifest says {size:,}"
-            raise ToolkitError(f"{directory / name} {problem}; "
-                               f"make it again with {_convert_command('CHECKPOINT', directory)}")
+            problem = (
+                "is missing"
+                if there is None
+                else f"has {there:,} bytes, its manifest says {size:,}"
+            )
+            raise ToolkitError(
+                f"{directory / name} {problem}; "
+                f"make it again with {_convert_command('CHECKPOINT', directory)}"
+            )
     return manifest
 
 
@@ -90,8 +114,6 @@ def save(directory: Path, manifest: Manifest):
     write_atomically(directory / MANIFEST, json.dumps(asdict(manifest), indent=2) + "\n")
 
 
-
-
 def om_file(manifest: Manifest, directory: str | Path) -> Path | None:
     """The .om that the manifest describes; None when there is none, or it or its weights are not as recorded any more."""
     files = (manifest.om or {}).get("files", {})
@@ -112,25 +134,36 @@ def check_fits(manifest: Manifest, family: Family, checkpoint: Checkpoint, direc
         reason = f"was made from another checkpoint than {checkpoint.directory}"
     else:
         return
-    raise ToolkitError(f"artifact {directory} {reason}; run {_convert_command(checkpoint.directory, directory)} with "
-                       "--force, or leave --artifact out")
+    raise ToolkitError(
+        f"artifact {directory} {reason}; run {_convert_command(checkpoint.directory, directory)} with "
+        "--force, or leave --artifact out"
+    )
 
 
 def source_hash(family: Family, checkpoint: Checkpoint) -> str:
     """sha256 (hex) of all that decides what the encoder computes: vision tensors, their table, the tower's settings."""
     import torch
-    table = [[w.source, [[p.target, p.take, p.at] for p in w.parts]] for w in _vision_weights(family)]
+
+    table = [
+        [w.source, [[p.target, p.take, p.at] for p in w.parts]] for w in _vision_weights(family)
+    ]
     with torch.device("meta"):
         tower = family.vision_encoder()
-    identity = [EXPORTER, family.name, asdict(family.vision), _settings(tower), table,
-                vision_digest(family, checkpoint)]
+    identity = [
+        EXPORTER,
+        family.name,
+        asdict(family.vision),
+        _settings(tower),
+        table,
+        vision_digest(family, checkpoint),
+    ]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def vision_digest(family: Family, checkpoint: Checkpoint) -> str:
-    return tensors_digest(checkpoint, [w.source for w in _vision_weights(family) if w.source in checkpoint.shapes])
-
-
+    return tensors_digest(
+        checkpoint, [w.source for w in _vision_weights(family) if w.source in checkpoint.shapes]
+    )
 
 
 def _vision_weights(family: Family) -> list[Weight]:
@@ -139,12 +172,20 @@ def _vision_weights(family: Family) -> list[Weight]:
 
 def _settings(tower) -> list:
     """Class and public attributes (eps, heads, activation, ...) of every module."""
+
     def plain(value):
-        return getattr(value, "__qualname__", value if isinstance(value, (int, float, str)) else repr(value))
-    return [[name, type(module).__name__, {k: plain(v) for k, v in vars(module).items() if not k.startswith("_")}]
-            for name, module in tower.named_modules()]
+        return getattr(
+            value, "__qualname__", value if isinstance(value, (int, float, str)) else repr(value)
+        )
 
-
+    return [
+        [
+            name,
+            type(module).__name__,
+            {k: plain(v) for k, v in vars(module).items() if not k.startswith("_")},
+        ]
+        for name, module in tower.named_modules()
+    ]
 
 
 def cache_directory(source: str) -> Path:
@@ -161,22 +202,30 @@ def ensure(family: Family, checkpoint: Checkpoint, artifact: str | Path | None =
     try:
         check_fits(load(directory), family, checkpoint, directory)
     except ToolkitError:
-        print(f"no artifact given: converting the vision encoder once, into {directory}", file=sys.stderr)
+        print(
+            f"no artifact given: converting the vision encoder once, into {directory}",
+            file=sys.stderr,
+        )
         _convert(checkpoint.directory, directory)
     return directory
 
 
 def _convert(model: Path, directory: Path):
     """The converter as a process of its own: its memory is given back, and the runtime never imports it."""
-    with start_module("convert", "--model", model.resolve(), "--out", directory.absolute(), "--onnx-only",
-                      stdout=subprocess.DEVNULL) as process:
+    with start_module(
+        "convert",
+        "--model",
+        model.resolve(),
+        "--out",
+        directory.absolute(),
+        "--onnx-only",
+        stdout=subprocess.DEVNULL,
+    ) as process:
         code = process.wait()
     if code:
-        raise ToolkitError(f"the conversion of {model} failed (see above); --vision torch works without it", code)
-
-
-
-
+        raise ToolkitError(
+            f"the conversion of {model} failed (see above); --vision torch works without it", code
+        )
 
 
 def _convert_command(model, directory) -> str:

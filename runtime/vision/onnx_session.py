@@ -1,4 +1,5 @@
 """The exported vision encoder in ONNX Runtime."""
+
 from models.config import VisionSpec
 from runtime.common.errors import ToolkitError
 
@@ -8,21 +9,27 @@ from .session import VisionSession
 
 class OnnxVision(VisionSession):
     """The exported graph in ONNX Runtime on the CPU. `threads`: None = one per core."""
+
     stage = "ONNX vision encoder"
 
     def __init__(self, directory, spec: VisionSpec, threads: int | None = None):
         import onnxruntime
+
         super().__init__(spec)
-        self.directory, self.version = directory, onnxruntime.__version__
+        self.directory = directory
+        self.version = onnxruntime.__version__
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads or 0
         try:
-            self.session = onnxruntime.InferenceSession(str(directory / ONNX), options, ["CPUExecutionProvider"])
-        except Exception as error:      # onnxruntime raises plain Exceptions of its own
+            self.session = onnxruntime.InferenceSession(
+                str(directory / ONNX), options, ["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime raises plain Exceptions of its own
             reason = str(error).strip().splitlines()[0]
-            raise ToolkitError(f"{directory / ONNX} cannot be loaded ({reason}); "
-                               "convert it again with --force") from error
+            raise ToolkitError(
+                f"{directory / ONNX} cannot be loaded ({reason}); convert it again with --force"
+            ) from error
 
     def _encode(self, pixels):
         return self.session.run([self.spec.output_name], {self.spec.input_name: pixels})[0]

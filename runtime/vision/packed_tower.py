@@ -4,6 +4,7 @@ The plain module (network/vision_blocks.py), weights as stored, flows in; the sa
 replaced, one after another, flows out, so that at most one layer is in memory twice. Norms and the residual stay float32,
 whatever the precision.
 """
+
 import numpy as np
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from runtime.common.metrics import cosine
 from runtime.ops.cpu.ops import CpuOps
 from runtime.ops.cpu.packed_weights import Int8Weight
 
-COSINE = {"bf16": 0.99, "int8": 0.98}       # of the features' worst row, on a picture of waves and noise
+COSINE = {"bf16": 0.99, "int8": 0.98}  # of the features' worst row, on a picture of waves and noise
 OPS = CpuOps()
 
 
@@ -29,8 +30,11 @@ class PackedDense(nn.Module):
         rows = torch.cat([part.weight.detach().t() for part in parts])
         bias = None if parts[0].bias is None else torch.cat([part.bias.detach() for part in parts])
         self.dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-        weight = (Int8Weight.from_tensors(Int8Weight.tensors(rows)) if precision == "int8"
-                  else OPS.pack(rows.to(self.dtype)))
+        weight = (
+            Int8Weight.from_tensors(Int8Weight.tensors(rows))
+            if precision == "int8"
+            else OPS.pack(rows.to(self.dtype))
+        )
         self.linear = Linear(weight, None if bias is None else bias.to(self.dtype))
 
     def forward(self, x):
@@ -42,8 +46,11 @@ class FusedAttention(nn.Module):
 
     def __init__(self, plain: Attention, precision: str):
         super().__init__()
-        self.heads, self.out = plain.heads, PackedDense([plain.out], precision)
-        groups = ([plain.q], [plain.k, plain.v]) if plain.crossed else ([plain.q, plain.k, plain.v],)
+        self.heads = plain.heads
+        self.out = PackedDense([plain.out], precision)
+        groups = (
+            ([plain.q], [plain.k, plain.v]) if plain.crossed else ([plain.q, plain.k, plain.v],)
+        )
         self.products = nn.ModuleList(PackedDense(group, precision) for group in groups)
 
     def forward(self, x, context=None):
@@ -66,18 +73,25 @@ def pack_checked(tower: nn.Module, precision: str, input_shape) -> nn.Module:
     pixels = torch.from_numpy(test_picture(input_shape))
     expected = _exact(tower, pixels)
     found = pack(tower, precision)(pixels).float()
-    worst = float(cosine(*(rows.flatten(0, 1).double().numpy() for rows in (expected, found))).min())
+    worst = float(
+        cosine(*(rows.flatten(0, 1).double().numpy() for rows in (expected, found))).min()
+    )
     if not worst >= COSINE[precision]:
-        raise ToolkitError(f"--vision-precision {precision} changes this model's picture features too much (cosine "
-                           f"{worst:.4f} of the worst row, {COSINE[precision]} is needed); use --vision-precision "
-                           f"{'fp32' if precision == 'bf16' else 'bf16'}", CHECK_FAILED)
+        raise ToolkitError(
+            f"--vision-precision {precision} changes this model's picture features too much (cosine "
+            f"{worst:.4f} of the worst row, {COSINE[precision]} is needed); use --vision-precision "
+            f"{'fp32' if precision == 'bf16' else 'bf16'}",
+            CHECK_FAILED,
+        )
     return tower
 
 
 def test_picture(shape) -> np.ndarray:
     """float32 `shape`: waves of several lengths and noise, 0..255."""
     y, x = np.meshgrid(*(np.linspace(0, 1, side) for side in shape[1:3]), indexing="ij")
-    waves = np.stack([np.sin(2 * np.pi * (a * x + b * y)) for a, b in ((1, 0.5), (3, 5), (11, 7))], -1)
+    waves = np.stack(
+        [np.sin(2 * np.pi * (a * x + b * y)) for a, b in ((1, 0.5), (3, 5), (11, 7))], -1
+    )
     noise = np.random.default_rng(0).normal(0, 0.2, waves.shape)
     return np.clip(127.5 + 100 * (waves + noise), 0, 255).astype(np.float32)[None]
 
@@ -94,7 +108,8 @@ def _replace(module: nn.Module, precision: str):
 
 def _exact(tower: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     """Features in float32; the weights of a layer are float32 only while it computes."""
-    stored, hooks = {}, []
+    stored = {}
+    hooks = []
 
     def widen(module, _):
         stored[module] = {name: p.data for name, p in module.named_parameters(recurse=False)}

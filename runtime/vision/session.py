@@ -1,4 +1,5 @@
 """What a vision session is: images in, feature rows out."""
+
 import numpy as np
 
 from models.config import VisionSpec
@@ -7,8 +8,9 @@ from runtime.common.errors import CHECK_FAILED, ToolkitError
 
 class VisionSession:
     """What every session does around `_encode`: check the pictures going in and the features coming out."""
+
     stage: str
-    batch = 1           # pictures `_encode` takes at most
+    batch = 1  # pictures `_encode` takes at most
 
     def __init__(self, spec: VisionSpec):
         self.spec = spec
@@ -17,15 +19,20 @@ class VisionSession:
         """float32 [n, *input_shape[1:]] -> float32 [n, rows, hidden]. ToolkitError on a wrong input, NaN or Inf."""
         wanted = self.spec.input_shape[1:]
         if pixels.dtype != np.float32 or pixels.shape[1:] != wanted:
-            raise ToolkitError(f"{self.stage} got pixels {pixels.dtype} {list(pixels.shape)}, it takes float32 "
-                               f"[n, {', '.join(map(str, wanted))}]; prepare pictures with the family's `pixels`")
+            raise ToolkitError(
+                f"{self.stage} got pixels {pixels.dtype} {list(pixels.shape)}, it takes float32 "
+                f"[n, {', '.join(map(str, wanted))}]; prepare pictures with the family's `pixels`"
+            )
         features = np.empty((len(pixels), *self.spec.output_shape[1:]), np.float32)
         pixels = np.ascontiguousarray(pixels)
         for start in range(0, len(pixels), self.batch):
-            features[start:start + self.batch] = self._encode(pixels[start:start + self.batch])
+            features[start : start + self.batch] = self._encode(pixels[start : start + self.batch])
         if not np.isfinite(features).all():
-            raise ToolkitError(f"{self.stage} gave NaN or Inf; check the checkpoint's vision weights with "
-                               "`python -m convert`", CHECK_FAILED)
+            raise ToolkitError(
+                f"{self.stage} gave NaN or Inf; check the checkpoint's vision weights with "
+                "`python -m convert`",
+                CHECK_FAILED,
+            )
         return features
 
     def close(self):

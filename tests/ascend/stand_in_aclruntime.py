@@ -4,6 +4,7 @@ What tests rely on is as in the real one: the only check of an input is its byte
 a failure is RuntimeError("[-1][ACL: general failure] "), a session belongs to a context of a device, contexts belong to
 threads, destroying the object unloads the model. Gears are in the ONNX metadata `dynamic_batch_size`.
 """
+
 import ctypes
 import os
 import threading
@@ -14,17 +15,23 @@ import numpy as np
 import onnxruntime
 
 DEVICES = 2
-DTYPES = {"tensor(float)": (0, np.float32), "tensor(float16)": (1, np.float16), "tensor(uint8)": (4, np.uint8),
-          "tensor(int64)": (9, np.int64)}
-current = threading.local()     # .context: the ACL context of this thread
-LOADED = []                     # paths of the models in "device memory"
-OPENED = []                     # device of every session ever opened
-FREED = []                      # contexts destroyed
+DTYPES = {
+    "tensor(float)": (0, np.float32),
+    "tensor(float16)": (1, np.float16),
+    "tensor(uint8)": (4, np.uint8),
+    "tensor(int64)": (9, np.int64),
+}
+current = threading.local()  # .context: the ACL context of this thread
+LOADED = []  # paths of the models in "device memory"
+OPENED = []  # device of every session ever opened
+FREED = []  # contexts destroyed
 
 
 class session_options:
     def __init__(self):
-        self.loop, self.log_level, self.acl_json_path = 1, 2, ""
+        self.loop = 1
+        self.log_level = 2
+        self.acl_json_path = ""
 
 
 class BaseTensor:
@@ -36,7 +43,8 @@ class BaseTensor:
 
 class Tensor:
     def __init__(self, array, device=-1):
-        self.array, self.device = np.array(array, order="C"), device
+        self.array = np.array(array, order="C")
+        self.device = device
 
     bytes = property(lambda self: self.array.tobytes())
     shape = property(lambda self: list(self.array.shape))
@@ -55,6 +63,7 @@ class Tensor:
 
 class Session:
     """InferenceSession. `pairs`: exec_time_list holds (start, end); `rebinds`: every call sets the session's context."""
+
     pairs = rebinds = True
 
     def __init__(self, path, device, options):
@@ -63,7 +72,10 @@ class Session:
             fail(f"acl open device {device} failed")
         say("INFO", f"open device {device} success")
         self._context = current.context = object()
-        self._options, self._inputs, self._times, self._gear = options, [], [], None
+        self._options = options
+        self._inputs = []
+        self._times = []
+        self._gear = None
         try:
             self._model = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         except Exception:
@@ -74,15 +86,30 @@ class Session:
         say("INFO", f"load model {path} success")
         gears = self._model.get_modelmeta().custom_metadata_map.get("dynamic_batch_size", "")
         self._gears = [int(gear) for gear in gears.split(",") if gear]
-        self._inputs = [self._describe(item, max(self._gears, default=0)) for item in self._model.get_inputs()]
-        self._outputs = [self._describe(item, 0, f"node:{i}:") for i, item in enumerate(self._model.get_outputs())]
+        self._inputs = [
+            self._describe(item, max(self._gears, default=0)) for item in self._model.get_inputs()
+        ]
+        self._outputs = [
+            self._describe(item, 0, f"node:{i}:")
+            for i, item in enumerate(self._model.get_outputs())
+        ]
 
     @staticmethod
     def _describe(item, largest, prefix=""):
         shape = [size if isinstance(size, int) else -1 for size in item.shape]
         number, dtype = DTYPES[item.type]
-        size = int(np.prod([largest if side < 0 else side for side in shape])) * np.dtype(dtype).itemsize
-        return SimpleNamespace(name=prefix + item.name, datatype=number, format=2, shape=shape, size=size, realsize=size)
+        size = (
+            int(np.prod([largest if side < 0 else side for side in shape]))
+            * np.dtype(dtype).itemsize
+        )
+        return SimpleNamespace(
+            name=prefix + item.name,
+            datatype=number,
+            format=2,
+            shape=shape,
+            size=size,
+            realsize=size,
+        )
 
     def options(self):
         return self._options
@@ -116,13 +143,18 @@ class Session:
             fail("dynamic model, but no gear is set")
         for i, (desc, feed) in enumerate(zip(self._inputs, feeds)):
             if len(feed.bytes) != desc.realsize:
-                fail(f"Check i:{i} name:{desc.name} in size:{len(feed.bytes)} needsize:{desc.realsize} not match")
+                fail(
+                    f"Check i:{i} name:{desc.name} in size:{len(feed.bytes)} needsize:{desc.realsize} not match"
+                )
         return [Tensor(output, device=0) for output in self._execute(feeds)]
 
     def _execute(self, feeds):
-        arrays = {item.name: np.frombuffer(feed.bytes, DTYPES[item.type][1]).reshape(
-            [self._gear if side < 0 else side for side in desc.shape])
-            for item, desc, feed in zip(self._model.get_inputs(), self._inputs, feeds)}
+        arrays = {
+            item.name: np.frombuffer(feed.bytes, DTYPES[item.type][1]).reshape(
+                [self._gear if side < 0 else side for side in desc.shape]
+            )
+            for item, desc, feed in zip(self._model.get_inputs(), self._inputs, feeds)
+        }
         start = time.perf_counter() * 1000
         outputs = self._model.run(None, arrays)
         end = time.perf_counter() * 1000

@@ -1,4 +1,5 @@
 """From the verified ONNX to an .om: runs of a stand-in `atc`, its failures, the precision ladder, and graphs made for ATC."""
+
 import json
 import os
 import shlex
@@ -30,15 +31,30 @@ pytestmark = pytest.mark.usefixtures("surroundings")
 
 # from the command to the manifest
 
+
 def test_compiled_without_a_device(out, cann):
     code, text = convert(out)
     assert code == 0 and "compiled, not verified" in text and "ais_bench" in text
     manifest = artifact.load(out)
-    assert (manifest.status, manifest.soc_version, manifest.precision_mode) == (artifact.OM_COMPILED, "Ascend910B3", "fp16")
-    assert manifest.om["cann"] == "8.0.RC2" and manifest.om["input"] == {"dtype": "float16", "shape": [1, 224, 224, 3]}
-    assert manifest.om["files"] == {"vision.om": artifact.entry(out / "vision.om")} and manifest.om["gears"] == []
+    assert (manifest.status, manifest.soc_version, manifest.precision_mode) == (
+        artifact.OM_COMPILED,
+        "Ascend910B3",
+        "fp16",
+    )
+    assert manifest.om["cann"] == "8.0.RC2" and manifest.om["input"] == {
+        "dtype": "float16",
+        "shape": [1, 224, 224, 3],
+    }
+    assert (
+        manifest.om["files"] == {"vision.om": artifact.entry(out / "vision.om")}
+        and manifest.om["gears"] == []
+    )
     log = (out / manifest.om["log"]).read_text()
-    assert shlex.join(manifest.om["command"]) in log and "ATC run success" in log and "exit status 0" in log
+    assert (
+        shlex.join(manifest.om["command"]) in log
+        and "ATC run success" in log
+        and "exit status 0" in log
+    )
     assert not (out / atc.WORK).exists() and not (out / "fusion_result.json").exists()
 
 
@@ -50,7 +66,10 @@ def test_a_second_run_compiles_only_what_changed(out, cann, monkeypatch):
     code, text = convert(out, "--soc-version", "Ascend310P3")
     assert code == 1 and "E19999" in text and artifact.load(out).soc_version == "Ascend910B3"
     monkeypatch.delenv("STAND_IN_ATC")
-    assert convert(out, "--soc-version", "Ascend310P3")[0] == 0 and artifact.load(out).soc_version == "Ascend310P3"
+    assert (
+        convert(out, "--soc-version", "Ascend310P3")[0] == 0
+        and artifact.load(out).soc_version == "Ascend310P3"
+    )
 
 
 def test_an_om_replaced_by_hand_is_made_again(out, cann):
@@ -62,7 +81,9 @@ def test_an_om_replaced_by_hand_is_made_again(out, cann):
 
 
 def test_mistakes_are_found_without_cann_too(tmp_path):
-    code, text = convert(tmp_path / "out", "--soc-version", "Ascend310P3", "--precision-mode", "mixed_bfloat16")
+    code, text = convert(
+        tmp_path / "out", "--soc-version", "Ascend310P3", "--precision-mode", "mixed_bfloat16"
+    )
     assert code == 2 and "bfloat16" in text and not (tmp_path / "out").exists()
 
 
@@ -76,50 +97,78 @@ def test_aipp_and_gears_end_to_end(out, cann):
     assert code == 0 and "verify vision_atc.onnx" in text and "pass" in text, text
     manifest = artifact.load(out)
     assert manifest.om["input"]["dtype"] == "uint8" and manifest.om["gears"] == [1, 2, 4]
-    assert convert(out, "--aipp", "--dynamic-batch", "1,2,4", "--soc-version", "Ascend310P3")[0] == 0
+    assert (
+        convert(out, "--aipp", "--dynamic-batch", "1,2,4", "--soc-version", "Ascend310P3")[0] == 0
+    )
 
 
-@pytest.mark.parametrize("behaviour, files", [
-    ("suffix", {"vision_linux_x86_64.om"}), ("weights", {"vision.om", "weight/weight_0"})])
+@pytest.mark.parametrize(
+    "behaviour, files",
+    [("suffix", {"vision_linux_x86_64.om"}), ("weights", {"vision.om", "weight/weight_0"})],
+)
 def test_other_files_that_mean_success(out, cann, monkeypatch, behaviour, files):
     monkeypatch.setenv("STAND_IN_ATC", behaviour)
     (out / "vision_linux_aarch64.om").write_bytes(b"old")
     assert convert(out)[0] == 0
-    assert set(artifact.load(out).om["files"]) == files and all((out / name).is_file() for name in files)
+    assert set(artifact.load(out).om["files"]) == files and all(
+        (out / name).is_file() for name in files
+    )
     assert len(list(out.glob("*.om"))) == 1
 
 
-@pytest.mark.parametrize("behaviour, says", [
-    ("killed", "killed by signal 9"),
-    ("wrapper killed", "killed by signal 9"),
-    ("silent", "without its success line"),
-    ("no file", "left 0 usable .om files"),
-    ("two files", "left 2 usable .om files"),
-    ("disk full", "the disk is full"),
-    ("no permission", "may not be read or written"),
-    ("library", "set_env.sh"),
-    ("E16002 No parser is registered for Op [ai.onnx::17::Attention]", "[ai.onnx::17::Attention]): use CANN 7.0 or newer"),
-    ("EZ3003 No supported Ops kernel and engine are found for [Erf]", "install the ops (kernels) package"),
-    ("E20007 Failed to run graph fusion pass", "fusion engine"),
-    ("E10501 IR for Op [x] is not registered", "source CANN's set_env.sh"),
-])
+@pytest.mark.parametrize(
+    "behaviour, says",
+    [
+        ("killed", "killed by signal 9"),
+        ("wrapper killed", "killed by signal 9"),
+        ("silent", "without its success line"),
+        ("no file", "left 0 usable .om files"),
+        ("two files", "left 2 usable .om files"),
+        ("disk full", "the disk is full"),
+        ("no permission", "may not be read or written"),
+        ("library", "set_env.sh"),
+        (
+            "E16002 No parser is registered for Op [ai.onnx::17::Attention]",
+            "[ai.onnx::17::Attention]): use CANN 7.0 or newer",
+        ),
+        (
+            "EZ3003 No supported Ops kernel and engine are found for [Erf]",
+            "install the ops (kernels) package",
+        ),
+        ("E20007 Failed to run graph fusion pass", "fusion engine"),
+        ("E10501 IR for Op [x] is not registered", "source CANN's set_env.sh"),
+    ],
+)
 def test_failures_of_atc(out, cann, monkeypatch, behaviour, says):
     monkeypatch.setenv("STAND_IN_ATC", behaviour)
     before = (out / "manifest.json").read_bytes()
     code, text = convert(out)
-    assert code == 1 and says in text and "atc_fp16.log" in text and text.splitlines()[-1].startswith("error: ")
-    assert (out / "manifest.json").read_bytes() == before and not list(out.glob("*.om")) and not (out / atc.WORK).exists()
+    assert (
+        code == 1
+        and says in text
+        and "atc_fp16.log" in text
+        and text.splitlines()[-1].startswith("error: ")
+    )
+    assert (
+        (out / "manifest.json").read_bytes() == before
+        and not list(out.glob("*.om"))
+        and not (out / atc.WORK).exists()
+    )
     assert "exit status" in (out / "atc_fp16.log").read_text()
 
 
 def test_advice_in_chinese(out, cann, monkeypatch):
     monkeypatch.setenv("LANG", "zh_CN.UTF-8")
-    monkeypatch.setenv("STAND_IN_ATC", "EZ3003 No supported Ops kernel and engine are found for [Erf]")
+    monkeypatch.setenv(
+        "STAND_IN_ATC", "EZ3003 No supported Ops kernel and engine are found for [Erf]"
+    )
     assert "安装与 --soc-version 匹配的算子包" in convert(out)[1]
 
 
 def test_every_entry_of_the_error_table():
-    table = json.loads(Path(atc_run.__file__).with_name("error_advice.json").read_text(encoding="utf-8"))
+    table = json.loads(
+        Path(atc_run.__file__).with_name("error_advice.json").read_text(encoding="utf-8")
+    )
     assert all(atc_run.CODE.fullmatch(code) for code in table["codes"]) and len(table["codes"]) > 40
     for entry in (entry for part in table.values() for entry in part.values()):
         assert all(len(entry[language]) == 2 and all(entry[language]) for language in ("en", "zh"))
@@ -135,16 +184,26 @@ def test_codes_without_an_entry_of_their_own_have_their_family():
 def test_an_interrupted_atc_is_ended(out, cann, monkeypatch):
     monkeypatch.setenv("STAND_IN_ATC", "slow")
     ended = []
-    monkeypatch.setattr(os, "killpg", lambda group, number, kill=os.killpg: (ended.append(group), kill(group, number)))
+    monkeypatch.setattr(
+        os,
+        "killpg",
+        lambda group, number, kill=os.killpg: (ended.append(group), kill(group, number)),
+    )
     real = atc_run.subprocess.Popen.wait
 
     def interrupted(self, timeout=None):
         if not ended:
             raise KeyboardInterrupt
         return real(self, timeout)
+
     monkeypatch.setattr(atc_run.subprocess.Popen, "wait", interrupted)
     code, text = convert(out)
-    assert code == 130 and len(ended) == 1 and not (out / atc.WORK).exists() and artifact.load(out).om is None
+    assert (
+        code == 130
+        and len(ended) == 1
+        and not (out / atc.WORK).exists()
+        and artifact.load(out).om is None
+    )
 
 
 def test_a_full_disk_is_noticed_before_atc(out, cann, monkeypatch):
@@ -186,11 +245,22 @@ def device(monkeypatch):
         def encode(raw):
             if errors[mode] is None:
                 raise ToolkitError("OM gave NaN or Inf", 1)
-            kind = {"tensor(uint8)": np.uint8, "tensor(float16)": np.float16}[session.get_inputs()[0].type]
+            kind = {"tensor(uint8)": np.uint8, "tensor(float16)": np.float16}[
+                session.get_inputs()[0].type
+            ]
             pictures = raw.astype(kind)
-            features = np.concatenate([session.run(None, {"input": p[None]})[0].astype(np.float32) for p in pictures])
-            return features + errors[mode] * np.random.default_rng(0).normal(size=features.shape) * features.std()
+            features = np.concatenate(
+                [session.run(None, {"input": p[None]})[0].astype(np.float32) for p in pictures]
+            )
+            return (
+                features
+                + errors[mode]
+                * np.random.default_rng(0).normal(size=features.shape)
+                * features.std()
+            )
+
         return SimpleNamespace(encode=encode, close=lambda: None)
+
     monkeypatch.setattr(om, "open_om", open_om)
     return errors
 
@@ -213,9 +283,14 @@ def test_a_later_mode_that_does_not_compile_is_passed_over(out, cann, device, mo
         if "--precision_mode_v2=mixed_float16" in arguments:
             raise ToolkitError("atc failed (exit status 255)", 1)
         return real(toolkit, arguments, work, log)
+
     monkeypatch.setattr(atc_run, "run", run)
     code, text = convert(out)
-    assert code == 0 and "mixed_float16: atc failed" in text and artifact.load(out).precision_mode == "origin"
+    assert (
+        code == 0
+        and "mixed_float16: atc failed" in text
+        and artifact.load(out).precision_mode == "origin"
+    )
 
 
 def test_a_good_first_mode_is_kept(out, cann, device):
@@ -246,7 +321,11 @@ def test_through_the_runtime(out, cann, monkeypatch, flags):
     for folder in ("ascend", "ascend/2026"):
         monkeypatch.syspath_prepend(GOLDEN.parent / folder)
     code, text = convert(out, *flags.split())
-    for name in [name for name in sys.modules if name.split(".")[0] in ("aclruntime", "ais_bench", "stand_in_aclruntime")]:
+    for name in [
+        name
+        for name in sys.modules
+        if name.split(".")[0] in ("aclruntime", "ais_bench", "stand_in_aclruntime")
+    ]:
         monkeypatch.delitem(sys.modules, name)
     assert code == 0 and "OM verified" in text, text
 
@@ -260,7 +339,11 @@ def test_nan_climbs_too(out, cann, device):
 
 def test_an_om_compiled_elsewhere_is_verified_later(out, cann, device, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(om, "open_om", lambda *_: (_ for _ in ()).throw(ToolkitError("no device", MISSING_COMPONENT)))
+        patch.setattr(
+            om,
+            "open_om",
+            lambda *_: (_ for _ in ()).throw(ToolkitError("no device", MISSING_COMPONENT)),
+        )
         assert convert(out)[0] == 0 and artifact.load(out).status == artifact.OM_COMPILED
     monkeypatch.setenv("STAND_IN_ATC", "E19999 must not be started")
     device["fp16"] = 0.01
@@ -270,7 +353,11 @@ def test_an_om_compiled_elsewhere_is_verified_later(out, cann, device, monkeypat
 
 def test_an_om_that_turns_out_bad_is_taken_back(out, cann, device, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(om, "open_om", lambda *_: (_ for _ in ()).throw(ToolkitError("no device", MISSING_COMPONENT)))
+        patch.setattr(
+            om,
+            "open_om",
+            lambda *_: (_ for _ in ()).throw(ToolkitError("no device", MISSING_COMPONENT)),
+        )
         assert convert(out, "--precision-mode", "fp16")[0] == 0
     assert convert(out, "--precision-mode", "fp16")[0] == 1
     assert artifact.load(out).status == artifact.ONNX_VERIFIED and not list(out.glob("*.om"))
@@ -278,18 +365,26 @@ def test_an_om_that_turns_out_bad_is_taken_back(out, cann, device, monkeypatch):
 
 # graphs made for ATC
 
+
 @pytest.mark.parametrize("name", VISION_MODELS)
 def test_graphs_for_atc_compute_the_same(converted, tmp_path, name):
     """Both changes at once; each alone is in `prepared`."""
-    family, folder = family_of(GOLDEN / name), shutil.copytree(converted, tmp_path / "out")
+    family = family_of(GOLDEN / name)
+    folder = shutil.copytree(converted, tmp_path / "out")
     if family.directory != MODEL:
         code, text = convert(folder, "--force", model=family.directory)
         assert code == 0, text
-    om.prepare(family, folder, Request("Ascend310P3", aipp=True, gears=(1, 2)))         # compares; a difference raises
+    om.prepare(
+        family, folder, Request("Ascend310P3", aipp=True, gears=(1, 2))
+    )  # compares; a difference raises
     model = onnx.load(folder / atc.VARIANT, load_external_data=False)
     onnx.checker.check_model(str(folder / atc.VARIANT), full_check=True)
-    known = json.loads((Path(atc.__file__).parents[1] / "verify" / "onnx_ops_cann.json").read_text())
-    assert {node.op_type for node in model.graph.node} <= set(known) and "Shape" not in str(model.graph.node)
+    known = json.loads(
+        (Path(atc.__file__).parents[1] / "verify" / "onnx_ops_cann.json").read_text()
+    )
+    assert {node.op_type for node in model.graph.node} <= set(known) and "Shape" not in str(
+        model.graph.node
+    )
     [value] = model.graph.input
     _, height, width, channels = family.vision.input_shape
     shape = [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]

@@ -1,4 +1,5 @@
 """Conversion: from the tiny VisualGLM checkpoint to a verified artifact, and everything that must stop it."""
+
 import contextlib
 import hashlib
 import io
@@ -43,7 +44,9 @@ def convert(model, out, *more) -> tuple[int, str]:
 def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ASCEND_VLM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr("convert.atc.run.find", lambda: None)     # tests/convert/test_atc_command.py has the rest
+        patch.setattr(
+            "convert.atc.run.find", lambda: None
+        )  # tests/convert/test_atc_command.py has the rest
         yield
 
 
@@ -64,17 +67,23 @@ def quick(monkeypatch, converted):
         (folder / artifact.ONNX).write_bytes(graph)
         shutil.copy(converted[0] / artifact.DATA, folder)
         return artifact.load(converted[0]).files
+
     monkeypatch.setattr("convert.export.trace.trace", lambda build, spec: None)
     monkeypatch.setattr(export, "export", copied)
-    monkeypatch.setattr(verify, "verify", lambda family, directory, folder: verify.measure(directory, folder))
+    monkeypatch.setattr(
+        verify, "verify", lambda family, directory, folder: verify.measure(directory, folder)
+    )
     return monkeypatch
 
 
 def state(directory: Path) -> dict:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.iterdir()}
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.iterdir()
+    }
 
 
 # the artifact
+
 
 def test_the_exported_model(converted):
     out, _ = converted
@@ -83,7 +92,9 @@ def test_the_exported_model(converted):
     names = {tensor.name for tensor in model.graph.initializer}
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 17)]
     assert {name for name, _ in tower.named_parameters()} <= names
-    assert not {"Slice", "Squeeze", "Split", "Gather", "Shape", "Cast"} & {node.op_type for node in model.graph.node}
+    assert not {"Slice", "Squeeze", "Split", "Gather", "Shape", "Cast"} & {
+        node.op_type for node in model.graph.node
+    }
     assert len({node.name for node in model.graph.node}) == len(model.graph.node)
     assert "vit.blocks.2.attention.q/MatMul" in {node.name for node in model.graph.node}
     assert preflight(out / "vision.onnx", family_of(GOLDEN).vision, 17)[0] == []
@@ -94,18 +105,32 @@ def test_the_manifest(converted):
     manifest = artifact.load(out)
     assert manifest.input == {"name": "input", "shape": [1, 224, 224, 3], "dtype": "float32"}
     assert manifest.output == {"name": "output", "shape": [1, 32, 64], "dtype": "float32"}
-    assert manifest.errors.keys() == {"scene", "noise"} and all(e["cosine"] > 0.99999 for e in manifest.errors.values())
+    assert manifest.errors.keys() == {"scene", "noise"} and all(
+        e["cosine"] > 0.99999 for e in manifest.errors.values()
+    )
     for name, entry in manifest.files.items():
         assert hashlib.sha256((out / name).read_bytes()).hexdigest() == entry["sha256"]
-    assert set(state(out)) == {"vision.onnx", "vision.onnx.data", "manifest.json", "atc.sh", "vision_mixlist.json",
-                               ".lock"}
+    assert set(state(out)) == {
+        "vision.onnx",
+        "vision.onnx.data",
+        "manifest.json",
+        "atc.sh",
+        "vision_mixlist.json",
+        ".lock",
+    }
 
 
 def test_the_atc_command(converted):
     out, text = converted
     script = (out / "atc.sh").read_text()
-    for part in ("--model=../vision.onnx", "--framework=5", "--output=vision", "--soc_version=Ascend310P3",
-                 "--input_shape=input:1,224,224,3", "--precision_mode_v2=fp16"):
+    for part in (
+        "--model=../vision.onnx",
+        "--framework=5",
+        "--output=vision",
+        "--soc_version=Ascend310P3",
+        "--input_shape=input:1,224,224,3",
+        "--precision_mode_v2=fp16",
+    ):
         assert part in script and part in text
     assert text.strip().splitlines()[0].startswith("writing ") and "ONNX verified" in text
 
@@ -128,16 +153,21 @@ def test_verification_in_pieces_computes_the_same(converted):
     plain = plain_tower(family, checkpoint, torch.float32)
     whole = np.concatenate([plain(torch.from_numpy(each)).numpy() for each in pixels])
     np.testing.assert_array_equal(np.concatenate([tower.run(each) for each in pixels]), whole)
-    assert all(p.is_meta for name, p in tower.tower.named_parameters() if ".blocks." in name), "weights are given back"
+    assert all(p.is_meta for name, p in tower.tower.named_parameters() if ".blocks." in name), (
+        "weights are given back"
+    )
     graph = StreamedGraph(converted[0], limit=50_000)
     assert graph.steps > 4 and StreamedGraph(converted[0]).steps == 1
     cut_up = np.concatenate(graph.run(pixels))
     assert not (converted[0] / "piece.onnx").exists()
-    np.testing.assert_allclose(cut_up, np.concatenate(StreamedGraph(converted[0]).run(pixels)), atol=1e-5)
+    np.testing.assert_allclose(
+        cut_up, np.concatenate(StreamedGraph(converted[0]).run(pixels)), atol=1e-5
+    )
     np.testing.assert_allclose(cut_up, whole, atol=1e-5)
 
 
 # again, and again after a kill
+
 
 def test_a_second_run_changes_nothing(converted):
     before = state(converted[0])
@@ -152,7 +182,11 @@ def test_a_run_killed_after_the_export_is_continued(quick, converted, tmp_path):
     assert not (tmp_path / "manifest.json").exists() and not (tmp_path / "vision.onnx").exists()
     quick.setattr(export, "export", None)
     code, text = convert(GOLDEN, tmp_path, "--soc-version", "Ascend310P3")
-    assert code == 0 and "continuing after the export" in text and state(tmp_path) == state(converted[0])
+    assert (
+        code == 0
+        and "continuing after the export" in text
+        and state(tmp_path) == state(converted[0])
+    )
 
 
 def test_what_a_run_killed_in_the_export_left_is_thrown_away(quick, converted, tmp_path):
@@ -177,6 +211,7 @@ def test_a_damaged_artifact_is_made_again(quick, converted, tmp_path):
 
 # what must not pass
 
+
 def test_another_checkpoint_needs_force(quick, converted, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(GOLDEN, other)
@@ -188,14 +223,20 @@ def test_another_checkpoint_needs_force(quick, converted, tmp_path):
     before = state(out)
     code, text = convert(other, out)
     assert code == 2 and "another checkpoint" in text and "--force" in text and state(out) == before
-    code, text = convert(other, out, "--force")     # `quick` writes the old weights, which verification must notice
+    code, text = convert(
+        other, out, "--force"
+    )  # `quick` writes the old weights, which verification must notice
     assert code == 1 and "disagree" in text and state(out) == before
 
 
 def test_a_failed_verification_leaves_nothing_usable(quick, tmp_path):
-    quick.setattr(verify, "verify", lambda *arguments: {"scene": Comparison(0.99, 1.0, 0.1, 2.0, 10)})
+    quick.setattr(
+        verify, "verify", lambda *arguments: {"scene": Comparison(0.99, 1.0, 0.1, 2.0, 10)}
+    )
     code, text = convert(GOLDEN, tmp_path)
-    assert code == 1 and "disagree" in text and [file.name for file in tmp_path.iterdir()] == [".lock"]
+    assert (
+        code == 1 and "disagree" in text and [file.name for file in tmp_path.iterdir()] == [".lock"]
+    )
 
 
 def test_nothing_compared_is_a_failure(quick, tmp_path):
@@ -203,14 +244,33 @@ def test_nothing_compared_is_a_failure(quick, tmp_path):
     assert convert(GOLDEN, tmp_path)[0] == 1
 
 
-@pytest.mark.parametrize("prepare, says", [
-    (lambda path: ["--model", str(path / "nothing"), "--out", str(path / "out")], "does not exist"),
-    (lambda path: ["--model", str(GOLDEN), "--out", str(GOLDEN / "config.json")], "is a file"),
-    (lambda path: ["--model", str(GOLDEN), "--out", "/proc/nothing"], "cannot be written"),
-    (lambda path: ["--model", str(GOLDEN), "--out", str(path), "--soc-version", "910B3"], "npu-smi"),
-    (lambda path: ["--model", str(GOLDEN), "--out", str(path), "--soc-version", "Ascend910B"], "Ascend910B3"),
-    (lambda path: ["--model", str(GOLDEN)], "--out"),
-])
+@pytest.mark.parametrize(
+    "prepare, says",
+    [
+        (
+            lambda path: ["--model", str(path / "nothing"), "--out", str(path / "out")],
+            "does not exist",
+        ),
+        (lambda path: ["--model", str(GOLDEN), "--out", str(GOLDEN / "config.json")], "is a file"),
+        (lambda path: ["--model", str(GOLDEN), "--out", "/proc/nothing"], "cannot be written"),
+        (
+            lambda path: ["--model", str(GOLDEN), "--out", str(path), "--soc-version", "910B3"],
+            "npu-smi",
+        ),
+        (
+            lambda path: [
+                "--model",
+                str(GOLDEN),
+                "--out",
+                str(path),
+                "--soc-version",
+                "Ascend910B",
+            ],
+            "Ascend910B3",
+        ),
+        (lambda path: ["--model", str(GOLDEN)], "--out"),
+    ],
+)
 def test_mistakes_end_in_one_sentence(tmp_path, capsys, prepare, says):
     assert run_command(command.main, prepare(tmp_path)) == 2
     text = capsys.readouterr().err
@@ -220,7 +280,11 @@ def test_mistakes_end_in_one_sentence(tmp_path, capsys, prepare, says):
 def test_a_full_disk_is_noticed_before_anything_is_written(quick, tmp_path):
     quick.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 95, 5))
     code, text = convert(GOLDEN, tmp_path)
-    assert code == 2 and "free some space" in text and [file.name for file in tmp_path.iterdir()] == [".lock"]
+    assert (
+        code == 2
+        and "free some space" in text
+        and [file.name for file in tmp_path.iterdir()] == [".lock"]
+    )
 
 
 def test_a_disk_that_becomes_full_leaves_nothing(tmp_path, quick):
@@ -230,17 +294,29 @@ def test_a_disk_that_becomes_full_leaves_nothing(tmp_path, quick):
 
     def full(*arguments):
         raise OSError(28, os.strerror(28))
+
     quick.setattr(export, "export", full)
     code, text = convert(GOLDEN, tmp_path / "out")
-    assert code == 2 and "became full" in text and [file.name for file in (tmp_path / "out").iterdir()] == [".lock"]
+    assert (
+        code == 2
+        and "became full" in text
+        and [file.name for file in (tmp_path / "out").iterdir()] == [".lock"]
+    )
 
 
 # verification
 
+
 def test_compare_measures_every_element():
     reference = np.array([[0.0, 1.0, -2.0]])
-    result = compare(reference, reference + np.array([[1e-4, 0, 0]]))       # the error sits on a golden zero
-    assert result.max_abs == pytest.approx(1e-4) and result.mean_abs == pytest.approx(1e-4 / 3) and result.elements == 3
+    result = compare(
+        reference, reference + np.array([[1e-4, 0, 0]])
+    )  # the error sits on a golden zero
+    assert (
+        result.max_abs == pytest.approx(1e-4)
+        and result.mean_abs == pytest.approx(1e-4 / 3)
+        and result.elements == 3
+    )
     assert result.passed and not compare(reference, reference + np.array([[3e-4, 0, 0]])).passed
 
 
@@ -256,12 +332,14 @@ def test_nothing_to_compare_fails():
 
 
 def test_the_pictures_are_always_the_same_and_different():
-    first, second = pictures(), pictures()
+    first = pictures()
+    second = pictures()
     assert all(np.array_equal(first[name], second[name]) for name in first) and len(first) == 2
     assert not np.array_equal(first["scene"], first["noise"])
 
 
 # sessions
+
 
 def test_sessions_refuse_wrong_pixels_and_nan(converted):
     session = OnnxVision(converted[0], family_of(GOLDEN).vision, threads=1)

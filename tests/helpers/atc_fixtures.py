@@ -1,4 +1,5 @@
 """Fixtures of the ATC tests: a converted checkpoint, alone or with the files its atc command names, and an installed atc."""
+
 import shutil
 
 import pytest
@@ -19,7 +20,9 @@ def surroundings(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ASCEND_VLM_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(reference, "features", in_process)
-        patch.setattr(verify, "verify", lambda family, directory, folder: verify.measure(directory, folder))
+        patch.setattr(
+            verify, "verify", lambda family, directory, folder: verify.measure(directory, folder)
+        )
         for name in (*atc_run.HOMES, "LC_ALL", "LC_MESSAGES", "STAND_IN_ATC"):
             patch.delenv(name, raising=False)
         patch.setenv("LANG", "en_US.UTF-8")
@@ -49,10 +52,15 @@ def cann(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def prepared(converted, tmp_path_factory):
     """Folders with the files that the command lines name, one for each kind of graph."""
-    family, folders = family_of(MODEL), {}
+    family = family_of(MODEL)
+    folders = {}
     for aipp in (False, True):
         for gears in ((), (1, 2)):
-            folders[aipp, bool(gears)] = shutil.copytree(converted, tmp_path_factory.mktemp("prepared") / "out")
-            om.prepare(family, folders[aipp, bool(gears)], Request("Ascend910B3", aipp=aipp, gears=gears))
+            folders[aipp, bool(gears)] = shutil.copytree(
+                converted, tmp_path_factory.mktemp("prepared") / "out"
+            )
+            om.prepare(
+                family, folders[aipp, bool(gears)], Request("Ascend910B3", aipp=aipp, gears=gears)
+            )
             (folders[aipp, bool(gears)] / atc.WORK).mkdir()
     return folders

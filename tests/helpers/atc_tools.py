@@ -1,4 +1,5 @@
 """What the ATC tests share: `convert` as a function, and the stand-in `atc` as an installed tool."""
+
 import contextlib
 import io
 import sys
@@ -31,11 +32,14 @@ def install(root: Path, monkeypatch, version: str | None = "8.0.RC2") -> Path:
     """The stand-in as <root>/bin/atc on PATH, with CANN's version file."""
     (root / "bin").mkdir(parents=True)
     tool = root / "bin" / "atc"
-    tool.write_text(f"#!/bin/bash\n{sys.executable} {stand_in_atc.__file__} {version or '9.0'} \"$@\"\n")
+    tool.write_text(
+        f'#!/bin/bash\n{sys.executable} {stand_in_atc.__file__} {version or "9.0"} "$@"\n'
+    )
     tool.chmod(0o755)
     if version:
         (root / "x86_64-linux").mkdir()
         (root / "x86_64-linux" / "ascend_toolkit_install.info").write_text(
-            f"package_name=Ascend-cann-toolkit\nversion={version}\narch=x86_64\nos=linux\n")
+            f"package_name=Ascend-cann-toolkit\nversion={version}\narch=x86_64\nos=linux\n"
+        )
     monkeypatch.setenv("PATH", f"{tool.parent}:/usr/bin:/bin")
     return tool

@@ -1,4 +1,5 @@
 """What the tests that plant errors share."""
+
 import json
 import shutil
 

@@ -1,4 +1,5 @@
 """What the tests of the service share: the service in a thread of this process, listening on 127.0.0.1."""
+
 import base64
 import functools
 import io
@@ -46,7 +47,8 @@ class Server(Asking):
     def __init__(self, *argv, open_engine=None, wait=True):
         port = free_port()
         options = Parser("serve", "", "", {"service": ServeOptions, "model": EngineOptions}).parse(
-            ["--port", str(port), *FIXED, *argv])
+            ["--port", str(port), *FIXED, *argv]
+        )
         self.url = f"http://127.0.0.1:{port}"
         self._server, self._worker = build(uvicorn, *options)
         if open_engine:
@@ -83,9 +85,23 @@ def png(width, height, colour=(200, 30, 60)) -> bytes:
 
 
 def about(url, text="描述图片"):
-    return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]}]
+    return [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image_url", "image_url": {"url": url}},
+                {"type": "text", "text": text},
+            ],
+        }
+    ]
 
 
 def asked(text="hello", **more):
-    return {"messages": [{"role": "user", "content": text}], "max_tokens": 12, "temperature": 0,
-            "repetition_penalty": 1, "ignore_eos": True, **more}
+    return {
+        "messages": [{"role": "user", "content": text}],
+        "max_tokens": 12,
+        "temperature": 0,
+        "repetition_penalty": 1,
+        "ignore_eos": True,
+        **more,
+    }

@@ -3,22 +3,51 @@
 In flows a seed, out flow a picture and questions with their answers: what a user who tests the model with a program of
 his own would write. Shapes are drawn by asking 8 x 8 points of every pixel whether they are inside.
 """
+
 import random
 from itertools import combinations, permutations
 
 import numpy as np
 
 SIZES = {"small": ("小", 11), "medium": ("中", 19), "large": ("大", 29)}
-SHAPES = {"circle": ("圆形", "circles"), "square": ("正方形", "squares"), "triangle": ("三角形", "triangles"),
-          "cross": ("十字形", "crosses")}
-COLORS = {"red": ("红色", (220, 30, 30)), "orange": ("橙色", (255, 140, 0)), "yellow": ("黄色", (250, 220, 40)),
-          "green": ("绿色", (30, 150, 60)), "cyan": ("青色", (0, 190, 210)), "blue": ("蓝色", (30, 60, 220)),
-          "purple": ("紫色", (140, 40, 180)), "black": ("黑色", (20, 20, 20))}
-PAPERS = ((255, 255, 255), (225, 225, 225), (250, 240, 215), (215, 230, 248), (218, 242, 222), (246, 222, 228),
-          (185, 185, 190), (205, 190, 160))
-PLACES = {"leftmost": ("左边", 0, 1), "rightmost": ("右边", 0, -1), "topmost": ("上边", 1, 1), "bottommost": ("下边", 1, -1)}
-SIDES = {"to the left of": ("左边", 0, 1), "to the right of": ("右边", 0, -1), "above": ("上边", 1, 1),
-         "below": ("下边", 1, -1)}
+SHAPES = {
+    "circle": ("圆形", "circles"),
+    "square": ("正方形", "squares"),
+    "triangle": ("三角形", "triangles"),
+    "cross": ("十字形", "crosses"),
+}
+COLORS = {
+    "red": ("红色", (220, 30, 30)),
+    "orange": ("橙色", (255, 140, 0)),
+    "yellow": ("黄色", (250, 220, 40)),
+    "green": ("绿色", (30, 150, 60)),
+    "cyan": ("青色", (0, 190, 210)),
+    "blue": ("蓝色", (30, 60, 220)),
+    "purple": ("紫色", (140, 40, 180)),
+    "black": ("黑色", (20, 20, 20)),
+}
+PAPERS = (
+    (255, 255, 255),
+    (225, 225, 225),
+    (250, 240, 215),
+    (215, 230, 248),
+    (218, 242, 222),
+    (246, 222, 228),
+    (185, 185, 190),
+    (205, 190, 160),
+)
+PLACES = {
+    "leftmost": ("左边", 0, 1),
+    "rightmost": ("右边", 0, -1),
+    "topmost": ("上边", 1, 1),
+    "bottommost": ("下边", 1, -1),
+}
+SIDES = {
+    "to the left of": ("左边", 0, 1),
+    "to the right of": ("右边", 0, -1),
+    "above": ("上边", 1, 1),
+    "below": ("下边", 1, -1),
+}
 APART, POINTS = 12, 8
 
 
@@ -27,7 +56,7 @@ def inside(shape, u, v, r):
         return u * u + v * v <= r * r
     if shape == "square":
         return (abs(u) <= r) & (abs(v) <= r)
-    if shape == "triangle":     # half as wide as it is far below the tip
+    if shape == "triangle":  # half as wide as it is far below the tip
         return (abs(v) <= r) & (2 * abs(u) <= v + r)
     return ((abs(u) <= r) & (3 * abs(v) <= r)) | ((3 * abs(u) <= r) & (abs(v) <= r))
 
@@ -41,10 +70,19 @@ def scene(seed):
         for color, shape in kinds:
             size = rng.choice(list(SIZES))
             r = SIZES[size][1]
-            things.append({"shape": shape, "color": color, "size": size, "r": r,
-                           "at": (rng.uniform(r + 4, 220 - r), rng.uniform(r + 4, 220 - r))})
-        if all(max(abs(a["at"][k] - b["at"][k]) for k in (0, 1)) >= a["r"] + b["r"] + 6
-               for a, b in combinations(things, 2)):
+            things.append(
+                {
+                    "shape": shape,
+                    "color": color,
+                    "size": size,
+                    "r": r,
+                    "at": (rng.uniform(r + 4, 220 - r), rng.uniform(r + 4, 220 - r)),
+                }
+            )
+        if all(
+            max(abs(a["at"][k] - b["at"][k]) for k in (0, 1)) >= a["r"] + b["r"] + 6
+            for a, b in combinations(things, 2)
+        ):
             return things, rng
 
 
@@ -90,14 +128,22 @@ def _single(things, rng, key):
 
 def _color(things, rng):
     if t := _single(things, rng, "shape"):
-        return (f"What color is the {t['shape']}?", t["color"],
-                f"{SHAPES[t['shape']][0]}是什么颜色？", COLORS[t["color"]][0])
+        return (
+            f"What color is the {t['shape']}?",
+            t["color"],
+            f"{SHAPES[t['shape']][0]}是什么颜色？",
+            COLORS[t["color"]][0],
+        )
 
 
 def _shape(things, rng):
     if t := _single(things, rng, "color"):
-        return (f"What shape is the {t['color']} object?", t["shape"],
-                f"{COLORS[t['color']][0]}的物体是什么形状？", SHAPES[t["shape"]][0])
+        return (
+            f"What shape is the {t['color']} object?",
+            t["shape"],
+            f"{COLORS[t['color']][0]}的物体是什么形状？",
+            SHAPES[t["shape"]][0],
+        )
 
 
 def _size(things, rng):
@@ -112,13 +158,25 @@ def _count(things, rng):
 def _count_shape(things, rng):
     shape = rng.choice(list(SHAPES))
     number = str(sum(t["shape"] == shape for t in things))
-    return f"How many {SHAPES[shape][1]} are there?", number, f"图中有几个{SHAPES[shape][0]}？", number
+    return (
+        f"How many {SHAPES[shape][1]} are there?",
+        number,
+        f"图中有几个{SHAPES[shape][0]}？",
+        number,
+    )
 
 
 def _exists(things, rng):
-    t = rng.choice([rng.choice(things), {"color": rng.choice(list(COLORS)), "shape": rng.choice(list(SHAPES))}])
+    t = rng.choice(
+        [rng.choice(things), {"color": rng.choice(list(COLORS)), "shape": rng.choice(list(SHAPES))}]
+    )
     there = any(_en(t) == _en(o) for o in things)
-    return f"Is there a {_en(t)}?", "yes" if there else "no", f"图中有{_zh(t)}吗？", "有" if there else "没有"
+    return (
+        f"Is there a {_en(t)}?",
+        "yes" if there else "no",
+        f"图中有{_zh(t)}吗？",
+        "有" if there else "没有",
+    )
 
 
 def _extreme(things, rng):
@@ -126,7 +184,12 @@ def _extreme(things, rng):
     chinese, axis, sign = PLACES[word]
     line = sorted(things, key=lambda t: sign * t["at"][axis])
     if len(line) > 1 and abs(line[1]["at"][axis] - line[0]["at"][axis]) >= APART:
-        return f"What is the {word} object?", _en(line[0]), f"最{chinese}的物体是什么？", _zh(line[0])
+        return (
+            f"What is the {word} object?",
+            _en(line[0]),
+            f"最{chinese}的物体是什么？",
+            _zh(line[0]),
+        )
 
 
 def _relation(things, rng):
@@ -136,11 +199,20 @@ def _relation(things, rng):
     if fit:
         a, b = rng.choice(fit)
         true = sign * a["at"][axis] < sign * b["at"][axis]
-        return (f"Is the {_en(a)} {side} the {_en(b)}?", "yes" if true else "no",
-                f"{_zh(a)}在{_zh(b)}的{chinese}吗？", "是" if true else "不是")
+        return (
+            f"Is the {_en(a)} {side} the {_en(b)}?",
+            "yes" if true else "no",
+            f"{_zh(a)}在{_zh(b)}的{chinese}吗？",
+            "是" if true else "不是",
+        )
 
 
 def _describe(things, rng):
     line = sorted(things, key=lambda t: t["at"][0])
     if all(b["at"][0] - a["at"][0] >= APART for a, b in zip(line, line[1:])):
-        return "Describe the picture.", ", ".join(map(_en, line)), "描述这张图片。", "、".join(map(_zh, line))
+        return (
+            "Describe the picture.",
+            ", ".join(map(_en, line)),
+            "描述这张图片。",
+            "、".join(map(_zh, line)),
+        )

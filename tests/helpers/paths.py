@@ -1,4 +1,5 @@
 """Where things lie: said here once for all tests."""
+
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]

@@ -2,6 +2,7 @@
 
 Nothing is shared with `models/` but the names and shapes of the weight table, which have a test of their own.
 """
+
 import json
 
 import numpy as np
@@ -12,46 +13,63 @@ from torch.nn import functional as F
 
 def random_checkpoint(directory, config, family, storage="one", seed=0):
     """config.json and every tensor of the family's table, N(0, 0.1), norms around 1. Returns {name: tensor}."""
-    generator, tensors = torch.Generator().manual_seed(seed), {}
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
     for weight in family(directory, config).weights():
         values = torch.randn(weight.shape, generator=generator) * 0.1
-        tensors[weight.source] = values + 1 if "norm" in weight.source and weight.source.endswith("weight") else values
+        tensors[weight.source] = (
+            values + 1 if "norm" in weight.source and weight.source.endswith("weight") else values
+        )
     (directory / "config.json").write_text(json.dumps(config))
     save(directory, tensors, storage)
     return tensors
 
 
 def save(directory, tensors, storage):
-    shards, suffix = (3 if "sharded" in storage else 1), ("bin" if "bin" in storage else "safetensors")
+    shards = 3 if "sharded" in storage else 1
+    suffix = "bin" if "bin" in storage else "safetensors"
     stem = "pytorch_model" if suffix == "bin" else "model"
-    files = [f"{stem}-{k + 1:05}-of-{shards:05}.{suffix}" if shards > 1 else f"{stem}.{suffix}" for k in range(shards)]
+    files = [
+        f"{stem}-{k + 1:05}-of-{shards:05}.{suffix}" if shards > 1 else f"{stem}.{suffix}"
+        for k in range(shards)
+    ]
     index = {name: files[i % shards] for i, name in enumerate(tensors)}
     for file in files:
         part = {name: tensor.clone() for name, tensor in tensors.items() if index[name] == file}
         torch.save(part, directory / file) if suffix == "bin" else save_file(part, directory / file)
     if shards > 1:
-        (directory / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+        (directory / f"{stem}.{suffix}.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": index})
+        )
 
 
 def chatglm_names(tensors, config):
     """-hf names -> `chatglm` names, qkv fused; `chatglm` tensors are returned as they are."""
     if config["model_type"] != "glm":
         return tensors
-    names = {"input_layernorm": "input_layernorm", "post_attention_layernorm": "post_attention_layernorm",
-             "self_attn.o_proj": "self_attention.dense", "mlp.gate_up_proj": "mlp.dense_h_to_4h",
-             "mlp.down_proj": "mlp.dense_4h_to_h"}
+    names = {
+        "input_layernorm": "input_layernorm",
+        "post_attention_layernorm": "post_attention_layernorm",
+        "self_attn.o_proj": "self_attention.dense",
+        "mlp.gate_up_proj": "mlp.dense_h_to_4h",
+        "mlp.down_proj": "mlp.dense_4h_to_h",
+    }
     embedding = tensors["model.embed_tokens.weight"]
-    out = {"transformer.embedding.word_embeddings.weight": embedding,
-           "transformer.output_layer.weight": tensors.get("lm_head.weight", embedding),
-           "transformer.encoder.final_layernorm.weight": tensors["model.norm.weight"]}
+    out = {
+        "transformer.embedding.word_embeddings.weight": embedding,
+        "transformer.output_layer.weight": tensors.get("lm_head.weight", embedding),
+        "transformer.encoder.final_layernorm.weight": tensors["model.norm.weight"],
+    }
     for i in range(config["num_hidden_layers"]):
-        theirs, ours = f"model.layers.{i}.", f"transformer.encoder.layers.{i}."
+        theirs = f"model.layers.{i}."
+        ours = f"transformer.encoder.layers.{i}."
         for hf, chatglm in names.items():
             out[f"{ours}{chatglm}.weight"] = tensors[f"{theirs}{hf}.weight"]
         for kind in ("weight", "bias"):
             if f"{theirs}self_attn.q_proj.{kind}" in tensors:
                 out[f"{ours}self_attention.query_key_value.{kind}"] = torch.cat(
-                    [tensors[f"{theirs}self_attn.{p}_proj.{kind}"] for p in "qkv"])
+                    [tensors[f"{theirs}self_attn.{p}_proj.{kind}"] for p in "qkv"]
+                )
     return out
 
 
@@ -60,9 +78,18 @@ def text_logits(tensors, config, sizes, x, positions):
     t = chatglm_names(tensors, config)
     hidden_from = torch.ones(len(x), len(x)).triu(1).bool()
     for i in range(sizes["layers"]):
-        get = {k.split(f"layers.{i}.")[1]: v for k, v in t.items() if f"encoder.layers.{i}." in k and "vision" not in k}
-        x = x + attention(rms(x, get["input_layernorm.weight"], sizes["eps"]), get, sizes, positions, hidden_from)
-        h = rms(x, get["post_attention_layernorm.weight"], sizes["eps"]) @ get["mlp.dense_h_to_4h.weight"].T
+        get = {
+            k.split(f"layers.{i}.")[1]: v
+            for k, v in t.items()
+            if f"encoder.layers.{i}." in k and "vision" not in k
+        }
+        x = x + attention(
+            rms(x, get["input_layernorm.weight"], sizes["eps"]), get, sizes, positions, hidden_from
+        )
+        h = (
+            rms(x, get["post_attention_layernorm.weight"], sizes["eps"])
+            @ get["mlp.dense_h_to_4h.weight"].T
+        )
         gate, up = h.chunk(2, -1)
         x = x + (F.silu(gate) * up) @ get["mlp.dense_4h_to_h.weight"].T
     x = rms(x, t["transformer.encoder.final_layernorm.weight"], sizes["eps"])
@@ -70,14 +97,23 @@ def text_logits(tensors, config, sizes, x, positions):
 
 
 def attention(x, get, s, positions, hidden_from):
-    qkv = F.linear(x, get["self_attention.query_key_value.weight"], get.get("self_attention.query_key_value.bias"))
-    q, k, v = qkv.split([s["heads"] * s["head_dim"], s["kv"] * s["head_dim"], s["kv"] * s["head_dim"]], -1)
+    qkv = F.linear(
+        x,
+        get["self_attention.query_key_value.weight"],
+        get.get("self_attention.query_key_value.bias"),
+    )
+    q, k, v = qkv.split(
+        [s["heads"] * s["head_dim"], s["kv"] * s["head_dim"], s["kv"] * s["head_dim"]], -1
+    )
     q, k, v = (part.view(len(x), -1, s["head_dim"]) for part in (q, k, v))
-    q, k = rotate(q, s, positions), rotate(k, s, positions)
+    q = rotate(q, s, positions)
+    k = rotate(k, s, positions)
     out = []
     for head in range(s["heads"]):
         group = head // (s["heads"] // s["kv"])
-        scores = (q[:, head] @ k[:, group].T / s["head_dim"] ** 0.5).masked_fill(hidden_from, -torch.inf)
+        scores = (q[:, head] @ k[:, group].T / s["head_dim"] ** 0.5).masked_fill(
+            hidden_from, -torch.inf
+        )
         out.append(scores.softmax(-1) @ v[:, group])
     return torch.cat(out, -1) @ get["self_attention.dense.weight"].T
 
@@ -85,7 +121,9 @@ def attention(x, get, s, positions, hidden_from):
 def rotate(x, s, positions):
     """Adjacent pairs of the first channels, as complex numbers."""
     rotary = s["rotary"]
-    angles = positions[:, None] / s["theta"] ** (torch.arange(0, rotary, 2, dtype=torch.float64) / rotary)
+    angles = positions[:, None] / s["theta"] ** (
+        torch.arange(0, rotary, 2, dtype=torch.float64) / rotary
+    )
     pairs = torch.view_as_complex(x[..., :rotary].double().reshape(*x.shape[:2], -1, 2))
     turned = pairs * torch.exp(1j * angles)[:, None]
     return torch.cat((torch.view_as_real(turned).flatten(2).float(), x[..., rotary:]), -1)
@@ -99,7 +137,8 @@ def picture_rows(tensors, config, pixels):
     """pixels float [1, 3, S, S], normalised -> [rows, hidden] as they are spliced in."""
     t = {k.removeprefix("transformer.vision."): v for k, v in tensors.items() if "vision" in k}
     c = config["vision_config"]
-    width, eps = c["hidden_size"], c["layer_norm_eps"]
+    width = c["hidden_size"]
+    eps = c["layer_norm_eps"]
 
     def layer(x, name):
         return F.linear(x, t[name + ".weight"], t.get(name + ".bias"))
@@ -107,18 +146,28 @@ def picture_rows(tensors, config, pixels):
     def norm(x, name, eps):
         return F.layer_norm(x, x.shape[-1:], t[name + ".weight"], t[name + ".bias"], eps)
 
-    x = F.conv2d(pixels, t["patch_embedding.proj.weight"], t["patch_embedding.proj.bias"], c["patch_size"])
+    x = F.conv2d(
+        pixels, t["patch_embedding.proj.weight"], t["patch_embedding.proj.bias"], c["patch_size"]
+    )
     x = torch.cat((t["patch_embedding.cls_embedding"], x[0].flatten(1).T))
     x = x + t["patch_embedding.position_embedding.weight"]
     for i in range(c["num_hidden_layers"]):
         name = f"transformer.layers.{i}."
-        q, k, v = layer(x, name + "attention.query_key_value").view(len(x), 3, c["num_heads"], -1).permute(1, 2, 0, 3)
+        q, k, v = (
+            layer(x, name + "attention.query_key_value")
+            .view(len(x), 3, c["num_heads"], -1)
+            .permute(1, 2, 0, 3)
+        )
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(0, 1).flatten(1)
         x = x + norm(layer(mixed, name + "attention.dense"), name + "input_layernorm", eps)
         inner = F.gelu(layer(x, name + "mlp.fc1"))
         x = x + norm(layer(inner, name + "mlp.fc2"), name + "post_attention_layernorm", eps)
     grid = int((len(x) - 1) ** 0.5)
-    x = F.conv2d(x[1:].T.view(1, width, grid, grid), t["conv.weight"], t["conv.bias"], 2)[0].flatten(1).T
+    x = (
+        F.conv2d(x[1:].T.view(1, width, grid, grid), t["conv.weight"], t["conv.bias"], 2)[0]
+        .flatten(1)
+        .T
+    )
     x = F.gelu(norm(layer(x, "linear_proj.linear_proj"), "linear_proj.norm1", 1e-5))
     gated = F.silu(layer(x, "linear_proj.gate_proj")) * layer(x, "linear_proj.dense_h_to_4h")
     x = layer(gated, "linear_proj.dense_4h_to_h")
@@ -126,18 +175,43 @@ def picture_rows(tensors, config, pixels):
 
 
 def chatglm_config(**changes) -> dict:
-    config = {"model_type": "chatglm", "architectures": ["ChatGLMModel"], "num_layers": 2, "hidden_size": 40,
-              "num_attention_heads": 4, "kv_channels": 8, "multi_query_attention": True, "multi_query_group_num": 2,
-              "ffn_hidden_size": 56, "padded_vocab_size": 90, "seq_length": 256, "rope_ratio": 500,
-              "add_qkv_bias": True, "layernorm_epsilon": 1.5625e-07, "eos_token_id": [1, 2],
-              "boi_token_id": 80, "eoi_token_id": 81}
+    config = {
+        "model_type": "chatglm",
+        "architectures": ["ChatGLMModel"],
+        "num_layers": 2,
+        "hidden_size": 40,
+        "num_attention_heads": 4,
+        "kv_channels": 8,
+        "multi_query_attention": True,
+        "multi_query_group_num": 2,
+        "ffn_hidden_size": 56,
+        "padded_vocab_size": 90,
+        "seq_length": 256,
+        "rope_ratio": 500,
+        "add_qkv_bias": True,
+        "layernorm_epsilon": 1.5625e-07,
+        "eos_token_id": [1, 2],
+        "boi_token_id": 80,
+        "eoi_token_id": 81,
+    }
     return {**config, **changes}
 
 
 def hf_config(**changes) -> dict:
-    config = {"model_type": "glm", "architectures": ["GlmForCausalLM"], "num_hidden_layers": 2, "hidden_size": 40,
-              "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 56,
-              "vocab_size": 90, "max_position_embeddings": 256, "rms_norm_eps": 1.5625e-07, "rope_theta": 5e6}
+    config = {
+        "model_type": "glm",
+        "architectures": ["GlmForCausalLM"],
+        "num_hidden_layers": 2,
+        "hidden_size": 40,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 56,
+        "vocab_size": 90,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1.5625e-07,
+        "rope_theta": 5e6,
+    }
     return {**config, **changes}
 
 
@@ -145,12 +219,24 @@ def sizes_of(config) -> dict:
     """What the specification says the fields mean, for `text_logits`."""
     if config["model_type"] == "glm":
         rope = {"partial_rotary_factor": 0.5, **config, **config.get("rope_parameters", {})}
-        return {"layers": config["num_hidden_layers"], "heads": config["num_attention_heads"],
-                "kv": config["num_key_value_heads"], "head_dim": config["head_dim"], "theta": rope["rope_theta"],
-                "rotary": int(config["head_dim"] * rope["partial_rotary_factor"]), "eps": config["rms_norm_eps"]}
-    return {"layers": config["num_layers"], "heads": config["num_attention_heads"], "head_dim": config["kv_channels"],
-            "kv": config["multi_query_group_num"], "rotary": config["kv_channels"] // 2,
-            "theta": 10000 * config["rope_ratio"], "eps": config["layernorm_epsilon"]}
+        return {
+            "layers": config["num_hidden_layers"],
+            "heads": config["num_attention_heads"],
+            "kv": config["num_key_value_heads"],
+            "head_dim": config["head_dim"],
+            "theta": rope["rope_theta"],
+            "rotary": int(config["head_dim"] * rope["partial_rotary_factor"]),
+            "eps": config["rms_norm_eps"],
+        }
+    return {
+        "layers": config["num_layers"],
+        "heads": config["num_attention_heads"],
+        "head_dim": config["kv_channels"],
+        "kv": config["multi_query_group_num"],
+        "rotary": config["kv_channels"] // 2,
+        "theta": 10000 * config["rope_ratio"],
+        "eps": config["layernorm_epsilon"],
+    }
 
 
 def rng_ids(count, vocabulary=80, seed=0):

@@ -5,6 +5,7 @@ that the options ask for (AIPP's arithmetic included), and the options in its me
 codes on stdout; wrong flag syntax on stderr. Written from the documentation of ATC, not from convert's tables.
 STAND_IN_ATC in the environment makes it misbehave (see `MISBEHAVE`).
 """
+
 import json
 import os
 import re
@@ -18,27 +19,61 @@ def words(text: str) -> list[str]:
 
 
 FAILED = 255
-PRECISION = words("force_fp16 force_fp32 cube_fp16in_fp32out allow_mix_precision allow_fp32_to_fp16 must_keep_origin_dtype "
-                  "allow_mix_precision_fp16 allow_mix_precision_bf16 allow_fp32_to_bf16")
+PRECISION = words(
+    "force_fp16 force_fp32 cube_fp16in_fp32out allow_mix_precision allow_fp32_to_fp16 must_keep_origin_dtype "
+    "allow_mix_precision_fp16 allow_mix_precision_bf16 allow_fp32_to_bf16"
+)
 PRECISION_2 = words("fp16 origin cube_fp16in_fp32out mixed_float16 mixed_bfloat16")
-PRECISION_2_NEW = ["cube_hif8", "mixed_hif8"]                               # 9.0
-CHIPS = words("310P1 310P2 310P3 310P4 310P5 310P7 310B1 310B2 310B3 310B4 910A 910B 910ProA 910ProB 910B1 910B2 910B2C 910B3 "
-              "910B4 910B4-1 910_9362 910_9372 910_9381 910_9382 910_9391 910_9392")
-CHOICES = {"framework": words("0 1 3 5"), "mode": words("0 1 3 5 6"), "log": words("debug info warning error null"),
-           "precision_mode": PRECISION, "input_format": words("NCHW ND NCDHW"), "external_weight": words("0 1"),
-           "buffer_optimize": words("l1_optimize l2_optimize off_optimize"), "deterministic": words("0 1"),
-           "op_select_implmode": words("high_precision high_performance high_precision_for_all high_performance_for_all"),
-           "output_type": words("FP32 FP16 UINT8 INT8"), "op_debug_level": words("0 1 2 3 4"),
-           "enable_small_channel": words("0 1"), "status_check": words("0 1")}
-FREE = words("model output soc_version input_shape dynamic_batch_size dynamic_image_size dynamic_dims input_shape_range "
-             "insert_op_conf input_fp16_nodes keep_dtype modify_mixlist op_precision_mode optypelist_for_implmode out_nodes "
-             "fusion_switch_file precision_mode_v2")
-NEW = {"jit_compile": words("0 1 2"), "oo_level": words("O1 O3"), "is_weight_clip": words("0 1")}    # 9.0
+PRECISION_2_NEW = ["cube_hif8", "mixed_hif8"]  # 9.0
+CHIPS = words(
+    "310P1 310P2 310P3 310P4 310P5 310P7 310B1 310B2 310B3 310B4 910A 910B 910ProA 910ProB 910B1 910B2 910B2C 910B3 "
+    "910B4 910B4-1 910_9362 910_9372 910_9381 910_9382 910_9391 910_9392"
+)
+CHOICES = {
+    "framework": words("0 1 3 5"),
+    "mode": words("0 1 3 5 6"),
+    "log": words("debug info warning error null"),
+    "precision_mode": PRECISION,
+    "input_format": words("NCHW ND NCDHW"),
+    "external_weight": words("0 1"),
+    "buffer_optimize": words("l1_optimize l2_optimize off_optimize"),
+    "deterministic": words("0 1"),
+    "op_select_implmode": words(
+        "high_precision high_performance high_precision_for_all high_performance_for_all"
+    ),
+    "output_type": words("FP32 FP16 UINT8 INT8"),
+    "op_debug_level": words("0 1 2 3 4"),
+    "enable_small_channel": words("0 1"),
+    "status_check": words("0 1"),
+}
+FREE = words(
+    "model output soc_version input_shape dynamic_batch_size dynamic_image_size dynamic_dims input_shape_range "
+    "insert_op_conf input_fp16_nodes keep_dtype modify_mixlist op_precision_mode optypelist_for_implmode out_nodes "
+    "fusion_switch_file precision_mode_v2"
+)
+NEW = {
+    "jit_compile": words("0 1 2"),
+    "oo_level": words("O1 O3"),
+    "is_weight_clip": words("0 1"),
+}  # 9.0
 GEARS = ("dynamic_batch_size", "dynamic_image_size", "dynamic_dims", "input_shape_range")
-AIPP_KEYS = re.compile(r"aipp_mode|related_input_rank|input_format|src_image_size_[wh]|crop|padding|csc_switch|"
-                       r"rbuv_swap_switch|mean_chn_[0-3]|min_chn_[0-3]|var_reci_chn_[0-3]")
-MISBEHAVE = {"killed", "wrapper killed", "silent", "no file", "suffix", "two files", "disk full", "no permission",
-             "library", "weights", "slow"}      # or an error code and its text
+AIPP_KEYS = re.compile(
+    r"aipp_mode|related_input_rank|input_format|src_image_size_[wh]|crop|padding|csc_switch|"
+    r"rbuv_swap_switch|mean_chn_[0-3]|min_chn_[0-3]|var_reci_chn_[0-3]"
+)
+MISBEHAVE = {
+    "killed",
+    "wrapper killed",
+    "silent",
+    "no file",
+    "suffix",
+    "two files",
+    "disk full",
+    "no permission",
+    "library",
+    "weights",
+    "slow",
+}  # or an error code and its text
 
 
 class Refused(Exception):
@@ -50,7 +85,8 @@ def refuse(code, text):
 
 
 def parse(arguments, version):
-    options, rest = {}, list(arguments)
+    options = {}
+    rest = list(arguments)
     known = {*CHOICES, *FREE, *(NEW if version >= 9 else ())}
     while rest:
         word = rest.pop(0)
@@ -73,20 +109,28 @@ def syntax(text):
 
 def check(options, version):
     for name in ("model", "output", "soc_version"):
-        options.get(name) or refuse("E10054", f"Parameter [{name}] is required and cannot be empty.")
+        options.get(name) or refuse(
+            "E10054", f"Parameter [{name}] is required and cannot be empty."
+        )
     "framework" in options or refuse("E10007", "Parameter [--framework] is required.")
     for name, value in options.items():
         allowed = CHOICES.get(name) or NEW.get(name) or [value]
-        value in allowed or refuse("E10001", f"Value [{value}] for parameter [--{name}] is invalid. Reason: not supported.")
+        value in allowed or refuse(
+            "E10001", f"Value [{value}] for parameter [--{name}] is invalid. Reason: not supported."
+        )
     check_precision(options, version)
     if options["soc_version"].removeprefix("Ascend") not in CHIPS:
-        refuse("E10001", f"Value [{options['soc_version']}] for parameter [--soc_version] is invalid.")
+        refuse(
+            "E10001", f"Value [{options['soc_version']}] for parameter [--soc_version] is invalid."
+        )
     for name in ("model", "insert_op_conf", "keep_dtype", "modify_mixlist", "op_precision_mode"):
         if name in options:
             path = Path(options[name]).resolve()
             path.is_file() or refuse("E10410", f"File [{path}] for [--{name}] does not exist.")
             check_path(path)
-    options["output"].endswith("/") and refuse("E10022", "Parameter [--output] is invalid, no file name.")
+    options["output"].endswith("/") and refuse(
+        "E10022", "Parameter [--output] is invalid, no file name."
+    )
     check_path(Path(options["output"]).resolve())
 
 
@@ -102,7 +146,9 @@ def check_precision(options, version):
     mode = options.get("precision_mode_v2", "fp16")
     if mode not in PRECISION_2 + (PRECISION_2_NEW if version >= 9 else []):
         refuse("E10001", f"Value [{mode}] for parameter [--precision_mode_v2] is invalid.")
-    mixed = mode.startswith("mixed_") or options.get("precision_mode", "").startswith("allow_mix_precision")
+    mixed = mode.startswith("mixed_") or options.get("precision_mode", "").startswith(
+        "allow_mix_precision"
+    )
     if "modify_mixlist" in options:
         mixed or refuse("E10001", "[--modify_mixlist] needs a mix precision mode.")
         lists = json.loads(Path(options["modify_mixlist"]).read_text())
@@ -116,6 +162,7 @@ def check_precision(options, version):
 
 def check_graph(options):
     import onnx
+
     path = Path(options["model"]).resolve()
     try:
         model = onnx.load(path, load_external_data=False)
@@ -127,12 +174,19 @@ def check_graph(options):
             refuse("E10410", f"File [{place['location']}] does not exist.")
     opset = [entry.version for entry in model.opset_import if entry.domain == ""][-1]
     if not 8 <= opset <= 18:
-        refuse("E16002", f"No parser is registered for Op [ai.onnx::{opset}::{model.graph.node[0].op_type}].")
+        refuse(
+            "E16002",
+            f"No parser is registered for Op [ai.onnx::{opset}::{model.graph.node[0].op_type}].",
+        )
     names = [value.name for value in model.graph.input]
     shapes = parse_shapes(options.get("input_shape", ""), names)
-    declared = {v.name: [d.dim_value or -1 for d in v.type.tensor_type.shape.dim] for v in model.graph.input}
+    declared = {
+        v.name: [d.dim_value or -1 for d in v.type.tensor_type.shape.dim] for v in model.graph.input
+    }
     for name, shape in shapes.items():
-        len(shape) == len(declared[name]) or refuse("E10049", f"Dim count of [{name}] does not match.")
+        len(shape) == len(declared[name]) or refuse(
+            "E10049", f"Dim count of [{name}] does not match."
+        )
         if any(a not in (-1, b) and b != -1 for a, b in zip(shape, declared[name])):
             refuse("E10050", f"Shape {shape} of [{name}] is out of the range {declared[name]}.")
     check_gears(options, shapes, declared)
@@ -166,7 +220,10 @@ def check_gears(options, shapes, declared):
         refuse("E10003", "the stand-in knows gears of the batch only")
     for name in free:
         if shapes[name][0] != -1 or -1 in shapes[name][1:] or declared[name][0] != -1:
-            refuse("E10018", f"Shape {shapes[name]} of [{name}]: only the first dim may be -1, and must be in the model.")
+            refuse(
+                "E10018",
+                f"Shape {shapes[name]} of [{name}]: only the first dim may be -1, and must be in the model.",
+            )
     sizes = options["dynamic_batch_size"].split(",")
     all(size.isdigit() for size in sizes) or refuse("E10033", "gears hold more than digits")
     len(sizes) < 2 and refuse("E10035", "At least 2 gears are needed.")
@@ -177,18 +234,28 @@ def check_gears(options, shapes, declared):
 
 def aipp_values(options):
     text = Path(options["insert_op_conf"]).read_text()
-    body = re.fullmatch(r"\s*aipp_op\s*\{(.*)\}\s*", text, re.DOTALL) or refuse("E10052", "AIPP config cannot be parsed.")
+    body = re.fullmatch(r"\s*aipp_op\s*\{(.*)\}\s*", text, re.DOTALL) or refuse(
+        "E10052", "AIPP config cannot be parsed."
+    )
     return dict(line.strip().split(": ") for line in body[1].strip().splitlines())
 
 
 def check_aipp(options, shapes):
-    options.get("input_format", "NCHW") == "NCHW" or refuse("E10001", "AIPP needs [--input_format] NCHW.")
-    "input_fp16_nodes" in options and refuse("E10034", "An AIPP input cannot be in [--input_fp16_nodes].")
+    options.get("input_format", "NCHW") == "NCHW" or refuse(
+        "E10001", "AIPP needs [--input_format] NCHW."
+    )
+    "input_fp16_nodes" in options and refuse(
+        "E10034", "An AIPP input cannot be in [--input_fp16_nodes]."
+    )
     "dynamic_dims" in options and refuse("E10001", "[--insert_op_conf] with [--dynamic_dims].")
     values = aipp_values(options)
     [shape] = shapes.values()
     wrong = [key for key in values if not AIPP_KEYS.fullmatch(key)]
-    wrong += [key for key in values if key.startswith("mean") and not re.fullmatch(r"\d{1,3}", values[key])]
+    wrong += [
+        key
+        for key in values
+        if key.startswith("mean") and not re.fullmatch(r"\d{1,3}", values[key])
+    ]
     if wrong or values["aipp_mode"] != "static" or "input_format" not in values:
         refuse("E10052", f"AIPP config is invalid: {wrong}")
     if shape[1:] != [3, int(values["src_image_size_h"]), int(values["src_image_size_w"])]:
@@ -199,20 +266,29 @@ def dress(model, options):
     """The .om's own input and output types around the ONNX graph."""
     import numpy as np
     from onnx import TensorProto, helper, numpy_helper
-    graph, picture, result = model.graph, model.graph.input[0], model.graph.output[0]
+
+    graph = model.graph
+    picture = model.graph.input[0]
+    result = model.graph.output[0]
     rename(graph, picture.name, "inner_input")
     rename(graph, result.name, "inner_output")
     if "insert_op_conf" in options:
         dims = picture.type.tensor_type.shape.dim
         batch = dims[0].dim_value or "batch"
-        picture.CopyFrom(helper.make_tensor_value_info(
-            picture.name, TensorProto.UINT8, [batch, dims[2].dim_value, dims[3].dim_value, 3]))
-        values, steps = aipp_values(options), [helper.make_node("Cast", [picture.name], ["aipp"], to=TensorProto.FLOAT)]
+        picture.CopyFrom(
+            helper.make_tensor_value_info(
+                picture.name, TensorProto.UINT8, [batch, dims[2].dim_value, dims[3].dim_value, 3]
+            )
+        )
+        values = aipp_values(options)
+        steps = [helper.make_node("Cast", [picture.name], ["aipp"], to=TensorProto.FLOAT)]
         for op, key in (("Sub", "mean_chn"), ("Sub", "min_chn"), ("Mul", "var_reci_chn")):
             table = [float(values[f"{key}_{c}"]) for c in range(3)]
             graph.initializer.append(numpy_helper.from_array(np.array(table, np.float32), key))
             steps.append(helper.make_node(op, [steps[-1].output[0], key], [f"aipp_{key}"]))
-        steps.append(helper.make_node("Transpose", [steps[-1].output[0]], ["inner_input"], perm=[0, 3, 1, 2]))
+        steps.append(
+            helper.make_node("Transpose", [steps[-1].output[0]], ["inner_input"], perm=[0, 3, 1, 2])
+        )
     else:
         half = "input_fp16_nodes" in options
         picture.type.tensor_type.elem_type = TensorProto.FLOAT16 if half else TensorProto.FLOAT
@@ -234,6 +310,7 @@ def rename(graph, old, new):
 
 def compile_(options, path, behaviour):
     import onnx
+
     if behaviour == "disk full":
         raise OSError(28, "No space left on device")
     if behaviour == "no permission":
@@ -244,7 +321,13 @@ def compile_(options, path, behaviour):
     onnx.helper.set_model_props(model, options)
     suffix = "_linux_x86_64" if behaviour == "suffix" else ""
     Path("fusion_result.json").write_text("{}")
-    for name in ([] if behaviour == "no file" else [suffix, "_linux_aarch64"] if behaviour == "two files" else [suffix]):
+    for name in (
+        []
+        if behaviour == "no file"
+        else [suffix, "_linux_aarch64"]
+        if behaviour == "two files"
+        else [suffix]
+    ):
         onnx.save(model, f"{options['output']}{name}.om")
     if behaviour == "weights" or options.get("external_weight") == "1":
         Path(options["output"]).parent.joinpath("weight").mkdir()
@@ -254,13 +337,17 @@ def compile_(options, path, behaviour):
 def misbehave(behaviour):
     if behaviour == "slow":
         import time
+
         time.sleep(60)
     if behaviour == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if behaviour == "wrapper killed":
         sys.exit(137)
     if behaviour == "library":
-        print("atc.bin: error while loading shared libraries: libascend_hal.so: cannot open", file=sys.stderr)
+        print(
+            "atc.bin: error while loading shared libraries: libascend_hal.so: cannot open",
+            file=sys.stderr,
+        )
         sys.exit(127)
     if re.match(r"[EWI][0-9A-Z]\d{4}", behaviour):
         refuse(*behaviour.split(" ", 1))

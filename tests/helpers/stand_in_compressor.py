@@ -1,5 +1,6 @@
 """A stand-in for `compress_excutor`, the program that msmodelslim builds against CANN: its arguments and its files, as the
 sources in msmodelslim's wheel read and write them. What it writes as the compressed weight is zlib's, not the NPU's."""
+
 import os
 import struct
 import sys
@@ -16,7 +17,9 @@ def main(arguments: list[str]) -> int:
     if os.environ.get("STAND_IN_COMPRESSOR") == "broken":
         print("GE initialize failed.", file=sys.stderr)
         return 255
-    if os.environ.get("STAND_IN_COMPRESSOR") == "silent":       # the real one returns 0 when its graph fails
+    if (
+        os.environ.get("STAND_IN_COMPRESSOR") == "silent"
+    ):  # the real one returns 0 when its graph fails
         return 0
     data = source.read_bytes()
     if len(data) != dim_k * dim_n * 16 * 32:

@@ -1,4 +1,5 @@
 """The comparison with other runtimes: ratios by their definition, and what a missing peer does to the page."""
+
 import importlib.util
 import json
 import sys
@@ -12,38 +13,65 @@ ROOT = paths.ROOT
 @pytest.fixture(scope="module")
 def bench():
     spec = importlib.util.spec_from_file_location("bench_peers", ROOT / "benchmarks/bench_peers.py")
-    module, before = importlib.util.module_from_spec(spec), list(sys.path)
+    module = importlib.util.module_from_spec(spec)
+    before = list(sys.path)
     spec.loader.exec_module(module)
     yield module
     sys.path[:] = before
 
 
 def run(name, batch=1, number=0, **figures):
-    return {"name": name, "round": number, "batch": batch, "version": name.split()[0] + " 1", **figures}
+    return {
+        "name": name,
+        "round": number,
+        "batch": batch,
+        "version": name.split()[0] + " 1",
+        **figures,
+    }
 
 
-RUNS = [run("transformers bfloat16", token_s=0.3, first_s=2.0), run("llamacpp f16", token_s=0.1, first_s=4.0),
-        *(run("ours bfloat16", number=i, token_s=t, first_s=1.0, roofline=0.8) for i, t in enumerate((0.1, 0.9, 0.08))),
-        run("openvino int8", token_s=0.05, first_s=1.5), run("llamacpp q8_0", error="failed: no such file"),
-        run("ours int8", token_s=0.04, first_s=1.0), run("ours int8, batch 8", batch=8, token_s=0.08, first_s=5.0)]
+RUNS = [
+    run("transformers bfloat16", token_s=0.3, first_s=2.0),
+    run("llamacpp f16", token_s=0.1, first_s=4.0),
+    *(
+        run("ours bfloat16", number=i, token_s=t, first_s=1.0, roofline=0.8)
+        for i, t in enumerate((0.1, 0.9, 0.08))
+    ),
+    run("openvino int8", token_s=0.05, first_s=1.5),
+    run("llamacpp q8_0", error="failed: no such file"),
+    run("ours int8", token_s=0.04, first_s=1.0),
+    run("ours int8, batch 8", batch=8, token_s=0.08, first_s=5.0),
+]
 
 
 def test_medians_and_targets(bench):
     rows = bench.table.medians(RUNS)
     assert rows["ours bfloat16"]["token_s"] == 0.1 and rows["ours bfloat16"]["rounds"] == 3
     assert rows["ours int8, batch 8"]["tokens_per_s"] == pytest.approx(100)
-    found = {row["target"]: row for row in bench.table.judged(bench.CASES["glm-edge-1.5b"].targets, rows)}
+    found = {
+        row["target"]: row for row in bench.table.judged(bench.CASES["glm-edge-1.5b"].targets, rows)
+    }
     values = [row["measured"] for row in found.values()]
     assert values == pytest.approx([3.0, 1.0, 1.25, None, 1.5, 0.8, None, 4.0])
-    assert [row["verdict"] for row in found.values()] == ["met", "not met", "met", "not measured", "met", "met",
-                                                          "not measured", "not met"]
+    assert [row["verdict"] for row in found.values()] == [
+        "met",
+        "not met",
+        "met",
+        "not measured",
+        "met",
+        "met",
+        "not measured",
+        "not met",
+    ]
     [int8] = [row for text, row in found.items() if text.startswith("decode int8 vs")]
     assert int8["without"] == ["llamacpp q8_0"]
 
 
 def test_targets_name_rows_that_are_measured(bench):
     for case in bench.CASES.values():
-        assert {name for target in case.targets for name in (target.ours, *target.peers)} <= {e.name for e in case.entries}
+        assert {name for target in case.targets for name in (target.ours, *target.peers)} <= {
+            e.name for e in case.entries
+        }
 
 
 def options(bench, work, *more):
@@ -61,7 +89,13 @@ def stand_in(bench, monkeypatch):
             return {}, None
         if entry.peer == "openvino":
             return {}, "failed (exit status 1): RuntimeError: no | such CPU"
-        return {"first_s": 1.0, "token_s": 0.05, "version": entry.peer, "settings": "", "peak_bytes": 1e9}, None
+        return {
+            "first_s": 1.0,
+            "token_s": 0.05,
+            "version": entry.peer,
+            "settings": "",
+            "peak_bytes": 1e9,
+        }, None
 
     class Probe:
         def __init__(self, *args):
@@ -69,12 +103,16 @@ def stand_in(bench, monkeypatch):
 
         def read(self):
             return 50e9
+
     monkeypatch.setattr(bench, "worker", worker)
     monkeypatch.setattr(bench, "Probe", Probe)
     monkeypatch.setattr(bench, "prepare", lambda case, work: {"work": str(work)})
     monkeypatch.setattr(bench, "streamed_bytes", lambda *args: 2e9)
-    monkeypatch.setattr(bench.environment, "ensure", lambda peer: "could not be installed: no cmake" * (peer == "llamacpp")
-                        or None)
+    monkeypatch.setattr(
+        bench.environment,
+        "ensure",
+        lambda peer: "could not be installed: no cmake" * (peer == "llamacpp") or None,
+    )
     return jobs
 
 
@@ -84,19 +122,26 @@ def test_peers_that_fail_are_named_and_the_others_go_on(bench, stand_in, tmp_pat
     assert page.strip() == (tmp_path / "peers.md").read_text().strip()
     assert "| llamacpp q4_0 | could not be installed: no cmake |" in page
     assert "| openvino int8 | failed (exit status 1): RuntimeError: no \\| such CPU |" in page
-    assert "| decode bf16 vs llama.cpp F16 | 1.05 | - | not measured (without llamacpp f16) |" in page
+    assert (
+        "| decode bf16 vs llama.cpp F16 | 1.05 | - | not measured (without llamacpp f16) |" in page
+    )
     found = json.loads((tmp_path / "peers.json").read_text())
-    assert found["rows"]["ours int8"]["roofline"] == pytest.approx(0.8) and found["rows"]["ours int8"]["rounds"] == 2
+    assert (
+        found["rows"]["ours int8"]["roofline"] == pytest.approx(0.8)
+        and found["rows"]["ours int8"]["rounds"] == 2
+    )
 
 
 def test_a_stopped_run_goes_on(bench, stand_in, tmp_path, monkeypatch):
-    working, seen = bench.worker, []
+    working = bench.worker
+    seen = []
 
     def interrupted(entry, job):
         seen.append(entry.name)
         if job["task"] == "run" and job["seed"] == 1:
             raise KeyboardInterrupt
         return working(entry, job)
+
     monkeypatch.setattr(bench, "worker", interrupted)
     with pytest.raises(KeyboardInterrupt):
         bench.main(options(bench, tmp_path, "--rounds", "2", "--only", "ours"))
@@ -105,7 +150,9 @@ def test_a_stopped_run_goes_on(bench, stand_in, tmp_path, monkeypatch):
     assert bench.main(options(bench, tmp_path, "--rounds", "2", "--only", "ours")) == 0
     assert {seed for _, task, seed in stand_in if task == "run"} == {1}
     stand_in.clear()
-    assert bench.main(options(bench, tmp_path, "--rounds", "1", "--only", "ours int8", "--fresh")) == 0
+    assert (
+        bench.main(options(bench, tmp_path, "--rounds", "1", "--only", "ours int8", "--fresh")) == 0
+    )
     assert [name for name, task, _ in stand_in if task == "run"] == ["ours int8"]
     missing = json.loads((tmp_path / "peers.json").read_text())["missing"]
     assert missing["ours bfloat16"] == "was not run" and "ours int8" not in missing
@@ -114,25 +161,56 @@ def test_a_stopped_run_goes_on(bench, stand_in, tmp_path, monkeypatch):
 def test_a_worker_that_dies_gives_its_last_words(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(bench.environment, "python_of", lambda peer: sys.executable)
     entry = bench.Entry("openvino", "int8")
-    job = {"task": "run", "work": str(tmp_path), "checkpoint": str(tmp_path / "none"), "threads": 1, "prompt": 4, "new": 2}
+    job = {
+        "task": "run",
+        "work": str(tmp_path),
+        "checkpoint": str(tmp_path / "none"),
+        "threads": 1,
+        "prompt": 4,
+        "new": 2,
+    }
     found, error = bench.worker(entry, job)
-    assert found == {} and "failed (exit status 1): ModuleNotFoundError: No module named 'openvino'" in error
+    assert (
+        found == {}
+        and "failed (exit status 1): ModuleNotFoundError: No module named 'openvino'" in error
+    )
 
 
 def test_our_own_worker_on_a_small_model(bench, tmp_path):
     from models.synthetic.write import write_checkpoint
-    write_checkpoint("glm-edge-1.5b-chat", tmp_path / "checkpoint", "tiny", report=lambda line: None)
+
+    write_checkpoint(
+        "glm-edge-1.5b-chat", tmp_path / "checkpoint", "tiny", report=lambda line: None
+    )
     entry = bench.Entry("ours", "int8", batch=2)
-    told = {"work": str(tmp_path), "checkpoint": str(tmp_path / "checkpoint"), "threads": 1, "prompt": 24, "new": 4}
+    told = {
+        "work": str(tmp_path),
+        "checkpoint": str(tmp_path / "checkpoint"),
+        "threads": 1,
+        "prompt": 24,
+        "new": 4,
+    }
     found, error = bench.worker(entry, told | {"task": "run"})
-    assert error is None and found["first_s"] > 0 and found["token_s"] > 0 and "int8" in found["settings"]
+    assert (
+        error is None
+        and found["first_s"] > 0
+        and found["token_s"] > 0
+        and "int8" in found["settings"]
+    )
     assert 50e6 < found["peak_bytes"] < 4e9
     assert {folder.name for folder in (tmp_path / "ours-int8").iterdir()} >= {"packed"}
 
 
 def test_the_plain_encoder_is_measured_without_the_engine(bench, tmp_path):
     from models.synthetic.write import write_checkpoint
+
     write_checkpoint("llava-1.5-7b", tmp_path / "checkpoint", "tiny", report=lambda line: None)
-    told = {"work": str(tmp_path), "checkpoint": str(tmp_path / "checkpoint"), "threads": 1, "repeats": 1, "task": "run"}
+    told = {
+        "work": str(tmp_path),
+        "checkpoint": str(tmp_path / "checkpoint"),
+        "threads": 1,
+        "repeats": 1,
+        "task": "run",
+    }
     found, error = bench.worker(bench.Entry("ours", "eager"), told)
     assert error is None and found["encode_s"] > 0

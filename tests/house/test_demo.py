@@ -1,4 +1,5 @@
 """The demo model really looks: scenes of another program (other_scenes.py), through the public API."""
+
 from collections import Counter
 
 import other_scenes
@@ -8,7 +9,8 @@ from PIL import Image
 
 from runtime import Engine
 
-SCENES, LEAST = 40, 0.95
+SCENES = 40
+LEAST = 0.95
 
 
 @pytest.fixture(scope="module")
@@ -18,14 +20,21 @@ def engine():
 
 @pytest.mark.parametrize("language, wrapper", [("en", "en"), ("en", "zh"), ("zh", "zh")])
 def test_exact_answers_about_unseen_scenes(engine, language, wrapper):
-    right, wrong = Counter(), []
+    right = Counter()
+    wrong = []
     for seed in range(SCENES):
         things, rng = other_scenes.scene(f"{language}{seed}")
         picture = Image.fromarray(other_scenes.draw(things, rng))
         turns = other_scenes.questions(things, rng)
-        for (_, asked, answer), text in zip(turns, answers(engine, [(picture, q[language]) for _, q, _ in turns], wrapper)):
+        for (_, asked, answer), text in zip(
+            turns, answers(engine, [(picture, q[language]) for _, q, _ in turns], wrapper)
+        ):
             right[text == answer[language]] += 1
-            wrong += [] if text == answer[language] else [(seed, asked[language], answer[language], text)]
+            wrong += (
+                []
+                if text == answer[language]
+                else [(seed, asked[language], answer[language], text)]
+            )
     assert right.total() > 6 * SCENES
     assert right[True] >= LEAST * right.total(), wrong
 
@@ -34,7 +43,10 @@ def test_the_same_question_on_a_changed_picture_changes_the_answer(engine):
     thing = {"shape": "circle", "size": "large", "r": 29, "at": (110.5, 97.25)}
     pictures = {}
     for color in other_scenes.COLORS:
-        things, rng = [{**thing, "color": color}], other_scenes.scene(7)[1]
+        things = [{**thing, "color": color}]
+        rng = other_scenes.scene(7)[1]
         pictures[color] = Image.fromarray(other_scenes.draw(things, rng))
-    texts = answers(engine, [(picture, "What color is the circle?") for picture in pictures.values()], "en")
+    texts = answers(
+        engine, [(picture, "What color is the circle?") for picture in pictures.values()], "en"
+    )
     assert dict(zip(pictures, texts)) == {color: color for color in pictures}

@@ -1,4 +1,5 @@
 """Chat templates: where they are found, and rendered text equal to what transformers renders."""
+
 import json
 
 import pytest
@@ -7,17 +8,19 @@ from models.errors import ModelError
 from models.prompt.chat_template import ChatTemplate, directory_template
 from models.prompt.messages import with_parts, with_text
 
-MESSAGES = [{"role": "user", "content": "a <b> & 'c'"}, {"role": "assistant", "content": "好"},
-            {"role": "user", "content": "d"}]
+MESSAGES = [
+    {"role": "user", "content": "a <b> & 'c'"},
+    {"role": "assistant", "content": "好"},
+    {"role": "user", "content": "d"},
+]
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "<天气>"}}]
-RENDERED = {        # template -> text, given MESSAGES
+RENDERED = {  # template -> text, given MESSAGES
     "{% if true %}\nx\n  {% endif %}\ny\n": "x\ny",
     "    {% for m in messages %}\n{{ m.role }}\n    {% endfor %}": "user\nassistant\nuser\n",
     "{%- for m in messages -%} {{ m['content'] }} {%- endfor -%}": "a <b> & 'c'好d",
     "{{ messages[0] | tojson }}": '{"role": "user", "content": "a <b> & \'c\'"}',
     "{{ messages[1] | tojson(indent=2) }}": '{\n  "role": "assistant",\n  "content": "好"\n}',
-    "{% for m in messages %}{% if loop.index == 2 %}{% continue %}{% endif %}{{ m.content }};{% endfor %}":
-        "a <b> & 'c';d;",
+    "{% for m in messages %}{% if loop.index == 2 %}{% continue %}{% endif %}{{ m.content }};{% endfor %}": "a <b> & 'c';d;",
     "{% for m in messages %}{{ m.role }}{% break %}{% endfor %}": "user",
     "{% generation %}\n{{ messages[1].content }}{% endgeneration %}!": "好!",
     "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}": "3",
@@ -36,24 +39,31 @@ def test_rendered_text(source, text):
 def test_transformers_renders_the_same(source):
     utils = pytest.importorskip("transformers.utils.chat_template_utils")
     tokens = {"bos_token": "<s>", "eos_token": "</s>"}
-    theirs, _ = utils.render_jinja_template([MESSAGES], chat_template=source, add_generation_prompt=True, **tokens)
+    theirs, _ = utils.render_jinja_template(
+        [MESSAGES], chat_template=source, add_generation_prompt=True, **tokens
+    )
     assert ChatTemplate(source, tokens).render(MESSAGES) == theirs[0]
 
 
 def test_tools_are_given_to_the_template_or_refused():
-    assert ChatTemplate("{{ tools[0].function | tojson }}").render(MESSAGES, TOOLS) == \
-        '{"name": "weather", "description": "<天气>"}'
+    assert (
+        ChatTemplate("{{ tools[0].function | tojson }}").render(MESSAGES, TOOLS)
+        == '{"name": "weather", "description": "<天气>"}'
+    )
     with pytest.raises(ModelError, match="no place for tools"):
         ChatTemplate("{{ messages }}").render(MESSAGES, TOOLS)
 
 
-@pytest.mark.parametrize("source, complaint", [
-    ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-    ("{{ messages.append(1) }}", "unsafe"),
-    ("{{ ''.__class__.__mro__ }}", "unsafe"),
-    ("{% for i in range(10000000) %}{% endfor %}", "too big"),
-    ("{{ messages + 'text' }}", "can only concatenate"),
-])
+@pytest.mark.parametrize(
+    "source, complaint",
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{% for i in range(10000000) %}{% endfor %}", "too big"),
+        ("{{ messages + 'text' }}", "can only concatenate"),
+    ],
+)
 def test_a_template_that_fails_is_one_sentence(source, complaint):
     with pytest.raises(ModelError, match=f"cannot render.*{complaint}"):
         ChatTemplate(source).render(MESSAGES)
@@ -69,33 +79,47 @@ def test_sources_in_order(tmp_path):
     settings = {"bos_token": {"content": "<s>"}, "chat_template": "config{{ bos_token }}"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     assert directory_template(tmp_path).render(MESSAGES) == "config<s>"
-    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "json{{ bos_token }}"}))
+    (tmp_path / "chat_template.json").write_text(
+        json.dumps({"chat_template": "json{{ bos_token }}"})
+    )
     assert directory_template(tmp_path).render(MESSAGES) == "json<s>"
     (tmp_path / "chat_template.jinja").write_text("jinja{{ bos_token }}\n")
     assert directory_template(tmp_path).render(MESSAGES) == "jinja<s>"
 
 
 def test_named_templates(tmp_path):
-    named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "with tools"}]
+    named = [
+        {"name": "default", "template": "plain"},
+        {"name": "tool_use", "template": "with tools"},
+    ]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
     assert directory_template(tmp_path).render(MESSAGES) == "plain"
     assert directory_template(tmp_path, tools=True).render(MESSAGES, TOOLS) == "with tools"
 
 
 def test_messages_become_parts_in_order():
-    content = [{"type": "text", "text": "a"}, {"type": "image", "image": "1.png"}, {"type": "text", "text": "b"}]
-    turns, pictures = with_parts([{"role": "system", "content": "s"}, {"role": "user", "content": content}])
+    content = [
+        {"type": "text", "text": "a"},
+        {"type": "image", "image": "1.png"},
+        {"type": "text", "text": "b"},
+    ]
+    turns, pictures = with_parts(
+        [{"role": "system", "content": "s"}, {"role": "user", "content": content}]
+    )
     assert pictures == ["1.png"] and with_text(turns)[1]["content"] == "ab"
     assert turns[0]["content"] == [{"type": "text", "text": "s"}]
     assert [part["type"] for part in turns[1]["content"]] == ["text", "image", "text"]
 
 
-@pytest.mark.parametrize("messages, complaint", [
-    ([], "does not end with a user message"),
-    ([{"role": "assistant", "content": "x"}], "does not end with a user message"),
-    ([{"role": "tool", "content": "x"}], "role 'tool' is not known"),
-    ([{"role": "user", "content": [{"type": "video"}]}], "part of type 'video' is not known"),
-])
+@pytest.mark.parametrize(
+    "messages, complaint",
+    [
+        ([], "does not end with a user message"),
+        ([{"role": "assistant", "content": "x"}], "does not end with a user message"),
+        ([{"role": "tool", "content": "x"}], "role 'tool' is not known"),
+        ([{"role": "user", "content": [{"type": "video"}]}], "part of type 'video' is not known"),
+    ],
+)
 def test_messages_no_chat_has(messages, complaint):
     with pytest.raises(ModelError, match=complaint):
         with_parts(messages)

@@ -1,4 +1,5 @@
 """Checkpoint reading: every format gives the same tensors, every problem is one complete message, memory stays low."""
+
 import json
 import shutil
 import subprocess
@@ -31,7 +32,9 @@ def halves(state):
 
 def shard(directory, state, suffix, save):
     """Two shards and their index, named as the releases name them."""
-    stem, parts = ("model", halves(state)) if suffix == "safetensors" else ("pytorch_model", halves(state))
+    stem, parts = (
+        ("model", halves(state)) if suffix == "safetensors" else ("pytorch_model", halves(state))
+    )
     files = [f"{stem}-{k:05}-of-00002.{suffix}" for k in (1, 2)]
     for file, part in zip(files, parts):
         save(part, directory / file)
@@ -49,11 +52,15 @@ def write_sat(state, directory):
 FORMS = {
     "safetensors": lambda s, d: save_file(s, d / "model.safetensors"),
     "sharded safetensors": lambda s, d: shard(d, s, "safetensors", save_file),
-    "shards without index": lambda s, d: (shard(d, s, "safetensors", save_file),
-                                          (d / "model.safetensors.index.json").unlink()),
+    "shards without index": lambda s, d: (
+        shard(d, s, "safetensors", save_file),
+        (d / "model.safetensors.index.json").unlink(),
+    ),
     "bin": lambda s, d: torch.save(s, d / "pytorch_model.bin"),
     "sharded bin": lambda s, d: shard(d, s, "bin", torch.save),
-    "old bin": lambda s, d: torch.save(s, d / "pytorch_model.bin", _use_new_zipfile_serialization=False),
+    "old bin": lambda s, d: torch.save(
+        s, d / "pytorch_model.bin", _use_new_zipfile_serialization=False
+    ),
     "sat": write_sat,
 }
 
@@ -70,7 +77,8 @@ def test_every_format_gives_the_same_tensors(form, state, tmp_path):
 
 
 def test_digest_sees_names_shapes_dtypes_and_bytes(state, tmp_path):
-    known, value = set(), state[EMBED]
+    known = set()
+    value = state[EMBED]
     for k, changed in enumerate((value, value.bfloat16(), value.t().contiguous(), value + 1)):
         (tmp_path / str(k)).mkdir()
         save_file({EMBED: changed}, tmp_path / str(k) / "model.safetensors")
@@ -85,7 +93,9 @@ def test_safetensors_win_over_bin(state, tmp_path):
 
 
 def test_bin_is_read_when_only_the_index_of_the_safetensors_came_along(state, tmp_path):
-    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00001.safetensors"}}')
+    (tmp_path / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "model-00001-of-00001.safetensors"}}'
+    )
     torch.save({"b": torch.ones(2)}, tmp_path / "pytorch_model.bin")
     assert Checkpoint(tmp_path).names == ["b"]
 
@@ -137,7 +147,9 @@ def test_truncated_old_bin(state, tmp_path):
 
 
 def test_git_lfs_pointer(tmp_path):
-    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    (tmp_path / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    )
     assert "Git LFS pointer" in refusal(tmp_path)
 
 
@@ -169,16 +181,19 @@ def test_the_same_name_in_two_files(tmp_path):
     assert "in b.safetensors and in another file" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("make, words", [
-    (lambda d: d.rmdir(), "does not exist"),
-    (lambda d: (d.rmdir(), d.write_text("x")), "is a file"),
-    (lambda d: None, "holds no weights"),
-    (lambda d: (d / "model.safetensors").mkdir(), "is a directory"),
-    (lambda d: (d / "model.safetensors").write_bytes(bytes(100)), "damaged header"),
-    (lambda d: (d / "model.safetensors.index.json").write_text("{"), "not valid JSON"),
-    (lambda d: (d / "model.safetensors.index.json").write_text("[]"), "no weight_map"),
-    (lambda d: (d / "latest").write_text("7"), "mp_rank_00_model_states.pt is missing"),
-])
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda d: d.rmdir(), "does not exist"),
+        (lambda d: (d.rmdir(), d.write_text("x")), "is a file"),
+        (lambda d: None, "holds no weights"),
+        (lambda d: (d / "model.safetensors").mkdir(), "is a directory"),
+        (lambda d: (d / "model.safetensors").write_bytes(bytes(100)), "damaged header"),
+        (lambda d: (d / "model.safetensors.index.json").write_text("{"), "not valid JSON"),
+        (lambda d: (d / "model.safetensors.index.json").write_text("[]"), "no weight_map"),
+        (lambda d: (d / "latest").write_text("7"), "mp_rank_00_model_states.pt is missing"),
+    ],
+)
 def test_unusable_directories(make, words, tmp_path):
     directory = tmp_path / "model"
     directory.mkdir()
@@ -190,13 +205,18 @@ def test_check_lists_everything_at_once(state, tmp_path):
     changed = {**state, "extra.bias": torch.ones(2), EMBED: state[EMBED][:-1].contiguous()}
     for layer in range(2):
         del changed[f"transformer.layers.{layer}.mlp.dense_4h_to_h.bias"]
-        del changed[f"transformer.layers.{layer}.attention.rotary_emb.inv_freq"]         # known and not needed
+        del changed[
+            f"transformer.layers.{layer}.attention.rotary_emb.inv_freq"
+        ]  # known and not needed
     save_file(changed, tmp_path / "model.safetensors")
     shutil.copy(GOLDEN / "config.json", tmp_path)
     with pytest.raises(ModelError) as caught:
         Checkpoint(tmp_path).check(family_of(tmp_path).weights())
     message = str(caught.value)
-    assert "2 tensors missing:" in message and "transformer.layers.*.mlp.dense_4h_to_h.bias (2x" in message
+    assert (
+        "2 tensors missing:" in message
+        and "transformer.layers.*.mlp.dense_4h_to_h.bias (2x" in message
+    )
     assert "1 tensor unknown:" in message and "extra.bias" in message
     assert "1 tensor of wrong shape:" in message and "[479, 64], expected [480, 64]" in message
     assert "inv_freq" not in message
@@ -217,33 +237,52 @@ def small(tmp_path):
 
 def test_assemble_joins_splits_and_transforms(small):
     state, checkpoint = small
-    table = [Weight(n, (4, 3), (Part("x.qkv", at=(4 * k, 12)), Part(f"y.{n}", take=(1, 3), transform=torch.t)))
-             for k, n in enumerate("qkv")] + [Weight("norm", (4, 3)), Weight("ids", (4,), (Part("x.ids"),)),
-                                             Weight("absent", (1,), (Part("x.absent"),), optional=True)]
+    table = [
+        Weight(
+            n,
+            (4, 3),
+            (Part("x.qkv", at=(4 * k, 12)), Part(f"y.{n}", take=(1, 3), transform=torch.t)),
+        )
+        for k, n in enumerate("qkv")
+    ] + [
+        Weight("norm", (4, 3)),
+        Weight("ids", (4,), (Part("x.ids"),)),
+        Weight("absent", (1,), (Part("x.absent"),), optional=True),
+    ]
     seen = []
-    got = dict(checkpoint.assemble(table, dtype=torch.bfloat16, progress=lambda *counts: seen.append(counts)))
+    got = dict(
+        checkpoint.assemble(
+            table, dtype=torch.bfloat16, progress=lambda *counts: seen.append(counts)
+        )
+    )
     assert sorted(got) == ["x.ids", "x.qkv", "y.k", "y.q", "y.v"]
     assert torch.equal(got["x.qkv"], torch.cat([state[n] for n in "qkv"]).bfloat16())
     assert torch.equal(got["y.k"], state["k"][1:3].t().bfloat16())
-    assert torch.equal(got["x.ids"], state["ids"])                     # integers keep their type
+    assert torch.equal(got["x.ids"], state["ids"])  # integers keep their type
     assert all(tensor.is_contiguous() for tensor in got.values())
     assert seen[-1] == (3 * 24 + 32, 3 * 24 + 32)
     assert sorted(dict(checkpoint.assemble(table, prefix="y."))) == ["y.k", "y.q", "y.v"]
 
 
 def test_assemble_refuses_half_a_target(small):
-    table = [Weight("q", (4, 3), (Part("x.qkv", at=(0, 8)),)),
-             Weight("absent", (4, 3), (Part("x.qkv", at=(4, 8)),), optional=True)]
+    table = [
+        Weight("q", (4, 3), (Part("x.qkv", at=(0, 8)),)),
+        Weight("absent", (4, 3), (Part("x.qkv", at=(4, 8)),), optional=True),
+    ]
     with pytest.raises(ModelError, match="only some pieces"):
         dict(small[1].assemble(table))
 
 
-@pytest.mark.parametrize("dtypes", [(torch.float16, torch.bfloat16), (torch.float32, torch.float16)])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float16, torch.bfloat16), (torch.float32, torch.float16)]
+)
 def test_conversion_rounds_once(dtypes, tmp_path):
     """Blocks through fp32 give what torch's own conversion gives, in matrices larger than one block too."""
     value = torch.randn(3000, 257, generator=torch.Generator().manual_seed(1)).to(dtypes[0])
     save_file({"a": value}, tmp_path / "model.safetensors")
-    got = dict(Checkpoint(tmp_path).assemble([Weight("a", (3000, 257), (Part("a"),))], dtype=dtypes[1]))
+    got = dict(
+        Checkpoint(tmp_path).assemble([Weight("a", (3000, 257), (Part("a"),))], dtype=dtypes[1])
+    )
     assert torch.equal(got["a"], value.to(dtypes[1]))
 
 
@@ -267,8 +306,12 @@ print(peak() - before, sum(t.nbytes for t in kept.values()))
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
 def test_peak_memory_is_targets_and_one_source(form, tmp_path):
     """Targets and file take 192 MB each; the file must never be resident as a whole, mapped or copied."""
-    FORMS[form]({f"layer{k}": torch.ones(2048, 4096, dtype=torch.float16) for k in range(12)}, tmp_path)
-    output = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, check=True)
+    FORMS[form](
+        {f"layer{k}": torch.ones(2048, 4096, dtype=torch.float16) for k in range(12)}, tmp_path
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, check=True
+    )
     extra, targets = map(int, output.stdout.split())
     assert targets == 192 << 20
     assert extra < 2 * targets

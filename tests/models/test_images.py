@@ -1,4 +1,5 @@
 """Pictures: the pixels of the original preprocessors, bit by bit, and a sentence for whatever is not a picture."""
+
 import io
 import struct
 import zlib
@@ -9,7 +10,15 @@ import pytest
 from PIL import Image
 
 from models.errors import ModelError
-from models.prompt.images import CLIP_MEAN, CLIP_STD, center_crop, denormalize, fit_pad, open_image, squash
+from models.prompt.images import (
+    CLIP_MEAN,
+    CLIP_STD,
+    center_crop,
+    denormalize,
+    fit_pad,
+    open_image,
+    squash,
+)
 
 GOLDEN = paths.GOLDEN
 HALF = (0.5, 0.5, 0.5)
@@ -23,17 +32,21 @@ def test_squash_is_the_pixels_of_visualglm():
     golden = np.load(GOLDEN / "visualglm" / "golden.npz")
     raw = squash(open_image(GOLDEN / "visualglm" / "image.png"), 224)
     assert raw.dtype == np.float32 and np.array_equal(raw, golden["nhwc_input"])
-    assert np.array_equal(denormalize(golden["pixel_values"], CLIP_MEAN, CLIP_STD, (1, 224, 224, 3)), raw)
+    assert np.array_equal(
+        denormalize(golden["pixel_values"], CLIP_MEAN, CLIP_STD, (1, 224, 224, 3)), raw
+    )
 
 
 @pytest.mark.parametrize("k, name", enumerate(["image_a.png", "image_b.png"]))
 def test_center_crop_is_the_pixels_of_llava(k, name):
-    golden = np.load(GOLDEN / "llava" / "golden_two_images.npz")["pixel_values"][k:k + 1]
+    golden = np.load(GOLDEN / "llava" / "golden_two_images.npz")["pixel_values"][k : k + 1]
     raw = center_crop(open_image(GOLDEN / "llava" / name), 56)
     assert np.abs(normalized(raw, CLIP_MEAN, CLIP_STD) - golden).max() < 1e-6
 
 
-@pytest.mark.parametrize("case, name", [("golden", "image_a.png"), ("golden_textfirst_smallimage", "image_b.png")])
+@pytest.mark.parametrize(
+    "case, name", [("golden", "image_a.png"), ("golden_textfirst_smallimage", "image_b.png")]
+)
 def test_fit_pad_is_the_pixels_of_glm_edge_v(case, name):
     golden = np.load(GOLDEN / "glm_edge_v" / f"{case}.npz")["pixel_values"].reshape(1, 3, 56, 56)
     raw = fit_pad(open_image(GOLDEN / "glm_edge_v" / name), 56)
@@ -73,7 +86,7 @@ def test_sixteen_bit_grey_and_animation():
 
 def test_camera_rotation_is_applied_unless_asked_not_to():
     exif = Image.Exif()
-    exif[0x0112] = 6        # the camera was turned: show it a quarter turn clockwise
+    exif[0x0112] = 6  # the camera was turned: show it a quarter turn clockwise
     photo = encoded(picture(), exif=exif)
     assert np.array_equal(open_image(photo), picture().transpose(Image.Transpose.ROTATE_270))
     assert np.array_equal(open_image(photo, upright=False), picture())
@@ -83,7 +96,12 @@ def test_camera_rotation_is_applied_unless_asked_not_to():
 @pytest.mark.parametrize("resize", [squash, center_crop, fit_pad])
 def test_odd_sizes_give_the_encoders_shape(resize, size):
     raw = resize(open_image(picture(size=size)), 28)
-    assert raw.shape == (1, 28, 28, 3) and raw.dtype == np.float32 and raw.min() >= 0 and raw.max() <= 255
+    assert (
+        raw.shape == (1, 28, 28, 3)
+        and raw.dtype == np.float32
+        and raw.min() >= 0
+        and raw.max() <= 255
+    )
 
 
 def test_too_narrow_to_crop():
@@ -93,30 +111,48 @@ def test_too_narrow_to_crop():
 
 def huge_png() -> bytes:
     """30000 x 30000 by its header; no pixel data worth the name."""
+
     def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
     header = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
 
 
-@pytest.mark.parametrize("source, words", [
-    ("/no/such/picture.png", "does not exist"),
-    (str(GOLDEN), "is a directory"),
-    (str(GOLDEN / "visualglm" / "config.json"), "is not a picture"),
-    (b"", "is not a picture"),
-    (b"hello", "is not a picture"),
-    (encoded(picture())[:300], "is damaged or truncated"),
-    (encoded(picture(), "JPEG")[:700], "is damaged or truncated"),
-    (huge_png(), "has 900,000,000 pixels, the limit is 178,956,970"),
-])
+@pytest.mark.parametrize(
+    "source, words",
+    [
+        ("/no/such/picture.png", "does not exist"),
+        (str(GOLDEN), "is a directory"),
+        (str(GOLDEN / "visualglm" / "config.json"), "is not a picture"),
+        (b"", "is not a picture"),
+        (b"hello", "is not a picture"),
+        (encoded(picture())[:300], "is damaged or truncated"),
+        (encoded(picture(), "JPEG")[:700], "is damaged or truncated"),
+        (huge_png(), "has 900,000,000 pixels, the limit is 178,956,970"),
+    ],
+)
 def test_what_is_no_usable_picture_gets_one_sentence(source, words):
     with pytest.raises(ModelError, match=words) as caught:
         open_image(source)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("pixels", [np.zeros((1, 3, 8, 9), np.float32), np.zeros((3, 8, 8), np.float32),
-                                    np.zeros((1, 3, 8, 8), np.uint8)])
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        np.zeros((1, 3, 8, 9), np.float32),
+        np.zeros((3, 8, 8), np.float32),
+        np.zeros((1, 3, 8, 8), np.uint8),
+    ],
+)
 def test_preprocessed_pixels_must_fit(pixels):
     with pytest.raises(ModelError, match="expected normalised float values"):
         denormalize(pixels, CLIP_MEAN, CLIP_STD, (1, 8, 8, 3))

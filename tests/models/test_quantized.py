@@ -3,6 +3,7 @@
 golden.npz of a case: ids; int8, the logits of integer arithmetic inside transformers' model in the files' dtype; float32,
 the same in float32; <layer>.in and <layer>.out of two layers. errors.json: the errors recorded when they were made.
 """
+
 import json
 import shutil
 from pathlib import Path
@@ -15,7 +16,14 @@ from safetensors.torch import load_file, save_file
 
 import runtime.engine.engine
 from models import family_of
-from models.checkpoint.quantized import KINDS, Quantized, find_description, float_scale, layer_of, stored_weights
+from models.checkpoint.quantized import (
+    KINDS,
+    Quantized,
+    find_description,
+    float_scale,
+    layer_of,
+    stored_weights,
+)
 from models.checkpoint.reader import Checkpoint
 from models.errors import ModelError
 from models.families.llava import _decoder as llama_decoder
@@ -31,20 +39,29 @@ from runtime.parallel.split import Split
 from runtime.vision.artifact import source_hash
 
 GOLDEN = paths.GOLDEN / "msmodelslim"
-CASES = ("glm_f16_w8a8", "glm_bf16_w8a8", "glm_f16_w8a8_m4", "glm_f16_w8a8s", "glm_f16_w8a8_dynamic",
-         "glm_f16_cli_v1_w8a8_static", "llama_f16_w8a8_m4")
+CASES = (
+    "glm_f16_w8a8",
+    "glm_bf16_w8a8",
+    "glm_f16_w8a8_m4",
+    "glm_f16_w8a8s",
+    "glm_f16_w8a8_dynamic",
+    "glm_f16_cli_v1_w8a8_static",
+    "llama_f16_w8a8_m4",
+)
 MATRICES = ("qkv.weight", "out.weight", "up.weight", "down.weight")
-SAME_ARITHMETIC = 1e-5          # float32 against float32: nothing is rounded to another step
+SAME_ARITHMETIC = 1e-5  # float32 against float32: nothing is rounded to another step
 
 
 class Llama(TemplatedFamily):
     """Plain LLaMA, which is no family of the product: LLaVA's language model alone."""
+
     name = "llama"
     stop_ids = ()
 
     def __init__(self, directory, config):
         super().__init__(directory, config)
-        self.decoder, self.tokenizer = llama_decoder(config), JsonText(Path(directory) / "tokenizer.json")
+        self.decoder = llama_decoder(config)
+        self.tokenizer = JsonText(Path(directory) / "tokenizer.json")
 
     def weights(self):
         return list(decoder_rows(self.decoder, "model.", "lm_head.weight"))
@@ -59,6 +76,7 @@ def plain_llama(monkeypatch):
         llama = Llama(directory, config)
         llama.rule = "a test says so"
         return llama
+
     monkeypatch.setattr(runtime.engine.engine, "family_of", family)
 
 
@@ -81,10 +99,16 @@ def relative(a, b):
 @pytest.fixture
 def copy(tmp_path):
     """A quantised directory that a test may change: copy(case) -> (folder, tensors, description)."""
+
     def make(case):
         folder = Path(shutil.copytree(GOLDEN / case, tmp_path / case))
         (file,) = folder.glob("*.safetensors")
-        return folder, load_file(file), json.loads((folder / "quant_model_description.json").read_text())
+        return (
+            folder,
+            load_file(file),
+            json.loads((folder / "quant_model_description.json").read_text()),
+        )
+
     return make
 
 
@@ -96,11 +120,15 @@ def rewrite(folder, tensors, description):
 
 # golden directories
 
+
 @pytest.mark.parametrize("ops", ["reference", "cpu"])
 @pytest.mark.parametrize("case", CASES)
 def test_logits_of_integer_arithmetic(case, ops):
     data = golden(case)
-    assert relative(prefill(open_engine(GOLDEN / case, ops=ops), data["ids"]), data["float32"]) < SAME_ARITHMETIC
+    assert (
+        relative(prefill(open_engine(GOLDEN / case, ops=ops), data["ids"]), data["float32"])
+        < SAME_ARITHMETIC
+    )
 
 
 @pytest.mark.parametrize("case", ["glm_f16_w8a8", "glm_f16_w8a8s", "glm_f16_w8a8_dynamic"])
@@ -108,7 +136,8 @@ def test_without_vnni(case, monkeypatch):
     """oneDNN's 16-bit sums saturate on such CPUs; torch._int_mm computes instead."""
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     monkeypatch.setattr(torch.ops.onednn, "qlinear_pointwise", None)
-    data, engine = golden(case), open_engine(GOLDEN / case, ops="cpu")
+    data = golden(case)
+    engine = open_engine(GOLDEN / case, ops="cpu")
     assert isinstance(engine._runner.decoder.layers[0].out, Quantized)
     assert relative(prefill(engine, data["ids"]), data["float32"]) < SAME_ARITHMETIC
 
@@ -116,7 +145,8 @@ def test_without_vnni(case, monkeypatch):
 @pytest.mark.parametrize("case", CASES)
 def test_recorded_logits_within_recorded_tolerance(case):
     """In the files' own dtype; half-precision rounding moves values to other steps, as it does inside msmodelslim."""
-    data, errors = golden(case), json.loads((GOLDEN / case / "errors.json").read_text())
+    data = golden(case)
+    errors = json.loads((GOLDEN / case / "errors.json").read_text())
     limit = errors.get("logits int8 vs fake", errors["logits int8 vs float"])
     dtype = "bfloat16" if "bf16" in case else "float16"
     found = prefill(open_engine(GOLDEN / case, ops="reference", dtype=dtype), data["ids"])
@@ -127,26 +157,39 @@ def test_recorded_logits_within_recorded_tolerance(case):
 @pytest.mark.parametrize("case", [case for case in CASES if "cli" not in case])
 def test_recorded_layer_outputs(case, ops):
     """Layers of the files before rows are permuted or joined, in the recorded dtype: the same values."""
-    data, tensors = golden(case), load_file(next((GOLDEN / case).glob("*.safetensors")))
-    kind, dtype = json.loads((GOLDEN / case / "errors.json").read_text())["kind"].upper(), tensors["lm_head.weight"].dtype
+    data = golden(case)
+    tensors = load_file(next((GOLDEN / case).glob("*.safetensors")))
+    kind = json.loads((GOLDEN / case / "errors.json").read_text())["kind"].upper()
+    dtype = tensors["lm_head.weight"].dtype
     for name in {key.rsplit(".", 1)[0] for key in data.files if key.endswith(".in")}:
         names = {tensor: f"{name}.{tensor}" for tensor in (*KINDS[kind].needed, "bias")}
-        layer = layer_of({0: (kind, {t: tensors[n] for t, n in names.items() if n in tensors})}, dtype)
+        layer = layer_of(
+            {0: (kind, {t: tensors[n] for t, n in names.items() if n in tensors})}, dtype
+        )
         if layer.static:
             assert isinstance(layer.input_offset, int)
-        found = ops.quantized_linear(torch.from_numpy(data[name + ".in"]).to(dtype), ops.pack_quantized(layer, dtype))
+        found = ops.quantized_linear(
+            torch.from_numpy(data[name + ".in"]).to(dtype), ops.pack_quantized(layer, dtype)
+        )
         expected = torch.from_numpy(data[name + ".out"]).to(dtype)
-        assert (found == expected).float().mean() > 0.999       # the last bit may differ: the sum's order
+        assert (
+            found == expected
+        ).float().mean() > 0.999  # the last bit may differ: the sum's order
         torch.testing.assert_close(found, expected)
 
 
 def test_the_fast_kernels_run():
     layers = open_engine(GOLDEN / "glm_f16_w8a8")._runner.decoder.layers
-    assert all(isinstance(getattr(layer, name), PackedInt8) for layer in layers for name in ("qkv", "out", "up", "down"))
+    assert all(
+        isinstance(getattr(layer, name), PackedInt8)
+        for layer in layers
+        for name in ("qkv", "out", "up", "down")
+    )
 
 
 def test_decoding_agrees_with_prefill():
-    engine, ids = open_engine(GOLDEN / "glm_f16_w8a8"), golden("glm_f16_w8a8")["ids"]
+    engine = open_engine(GOLDEN / "glm_f16_w8a8")
+    ids = golden("glm_f16_w8a8")["ids"]
     whole = prefill(engine, ids)
     step_by_step = engine.score(engine.prompt_from_ids(ids[:8]), [*ids[8:], 0])
     assert relative(step_by_step, whole[7:]) < 1e-5
@@ -154,7 +197,8 @@ def test_decoding_agrees_with_prefill():
 
 def test_memory_plan_counts_int8():
     family = family_of(GOLDEN / "glm_f16_w8a8")
-    d, plan = family.decoder, open_engine(GOLDEN / "glm_f16_w8a8").plan
+    d = family.decoder
+    plan = open_engine(GOLDEN / "glm_f16_w8a8").plan
     rows = (d.heads + 2 * d.kv_heads) * d.head_dim + d.hidden + 2 * d.ffn
     int8 = d.layers * (rows * d.hidden + d.hidden * d.ffn)
     floats = 4 * (2 * d.vocab_size * d.hidden + (2 * d.layers + 1) * d.hidden)
@@ -164,13 +208,15 @@ def test_memory_plan_counts_int8():
 
 # layouts
 
+
 def test_old_layout(copy):
     """The classic `safe_tensor` layout: description with the kind in its name, norms written twice."""
     folder, tensors, description = copy("glm_f16_w8a8_m4")
     for name in [name for name in tensors if "norm." in name]:
         layer, _, tensor = name.rpartition(".")
         twin = f"{layer}.module.{tensor}"
-        tensors[twin], description[twin] = tensors[name].clone(), "W8A8"
+        tensors[twin] = tensors[name].clone()
+        description[twin] = "W8A8"
     rewrite(folder, tensors, {k: v for k, v in description.items() if k != "version"})
     (folder / "quant_model_description.json").rename(folder / "quant_model_description_w8a8.json")
     data = golden("glm_f16_w8a8_m4")
@@ -180,7 +226,9 @@ def test_old_layout(copy):
 def test_w8a16(copy):
     """Weight-only: the float model on dequantised weights."""
     folder, tensors, description = copy("glm_f16_w8a8_dynamic")
-    rewrite(folder, tensors, {k: "W8A16" if v == "W8A8_DYNAMIC" else v for k, v in description.items()})
+    rewrite(
+        folder, tensors, {k: "W8A16" if v == "W8A8_DYNAMIC" else v for k, v in description.items()}
+    )
     ids = golden("glm_f16_w8a8_dynamic")["ids"]
     found = prefill(open_engine(folder), ids)
     assert relative(found, prefill(open_engine(folder, ops="reference"), ids)) < 1e-5
@@ -191,7 +239,9 @@ def test_layers_of_different_kinds_in_one_projection(copy):
     """q float, k dynamic, v static: three pieces of one fused layer, each by its own rule."""
     folder, tensors, description = copy("glm_f16_w8a8")
     q, k = (f"model.layers.0.self_attn.{n}_proj." for n in "qk")
-    tensors[q + "weight"] = load_file(GOLDEN / "float" / "glm_f16" / "model.safetensors")[q + "weight"]
+    tensors[q + "weight"] = load_file(GOLDEN / "float" / "glm_f16" / "model.safetensors")[
+        q + "weight"
+    ]
     description[q + "weight"] = "FLOAT"
     for name in KINDS["W8A8"].needed[1:] + KINDS["W8A8"].unused:
         del tensors[q + name], description[q + name]
@@ -199,7 +249,8 @@ def test_layers_of_different_kinds_in_one_projection(copy):
         del tensors[k + name], description[k + name]
     description |= {k + name: "W8A8_DYNAMIC" for name in KINDS["W8A8_DYNAMIC"].needed}
     rewrite(folder, tensors, description)
-    engine, exact = open_engine(folder), open_engine(folder, ops="reference")
+    engine = open_engine(folder)
+    exact = open_engine(folder, ops="reference")
     parts = engine._runner.decoder.layers[0].qkv.parts
     assert [type(part) for part in parts] == [Linear, PackedInt8, PackedInt8]
     ids = golden("glm_f16_w8a8")["ids"]
@@ -209,8 +260,14 @@ def test_layers_of_different_kinds_in_one_projection(copy):
 
 def test_pieces_join_only_if_equal():
     def piece(scale, kind="W8A8"):
-        return kind, {"weight": torch.ones(2, 4, dtype=torch.int8), "deq_scale": torch.ones(2), "quant_bias":
-                      torch.zeros(2, dtype=torch.int32), "input_scale": torch.tensor([scale]), "input_offset": torch.zeros(1)}
+        return kind, {
+            "weight": torch.ones(2, 4, dtype=torch.int8),
+            "deq_scale": torch.ones(2),
+            "quant_bias": torch.zeros(2, dtype=torch.int32),
+            "input_scale": torch.tensor([scale]),
+            "input_offset": torch.zeros(1),
+        }
+
     joined = layer_of({2: piece(0.5), 0: piece(0.5)}, torch.float32)
     assert isinstance(joined, Quantized) and joined.weight.shape == (4, 4) and len(joined.bias) == 4
     assert isinstance(layer_of({0: piece(0.5), 2: piece(0.25)}, torch.float32), Stacked)
@@ -226,23 +283,45 @@ def test_scales_stored_as_int64():
 def weight_only(family, folder):
     """Two folders: the golden checkpoint of `family` with random int8 layers as W8A16, and those layers dequantised."""
     source = paths.GOLDEN / family
-    table, checkpoint = family_of(source).weights(), Checkpoint(source)
-    layers = {w.source[:-7] for w in table if w.parts and w.parts[0].target.startswith("layers.")
-              and w.parts[0].target.endswith(MATRICES)}
-    plain, quantised = {}, {}
+    table = family_of(source).weights()
+    checkpoint = Checkpoint(source)
+    layers = {
+        w.source[:-7]
+        for w in table
+        if w.parts
+        and w.parts[0].target.startswith("layers.")
+        and w.parts[0].target.endswith(MATRICES)
+    }
+    plain = {}
+    quantised = {}
     for name in checkpoint.names:
-        tensor, layer = checkpoint.tensor(name), name.removesuffix(".weight")
+        tensor = checkpoint.tensor(name)
+        layer = name.removesuffix(".weight")
         if layer not in layers:
             plain[name] = quantised[name] = tensor
             continue
         scale = tensor.float().abs().amax(1, keepdim=True) / 127
         values = (tensor.float() / scale).round()
-        plain[name], quantised[name] = values * scale, values.to(torch.int8)
-        quantised |= {layer + ".weight_scale": scale, layer + ".weight_offset": torch.zeros_like(scale)}
-    kinds = {n: "W8A16" if n.rpartition(".")[0] in layers and not n.endswith("bias") else "FLOAT" for n in quantised}
+        plain[name] = values * scale
+        quantised[name] = values.to(torch.int8)
+        quantised |= {
+            layer + ".weight_scale": scale,
+            layer + ".weight_offset": torch.zeros_like(scale),
+        }
+    kinds = {
+        n: "W8A16" if n.rpartition(".")[0] in layers and not n.endswith("bias") else "FLOAT"
+        for n in quantised
+    }
     for which, tensors in (("plain", plain), ("quantised", quantised)):
-        shutil.copytree(source, folder / which, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin*", "hf", "sharded"))
-        save_file({name: t.contiguous() for name, t in tensors.items()}, folder / which / "model.safetensors")
+        shutil.copytree(
+            source,
+            folder / which,
+            ignore=shutil.ignore_patterns("*.safetensors*", "*.bin*", "hf", "sharded"),
+        )
+        save_file(
+            {name: t.contiguous() for name, t in tensors.items()},
+            folder / which / "model.safetensors",
+        )
     description = {"model_quant_type": "W8A16", **kinds}
     (folder / "quantised" / "quant_model_description.json").write_text(json.dumps(description))
     return folder / "plain", folder / "quantised"
@@ -256,7 +335,9 @@ def test_every_family_s_rows_are_permuted_with_their_scales(family, tmp_path):
         layer = found[name.removesuffix(".weight")]
         torch.testing.assert_close(layer.weight * layer.scale[:, None], expected[name])
         bias = expected.get(name.removesuffix("weight") + "bias")
-        assert (bias is None) == (layer.bias is None) and (bias is None or torch.equal(bias.float(), layer.bias))
+        assert (bias is None) == (layer.bias is None) and (
+            bias is None or torch.equal(bias.float(), layer.bias)
+        )
 
 
 def test_pictures(tmp_path):
@@ -267,21 +348,29 @@ def test_pictures(tmp_path):
     Checkpoint(quantised).check(stored_weights(families[1]))
     picture = {"type": "image", "image": paths.GOLDEN / "visualglm" / "image.png"}
     chat = [{"role": "user", "content": [picture, {"type": "text", "text": "描述这张图片。"}]}]
-    logits = [(e := open_engine(folder, vision="torch")).prefill_logits(e.prompt(chat)) for folder in (plain, quantised)]
+    logits = [
+        (e := open_engine(folder, vision="torch")).prefill_logits(e.prompt(chat))
+        for folder in (plain, quantised)
+    ]
     assert relative(*logits) < 1e-4
 
 
 def weights_of(directory):
     family = family_of(directory)
-    return decoder_weights(Checkpoint(directory), family, torch.float32, "cpu", ReferenceOps(), Split(family.decoder))
+    return decoder_weights(
+        Checkpoint(directory), family, torch.float32, "cpu", ReferenceOps(), Split(family.decoder)
+    )
 
 
 # directories that do not fit together
 
+
 def test_compressed_weights_are_refused(copy):
     folder, tensors, description = copy("glm_f16_w8a8s")
     rewrite(folder, tensors, {k: "W8A8SC" if v == "W8A8S" else v for k, v in description.items()})
-    with pytest.raises(ModelError, match="kind W8A8SC, .* only the NPU's own kernel can decompress it"):
+    with pytest.raises(
+        ModelError, match="kind W8A8SC, .* only the NPU's own kernel can decompress it"
+    ):
         open_engine(folder)
 
 
@@ -289,7 +378,9 @@ def test_description_and_weights_from_different_runs(copy):
     folder, tensors, description = copy("glm_f16_w8a8")
     del description["model.norm.weight"]
     rewrite(folder, tensors, description)
-    with pytest.raises(ModelError, match="1 tensors stored but not described, e.g. model.norm.weight"):
+    with pytest.raises(
+        ModelError, match="1 tensors stored but not described, e.g. model.norm.weight"
+    ):
         open_engine(folder)
 
 
@@ -297,7 +388,9 @@ def test_missing_tensor_of_a_layer(copy):
     folder, tensors, description = copy("glm_f16_w8a8")
     del tensors["model.layers.1.self_attn.o_proj.quant_bias"]
     rewrite(folder, tensors, description)
-    with pytest.raises(ModelError, match="missing:\n    model.layers.1.self_attn.o_proj.quant_bias"):
+    with pytest.raises(
+        ModelError, match="missing:\n    model.layers.1.self_attn.o_proj.quant_bias"
+    ):
         open_engine(folder)
 
 

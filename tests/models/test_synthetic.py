@@ -1,4 +1,5 @@
 """Synthetic checkpoints: released names and shapes, the same bytes after any interruption, a tokenizer that works."""
+
 import gzip
 import json
 import subprocess
@@ -22,7 +23,7 @@ from models.synthetic.tokenizer_files import ice_text
 from models.synthetic.write import write_checkpoint
 
 GOLDEN = paths.GOLDEN
-PARAMETERS = 7_802_193_408      # of the release; its 28 rotary tables of 32 frequencies come on top
+PARAMETERS = 7_802_193_408  # of the release; its 28 rotary tables of 32 frequencies come on top
 
 
 @pytest.fixture
@@ -46,7 +47,8 @@ def test_full_size_names_and_shapes_are_the_releases(tmp_path):
 
 def test_tiny_checkpoint_is_whole(tmp_path, small_shards):
     files = write(tmp_path)
-    family, checkpoint = family_of(tmp_path), Checkpoint(tmp_path)
+    family = family_of(tmp_path)
+    checkpoint = Checkpoint(tmp_path)
     checkpoint.check(family.weights())
     assert len(checkpoint.files) > 2 and checkpoint.dtype("lm_head.weight") == torch.float16
     index = json.loads(files["model.safetensors.index.json"])
@@ -66,8 +68,14 @@ def test_tiny_prompt_ids_are_inside_the_vocabulary(tmp_path):
 def test_values_are_sensible(tmp_path):
     write(tmp_path)
     checkpoint = Checkpoint(tmp_path)
-    matrix, norm, bias = (checkpoint.tensor(name).float() for name in (
-        "lm_head.weight", "transformer.final_layernorm.weight", "transformer.final_layernorm.bias"))
+    matrix, norm, bias = (
+        checkpoint.tensor(name).float()
+        for name in (
+            "lm_head.weight",
+            "transformer.final_layernorm.weight",
+            "transformer.final_layernorm.bias",
+        )
+    )
     assert abs(matrix.mean()) < 1e-3 and abs(matrix.std() - 0.02) < 1e-3
     assert abs(norm.mean() - 1) < 0.02 and abs(bias.mean()) < 0.02
 
@@ -81,7 +89,9 @@ def test_a_large_tensor_does_not_repeat_its_rows(monkeypatch):
 
 
 def test_seed_and_name_decide_the_bytes(tmp_path):
-    first, again, other = (write(tmp_path / name, seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    first, again, other = (
+        write(tmp_path / name, seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
     assert first == again and first["config.json"] == other["config.json"]
     name = "model-00001-of-00001.safetensors"
     assert first[name] != other[name]
@@ -97,6 +107,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path, small_shards):
     def stop(done, total):
         if done > total / 2:
             raise Killed
+
     with pytest.raises(Killed):
         write(tmp_path / "resumed", progress=stop)
     left = {file.name for file in (tmp_path / "resumed").iterdir()}
@@ -118,7 +129,7 @@ def test_killed_process_leaves_nothing_that_looks_whole(tmp_path, small_shards):
         from models.synthetic.__main__ import main
         s.SHARD_BYTES, blocks = {writing.SHARD_BYTES}, s._tensor_blocks
         s._tensor_blocks = lambda *a: (time.sleep(0.05), *blocks(*a))[1:]
-        main(["--like", "visualglm-6b", "--scale", "tiny", "--out", {str(tmp_path / 'a')!r}])"""
+        main(["--like", "visualglm-6b", "--scale", "tiny", "--out", {str(tmp_path / "a")!r}])"""
     process = subprocess.Popen([sys.executable, "-c", slowly], stdout=subprocess.DEVNULL)
     deadline = time.time() + 300
     while not list(tmp_path.glob("a/model-00002*")) and time.time() < deadline:
@@ -148,16 +159,32 @@ def test_refusals(tmp_path, monkeypatch):
 
 def test_command_says_mistakes_in_a_line(tmp_path, capsys):
     (tmp_path / "x").write_text("")
-    assert synthetic.main(["--like", "visualglm-6b", "--scale", "tiny", "--out", str(tmp_path / "x")]) == 2
+    assert (
+        synthetic.main(["--like", "visualglm-6b", "--scale", "tiny", "--out", str(tmp_path / "x")])
+        == 2
+    )
     assert capsys.readouterr().err == f"error: {tmp_path / 'x'} is a file; choose another --out\n"
 
 
 def test_ice_text_has_the_released_layout():
     import sentencepiece
+
     pieces = sentencepiece.SentencePieceProcessor(model_proto=ice_text(base_pieces=130000))
     assert pieces.get_piece_size() == 130344
-    released = {"<unk>": 0, "<pad>": 3, "<n>": 4, "[MASK]": 130000, "[gMASK]": 130001, "<sop>": 130004, "<eop>": 130005,
-                "<|tab|>": 130008, "<|blank_2|>": 130009, "<|blank_80|>": 130087, "<0x00>": 130088, "<0xFF>": 130343}
+    released = {
+        "<unk>": 0,
+        "<pad>": 3,
+        "<n>": 4,
+        "[MASK]": 130000,
+        "[gMASK]": 130001,
+        "<sop>": 130004,
+        "<eop>": 130005,
+        "<|tab|>": 130008,
+        "<|blank_2|>": 130009,
+        "<|blank_80|>": 130087,
+        "<0x00>": 130088,
+        "<0xFF>": 130343,
+    }
     assert {piece: pieces.piece_to_id(piece) for piece in released} == released
     for text in ("描述这张图片。", "Hello, wide world 123", "ё 😀"):
         assert pieces.decode(pieces.encode(text)) == text

@@ -4,6 +4,7 @@ The real wheel's C++ runs: argument checks, output shapes, storage formats, acln
 computes, so that only the log is tested. launches_<chip>.txt holds the expected launches of every released decoder at
 full size; UPDATE=1 in the environment writes them anew.
 """
+
 import json
 import os
 import re
@@ -25,20 +26,31 @@ from runtime.ops import choose
 from runtime.parallel.team import Team, _leave
 
 ROOT = Path(__file__).resolve().parents[2]
-CHIP, LOG = os.environ["STUB_SOC"], Path(os.environ["STUB_LOG"])
+CHIP = os.environ["STUB_SOC"]
+LOG = Path(os.environ["STUB_LOG"])
 EXPECTED = Path(__file__).with_name(f"launches_{CHIP}.txt")
-DECODERS = ("visualglm-6b", "glm-4-9b-chat", "glm-edge-1.5b-chat", "glm-edge-4b-chat", "llava-1.5-7b")
-PREFIX_LM = ("visualglm-6b",)                           # whose prompts begin with a context that sees itself both ways
+DECODERS = (
+    "visualglm-6b",
+    "glm-4-9b-chat",
+    "glm-edge-1.5b-chat",
+    "glm-edge-4b-chat",
+    "llava-1.5-7b",
+)
+PREFIX_LM = ("visualglm-6b",)  # whose prompts begin with a context that sees itself both ways
 TINY = ("visualglm", "glm4", "glm4v", "glm_edge", "glm_edge_v", "llava")
-LIMITS = {"visualglm-6b": 13, "glm-4-9b-chat": 12}      # launches per layer and decoded token on 910B
+LIMITS = {"visualglm-6b": 13, "glm-4-9b-chat": 12}  # launches per layer and decoded token on 910B
 MARK = "-- layer"
-NZ, BLOCK, WIDTH = 29, 128, 2                           # tokens per block, blocks per sequence
+NZ, BLOCK, WIDTH = 29, 128, 2  # tokens per block, blocks per sequence
 
 
 # steps: name -> (query lengths, lengths in the cache, causal)
-STEPS = {"context of 5 tokens": ([5], [5], False), "prompt of 5 tokens": ([5], [5], True),
-         "extension by 3 tokens": ([3], [8], True), "token of 1 sequence": ([1], [6], True),
-         "token of 3 sequences": ([1, 1, 1], [6, 130, 1], True)}
+STEPS = {
+    "context of 5 tokens": ([5], [5], False),
+    "prompt of 5 tokens": ([5], [5], True),
+    "extension by 3 tokens": ([3], [8], True),
+    "token of 1 sequence": ([1], [6], True),
+    "token of 3 sequences": ([1, 1, 1], [6, 130, 1], True),
+}
 
 
 class Launches:
@@ -54,7 +66,12 @@ class Launches:
 def _short(line: str) -> str:
     """` [1,64:1:2]aclnnMm` -> `Mm`; tensors in NZ format and in host memory are counted behind the name."""
     formats = re.findall(r"\[[\d,]*:\d+:(\d+)(:host)?\]", line)
-    name = re.sub(r"\[[^]]*\]", "", line).replace("atb infer::", "atb ").replace("Param in", "").replace(" out", "")
+    name = (
+        re.sub(r"\[[^]]*\]", "", line)
+        .replace("atb infer::", "atb ")
+        .replace("Param in", "")
+        .replace(" out", "")
+    )
     notes = {"NZ": sum(f == str(NZ) for f, _ in formats), "host": sum(bool(h) for _, h in formats)}
     text = ", ".join(f"{count} {note}" for note, count in notes.items() if count)
     return " ".join(name.replace("aclnn", "").split()) + (f" ({text})" if text else "")
@@ -72,15 +89,21 @@ def launches():
 
 # full size, empty weights: memory that is never touched costs nothing
 
+
 def full_size(name: str, folder: Path, ops) -> Decoder:
     (folder / "config.json").write_text((ROOT / "models" / "released" / f"{name}.json").read_text())
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config.get("config", config)))
-    family, memory = family_of(folder), {}
+    family = family_of(folder)
+    memory = {}
     targets = {part.target for weight in family.weights() for part in weight.parts}
     c = family.decoder
-    rows = {"qkv": (c.heads + 2 * c.kv_heads) * c.head_dim, "up": c.ffn * (1 + (c.activation == "swiglu")),
-            "embed": c.vocab_size, "lm_head": c.vocab_size}
+    rows = {
+        "qkv": (c.heads + 2 * c.kv_heads) * c.head_dim,
+        "up": c.ffn * (1 + (c.activation == "swiglu")),
+        "embed": c.vocab_size,
+        "lm_head": c.vocab_size,
+    }
     columns = {"out": c.heads * c.head_dim, "down": c.ffn}
 
     def empty(target):
@@ -101,17 +124,23 @@ def full_size(name: str, folder: Path, ops) -> Decoder:
 
 def run_step(decoder, q_lens, kv_lens, causal, launches) -> list[str]:
     """Names of all launches of one step, a mark before each layer's attention."""
-    c, batch, tokens = decoder.config, len(q_lens), sum(q_lens)
+    c = decoder.config
+    batch = len(q_lens)
+    tokens = sum(q_lens)
     cache = KVCache(c, batch * WIDTH, BLOCK, torch.float16, "npu:0", decoder.ops)
     table = torch.arange(batch * WIDTH, dtype=torch.int32).view(batch, WIDTH)
     turn = torch.zeros(tokens, c.head_dim, dtype=torch.float16)
-    step = decoder.ops.begin(Step(turn, turn, torch.arange(tokens), table, q_lens, kv_lens, causal), c, "npu:0")
-    plain, ids = decoder._attention, torch.zeros(tokens, dtype=torch.int64, device="npu:0")
+    step = decoder.ops.begin(
+        Step(turn, turn, torch.arange(tokens), table, q_lens, kv_lens, causal), c, "npu:0"
+    )
+    plain = decoder._attention
+    ids = torch.zeros(tokens, dtype=torch.int64, device="npu:0")
 
     def marked(*arguments):
         with LOG.open("a") as log:
             log.write(MARK + "\n")
         return plain(*arguments)
+
     decoder._attention = marked
     launches.clear()
     decoder.logits(decoder.forward(decoder.embed(ids), step, cache))
@@ -123,28 +152,38 @@ def parts(names: list[str], layers: int) -> tuple[list[str], list[str], list[str
     """Launches before the layers, of each layer (all alike, from its attention to the next norm), and after them."""
     groups = [list(group) for mark, group in groupby(names, MARK.__eq__) if not mark]
     before, *repeated = groups
-    layer, last = repeated[0], repeated[-1]
-    assert len(repeated) == layers and all(group == layer for group in repeated[:-1]) and last[:len(layer)] == layer
-    return before, layer, last[len(layer):]
+    layer = repeated[0]
+    last = repeated[-1]
+    assert (
+        len(repeated) == layers
+        and all(group == layer for group in repeated[:-1])
+        and last[: len(layer)] == layer
+    )
+    return before, layer, last[len(layer) :]
 
 
 def describe(name, step, before, layer, after, layers) -> str:
     total = len(before) + layers * len(layer) + len(after)
     lists = zip(("before", "layer ", "after "), (before, layer, after))
-    return f"{name}, {step}: {len(before)} + {layers} x {len(layer)} + {len(after)} = {total}\n" + "".join(
-        f"  {label}  {', '.join(names)}\n" for label, names in lists)
+    return (
+        f"{name}, {step}: {len(before)} + {layers} x {len(layer)} + {len(after)} = {total}\n"
+        + "".join(f"  {label}  {', '.join(names)}\n" for label, names in lists)
+    )
 
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_launches_at_full_size(name, tmp_path, ops, launches):
-    decoder, text = full_size(name, tmp_path, ops), ""
+    decoder = full_size(name, tmp_path, ops)
+    text = ""
     with torch.inference_mode():
         for lengths in STEPS.values():
-            run_step(decoder, *lengths, launches)       # masks are made at first use
+            run_step(decoder, *lengths, launches)  # masks are made at first use
         for step, (q_lens, kv_lens, causal) in STEPS.items():
             if not causal and name not in PREFIX_LM:
                 continue
-            before, layer, after = parts(run_step(decoder, q_lens, kv_lens, causal, launches), decoder.config.layers)
+            before, layer, after = parts(
+                run_step(decoder, q_lens, kv_lens, causal, launches), decoder.config.layers
+            )
             text += describe(name, step, before, layer, after, decoder.config.layers) + "\n"
             assert not any("aclop" in launch for launch in before + layer + after)
             if CHIP.startswith("Ascend910B") and step.startswith("token"):
@@ -164,15 +203,22 @@ def assert_expected(name: str, text: str):
 
 # whole engines on the tiny checkpoints
 
+
 @pytest.mark.parametrize("name", TINY)
 def test_engine_prefills_decodes_and_replays(name, launches):
     golden = ROOT / "tests" / "golden"
-    engine = Engine(golden / name, device="npu:0", vision="torch", max_model_len=256, dtype="float16")
+    engine = Engine(
+        golden / name, device="npu:0", vision="torch", max_model_len=256, dtype="float16"
+    )
     picture = [{"type": "image", "image": golden / "visualglm" / "image.png"}]
     content = (picture if engine.family.vision else []) + [{"type": "text", "text": "hello"}]
     prompt = engine.prompt([{"role": "user", "content": content}])
-    assert engine.prefill_logits(prompt).shape == (len(prompt.ids), engine.family.decoder.vocab_size)
-    runner, layers = engine._runner, engine.family.decoder.layers
+    assert engine.prefill_logits(prompt).shape == (
+        len(prompt.ids),
+        engine.family.decoder.vocab_size,
+    )
+    runner = engine._runner
+    layers = engine.family.decoder.layers
     sequences = [Sequence(prompt, engine._cache.allocate(len(prompt.ids) + 4)) for _ in range(3)]
     for sequence in sequences:
         runner.prefill(sequence, engine._rows(prompt))
@@ -180,7 +226,10 @@ def test_engine_prefills_decodes_and_replays(name, launches):
     runner.decode(sequences, [1, 2, 3])
     updates = layers if CHIP.startswith("Ascend910B") else 0
     replayed = launches.names()
-    assert replayed[0] == "graph replay" and sum("FusedInfer" in launch for launch in replayed) == updates
+    assert (
+        replayed[0] == "graph replay"
+        and sum("FusedInfer" in launch for launch in replayed) == updates
+    )
     runner.graphs = None
     launches.clear()
     runner.decode(sequences, [1, 2, 3])
@@ -189,6 +238,7 @@ def test_engine_prefills_decodes_and_replays(name, launches):
 
 def test_storage_formats(tmp_path, ops):
     import torch_npu
+
     decoder = full_size("glm-4-9b-chat", tmp_path, ops)
     cache = KVCache(decoder.config, 2, BLOCK, torch.float16, "npu:0", ops)
     tensors = [decoder.layers[0].qkv.weight, decoder.lm_head.weight, *cache.layers[0]]
@@ -223,9 +273,10 @@ def test_collectives_are_all_that_the_launches_gain(tmp_path, ops, launches, tea
 
 def test_collectives_inside_recorded_graphs(tmp_path, ops, launches, team):
     decoder = full_size("glm-4-9b-chat", tmp_path, ops)
-    cache, ops.team = KVCache(decoder.config, 3, BLOCK, torch.float16, "npu:0", ops), team
+    cache = KVCache(decoder.config, 3, BLOCK, torch.float16, "npu:0", ops)
+    ops.team = team
     graphs = DecodeGraphs(decoder, cache, WIDTH, "npu:0")
     launches.clear()
     graphs.record()
-    passes = 2 * len(BATCH_SIZES)                       # warm-up and recording
+    passes = 2 * len(BATCH_SIZES)  # warm-up and recording
     assert launches.names().count("hccl AllReduce") == passes * 2 * decoder.config.layers

@@ -6,6 +6,7 @@ that a wrong keyword or type in our calls is refused by torch's dispatcher; the 
 contiguity, and compute. `FakeGraph` stands in for NPUGraph: it records operator calls and replays them on the same
 tensors.
 """
+
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -19,7 +20,7 @@ from runtime.ops.reference import ReferenceOps, _attend
 
 PLAIN = ReferenceOps()
 NZ = 29
-QINT8 = 12          # torch's number of the dtype
+QINT8 = 12  # torch's number of the dtype
 _libraries = {}
 
 
@@ -38,6 +39,7 @@ def declare():
 
 
 # npu::
+
 
 def format_cast(x, acl_format, *, customize_dtype=None, input_dtype=None):
     assert acl_format == NZ and x.is_contiguous()
@@ -59,54 +61,143 @@ def gelu(x, *, approximate="none"):
 
 def apply_rotary_pos_emb(query, key, cos, sin, layout="BSND", rotary_mode="half"):
     """In place, whatever the schema says."""
-    assert layout == "BSND" and rotary_mode == "half" and query.is_contiguous() and key.is_contiguous()
-    assert query.shape[:2] == key.shape[:2] == cos.shape[:2] == sin.shape[:2] and cos.shape[2] == sin.shape[2] == 1
+    assert (
+        layout == "BSND" and rotary_mode == "half" and query.is_contiguous() and key.is_contiguous()
+    )
+    assert (
+        query.shape[:2] == key.shape[:2] == cos.shape[:2] == sin.shape[:2]
+        and cos.shape[2] == sin.shape[2] == 1
+    )
     for x, turned in zip((query, key), PLAIN.rope(query[0], key[0], cos[0, :, 0], sin[0, :, 0])):
         x[0] = turned
     return query, key
 
 
-def scatter_pa_kv_cache(key, value, key_cache, value_cache, slot_mapping, *, compress_lens=None,
-                        compress_seq_offsets=None, seq_lens=None, cache_mode="PA_NZ"):
-    assert cache_mode == "Norm" and key_cache.dim() == 4 and key.is_contiguous() and value.is_contiguous()
+def scatter_pa_kv_cache(
+    key,
+    value,
+    key_cache,
+    value_cache,
+    slot_mapping,
+    *,
+    compress_lens=None,
+    compress_seq_offsets=None,
+    seq_lens=None,
+    cache_mode="PA_NZ",
+):
+    assert (
+        cache_mode == "Norm"
+        and key_cache.dim() == 4
+        and key.is_contiguous()
+        and value.is_contiguous()
+    )
     _check_slots(slot_mapping, key)
     PLAIN.cache_write(key, value, key_cache, value_cache, slot_mapping.long())
 
 
-def fused_infer(query, key, value, *, atten_mask=None, actual_seq_lengths=None, actual_seq_lengths_kv=None,
-                block_table=None, num_heads=1, scale=1.0, input_layout="BSH", num_key_value_heads=0, sparse_mode=0,
-                block_size=0, **unused):
+def fused_infer(
+    query,
+    key,
+    value,
+    *,
+    atten_mask=None,
+    actual_seq_lengths=None,
+    actual_seq_lengths_kv=None,
+    block_table=None,
+    num_heads=1,
+    scale=1.0,
+    input_layout="BSH",
+    num_key_value_heads=0,
+    sparse_mode=0,
+    block_size=0,
+    **unused,
+):
     """Paged, packed queries; running sums of the query lengths, plain lengths of the cached sequences."""
-    assert input_layout == "TND" and sparse_mode == 3 and query.is_contiguous() and not any(unused.values())
+    assert (
+        input_layout == "TND"
+        and sparse_mode == 3
+        and query.is_contiguous()
+        and not any(unused.values())
+    )
     _check_mask(atten_mask, torch.int8, 1)
     assert block_table.dtype == torch.int32 and key.shape[1] == block_size
     assert actual_seq_lengths[-1] == len(query) and num_heads == query.shape[1]
     _check_scale(scale, query)
     key, value = (t.unflatten(2, (num_key_value_heads, -1)) for t in (key, value))
     q_lens = [end - start for start, end in zip([0, *actual_seq_lengths], actual_seq_lengths)]
-    return _paged_attention(query, key, value, block_table, q_lens, actual_seq_lengths_kv), query.new_zeros(0)
+    return _paged_attention(
+        query, key, value, block_table, q_lens, actual_seq_lengths_kv
+    ), query.new_zeros(0)
 
 
-def fusion_attention(query, key, value, head_num, input_layout, pse=None, padding_mask=None, atten_mask=None, scale=1.0,
-                     keep_prob=1.0, pre_tockens=0, next_tockens=0, inner_precise=0, prefix=None, actual_seq_qlen=None,
-                     actual_seq_kvlen=None, sparse_mode=0, *unused):
+def fusion_attention(
+    query,
+    key,
+    value,
+    head_num,
+    input_layout,
+    pse=None,
+    padding_mask=None,
+    atten_mask=None,
+    scale=1.0,
+    keep_prob=1.0,
+    pre_tockens=0,
+    next_tockens=0,
+    inner_precise=0,
+    prefix=None,
+    actual_seq_qlen=None,
+    actual_seq_kvlen=None,
+    sparse_mode=0,
+    *unused,
+):
     """Packed, no mask: every token sees its whole sequence."""
-    assert input_layout == "TND" and atten_mask is None and sparse_mode == 0 and head_num == query.shape[1]
+    assert (
+        input_layout == "TND"
+        and atten_mask is None
+        and sparse_mode == 0
+        and head_num == query.shape[1]
+    )
     assert actual_seq_qlen == actual_seq_kvlen and actual_seq_qlen[-1] == len(query)
     _check_scale(scale, query)
     lens = [end - start for start, end in zip([0, *actual_seq_qlen], actual_seq_qlen)]
     nothing = query.new_zeros(0)
-    return _packed_attention(query, key, value, lens, causal=False), nothing, nothing, nothing, 0, 0, 0
+    return (
+        _packed_attention(query, key, value, lens, causal=False),
+        nothing,
+        nothing,
+        nothing,
+        0,
+        0,
+        0,
+    )
 
 
 def quantize(input, scales, zero_points, dtype, axis=1, div_mode=True):
     """x * scale + offset per channel, in float32."""
-    assert dtype == QINT8 and axis == -1 and not div_mode and scales.dtype == zero_points.dtype == input.dtype != torch.float32
+    assert (
+        dtype == QINT8
+        and axis == -1
+        and not div_mode
+        and scales.dtype == zero_points.dtype == input.dtype != torch.float32
+    )
     assert scales.shape == zero_points.shape == input.shape[-1:]
-    return (input.float() * scales.float() + zero_points.float()).round().clamp(-128, 127).to(torch.int8)
+    return (
+        (input.float() * scales.float() + zero_points.float())
+        .round()
+        .clamp(-128, 127)
+        .to(torch.int8)
+    )
 
 
-def dynamic_quant(input, *, smooth_scales=None, group_index=None, dst_type=None, quant_mode="pertoken", dst_type_max=0.0):
+def dynamic_quant(
+    input,
+    *,
+    smooth_scales=None,
+    group_index=None,
+    dst_type=None,
+    quant_mode="pertoken",
+    dst_type_max=0.0,
+):
     assert input.dtype in (torch.float16, torch.bfloat16) and quant_mode == "pertoken"
     scale = input.float().abs().amax(-1) / 127
     return (input.float() / scale[:, None]).round().clamp(-128, 127).to(torch.int8), scale
@@ -117,22 +208,47 @@ def trans_quant_param(scale, offset=None, round_mode=0):
     return scale.view(torch.int32).to(torch.int64)
 
 
-def quant_matmul(x1, x2, scale, *, offset=None, pertoken_scale=None, bias=None, output_dtype=None, **unused):
+def quant_matmul(
+    x1, x2, scale, *, offset=None, pertoken_scale=None, bias=None, output_dtype=None, **unused
+):
     """x1 [T, k], x2 [k, n]; int64 scales hold float32 bits, which bfloat16 results and token scales do not take."""
-    assert x1.dtype == x2.dtype == torch.int8 and max(x2.shape) < 65536 and not any(unused.values()) and offset is None
+    assert (
+        x1.dtype == x2.dtype == torch.int8
+        and max(x2.shape) < 65536
+        and not any(unused.values())
+        and offset is None
+    )
     total = x1.double() @ x2.double()
     if pertoken_scale is not None:
-        assert scale.dtype == pertoken_scale.dtype == torch.float32 and bias is None and len(pertoken_scale) == len(x1)
+        assert (
+            scale.dtype == pertoken_scale.dtype == torch.float32
+            and bias is None
+            and len(pertoken_scale) == len(x1)
+        )
         return (total.float() * pertoken_scale[:, None] * scale).to(dtype_of(output_dtype))
     assert bias.dtype == torch.int32 and bias.shape == scale.shape == x2.shape[1:]
-    assert scale.dtype == torch.int64 if dtype_of(output_dtype) == torch.float16 else scale.dtype == torch.float32
+    assert (
+        scale.dtype == torch.int64
+        if dtype_of(output_dtype) == torch.float16
+        else scale.dtype == torch.float32
+    )
     scale = scale.to(torch.int32).view(torch.float32) if scale.dtype == torch.int64 else scale
     return ((total + bias).float() * scale).to(dtype_of(output_dtype))
 
 
-def weight_quant_batchmatmul(x, weight, antiquant_scale, antiquant_offset=None, quant_scale=None, quant_offset=None,
-                             bias=None, **unused):
-    assert weight.dtype == torch.int8 and antiquant_scale.dtype == x.dtype and antiquant_offset is None
+def weight_quant_batchmatmul(
+    x,
+    weight,
+    antiquant_scale,
+    antiquant_offset=None,
+    quant_scale=None,
+    quant_offset=None,
+    bias=None,
+    **unused,
+):
+    assert (
+        weight.dtype == torch.int8 and antiquant_scale.dtype == x.dtype and antiquant_offset is None
+    )
     return torch.nn.functional.linear(x, (weight * antiquant_scale).t(), bias)
 
 
@@ -143,16 +259,20 @@ def dtype_of(number):
 
 # atb::
 
+
 def reshape_and_cache(key, value, key_cache, value_cache, slot_indices):
     assert key.is_contiguous() and value.is_contiguous()
     _check_slots(slot_indices, key)
     for rows, cache in ((key, key_cache), (value, value_cache)):
         assert cache.shape[3] == 16 and cache.shape[1] * 16 == rows[0].numel()
-        blocks, offsets = slot_indices.long() // cache.shape[2], slot_indices.long() % cache.shape[2]
+        blocks = slot_indices.long() // cache.shape[2]
+        offsets = slot_indices.long() % cache.shape[2]
         cache[blocks, :, offsets] = rows.reshape(len(rows), -1, 16)
 
 
-def flash_attention(query, key, value, mask, seq_len, scale_value, num_heads, num_kv_heads, *, mask_type=3, out):
+def flash_attention(
+    query, key, value, mask, seq_len, scale_value, num_heads, num_kv_heads, *, mask_type=3, out
+):
     assert mask_type == 3 and mask.shape == (1, 128, 2048, 16)
     _check_mask(mask[0].transpose(0, 1).flatten(1), torch.float16, float("-inf"))
     _flash(query, key, value, seq_len, scale_value, num_heads, num_kv_heads, out, causal=True)
@@ -162,23 +282,52 @@ def flash_attention_unpad(query, key, value, seq_len, scale_value, num_heads, nu
     _flash(query, key, value, seq_len, scale_value, num_heads, num_kv_heads, out, causal=False)
 
 
-def splitfuse(query, key_cache, value_cache, block_table, context_lens, mask, seq_len, num_kv_heads, num_heads,
-              scale_value, *, mask_type=5, out):
+def splitfuse(
+    query,
+    key_cache,
+    value_cache,
+    block_table,
+    context_lens,
+    mask,
+    seq_len,
+    num_kv_heads,
+    num_heads,
+    scale_value,
+    *,
+    mask_type=5,
+    out,
+):
     assert mask_type == 5
     _check_mask(mask, torch.float16, -1e4)
     _check_paged(query, block_table, context_lens, scale_value, num_heads)
     keys, values = (_tokens_first(cache, num_kv_heads) for cache in (key_cache, value_cache))
-    out.copy_(_paged_attention(query, keys, values, block_table, seq_len.tolist(), context_lens.tolist()))
+    out.copy_(
+        _paged_attention(query, keys, values, block_table, seq_len.tolist(), context_lens.tolist())
+    )
 
 
-def paged_attention(query, key_cache, value_cache, num_kv_heads, num_heads, scale_value, block_table, context_lens, out,
-                    *, workspace=None):
+def paged_attention(
+    query,
+    key_cache,
+    value_cache,
+    num_kv_heads,
+    num_heads,
+    scale_value,
+    block_table,
+    context_lens,
+    out,
+    *,
+    workspace=None,
+):
     _check_paged(query, block_table, context_lens, scale_value, num_heads)
     keys, values = (_tokens_first(cache, num_kv_heads) for cache in (key_cache, value_cache))
-    out.copy_(_paged_attention(query, keys, values, block_table, [1] * len(query), context_lens.tolist()))
+    out.copy_(
+        _paged_attention(query, keys, values, block_table, [1] * len(query), context_lens.tolist())
+    )
 
 
 # arithmetic and checks they share
+
 
 def _packed_attention(q, k, v, lens, causal):
     parts = zip(*(t.split(lens) for t in (q, k, v)))
@@ -186,7 +335,9 @@ def _packed_attention(q, k, v, lens, causal):
 
 
 def _paged_attention(q, keys, values, table, q_lens, kv_lens):
-    step = SimpleNamespace(q_lens=list(q_lens), kv_lens=list(kv_lens), block_table=table, causal=True)
+    step = SimpleNamespace(
+        q_lens=list(q_lens), kv_lens=list(kv_lens), block_table=table, causal=True
+    )
     return PLAIN.attention(q, None, None, keys, values, step)
 
 
@@ -205,36 +356,59 @@ def _tokens_first(cache, kv_heads):
 
 
 def _check_paged(query, table, lens, scale, heads):
-    assert table.dtype == lens.dtype == torch.int32 and query.is_contiguous() and heads == query.shape[1]
+    assert (
+        table.dtype == lens.dtype == torch.int32
+        and query.is_contiguous()
+        and heads == query.shape[1]
+    )
     _check_scale(scale, query)
 
 
 def _check_mask(mask, dtype, hidden):
     """Compressed causal mask: `hidden` above the diagonal (a corner of it is looked at)."""
     corner = torch.full((40, 40), hidden, dtype=dtype).triu(1)
-    assert mask.shape == (2048, 2048) and mask.dtype == dtype and torch.equal(mask[:40, :40], corner)
+    assert (
+        mask.shape == (2048, 2048) and mask.dtype == dtype and torch.equal(mask[:40, :40], corner)
+    )
 
 
 def _check_slots(slots, rows):
-    assert slots.dtype == torch.int32 and len(slots) == len(rows) and len(slots.unique()) == len(slots)
+    assert (
+        slots.dtype == torch.int32 and len(slots) == len(rows) and len(slots.unique()) == len(slots)
+    )
 
 
 def _check_scale(scale, query):
     assert abs(scale - query.shape[-1] ** -0.5) < 1e-9
 
 
-NPU = {"npu_format_cast": format_cast, "npu_rms_norm": rms_norm, "npu_add_rms_norm": add_rms_norm, "npu_gelu": gelu,
-       "npu_swiglu": lambda x, dim=-1: PLAIN.swiglu(x), "npu_apply_rotary_pos_emb": apply_rotary_pos_emb,
-       "npu_scatter_pa_kv_cache": scatter_pa_kv_cache, "npu_fused_infer_attention_score": fused_infer,
-       "npu_fusion_attention": fusion_attention, "npu_quantize": quantize, "npu_dynamic_quant": dynamic_quant,
-       "npu_trans_quant_param": trans_quant_param, "npu_quant_matmul": quant_matmul,
-       "npu_weight_quant_batchmatmul": weight_quant_batchmatmul}
-ATB = {"_npu_reshape_and_cache": reshape_and_cache, "_npu_flash_attention_v3": flash_attention,
-       "_npu_flash_attention_unpad": flash_attention_unpad, "_npu_paged_attention_splitfuse_v2": splitfuse,
-       "_npu_paged_attention": paged_attention}
+NPU = {
+    "npu_format_cast": format_cast,
+    "npu_rms_norm": rms_norm,
+    "npu_add_rms_norm": add_rms_norm,
+    "npu_gelu": gelu,
+    "npu_swiglu": lambda x, dim=-1: PLAIN.swiglu(x),
+    "npu_apply_rotary_pos_emb": apply_rotary_pos_emb,
+    "npu_scatter_pa_kv_cache": scatter_pa_kv_cache,
+    "npu_fused_infer_attention_score": fused_infer,
+    "npu_fusion_attention": fusion_attention,
+    "npu_quantize": quantize,
+    "npu_dynamic_quant": dynamic_quant,
+    "npu_trans_quant_param": trans_quant_param,
+    "npu_quant_matmul": quant_matmul,
+    "npu_weight_quant_batchmatmul": weight_quant_batchmatmul,
+}
+ATB = {
+    "_npu_reshape_and_cache": reshape_and_cache,
+    "_npu_flash_attention_v3": flash_attention,
+    "_npu_flash_attention_unpad": flash_attention_unpad,
+    "_npu_paged_attention_splitfuse_v2": splitfuse,
+    "_npu_paged_attention": paged_attention,
+}
 
 
 # torch.npu
+
 
 class FakeGraph(TorchDispatchMode):
     """Records the operator calls made inside `torch.npu.graph` and replays them on the same tensors.
@@ -244,7 +418,9 @@ class FakeGraph(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.calls, self.waits_for_update, self.replays = [], False, 0
+        self.calls = []
+        self.waits_for_update = False
+        self.replays = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -276,8 +452,13 @@ def fake_graph_context(graph, pool=None, auto_dispatch_capture=False):
     return graph
 
 
-FAKE_TORCH_NPU = SimpleNamespace(NPUGraph=FakeGraph, graph=fake_graph_context, graph_pool_handle=lambda: None,
-                                 synchronize=lambda: None, mem_get_info=lambda device: (1 << 34, 1 << 34))
+FAKE_TORCH_NPU = SimpleNamespace(
+    NPUGraph=FakeGraph,
+    graph=fake_graph_context,
+    graph_pool_handle=lambda: None,
+    synchronize=lambda: None,
+    mem_get_info=lambda device: (1 << 34, 1 << 34),
+)
 
 
 def in_place():

@@ -4,6 +4,7 @@
 
 The libraries are built when their sources change, beside the environment's packages.
 """
+
 import os
 import subprocess
 import sys
@@ -14,32 +15,46 @@ import stand_in_cann
 HERE = Path(__file__).parent
 LIBRARIES = Path(sys.prefix) / "stand-in-cann"
 CHIPS = ("Ascend910B3", "Ascend310P3")
-READY = "libatb.so"         # built last
+READY = "libatb.so"  # built last
 
 
 def environment(chip: str, log: Path) -> dict:
     """TASK_QUEUE_ENABLE=0: kernels are launched, and logged, by the calling thread."""
-    ours = {"LD_LIBRARY_PATH": str(LIBRARIES), "STUB_SOC": chip, "STUB_LOG": str(log), "TASK_QUEUE_ENABLE": "0",
-            "OMP_NUM_THREADS": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-    return {name: value for name, value in os.environ.items() if not name.startswith("ASCEND_")} | ours
+    ours = {
+        "LD_LIBRARY_PATH": str(LIBRARIES),
+        "STUB_SOC": chip,
+        "STUB_LOG": str(log),
+        "TASK_QUEUE_ENABLE": "0",
+        "OMP_NUM_THREADS": "1",
+        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+    }
+    return {
+        name: value for name, value in os.environ.items() if not name.startswith("ASCEND_")
+    } | ours
 
 
 def up_to_date() -> bool:
     sources = [*(HERE / "cann").iterdir(), HERE / "stand_in_cann.py"]
     built = LIBRARIES / READY
-    return built.is_file() and built.stat().st_mtime > max(source.stat().st_mtime for source in sources)
+    return built.is_file() and built.stat().st_mtime > max(
+        source.stat().st_mtime for source in sources
+    )
 
 
 def built_for_cuda() -> bool:
-    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"       # torch_npu, before there are libraries
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # torch_npu, before there are libraries
     import torch
+
     return torch.version.cuda is not None
 
 
 def main(arguments) -> int:
     if built_for_cuda():
-        print(f"torch is a build for CUDA, torch_npu does not start beside it; remove {sys.prefix} and run: "
-              "make test-npu TORCH_INDEX=https://download.pytorch.org/whl/cpu", file=sys.stderr)
+        print(
+            f"torch is a build for CUDA, torch_npu does not start beside it; remove {sys.prefix} and run: "
+            "make test-npu TORCH_INDEX=https://download.pytorch.org/whl/cpu",
+            file=sys.stderr,
+        )
         return 3
     if not up_to_date():
         print(f"building stand-in CANN libraries in {LIBRARIES}")
@@ -48,7 +63,10 @@ def main(arguments) -> int:
     for chip in CHIPS:
         print(f"{chip}: torch_npu on stand-in CANN libraries", flush=True)
         command = [sys.executable, "-m", "pytest", str(HERE / "check_launches.py"), *arguments]
-        failed |= subprocess.run(command, env=environment(chip, LIBRARIES / f"{chip}.log")).returncode != 0     # or a signal
+        failed |= (
+            subprocess.run(command, env=environment(chip, LIBRARIES / f"{chip}.log")).returncode
+            != 0
+        )  # or a signal
     return int(failed)
 
 

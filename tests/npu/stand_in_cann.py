@@ -6,6 +6,7 @@ In flow the installed wheel (its undefined symbols and the names it looks up) an
 With FOLDER in LD_LIBRARY_PATH the wheel sees one device in host memory, all of torch_npu's own C++ runs, and every
 kernel is a no-op that is written to STUB_LOG. Values are garbage: only the log can be tested. Needs gcc, g++ and nm.
 """
+
 import re
 import subprocess
 import sys
@@ -14,9 +15,11 @@ from pathlib import Path
 
 SOURCES = Path(__file__).with_name("cann")
 EMPTY = ("acl_op_compiler", "ge_runner", "graph", "acl_tdt_channel", "ascend_hal")
-OURS = re.compile(r"(acl|Hccl|Msprof|rt[A-Z])\w+$")             # plain C symbols of CANN
+OURS = re.compile(r"(acl|Hccl|Msprof|rt[A-Z])\w+$")  # plain C symbols of CANN
 OPTIONAL = re.compile(r"(aclrt|aclmdlRI|aclsys|aclSet|aclGet|aclop|aclInit|aclFin)\w*$")
-KERNEL = re.compile(r"aclnn\w+$|acl(Create|Destroy)(Tensor|Scalar|Int|Float|Bool)\w*(?<!Desc)(?<!Buffer)$")
+KERNEL = re.compile(
+    r"aclnn\w+$|acl(Create|Destroy)(Tensor|Scalar|Int|Float|Bool)\w*(?<!Desc)(?<!Buffer)$"
+)
 
 
 def output_of(*command) -> list[str]:
@@ -30,7 +33,11 @@ def wheel_libraries() -> list[Path]:
 
 def needed_symbols(libraries) -> set[str]:
     """Symbols that the wheel's libraries leave undefined (weak ones apart)."""
-    lines = [line.split() for library in libraries for line in output_of("nm", "-D", "--undefined-only", library)]
+    lines = [
+        line.split()
+        for library in libraries
+        for line in output_of("nm", "-D", "--undefined-only", library)
+    ]
     return {fields[-1].split("@")[0] for fields in lines if fields and fields[-2] != "w"}
 
 
@@ -38,7 +45,9 @@ def named_symbols(libraries) -> set[str]:
     """Names of CANN functions among the strings of the libraries, which they look up while running."""
     found = set()
     for library in libraries:
-        found |= set(re.findall(rb"(?<![\w])(?:acl|Hccl|Atb[A-Z])\w{4,}(?=\0)", library.read_bytes()))
+        found |= set(
+            re.findall(rb"(?<![\w])(?:acl|Hccl|Atb[A-Z])\w{4,}(?=\0)", library.read_bytes())
+        )
     return {name.decode() for name in found}
 
 
@@ -48,10 +57,12 @@ def functions(names, body="return 0;") -> str:
 
 def kernels(names) -> str:
     """aclnn kernels: asking for the workspace is the call that is logged."""
-    text = 'void *malloc(unsigned long);\n'
+    text = "void *malloc(unsigned long);\n"
     for name in sorted(names):
         if name.endswith("GetWorkspaceSize"):
-            text += functions([name], f'stub_log("%s\\n", "{name.removesuffix("GetWorkspaceSize")}"); return 0;')
+            text += functions(
+                [name], f'stub_log("%s\\n", "{name.removesuffix("GetWorkspaceSize")}"); return 0;'
+            )
         elif name.startswith("aclCreate"):
             text += f"void *{name}(void) {{ return malloc(64); }}\n"
         else:
@@ -62,11 +73,19 @@ def kernels(names) -> str:
 def atb_source(needed, named) -> str:
     created = re.compile(r"_ZN3atb15CreateOperationINS_5infer\d+([A-Za-z]+)EEEiRKT_")
     types = sorted({found for name in needed for found in created.findall(name)})
-    c_names = {re.sub(r"GetWorkspaceSize$", "", n) for n in named if n.startswith("Atb") and not n.endswith("Api")}
+    c_names = {
+        re.sub(r"GetWorkspaceSize$", "", n)
+        for n in named
+        if n.startswith("Atb") and not n.endswith("Api")
+    }
     c_text = functions(c_names) + "".join(
-        functions([n + "GetWorkspaceSize"], f'stub_log("%s\\n", "{n}"); return 0;') for n in sorted(c_names))
+        functions([n + "GetWorkspaceSize"], f'stub_log("%s\\n", "{n}"); return 0;')
+        for n in sorted(c_names)
+    )
     declared = "".join(f"struct {t} {{}};\n" for t in types)
-    instances = "".join(f"template int CreateOperation(const infer::{t} &, Operation **);\n" for t in types)
+    instances = "".join(
+        f"template int CreateOperation(const infer::{t} &, Operation **);\n" for t in types
+    )
     source = (SOURCES / "atb.cpp").read_text().replace("PARAMETER_TYPES", declared)
     return source.replace("INSTANCES", instances).replace("C_INTERFACE", c_text)
 
@@ -75,8 +94,20 @@ def compile_library(folder: Path, name: str, source: str, suffix: str = ".c"):
     file = folder / (name + suffix)
     file.write_text(source)
     links = [] if name == "ascendcl" else ["-Wl,--no-as-needed", f"-L{folder}", "-lascendcl"]
-    subprocess.run(["g++" if suffix == ".cpp" else "gcc", "-shared", "-fPIC", "-w", file, f"-Wl,-soname,lib{name}.so",
-                    "-o", folder / f"lib{name}.so", *links], check=True)
+    subprocess.run(
+        [
+            "g++" if suffix == ".cpp" else "gcc",
+            "-shared",
+            "-fPIC",
+            "-w",
+            file,
+            f"-Wl,-soname,lib{name}.so",
+            "-o",
+            folder / f"lib{name}.so",
+            *links,
+        ],
+        check=True,
+    )
 
 
 def without(names, source: str) -> set[str]:
@@ -86,13 +117,24 @@ def without(names, source: str) -> set[str]:
 def build(folder: Path):
     folder.mkdir(parents=True, exist_ok=True)
     libraries = wheel_libraries()
-    needed, named = needed_symbols(libraries), named_symbols(libraries)
-    runtime, collectives, opapi = ((SOURCES / f"{name}.c").read_text() for name in ("ascendcl", "hccl", "opapi"))
+    needed = needed_symbols(libraries)
+    named = named_symbols(libraries)
+    runtime, collectives, opapi = (
+        (SOURCES / f"{name}.c").read_text() for name in ("ascendcl", "hccl", "opapi")
+    )
     kernel_names = {n for n in named if KERNEL.match(n)}
-    plain = {n for n in needed if OURS.match(n)} | {n for n in named if OPTIONAL.match(n)} - kernel_names
-    compile_library(folder, "ascendcl", runtime + functions(without(plain, runtime + opapi + collectives)))
-    compile_library(folder, "hccl", collectives + functions(without(
-        {n for n in needed | named if n.startswith("Hccl")}, collectives)))
+    plain = {n for n in needed if OURS.match(n)} | {
+        n for n in named if OPTIONAL.match(n)
+    } - kernel_names
+    compile_library(
+        folder, "ascendcl", runtime + functions(without(plain, runtime + opapi + collectives))
+    )
+    compile_library(
+        folder,
+        "hccl",
+        collectives
+        + functions(without({n for n in needed | named if n.startswith("Hccl")}, collectives)),
+    )
     compile_library(folder, "nnopbase", functions(["aclDestroyAclOpExecutor"]))
     for name in EMPTY:
         compile_library(folder, name, "")

@@ -1,4 +1,5 @@
 """What `python -m quant` keeps in float by itself, and what a tired engineer gets wrong on its command line."""
+
 import json
 import shutil
 from importlib.util import find_spec
@@ -14,7 +15,9 @@ from quant.layer_module import linear_groups
 from quant.recipe import kept_by_range, whole_groups
 from runtime.common.errors import ToolkitError
 
-pytestmark = pytest.mark.skipif(find_spec("msmodelslim") is None, reason="needs msmodelslim: pip install 'ascend-vlm[quant]'")
+pytestmark = pytest.mark.skipif(
+    find_spec("msmodelslim") is None, reason="needs msmodelslim: pip install 'ascend-vlm[quant]'"
+)
 
 GOLDEN = paths.GOLDEN
 GLM = GOLDEN / "msmodelslim" / "float" / "glm_f16"
@@ -33,35 +36,57 @@ def quantise(out, *arguments, model=GLM):
 
 # recipes
 
+
 def test_widest_inputs_stay_float_with_their_siblings():
     family = family_of(GLM)
     names = [n for g in linear_groups(family).values() for n in g]
-    ranges = {name: float(i) for i, name in enumerate(names)} | {"model.layers.1.self_attn.k_proj": 99.0}
+    ranges = {name: float(i) for i, name in enumerate(names)} | {
+        "model.layers.1.self_attn.k_proj": 99.0
+    }
     kept = kept_by_range(family, ranges, 1, set())
-    assert kept == {f"model.layers.1.self_attn.{n}_proj" for n in "qkv"} == whole_groups(family, kept)
+    assert (
+        kept == {f"model.layers.1.self_attn.{n}_proj" for n in "qkv"} == whole_groups(family, kept)
+    )
 
 
 def test_published_recipe_of_glm4():
     """L25 of 160 layers; sparse weights in attention.dense alone."""
     family = family_of(GOLDEN / "glm4")
     assert produce.wanted_level(None, produce.recipe_for(family, "w8a8").share, family) == round(
-        25 / 160 * len(linear_groups(family)))
+        25 / 160 * len(linear_groups(family))
+    )
     kept = produce.kept_by_group(family, produce.recipe_for(family, "w8a8s").keep)
-    assert {n.rpartition(".")[2] for g in linear_groups(family).values() for n in g if n not in kept} == {"dense"}
+    assert {
+        n.rpartition(".")[2] for g in linear_groups(family).values() for n in g if n not in kept
+    } == {"dense"}
 
 
 # mistakes
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--keep-float", "layers.0.nothing"], "--keep-float layers.0.nothing names no linear layer; they are called like"),
-    (["--disable-level", "25"], "--disable-level is '25': use L and a number"),
-    (["--act-method", "4"], "use 1, 2 or 3"),
-    (["--scheme", "w8a8sc"], "w8a8sc is w8a8s compressed for the 310P: run .* python -m quant compress"),
-    (["--scheme", "w4a4"], "--scheme is 'w4a4': use one of w8a8"),
-    (["--scheme", "w8a8s", "--act-method", "3"], "--act-method 3 is not possible with --scheme w8a8s"),
-    (["--fraction", "0.5"], "from 0.01 to 0.1 is possible"),
-    (["--max-kl", "0"], "more than 0 is needed"),
-    (["--anti", "m9"], "--anti is 'm9': use one of m1")])
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ["--keep-float", "layers.0.nothing"],
+            "--keep-float layers.0.nothing names no linear layer; they are called like",
+        ),
+        (["--disable-level", "25"], "--disable-level is '25': use L and a number"),
+        (["--act-method", "4"], "use 1, 2 or 3"),
+        (
+            ["--scheme", "w8a8sc"],
+            "w8a8sc is w8a8s compressed for the 310P: run .* python -m quant compress",
+        ),
+        (["--scheme", "w4a4"], "--scheme is 'w4a4': use one of w8a8"),
+        (
+            ["--scheme", "w8a8s", "--act-method", "3"],
+            "--act-method 3 is not possible with --scheme w8a8s",
+        ),
+        (["--fraction", "0.5"], "from 0.01 to 0.1 is possible"),
+        (["--max-kl", "0"], "more than 0 is needed"),
+        (["--anti", "m9"], "--anti is 'm9': use one of m1"),
+    ],
+)
 def test_mistakes(arguments, message, calib, tmp_path):
     with pytest.raises(ToolkitError, match=message):
         quantise(tmp_path, "--calib", calib, *arguments)
@@ -69,7 +94,9 @@ def test_mistakes(arguments, message, calib, tmp_path):
 
 def test_float_weights_in_the_output_folder(calib, tmp_path):
     shutil.copy(GLM / "model.safetensors", tmp_path)
-    with pytest.raises(ToolkitError, match="holds other weights \\(model.safetensors\\); give an empty folder"):
+    with pytest.raises(
+        ToolkitError, match="holds other weights \\(model.safetensors\\); give an empty folder"
+    ):
         quantise(tmp_path, "--calib", calib)
 
 
@@ -83,10 +110,19 @@ def test_quantised_model_as_input(tmp_path):
         quantise(tmp_path, model=GOLDEN / "msmodelslim" / "glm_f16_w8a8")
 
 
-@pytest.mark.parametrize("text, message", [
-    (b"", "is empty"), (b"not json", "line 1, is no calibration line"), (b'{"prompt": "x"}', "line 1, is no calibration line"),
-    (b'{"text": "x"}\n{"text": 5}', "line 2, is no"), (b'{"messages": []}', "line 1, is no"), (b'{"ids": ["a"]}', "is no"),
-    (b'{"messages": [{"role": "assistant", "content": "x"}]}', "line 1, is no"), ("描述".encode("gbk"), "is not UTF-8")])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (b"", "is empty"),
+        (b"not json", "line 1, is no calibration line"),
+        (b'{"prompt": "x"}', "line 1, is no calibration line"),
+        (b'{"text": "x"}\n{"text": 5}', "line 2, is no"),
+        (b'{"messages": []}', "line 1, is no"),
+        (b'{"ids": ["a"]}', "is no"),
+        (b'{"messages": [{"role": "assistant", "content": "x"}]}', "line 1, is no"),
+        ("描述".encode("gbk"), "is not UTF-8"),
+    ],
+)
 def test_bad_calibration_file(text, message, tmp_path):
     file = tmp_path / "bad.jsonl"
     file.write_bytes(text)
@@ -114,6 +150,8 @@ def test_token_id_outside_the_vocabulary(tmp_path):
 
 
 def test_disk_too_small(calib, tmp_path, monkeypatch):
-    monkeypatch.setattr(produce.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 1000))
+    monkeypatch.setattr(
+        produce.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 1000)
+    )
     with pytest.raises(ToolkitError, match="needs about 0.0 GB, its disk has 0.0 GB free"):
         quantise(tmp_path, "--calib", calib)

@@ -1,4 +1,5 @@
 """`python -m quant` with the real msmodelslim: its numbers, its guards, its gate, and what a tired engineer gets wrong."""
+
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,13 +21,15 @@ from quant.work_folder import Work
 from runtime import Engine
 from runtime.common.errors import CHECK_FAILED, MISSING_COMPONENT, ToolkitError
 
-pytestmark = pytest.mark.skipif(find_spec("msmodelslim") is None, reason="needs msmodelslim: pip install 'ascend-vlm[quant]'")
+pytestmark = pytest.mark.skipif(
+    find_spec("msmodelslim") is None, reason="needs msmodelslim: pip install 'ascend-vlm[quant]'"
+)
 
 GOLDEN = paths.GOLDEN
 GLM = GOLDEN / "msmodelslim" / "float" / "glm_f16"
 FAMILIES = ("visualglm", "glm4", "glm4v", "glm_edge", "glm_edge_v", "llava")
-OPEN_GATE = ("--max-kl", "100", "--min-top1", "0")      # random weights: nobody expects quality of them
-LAST_BIT = 2e-6         # of a float32 scale: msmodelslim's run adds up in another order
+OPEN_GATE = ("--max-kl", "100", "--min-top1", "0")  # random weights: nobody expects quality of them
+LAST_BIT = 2e-6  # of a float32 scale: msmodelslim's run adds up in another order
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +46,27 @@ def lines(tmp_path_factory):
 def texts(tmp_path_factory):
     """Questions and a conversation, as users write them."""
     chat = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi there"}]
-    lines = [{"text": "描述这张图片。"}, {"inputs_pretokenized": "one, two, three"}, {"messages": chat}, {"text": "why?"}]
+    lines = [
+        {"text": "描述这张图片。"},
+        {"inputs_pretokenized": "one, two, three"},
+        {"messages": chat},
+        {"text": "why?"},
+    ]
     file = tmp_path_factory.mktemp("texts") / "texts.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return file
 
 
 def quantise(out, *arguments, model=GLM, lines=None):
-    given = ["--model", str(model), "--out", str(out), *OPEN_GATE, *(("--calib", str(lines[0])) if lines else ()), *arguments]
+    given = [
+        "--model",
+        str(model),
+        "--out",
+        str(out),
+        *OPEN_GATE,
+        *(("--calib", str(lines[0])) if lines else ()),
+        *arguments,
+    ]
     assert main(given) == 0
     return tensors_of(out), json.loads((out / "quant_model_description.json").read_text())
 
@@ -65,35 +81,60 @@ def relative(a, b):
 
 # msmodelslim's own numbers
 
+
 @pytest.fixture
 def upstream(lines, tmp_path, monkeypatch):
     """upstream(anti, **QuantConfig fields) -> tensors that msmodelslim's whole-model run on transformers' model saves."""
+
     def run(anti=None, **settings):
         from msmodelslim.pytorch.llm_ptq.anti_outlier import AntiOutlier, AntiOutlierConfig
         from msmodelslim.pytorch.llm_ptq.llm_ptq_tools import Calibrator, QuantConfig
         from transformers import AutoModelForCausalLM
+
         slim.open_slim()
         monkeypatch.chdir(tmp_path)
         model = AutoModelForCausalLM.from_pretrained(GLM, dtype=torch.float32).eval()
         model.config.dtype = torch.float16
         calibrating = [ids for i, ids in enumerate(lines[1]) if i % 4 != 3]
-        data = [[torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long)] for ids in calibrating]
+        data = [
+            [torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long)] for ids in calibrating
+        ]
         if anti:
             down = [name for name, _ in model.named_modules() if name.endswith("down_proj")]
-            AntiOutlier(model, calib_data=data, cfg=AntiOutlierConfig(anti_method=anti, disable_anti_names=down)).process()
-        calibrator = Calibrator(model, QuantConfig(dev_type="cpu", mm_tensor=False, pr=1.0, **settings), calib_data=data)
+            AntiOutlier(
+                model,
+                calib_data=data,
+                cfg=AntiOutlierConfig(anti_method=anti, disable_anti_names=down),
+            ).process()
+        calibrator = Calibrator(
+            model, QuantConfig(dev_type="cpu", mm_tensor=False, pr=1.0, **settings), calib_data=data
+        )
         calibrator.run()
         calibrator.save(str(tmp_path / "upstream"), save_type=["ascendV1"])
         return tensors_of(tmp_path / "upstream")
+
     return run
 
 
-@pytest.mark.parametrize("scheme, settings", [
-    ("w8a8", {"w_bit": 8, "a_bit": 8, "act_method": 1}),
-    ("w8a8s", {"w_bit": 4, "a_bit": 8, "act_method": 1, "is_lowbit": True, "fraction": 0.01})])
+@pytest.mark.parametrize(
+    "scheme, settings",
+    [
+        ("w8a8", {"w_bit": 8, "a_bit": 8, "act_method": 1}),
+        ("w8a8s", {"w_bit": 4, "a_bit": 8, "act_method": 1, "is_lowbit": True, "fraction": 0.01}),
+    ],
+)
 def test_layer_by_layer_equals_the_whole_model_run(scheme, settings, lines, upstream, tmp_path):
     """Weights bit for bit, scales of activations up to the last bit of the mean over samples."""
-    ours, _ = quantise(tmp_path / "ours", "--scheme", scheme, "--disable-level", "L0", "--act-method", "1", lines=lines)
+    ours, _ = quantise(
+        tmp_path / "ours",
+        "--scheme",
+        scheme,
+        "--disable-level",
+        "L0",
+        "--act-method",
+        "1",
+        lines=lines,
+    )
     theirs = upstream(**settings)
     kept = {"qkv": "_proj", "up": "gate_up_proj", "down": "down_proj"} if scheme == "w8a8s" else {}
     names = [n for n in theirs if n in ours and theirs[n].dtype == ours[n].dtype and "layers." in n]
@@ -102,18 +143,30 @@ def test_layer_by_layer_equals_the_whole_model_run(scheme, settings, lines, upst
         if name.endswith(("input_scale", "deq_scale")):
             scales = [slim_scale(t[name]) for t in (ours, theirs)]
             torch.testing.assert_close(*scales, rtol=LAST_BIT if not kept else 0.1, atol=0)
-        elif name.endswith((".weight", "weight_scale", "weight_offset", "input_offset")) and ours[name].ndim == 2:
+        elif (
+            name.endswith((".weight", "weight_scale", "weight_offset", "input_offset"))
+            and ours[name].ndim == 2
+        ):
             assert torch.equal(ours[name], theirs[name]), name
         elif name.endswith("quant_bias") and not kept:
             assert (ours[name] - theirs[name]).abs().max() <= 1, name
 
 
 def slim_scale(tensor):
-    return tensor.to(torch.int32).view(torch.float32) if tensor.dtype == torch.int64 else tensor.float()
+    return (
+        tensor.to(torch.int32).view(torch.float32)
+        if tensor.dtype == torch.int64
+        else tensor.float()
+    )
 
 
-@pytest.mark.parametrize("scheme, settings", [("w8a8-dynamic", {"w_bit": 8, "a_bit": 8, "is_dynamic": True}),
-                                              ("w8a16", {"w_bit": 8, "a_bit": 16})])
+@pytest.mark.parametrize(
+    "scheme, settings",
+    [
+        ("w8a8-dynamic", {"w_bit": 8, "a_bit": 8, "is_dynamic": True}),
+        ("w8a16", {"w_bit": 8, "a_bit": 16}),
+    ],
+)
 def test_schemes_without_samples_are_bit_equal(scheme, settings, lines, upstream, tmp_path):
     ours, kinds = quantise(tmp_path / "ours", "--scheme", scheme, lines=lines)
     theirs = upstream(**settings)
@@ -124,7 +177,9 @@ def test_schemes_without_samples_are_bit_equal(scheme, settings, lines, upstream
 
 @pytest.mark.parametrize("anti", ["m2", "m4"])
 def test_anti_outlier_layer_by_layer(anti, lines, upstream, tmp_path):
-    ours, _ = quantise(tmp_path / "ours", "--anti", anti, "--disable-level", "L0", "--act-method", "1", lines=lines)
+    ours, _ = quantise(
+        tmp_path / "ours", "--anti", anti, "--disable-level", "L0", "--act-method", "1", lines=lines
+    )
     theirs = upstream(anti, w_bit=8, a_bit=8, act_method=1)
     for name, tensor in theirs.items():
         if name.endswith(("weight_scale", "input_scale", "layernorm.weight")):
@@ -136,29 +191,53 @@ def test_anti_outlier_layer_by_layer(anti, lines, upstream, tmp_path):
 
 # every family, through to the engine
 
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(family, texts, tmp_path):
     """Names as in the float checkpoint; the engine runs the result; vision stays as it was."""
     source = GOLDEN / family
     ours, kinds = quantise(tmp_path, model=source, lines=[texts])
     stored = Checkpoint(source)
-    assert {n for n in kinds if n.endswith(".weight")} == {n for n in stored.names if n.endswith(".weight")}
+    assert {n for n in kinds if n.endswith(".weight")} == {
+        n for n in stored.names if n.endswith(".weight")
+    }
     family = family_of(source)
-    quantised = {n.removesuffix(".weight") for n, kind in kinds.items() if n.endswith(".weight") and kind == "W8A8"}
-    assert quantised <= {name for group in linear_groups(family).values() for name in group} and quantised
-    vision = [w.source for w in family.weights() if w.parts and w.parts[0].target.startswith("vision.")]
-    assert all(torch.equal(ours[name], stored.tensor(name).to(ours[name].dtype)) for name in vision if name in ours)
+    quantised = {
+        n.removesuffix(".weight")
+        for n, kind in kinds.items()
+        if n.endswith(".weight") and kind == "W8A8"
+    }
+    assert (
+        quantised <= {name for group in linear_groups(family).values() for name in group}
+        and quantised
+    )
+    vision = [
+        w.source for w in family.weights() if w.parts and w.parts[0].target.startswith("vision.")
+    ]
+    assert all(
+        torch.equal(ours[name], stored.tensor(name).to(ours[name].dtype))
+        for name in vision
+        if name in ours
+    )
     text = [{"role": "user", "content": "描述这张图片。hello"}]
-    logits = [(e := Engine(folder, dtype="float32", max_model_len=128)).prefill_logits(e.prompt(text))
-              for folder in (source, tmp_path)]
+    logits = [
+        (e := Engine(folder, dtype="float32", max_model_len=128)).prefill_logits(e.prompt(text))
+        for folder in (source, tmp_path)
+    ]
     assert 0 < relative(logits[1], logits[0]) < 0.2
 
 
 def test_config_and_small_files(lines, tmp_path):
     quantise(tmp_path, "--dtype", "bfloat16", lines=lines)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert (config["quantize"], config["torch_dtype"], config["dtype"]) == ("w8a8", "bfloat16", "bfloat16")
-    assert {t.dtype for n, t in tensors_of(tmp_path).items() if n.endswith("deq_scale")} == {torch.float32}
+    assert (config["quantize"], config["torch_dtype"], config["dtype"]) == (
+        "w8a8",
+        "bfloat16",
+        "bfloat16",
+    )
+    assert {t.dtype for n, t in tensors_of(tmp_path).items() if n.endswith("deq_scale")} == {
+        torch.float32
+    }
     assert (tmp_path / "tokenizer.json").read_bytes() == (GLM / "tokenizer.json").read_bytes()
     assert not (tmp_path / ".partial").exists() and not list(Path.cwd().glob("features.npy"))
     assert all(file.stat().st_mode & 0o044 == 0o044 for file in tmp_path.glob("*.safetensors"))
@@ -175,6 +254,7 @@ def test_several_shards(lines, tmp_path, monkeypatch):
 
 # guards
 
+
 def test_scales_are_products_in_float32(lines, tmp_path):
     """In a float16 model msmodelslim multiplies in float16, where small scales underflow."""
     tensors, _ = quantise(tmp_path, lines=lines)
@@ -187,6 +267,7 @@ def test_scales_are_products_in_float32(lines, tmp_path):
 
 def test_fused_gate_and_up_are_not_paired_with_down(lines):
     from quant.layer_module import LayerModule
+
     layer = LayerModule(family_of(GLM), Checkpoint(GLM), 0, [])
     pairs = slim.subgraph(layer, "m4")
     assert all("down_proj" not in name for names in pairs.values() for name in names)
@@ -196,11 +277,19 @@ def test_fused_gate_and_up_are_not_paired_with_down(lines):
 def test_anti_outlier_that_changes_the_model_is_refused(lines, tmp_path, monkeypatch):
     """What msmodelslim's own graph does to GLM under m4."""
     real = slim.subgraph
-    monkeypatch.setattr(slim, "subgraph", lambda layer, method: real(layer, method) | {
-        layer.groups["up"][0]: layer.groups["down"]})
-    with pytest.raises(ToolkitError, match="--anti m4 changes what the float model computes, by .* use --anti m2") as caught:
+    monkeypatch.setattr(
+        slim,
+        "subgraph",
+        lambda layer, method: real(layer, method) | {layer.groups["up"][0]: layer.groups["down"]},
+    )
+    with pytest.raises(
+        ToolkitError, match="--anti m4 changes what the float model computes, by .* use --anti m2"
+    ) as caught:
         quantise(tmp_path, "--anti", "m4", lines=lines)
-    assert caught.value.exit_code == CHECK_FAILED and not (tmp_path / "quant_model_description.json").exists()
+    assert (
+        caught.value.exit_code == CHECK_FAILED
+        and not (tmp_path / "quant_model_description.json").exists()
+    )
 
 
 def test_python_without_binaries(monkeypatch):
@@ -220,13 +309,23 @@ def test_without_msmodelslim(monkeypatch):
 
 # gate
 
+
 def test_gate_puts_the_worst_back_to_float(lines, tmp_path):
     """A limit between all quantised and nothing quantised: some groups go back, the fewest that do."""
     quantise(tmp_path / "all", "--disable-level", "L0", "--act-method", "1", lines=lines)
     figures = json.loads((tmp_path / "all" / "quant_report.json").read_text())["gate"]
     assert figures["kept_float"] == [] and figures["kl"] > 0
     limit = figures["kl"] / 2
-    _, kinds = quantise(tmp_path / "some", "--disable-level", "L0", "--act-method", "1", "--max-kl", str(limit), lines=lines)
+    _, kinds = quantise(
+        tmp_path / "some",
+        "--disable-level",
+        "L0",
+        "--act-method",
+        "1",
+        "--max-kl",
+        str(limit),
+        lines=lines,
+    )
     report = json.loads((tmp_path / "some" / "quant_report.json").read_text())["gate"]
     kept = report["kept_float"]
     assert 0 < len(kept) < 8 and report["kl"] <= limit
@@ -238,7 +337,9 @@ def test_gate_puts_the_worst_back_to_float(lines, tmp_path):
 
 
 def test_gate_out_of_reach(lines, tmp_path):
-    with pytest.raises(ToolkitError, match="quality gate cannot be reached: KL .*--calib") as caught:
+    with pytest.raises(
+        ToolkitError, match="quality gate cannot be reached: KL .*--calib"
+    ) as caught:
         quantise(tmp_path, "--max-kl", "1e-12", "--min-top1", "1", lines=lines)
     assert caught.value.exit_code == CHECK_FAILED and not (tmp_path / "config.json").exists()
 
@@ -256,16 +357,20 @@ def test_gate_judges_what_the_engine_computes(lines, tmp_path):
     quantise(tmp_path, "--disable-level", "L0", "--act-method", "1", lines=lines)
     engines = [Engine(folder, dtype="float32", max_model_len=64) for folder in (GLM, tmp_path)]
     held = [engines[0].prompt_from_ids(line) for line in ids[3::4]]
-    logits = [np.concatenate([engine.prefill_logits(prompt) for prompt in held]) for engine in engines]
+    logits = [
+        np.concatenate([engine.prefill_logits(prompt) for prompt in held]) for engine in engines
+    ]
     report = json.loads((tmp_path / "quant_report.json").read_text())["gate"]
     assert gate.figures(*logits).kl == pytest.approx(report["kl"], rel=0.02)
 
 
 # interruptions
 
+
 def test_killed_run_goes_on(lines, tmp_path, monkeypatch):
     quantise(tmp_path / "straight", lines=lines)
-    real, calls = Work.keep, []
+    real = Work.keep
+    calls = []
 
     def killed(self, index, *rest):
         if index == 1 and index not in calls:
@@ -273,18 +378,21 @@ def test_killed_run_goes_on(lines, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         calls.append(index)
         real(self, index, *rest)
+
     monkeypatch.setattr(Work, "keep", killed)
     with pytest.raises(KeyboardInterrupt):
         quantise(tmp_path / "killed", lines=lines)
     assert not (tmp_path / "killed" / "quant_model_description.json").exists() and calls == [0, 1]
     quantise(tmp_path / "killed", lines=lines)
-    assert calls == [0, 1, 1]               # the first layer was not done again
+    assert calls == [0, 1, 1]  # the first layer was not done again
     for file in (tmp_path / "straight").glob("quant_model*"):
         assert (tmp_path / "killed" / file.name).read_bytes() == file.read_bytes()
 
 
 def test_other_settings_start_afresh(lines, tmp_path, monkeypatch):
-    monkeypatch.setattr(produce.gate, "pass_gate", lambda *rest: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        produce.gate, "pass_gate", lambda *rest: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     for method in ("1", "2"):
         with pytest.raises(KeyboardInterrupt):
             quantise(tmp_path, "--act-method", method, lines=lines)
@@ -299,4 +407,7 @@ def test_statistics_are_measured_once(lines, tmp_path, monkeypatch):
     monkeypatch.setattr(produce, "input_ranges", lambda *rest: pytest.fail("measured again"))
     second, kinds = quantise(tmp_path, "--disable-level", "L2", "--scheme", "w8a16", lines=lines)
     floats = {n for n in kinds if n.endswith("_proj.weight") and kinds[n] == "FLOAT"}
-    assert floats == {n for n in first if n.endswith("_proj.weight") and first[n].dtype != torch.int8} and len(floats) >= 2
+    assert (
+        floats == {n for n in first if n.endswith("_proj.weight") and first[n].dtype != torch.int8}
+        and len(floats) >= 2
+    )

@@ -1,4 +1,5 @@
 """`python -m quant validate`: good directories, each loaded by whom it should be, and damaged ones, each with its reason."""
+
 import json
 import os
 import re
@@ -24,7 +25,8 @@ class Folder:
     def __init__(self, path, case):
         self.path = Path(shutil.copytree(GOLDEN / case, path / case))
         (self.file,) = self.path.glob("*.safetensors")
-        self.tensors, self.name = load_file(self.file), "quant_model_description.json"
+        self.tensors = load_file(self.file)
+        self.name = "quant_model_description.json"
         self.description = json.loads((self.path / self.name).read_text())
         self.config = json.loads((self.path / "config.json").read_text())
 
@@ -40,7 +42,8 @@ class Folder:
         self.config["quantize"] = new.lower()
 
     def add(self, name, tensor, kind):
-        self.tensors[name], self.description[name] = tensor, kind
+        self.tensors[name] = tensor
+        self.description[name] = kind
 
     def drop(self, name):
         del self.tensors[name], self.description[name]
@@ -53,10 +56,19 @@ def folder(tmp_path):
 
 # good directories
 
-@pytest.mark.parametrize("case, loads", [
-    ("glm_f16_w8a8", CONSUMERS), ("glm_f16_w8a8_m4", CONSUMERS), ("llama_f16_w8a8_m4", CONSUMERS),
-    ("glm_f16_cli_v1_w8a8_static", CONSUMERS), ("glm_bf16_w8a8", (MINDIE, A2)), ("glm_f16_w8a8s", (MINDIE, P310)),
-    ("glm_f16_w8a8_dynamic", (MINDIE, A2))])
+
+@pytest.mark.parametrize(
+    "case, loads",
+    [
+        ("glm_f16_w8a8", CONSUMERS),
+        ("glm_f16_w8a8_m4", CONSUMERS),
+        ("llama_f16_w8a8_m4", CONSUMERS),
+        ("glm_f16_cli_v1_w8a8_static", CONSUMERS),
+        ("glm_bf16_w8a8", (MINDIE, A2)),
+        ("glm_f16_w8a8s", (MINDIE, P310)),
+        ("glm_f16_w8a8_dynamic", (MINDIE, A2)),
+    ],
+)
 def test_golden_directories(case, loads):
     found = validate(GOLDEN / case)
     assert tuple(c for c in CONSUMERS if found.loads(c)) == loads and not found.problems
@@ -83,7 +95,10 @@ def shards(f):
     for file, members in parts.items():
         save_file({n: f.tensors[n] for n in members}, file)
     f.file.unlink()
-    index = {"metadata": {}, "weight_map": {n: file.name for file, members in parts.items() for n in members}}
+    index = {
+        "metadata": {},
+        "weight_map": {n: file.name for file, members in parts.items() for n in members},
+    }
     (f.path / "quant_model_weight_w8a8.safetensors.index.json").write_text(json.dumps(index))
     f.write = lambda: validate(f.path)
 
@@ -102,15 +117,25 @@ def sparse_compressed(f):
     f.rename_kind("W8A8S", "W8A8SC")
     for name in [name for name in f.tensors if f.tensors[name].dtype == torch.int8]:
         layer, (n, k) = name.removesuffix(".weight"), f.tensors[name].shape
-        f.tensors[name] = f.tensors[name].flatten()[:n * k * 3 // 4]
-        f.add(layer + ".index", torch.zeros(-(-k // 256) * -(-n // 128) * 8, dtype=torch.int8), "W8A8SC")
+        f.tensors[name] = f.tensors[name].flatten()[: n * k * 3 // 4]
+        f.add(
+            layer + ".index",
+            torch.zeros(-(-k // 256) * -(-n // 128) * 8, dtype=torch.int8),
+            "W8A8SC",
+        )
         f.add(layer + ".info", torch.tensor([8, 8, k, n, 1]), "W8A8SC")
 
 
-@pytest.mark.parametrize("case, change, loads", [
-    ("glm_f16_w8a8_dynamic", weight_only, (MINDIE, A2)), ("glm_f16_w8a8", float_layer, CONSUMERS),
-    ("glm_f16_w8a8", shards, CONSUMERS), ("glm_f16_w8a8", without_weight_scale, CONSUMERS),
-    ("glm_f16_w8a8", newer_config_spelling, CONSUMERS)])
+@pytest.mark.parametrize(
+    "case, change, loads",
+    [
+        ("glm_f16_w8a8_dynamic", weight_only, (MINDIE, A2)),
+        ("glm_f16_w8a8", float_layer, CONSUMERS),
+        ("glm_f16_w8a8", shards, CONSUMERS),
+        ("glm_f16_w8a8", without_weight_scale, CONSUMERS),
+        ("glm_f16_w8a8", newer_config_spelling, CONSUMERS),
+    ],
+)
 def test_good_variations(case, change, loads, folder):
     f = folder(case)
     change(f)
@@ -127,15 +152,18 @@ def test_compressed_sparse_layout(folder):
 
 # damaged directories
 
+
 def put(name, change):
     def apply(f):
         f.tensors[name] = change(f.tensors[name])
+
     return apply
 
 
 def changed(name, index, value):
     def apply(f):
         f.tensors[name][index] = value
+
     return apply
 
 
@@ -170,25 +198,77 @@ def old_name_without_quantize(f):
 
 DAMAGE = {
     "deq_scale zero": (underflow, "deq_scale has values that are zero", CONSUMERS),
-    "deq_scale infinite": (put(LAYER + ".deq_scale", lambda t: torch.full_like(t, 0x7f800000)), "not finite", CONSUMERS),
-    "deq_scale float32": (put(LAYER + ".deq_scale", lambda t: t.float()), "float32 in a float16 model", (A2, P310)),
-    "one deq_scale": (put(LAYER + ".deq_scale", lambda t: t[:1].clone()), "does not fit|do not fit", CONSUMERS),
-    "served as bf16": (set_config(torch_dtype="bfloat16", dtype="bfloat16"), "int64 in a bfloat16 model", CONSUMERS),
-    "float32 config": (set_config(torch_dtype="float32", dtype="float32"), "gives float32 as torch_dtype", CONSUMERS),
-    "quant_bias saturated": (changed(LAYER + ".quant_bias", 3, -2 ** 31), "quant_bias is saturated", CONSUMERS),
-    "input_scale zero": (changed(LAYER + ".input_scale", 0, 0), "input_scale is not one positive number", CONSUMERS),
+    "deq_scale infinite": (
+        put(LAYER + ".deq_scale", lambda t: torch.full_like(t, 0x7F800000)),
+        "not finite",
+        CONSUMERS,
+    ),
+    "deq_scale float32": (
+        put(LAYER + ".deq_scale", lambda t: t.float()),
+        "float32 in a float16 model",
+        (A2, P310),
+    ),
+    "one deq_scale": (
+        put(LAYER + ".deq_scale", lambda t: t[:1].clone()),
+        "does not fit|do not fit",
+        CONSUMERS,
+    ),
+    "served as bf16": (
+        set_config(torch_dtype="bfloat16", dtype="bfloat16"),
+        "int64 in a bfloat16 model",
+        CONSUMERS,
+    ),
+    "float32 config": (
+        set_config(torch_dtype="float32", dtype="float32"),
+        "gives float32 as torch_dtype",
+        CONSUMERS,
+    ),
+    "quant_bias saturated": (
+        changed(LAYER + ".quant_bias", 3, -(2**31)),
+        "quant_bias is saturated",
+        CONSUMERS,
+    ),
+    "input_scale zero": (
+        changed(LAYER + ".input_scale", 0, 0),
+        "input_scale is not one positive number",
+        CONSUMERS,
+    ),
     "input_offset": (changed(LAYER + ".input_offset", 0, 200), "input_offset is 200", CONSUMERS),
-    "weight float": (put(LAYER + ".weight", lambda t: t.half()), "weight is torch.float16", CONSUMERS),
+    "weight float": (
+        put(LAYER + ".weight", lambda t: t.half()),
+        "weight is torch.float16",
+        CONSUMERS,
+    ),
     "tensor missing": (lambda f: f.drop(LAYER + ".quant_bias"), "lacks quant_bias", CONSUMERS),
-    "described only": (lambda f: f.description.update({"x.weight": "FLOAT"}), "described but not stored", CONSUMERS),
-    "stored only": (lambda f: f.description.pop("model.norm.weight"), "stored but not described", CONSUMERS),
+    "described only": (
+        lambda f: f.description.update({"x.weight": "FLOAT"}),
+        "described but not stored",
+        CONSUMERS,
+    ),
+    "stored only": (
+        lambda f: f.description.pop("model.norm.weight"),
+        "stored but not described",
+        CONSUMERS,
+    ),
     "stray shard": (stray, "model.safetensors lies beside", CONSUMERS),
     "unknown kind": (lambda f: f.rename_kind("W8A8", "W3A3"), "known to no engine", CONSUMERS),
-    "quantize differs": (set_config(quantize="w8a16"), "config.json says quantize 'w8a16'", (MINDIE,)),
+    "quantize differs": (
+        set_config(quantize="w8a16"),
+        "config.json says quantize 'w8a16'",
+        (MINDIE,),
+    ),
     "fused disagree": (fused_disagree, "differ in kind", (A2, P310)),
     "old name": (old_name, "vllm-ascend looks for", (A2, P310)),
-    "old name, no quantize": (old_name_without_quantize, "has no quantize, from which MindIE", (MINDIE,)),
-    "names of no model": (lambda f: f.add("model.extra.weight", torch.zeros(2), "FLOAT"), "unknown:", CONSUMERS),
+    "old name, no quantize": (
+        old_name_without_quantize,
+        "has no quantize, from which MindIE",
+        (MINDIE,),
+    ),
+    "names of no model": (
+        lambda f: f.add("model.extra.weight", torch.zeros(2), "FLOAT"),
+        "unknown:",
+        CONSUMERS,
+    ),
 }
 
 
@@ -202,9 +282,14 @@ def test_damaged_directories(damage, folder):
     assert fitting and fitting[0].stops == stops, found.found
 
 
-@pytest.mark.parametrize("tensor, value, message", [
-    ("weight_scale", 0, "weight_scale has values"), ("weight_scale", float("nan"), "weight_scale has values"),
-    ("weight_offset", 3, "weight_offset is not zero")])
+@pytest.mark.parametrize(
+    "tensor, value, message",
+    [
+        ("weight_scale", 0, "weight_scale has values"),
+        ("weight_scale", float("nan"), "weight_scale has values"),
+        ("weight_offset", 3, "weight_offset is not zero"),
+    ],
+)
 def test_damaged_rows_of_a_dynamic_layer(tensor, value, message, folder):
     f = folder("glm_f16_w8a8_dynamic")
     changed(f"{LAYER}.{tensor}", 5, value)(f)
@@ -219,7 +304,10 @@ def test_mixed_up_compressed_layout(folder):
     f.tensors[LAYER + ".info"] = f.tensors[LAYER + ".info"][:4].clone()
     f.tensors["model.layers.1.self_attn.o_proj.index"] = torch.zeros(3, dtype=torch.int8)
     texts = " ".join(f.write().problems)
-    assert f"{LAYER}.info is no list of five int64" in texts and "o_proj.index has 3 values of torch.int8, 256 x 256" in texts
+    assert (
+        f"{LAYER}.info is no list of five int64" in texts
+        and "o_proj.index has 3 values of torch.int8, 256 x 256" in texts
+    )
 
 
 def test_sparse_in_bfloat16(folder):
@@ -230,10 +318,10 @@ def test_sparse_in_bfloat16(folder):
 
 def test_saturating_sums(folder):
     f = folder()
-    f.tensors[LAYER + ".quant_bias"][:] = 2 ** 30 - 1
+    f.tensors[LAYER + ".quant_bias"][:] = 2**30 - 1
     assert not any("overflow" in text for text in f.write().problems)
     f.tensors[LAYER + ".weight"][:] = 127
-    f.tensors[LAYER + ".quant_bias"][:] = 2 ** 30
+    f.tensors[LAYER + ".quant_bias"][:] = 2**30
     assert any("saturated" in text for text in f.write().problems)
 
 
@@ -242,7 +330,9 @@ def test_half_precision_scales_are_a_note(folder):
     one = f.tensors[LAYER + ".deq_scale"][0].item()
     f.tensors[LAYER + ".deq_scale"][:] = one
     found = f.write()
-    assert any("only 1 different values" in finding.text and not finding.stops for finding in found.found)
+    assert any(
+        "only 1 different values" in finding.text and not finding.stops for finding in found.found
+    )
     assert not found.problems
 
 
@@ -261,6 +351,7 @@ def test_truncated_download(folder):
 
 
 # the command
+
 
 def test_command(capsys):
     assert main(["validate", str(GOLDEN / "glm_f16_w8a8s")]) == 0

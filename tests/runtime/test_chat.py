@@ -1,4 +1,5 @@
 """The chat command on the tiny golden checkpoint: one-shot, a whole conversation from stdin, and a terminal."""
+
 import io
 import os
 import pty
@@ -21,7 +22,9 @@ FIXED = ["--vision", "torch", "--temperature", "0", "--repetition-penalty", "1"]
 
 def run(monkeypatch, capsys, *argv, typed=""):
     """(exit code, stdout, stderr) of the command, `typed` being its stdin."""
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed.encode()), encoding="utf-8"))
+    monkeypatch.setattr(
+        sys, "stdin", io.TextIOWrapper(io.BytesIO(typed.encode()), encoding="utf-8")
+    )
     code = run_command(chat.main, ["--model", str(GOLDEN), *FIXED, *argv])
     return code, *capsys.readouterr()
 
@@ -40,7 +43,12 @@ def test_one_shot_puts_only_the_answer_on_stdout(say):
 
 def test_show_prompt(say):
     code, out, err = say("--prompt", "hi", "--language", "en", "--max-tokens", "1", "--show-prompt")
-    assert code == 0 and "prompt text: 'Q:hi\\nA:'" in err and "prompt ids (" in err and "prompt" not in out
+    assert (
+        code == 0
+        and "prompt text: 'Q:hi\\nA:'" in err
+        and "prompt ids (" in err
+        and "prompt" not in out
+    )
 
 
 def test_length_limit_is_told(say):
@@ -49,11 +57,21 @@ def test_length_limit_is_told(say):
 
 
 def test_conversation_keeps_its_history(say):
-    code, out, err = say("--max-tokens", "4", "--show-prompt", typed="one\n\ntwo\n/history\n/clear\nthree\n/history\n")
+    code, out, err = say(
+        "--max-tokens",
+        "4",
+        "--show-prompt",
+        typed="one\n\ntwo\n/history\n/clear\nthree\n/history\n",
+    )
     assert code == 0 and "输入问题" in err
     prompts = [line for line in err.splitlines() if line.startswith("prompt text")]
     assert len(prompts) == 3
-    assert "one" in prompts[1] and "two" in prompts[1] and "one" not in prompts[2] and "two" not in prompts[2]
+    assert (
+        "one" in prompts[1]
+        and "two" in prompts[1]
+        and "one" not in prompts[2]
+        and "two" not in prompts[2]
+    )
     assert "Q: one\nA: " in err and err.rstrip().split("conversation cleared")[1].count("Q: ") == 1
 
 
@@ -72,16 +90,24 @@ def test_words_that_end(word, say):
 
 
 def test_unknown_command_and_too_long_question_do_not_end_the_chat(say):
-    code, out, err = say("--max-model-len", "64", "--max-tokens", "2", typed=f"/picture x\n{'long ' * 200}\nhi\n")
+    code, out, err = say(
+        "--max-model-len", "64", "--max-tokens", "2", typed=f"/picture x\n{'long ' * 200}\nhi\n"
+    )
     assert code == 0 and "/picture is no command" in err and "maximum length 64" in err
     assert "answer 2 tokens" in err and out.count("\n") >= 1
 
 
-@pytest.mark.parametrize(("argv", "sentence"), [
-    (["--prompt", " "], "the prompt is empty"), (["--prompt", "x", "--image", "none.png"], "none.png does not exist"),
-    (["--prompt", "x", "--image", PICTURE, "--image", PICTURE], "takes one picture"),
-    (["--prompt", "x", "--image", str(GOLDEN)], "is a directory"), (["--prompt", "x" * 5000], "maximum length"),
-    (["--prompt", "x", "--max-model-len", "999999"], "--max-model-len 999999")])
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--prompt", " "], "the prompt is empty"),
+        (["--prompt", "x", "--image", "none.png"], "none.png does not exist"),
+        (["--prompt", "x", "--image", PICTURE, "--image", PICTURE], "takes one picture"),
+        (["--prompt", "x", "--image", str(GOLDEN)], "is a directory"),
+        (["--prompt", "x" * 5000], "maximum length"),
+        (["--prompt", "x", "--max-model-len", "999999"], "--max-model-len 999999"),
+    ],
+)
 def test_mistakes(argv, sentence, say):
     code, out, err = say(*argv)
     last = err.splitlines()[-1]
@@ -108,8 +134,14 @@ class Terminal:
     def __init__(self, *argv):
         self._ours, theirs = pty.openpty()
         command = [sys.executable, "-m", "runtime.chat", "--model", str(GOLDEN), *FIXED, *argv]
-        self.process = subprocess.Popen(command, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs,
-                                        preexec_fn=hear_interrupts)
+        self.process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            preexec_fn=hear_interrupts,
+        )
         os.close(theirs)
         self.seen = ""
 
@@ -136,7 +168,7 @@ def test_terminal_interrupts():
     terminal.interrupt()
     terminal.read_until("已中止")
     terminal.read_until("> ")
-    time.sleep(0.3)             # readline shows its prompt a moment before it hears Ctrl-C
+    time.sleep(0.3)  # readline shows its prompt a moment before it hears Ctrl-C
     terminal.interrupt()
     terminal.read_until("bye")
     assert terminal.process.wait(30) == 130

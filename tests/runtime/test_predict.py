@@ -1,4 +1,5 @@
 """predict: order, failures per line, resuming after kill -9, and the guide's modes."""
+
 import io
 import json
 import os
@@ -35,19 +36,32 @@ def lines(path):
 
 
 def answers(path):
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines(path)]
+    return [
+        {name: value for name, value in line.items() if name != "seconds"} for line in lines(path)
+    ]
 
 
 def written(folder, questions):
     file = folder / "in.jsonl"
-    file.write_text("".join((q if isinstance(q, str) else json.dumps(q)) + "\n" for q in questions), encoding="utf-8")
+    file.write_text(
+        "".join((q if isinstance(q, str) else json.dumps(q)) + "\n" for q in questions),
+        encoding="utf-8",
+    )
     return file
 
 
-MIXED = [{"prompt": "你好", "id": 7}, {"prompt": "What is this?", "image": "image.png"}, "no json", {"image": "image.png"},
-         {"prompt": "And?", "history": [["What is this?", "A cat."]], "image": ["image.png"]},
-         {"prompt": "x", "image": "none.png"}, {"prompt": "long " * 300}, {"prompt": "x", "language": "fr"},
-         {"prompt": "x", "history": ["y"]}, {"prompt": "last", "language": "en"}]
+MIXED = [
+    {"prompt": "你好", "id": 7},
+    {"prompt": "What is this?", "image": "image.png"},
+    "no json",
+    {"image": "image.png"},
+    {"prompt": "And?", "history": [["What is this?", "A cat."]], "image": ["image.png"]},
+    {"prompt": "x", "image": "none.png"},
+    {"prompt": "long " * 300},
+    {"prompt": "x", "language": "fr"},
+    {"prompt": "x", "history": ["y"]},
+    {"prompt": "last", "language": "en"},
+]
 
 
 @pytest.fixture
@@ -62,28 +76,51 @@ def test_in_order_with_failures_per_line(mixed, tmp_path, capsys):
     found = lines(out)
     assert [i for i, line in enumerate(found) if "error" in line] == [2, 3, 5, 6, 7, 8]
     assert found[0]["id"] == 7 and [line.get("prompt") for line in found[9:]] == ["last"]
-    assert all(line["output_tokens"] == 3 and line["finish_reason"] == "length" for line in found if "answer" in line)
-    for index, reason in [(2, "no JSON"), (3, 'no "prompt"'), (5, "none.png"), (6, "maximum length"), (7, "'fr'"),
-                          (8, "history")]:
+    assert all(
+        line["output_tokens"] == 3 and line["finish_reason"] == "length"
+        for line in found
+        if "answer" in line
+    )
+    for index, reason in [
+        (2, "no JSON"),
+        (3, 'no "prompt"'),
+        (5, "none.png"),
+        (6, "maximum length"),
+        (7, "'fr'"),
+        (8, "history"),
+    ]:
         assert reason in found[index]["error"]
     shown = capsys.readouterr()
-    assert shown.out.splitlines()[-1] == f"{out}: 10 lines, 6 failed" and "[6/10] failed: " in shown.err
+    assert (
+        shown.out.splitlines()[-1] == f"{out}: 10 lines, 6 failed"
+        and "[6/10] failed: " in shown.err
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["image.png", "in.jsonl", "out.jsonl"]
 
 
 def test_history_and_pictures_count(mixed, tmp_path):
     run(mixed, tmp_path / "a.jsonl")
     from runtime import Engine, SamplingParams
+
     engine = Engine(GOLDEN, vision="torch", max_model_len=256)
     image = {"type": "image", "image": str(GOLDEN / "image.png")}
-    prompt = engine.prompt([{"role": "user", "content": [image, {"type": "text", "text": "What is this?"}]},
-                            {"role": "assistant", "content": "A cat."}, {"role": "user", "content": "And?"}])
+    prompt = engine.prompt(
+        [
+            {"role": "user", "content": [image, {"type": "text", "text": "What is this?"}]},
+            {"role": "assistant", "content": "A cat."},
+            {"role": "user", "content": "And?"},
+        ]
+    )
     expected = engine.generate([prompt], SamplingParams(temperature=0, max_tokens=3))[0].text
     assert lines(tmp_path / "a.jsonl")[4]["answer"] == expected
 
 
 def test_together_or_one_by_one(mixed, tmp_path):
-    assert run(mixed, tmp_path / "a.jsonl") == run(mixed, tmp_path / "b.jsonl", "--batch-size", "4") == 1
+    assert (
+        run(mixed, tmp_path / "a.jsonl")
+        == run(mixed, tmp_path / "b.jsonl", "--batch-size", "4")
+        == 1
+    )
     assert answers(tmp_path / "a.jsonl") == answers(tmp_path / "b.jsonl")
 
 
@@ -92,26 +129,37 @@ def test_killed_at_random_moments(tmp_path):
     file = written(tmp_path, [{"prompt": f"What is {i}?", "id": i} for i in range(200)])
     assert run(file, tmp_path / "whole.jsonl", "--batch-size", "3") == 0
     step = (tmp_path / "whole.jsonl").stat().st_size // KILLS // 2
-    out, partial, moments = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial", random.Random(3)
+    out = tmp_path / "out.jsonl"
+    partial = tmp_path / "out.jsonl.partial"
+    moments = random.Random(3)
     for kill in range(KILLS):
-        process = subprocess.Popen([sys.executable, "-m", "runtime.predict", *argv(file, out, "--batch-size", "3")],
-                                   cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "runtime.predict", *argv(file, out, "--batch-size", "3")],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         goal = (partial.stat().st_size if partial.exists() else 0) + moments.randrange(1, step)
         while process.poll() is None and (not partial.exists() or partial.stat().st_size < goal):
             time.sleep(moments.random() / 50)
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert not out.exists()
-        if kill % 2:        # as if the machine died in the middle of a write
+        if kill % 2:  # as if the machine died in the middle of a write
             os.truncate(partial, max(partial.stat().st_size - moments.randrange(200), 0))
     assert run(file, out, "--batch-size", "3") == 0
-    assert answers(out) == answers(tmp_path / "whole.jsonl") and [line["id"] for line in lines(out)] == list(range(200))
+    assert answers(out) == answers(tmp_path / "whole.jsonl") and [
+        line["id"] for line in lines(out)
+    ] == list(range(200))
     assert not partial.exists()
 
 
 def test_every_place_a_partial_file_can_end(mixed, tmp_path):
     run(mixed, tmp_path / "whole.jsonl")
-    job = json.dumps(answer_file.job_of(*predict.parser().parse(argv(mixed, tmp_path / "out.jsonl")))) + "\n"
+    job = (
+        json.dumps(answer_file.job_of(*predict.parser().parse(argv(mixed, tmp_path / "out.jsonl"))))
+        + "\n"
+    )
     content = job.encode() + (tmp_path / "whole.jsonl").read_bytes()
     for end in (0, 5, len(job), len(job) + 10, len(content) // 2, len(content) - 1, len(content)):
         (tmp_path / "out.jsonl.partial").write_bytes(content[:end])
@@ -120,8 +168,13 @@ def test_every_place_a_partial_file_can_end(mixed, tmp_path):
         (tmp_path / "out.jsonl").unlink()
 
 
-@pytest.mark.parametrize("change, sentence", [
-    (["--temperature", "0.5"], "begun with another model, input or other options"), ([], "another process is writing")])
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (["--temperature", "0.5"], "begun with another model, input or other options"),
+        ([], "another process is writing"),
+    ],
+)
 def test_a_partial_file_that_is_not_ours(change, sentence, mixed, tmp_path, capsys):
     job = answer_file.job_of(*predict.parser().parse(argv(mixed, tmp_path / "out.jsonl")))
     with answer_file.opened(tmp_path / "out.jsonl", job) as held:
@@ -132,11 +185,17 @@ def test_a_partial_file_that_is_not_ours(change, sentence, mixed, tmp_path, caps
     assert sentence in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("given, sentence", [
-    (["--input", "none.jsonl", "--out", "o"], "no such file"), ([], "give either --input FILE --out FILE, or --examples"),
-    (["--input", __file__], "--out is None"), (["--input", __file__, "--out", "no/folder/o"], "its folder does not exist"),
-    (["--input", __file__, "--out", __file__], "exists already"),
-    (["--examples", "--batch-size", "0"], "1 or more")])
+@pytest.mark.parametrize(
+    "given, sentence",
+    [
+        (["--input", "none.jsonl", "--out", "o"], "no such file"),
+        ([], "give either --input FILE --out FILE, or --examples"),
+        (["--input", __file__], "--out is None"),
+        (["--input", __file__, "--out", "no/folder/o"], "its folder does not exist"),
+        (["--input", __file__, "--out", __file__], "exists already"),
+        (["--examples", "--batch-size", "0"], "1 or more"),
+    ],
+)
 def test_mistakes(given, sentence, capsys):
     assert run_command(predict.main, ["--model", str(GOLDEN), *given]) == 2
     assert sentence in capsys.readouterr().err
@@ -149,6 +208,7 @@ def test_empty_input(tmp_path, capsys):
 
 # the guide's modes
 
+
 def mode(*more):
     return run_command(runtime_main, ["--model_path", str(GOLDEN), *more])
 
@@ -156,13 +216,19 @@ def mode(*more):
 def test_predict_mode_shows_three_examples(capsys):
     assert mode("--mode", "predict", *FIXED) == 0
     shown = capsys.readouterr()
-    assert shown.out.count("执行时间") == 3 and shown.out.count("非首次执行时间") == 2 and "这是什么东西" in shown.out
+    assert (
+        shown.out.count("执行时间") == 3
+        and shown.out.count("非首次执行时间") == 2
+        and "这是什么东西" in shown.out
+    )
     assert "drawn pictures are used" in shown.err
 
 
 def test_precision_mode(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert mode("--mode=precision", "--vision", "torch", "--prompt", "你好", "--max-tokens", "2") == 0
+    assert (
+        mode("--mode=precision", "--vision", "torch", "--prompt", "你好", "--max-tokens", "2") == 0
+    )
     assert (tmp_path / "precision_report" / "report.json").exists()
 
 
@@ -172,8 +238,14 @@ def test_run_mode(monkeypatch, capsys):
     assert "answer 3 tokens" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("given, sentence", [(["--mode", "fly"], "--mode is 'fly': use one of run, performance"),
-                                             ([], "--mode is None"), (["--mode"], "--mode is ''")])
+@pytest.mark.parametrize(
+    "given, sentence",
+    [
+        (["--mode", "fly"], "--mode is 'fly': use one of run, performance"),
+        ([], "--mode is None"),
+        (["--mode"], "--mode is ''"),
+    ],
+)
 def test_modes_that_do_not_exist(given, sentence, capsys):
     assert mode(*given) == 2
     assert sentence in capsys.readouterr().err

@@ -1,4 +1,5 @@
 """predict on Ray (`make test-ray`): the file of the local run, in order, whole, although actors and runs die."""
+
 import json
 import os
 import signal
@@ -16,7 +17,18 @@ from runtime.predict import on_ray as predict_ray
 
 ROOT = paths.ROOT
 GOLDEN = paths.GOLDEN / "visualglm"
-FIXED = ["--vision", "torch", "--temperature", "0", "--max-tokens", "3", "--max-model-len", "256", "--batch-size", "4"]
+FIXED = [
+    "--vision",
+    "torch",
+    "--temperature",
+    "0",
+    "--max-tokens",
+    "3",
+    "--max-model-len",
+    "256",
+    "--batch-size",
+    "4",
+]
 LINES = 500
 RAY = ["--engine", "ray", "--actors", "2"]
 
@@ -32,19 +44,32 @@ def answers(path):
 
 # what needs no Ray
 
+
 def test_ray_is_missing(tmp_path, monkeypatch, capsys):
     (tmp_path / "in.jsonl").write_text('{"prompt": "x"}\n')
     monkeypatch.setitem(sys.modules, "ray", None)
-    assert run_command(predict.main, argv(tmp_path / "in.jsonl", tmp_path / "out.jsonl", "--engine", "ray")) == 3
+    assert (
+        run_command(
+            predict.main, argv(tmp_path / "in.jsonl", tmp_path / "out.jsonl", "--engine", "ray")
+        )
+        == 3
+    )
     assert "--engine ray needs ray; run: pip install 'ascend-vlm[ray]'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("more, sentence", [(["--actors", "2"], "--actors is 2: 1 or more is needed, and --engine ray"),
-                                            (["--engine", "ray", "--actors", "0"], "--actors is 0"),
-                                            (["--engine", "slurm"], "--engine is 'slurm': use one of local, ray")])
+@pytest.mark.parametrize(
+    "more, sentence",
+    [
+        (["--actors", "2"], "--actors is 2: 1 or more is needed, and --engine ray"),
+        (["--engine", "ray", "--actors", "0"], "--actors is 0"),
+        (["--engine", "slurm"], "--engine is 'slurm': use one of local, ray"),
+    ],
+)
 def test_mistakes(more, sentence, tmp_path, capsys):
     (tmp_path / "in.jsonl").write_text('{"prompt": "x"}\n')
-    assert run_command(predict.main, argv(tmp_path / "in.jsonl", tmp_path / "out.jsonl", *more)) == 2
+    assert (
+        run_command(predict.main, argv(tmp_path / "in.jsonl", tmp_path / "out.jsonl", *more)) == 2
+    )
     assert sentence in capsys.readouterr().err
 
 
@@ -52,7 +77,8 @@ class Cluster:
     """Of Ray's functions those that `divided` and `for_actors` ask."""
 
     def __init__(self, machines, **resources):
-        self.machines, self.resources = machines, resources
+        self.machines = machines
+        self.resources = resources
 
     def nodes(self):
         return [{"Alive": i < self.machines} for i in range(self.machines + 1)]
@@ -61,19 +87,43 @@ class Cluster:
         return self.resources
 
 
-@pytest.mark.parametrize("cluster, engine, actors, expected", [
-    (Cluster(1, CPU=16.0), {}, None, (1, {"num_cpus": 16})), (Cluster(3, CPU=48.0), {}, None, (3, {"num_cpus": 16})),
-    (Cluster(1, CPU=16.0), {}, 3, (3, {"num_cpus": 5})),
-    (Cluster(2, CPU=8.0, NPU=16.0), {"device": "npu"}, None, (16, {"num_cpus": 1, "resources": {"NPU": 1}})),
-    (Cluster(2, CPU=8.0, NPU=16.0), {"device": "npu", "tensor_parallel_size": 4}, 3,
-     (3, {"num_cpus": 1, "resources": {"NPU": 4}}))])
+@pytest.mark.parametrize(
+    "cluster, engine, actors, expected",
+    [
+        (Cluster(1, CPU=16.0), {}, None, (1, {"num_cpus": 16})),
+        (Cluster(3, CPU=48.0), {}, None, (3, {"num_cpus": 16})),
+        (Cluster(1, CPU=16.0), {}, 3, (3, {"num_cpus": 5})),
+        (
+            Cluster(2, CPU=8.0, NPU=16.0),
+            {"device": "npu"},
+            None,
+            (16, {"num_cpus": 1, "resources": {"NPU": 1}}),
+        ),
+        (
+            Cluster(2, CPU=8.0, NPU=16.0),
+            {"device": "npu", "tensor_parallel_size": 4},
+            3,
+            (3, {"num_cpus": 1, "resources": {"NPU": 4}}),
+        ),
+    ],
+)
 def test_who_gets_what(cluster, engine, actors, expected):
     assert predict_ray.divided(cluster, predict.EngineOptions(**engine), actors) == expected
 
 
-@pytest.mark.parametrize("cluster, engine, actors, sentence", [
-    (Cluster(1, CPU=2.0), {}, 3, "has 2 CPUs"), (Cluster(1, CPU=2.0), {"device": "npu"}, None, "has 0 NPUs, 1 are needed"),
-    (Cluster(1, CPU=2.0, NPU=8.0), {"device": "npu", "tensor_parallel_size": 4}, 3, "has 8 NPUs, 12 are needed")])
+@pytest.mark.parametrize(
+    "cluster, engine, actors, sentence",
+    [
+        (Cluster(1, CPU=2.0), {}, 3, "has 2 CPUs"),
+        (Cluster(1, CPU=2.0), {"device": "npu"}, None, "has 0 NPUs, 1 are needed"),
+        (
+            Cluster(1, CPU=2.0, NPU=8.0),
+            {"device": "npu", "tensor_parallel_size": 4},
+            3,
+            "has 8 NPUs, 12 are needed",
+        ),
+    ],
+)
 def test_more_than_there_is(cluster, engine, actors, sentence):
     with pytest.raises(ToolkitError, match=sentence):
         predict_ray.divided(cluster, predict.EngineOptions(**engine), actors)
@@ -82,19 +132,33 @@ def test_more_than_there_is(cluster, engine, actors, sentence):
 def test_actors_of_one_machine_share_its_memory_and_see_only_their_npu():
     options = predict.EngineOptions(memory_utilization=0.9)
     assert predict_ray.for_actors(Cluster(2, CPU=8.0), options, 4).memory_utilization == 0.45
-    assert predict_ray.for_actors(Cluster(2, NPU=8.0), predict.EngineOptions(device="npu:3"), 4).device == "npu:0"
+    assert (
+        predict_ray.for_actors(Cluster(2, NPU=8.0), predict.EngineOptions(device="npu:3"), 4).device
+        == "npu:0"
+    )
 
 
 def test_lost_batches_become_errors_in_their_places():
-    batches = [[{"prompt": "a"}], [{"prompt": "b"}, ToolkitError("no JSON")], [{"prompt": "c"}], [{"prompt": "d"}]]
-    rows = [{"number": n, "answers": json.dumps([{"answer": n}]), "refused": "null"} for n in (0, 2)]
+    batches = [
+        [{"prompt": "a"}],
+        [{"prompt": "b"}, ToolkitError("no JSON")],
+        [{"prompt": "c"}],
+        [{"prompt": "d"}],
+    ]
+    rows = [
+        {"number": n, "answers": json.dumps([{"answer": n}]), "refused": "null"} for n in (0, 2)
+    ]
     found = list(predict_ray.with_lost(rows, batches))
     assert [found[0], found[2]] == [[{"answer": 0}], [{"answer": 2}]] and len(found) == 4
     assert [line["error"].split(",")[0] for line in found[1] + found[3]] == [
-        "the process that computed it died or failed", "no JSON", "the process that computed it died or failed"]
+        "the process that computed it died or failed",
+        "no JSON",
+        "the process that computed it died or failed",
+    ]
 
 
 # with Ray
+
 
 def with_ray():
     return pytest.importorskip("ray", reason="run: make test-ray")
@@ -106,8 +170,14 @@ def job(tmp_path_factory):
     with_ray()
     folder = tmp_path_factory.mktemp("job")
     (folder / "image.png").write_bytes((GOLDEN / "image.png").read_bytes())
-    questions = [json.dumps({"prompt": f"What is {i}?", "id": i, **({"image": "image.png"} if i % 5 == 0 else {})})
-                 if i % 97 else "no json" for i in range(LINES)]
+    questions = [
+        json.dumps(
+            {"prompt": f"What is {i}?", "id": i, **({"image": "image.png"} if i % 5 == 0 else {})}
+        )
+        if i % 97
+        else "no json"
+        for i in range(LINES)
+    ]
     file = folder / "in.jsonl"
     file.write_text("\n".join(questions), encoding="utf-8")
     assert run_command(predict.main, argv(file, folder / "local.jsonl")) == 1
@@ -116,8 +186,14 @@ def job(tmp_path_factory):
 
 def begin(file, out, *more):
     with open(out.with_suffix(".log"), "w") as log:
-        return subprocess.Popen([sys.executable, "-m", "runtime.predict", *argv(file, out, *more)], cwd=ROOT, stderr=log,
-                                stdout=subprocess.DEVNULL, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        return subprocess.Popen(
+            [sys.executable, "-m", "runtime.predict", *argv(file, out, *more)],
+            cwd=ROOT,
+            stderr=log,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
 
 
 def wait_for_lines(process, out, count):
@@ -129,16 +205,18 @@ def wait_for_lines(process, out, count):
 
 def actors_of(process) -> list[int]:
     """Process ids of the actors that this run started: Ray titles them."""
-    parents, titles = {}, {}
+    parents = {}
+    titles = {}
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
             parents[int(status.parent.name)] = int(status.read_text().rpartition(")")[2].split()[1])
             titles[int(status.parent.name)] = (status.parent / "cmdline").read_text()
-        except (OSError, IndexError):       # ended meanwhile
+        except (OSError, IndexError):  # ended meanwhile
             continue
 
     def ours(pid):
         return pid == process.pid or (pid in parents and ours(parents[pid]))
+
     return [pid for pid, title in titles.items() if "AskBatch" in title and ours(pid)]
 
 
@@ -150,7 +228,9 @@ def test_an_actor_killed_half_way(job, tmp_path):
     actors = actors_of(process)
     assert len(actors) == 2
     os.kill(actors[0], signal.SIGKILL)
-    assert process.wait(300) == 1, out.with_suffix(".log").read_text()       # 1: there are lines that are no questions
+    assert process.wait(300) == 1, out.with_suffix(
+        ".log"
+    ).read_text()  # 1: there are lines that are no questions
     assert answers(out) == expected
 
 
@@ -165,20 +245,29 @@ def test_a_run_killed_half_way_goes_on_with_ray_or_without(more, job, tmp_path):
     assert not out.exists()
     process = begin(file, out, *more)
     assert process.wait(300) == 1, out.with_suffix(".log").read_text()
-    assert answers(out) == expected and "continuing after line 2" in out.with_suffix(".log").read_text()
+    assert (
+        answers(out) == expected
+        and "continuing after line 2" in out.with_suffix(".log").read_text()
+    )
 
 
 def test_a_question_that_kills_every_actor_fails_alone(job, tmp_path, monkeypatch, capsys):
     with_ray()
 
-    class Fragile(predict_ray.AskBatch):        # pickled by value, as it is local
+    class Fragile(predict_ray.AskBatch):  # pickled by value, as it is local
         def __call__(self, batch):
             if b"deadly" in batch["questions"][0]:
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().__call__(batch)
+
     monkeypatch.setattr(predict_ray, "AskBatch", Fragile)
     file = tmp_path / "in.jsonl"
-    file.write_text("\n".join(json.dumps({"prompt": "deadly" if i == 9 else f"What is {i}?", "id": i}) for i in range(24)))
+    file.write_text(
+        "\n".join(
+            json.dumps({"prompt": "deadly" if i == 9 else f"What is {i}?", "id": i})
+            for i in range(24)
+        )
+    )
     out = tmp_path / "out.jsonl"
     assert run_command(predict.main, argv(file, out, *RAY)) == 1
     found = answers(out)
@@ -190,6 +279,11 @@ def test_a_question_that_kills_every_actor_fails_alone(job, tmp_path, monkeypatc
 def test_a_model_that_does_not_load_is_told_in_its_own_sentence(job, tmp_path, capsys):
     with_ray()
     file, _ = job
-    assert run_command(predict.main, argv(file, tmp_path / "out.jsonl", *RAY, "--max-model-len", "999999")) == 2
+    assert (
+        run_command(
+            predict.main, argv(file, tmp_path / "out.jsonl", *RAY, "--max-model-len", "999999")
+        )
+        == 2
+    )
     shown = capsys.readouterr().err
     assert "error: " in shown and "999999" in shown and "Traceback" not in shown

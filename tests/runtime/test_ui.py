@@ -1,4 +1,5 @@
 """The page: what it asks, of whom; and, with `make test-ui`, in headless Chromium as a visitor sees it."""
+
 import asyncio
 import contextlib
 import importlib.util
@@ -28,28 +29,50 @@ GOLDEN = paths.GOLDEN
 DEMO = ROOT / "examples" / "demo"
 PICTURE = DEMO / "pictures" / "scene10000.png"
 DESCRIBED = "purple circle, orange circle, blue cross"
-SHORTEST = "purple"        # its first token
+SHORTEST = "purple"  # its first token
 GREEDY = SamplingParams(temperature=0, repetition_penalty=1, max_tokens=8)
 
 
 def turn(role, text="", *files):
-    return {"role": role, "content": [*({"type": "file", "file": {"path": f}} for f in files), {"type": "text", "text": text}]}
+    return {
+        "role": role,
+        "content": [
+            *({"type": "file", "file": {"path": f}} for f in files),
+            {"type": "text", "text": text},
+        ],
+    }
 
 
 def test_a_conversation_becomes_messages():
-    history = [turn("user", "What?", "a.png"), turn("assistant", "A cat."), turn("user", "stopped at once"), turn("assistant"),
-               turn("user", "failed")]
+    history = [
+        turn("user", "What?", "a.png"),
+        turn("assistant", "A cat."),
+        turn("user", "stopped at once"),
+        turn("assistant"),
+        turn("user", "failed"),
+    ]
     assert conversation(history, "And?", ["b.png"], " Be brief. ") == [
         {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What?"}]},
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What?"}],
+        },
         {"role": "assistant", "content": "A cat."},
-        {"role": "user", "content": [{"type": "image", "image": "b.png"}, {"type": "text", "text": "And?"}]}]
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": "b.png"}, {"type": "text", "text": "And?"}],
+        },
+    ]
     assert conversation([], "Hi", [], "  ")[0]["role"] == "user"
 
 
 @pytest.mark.parametrize("name, takes", [("visualglm", False), ("glm4", True)])
 def test_a_system_prompt_only_where_the_family_has_one(name, takes):
-    folder = next(folder for folder in (GOLDEN / name, *(GOLDEN / name).glob("*")) if (folder / "config.json").exists())
+    folder = next(
+        folder
+        for folder in (GOLDEN / name, *(GOLDEN / name).glob("*"))
+        if (folder / "config.json").exists()
+    )
     assert backends.takes_system(family_of(folder)) is takes
 
 
@@ -66,16 +89,25 @@ def asked(text="Describe the picture."):
 
 def test_an_engine_of_its_own_answers(local):
     async def told():
-        return [piece async for piece in local.stream(asked(), SamplingParams(temperature=0, repetition_penalty=1))]
+        return [
+            piece
+            async for piece in local.stream(
+                asked(), SamplingParams(temperature=0, repetition_penalty=1)
+            )
+        ]
+
     pieces = asyncio.run(told())
     assert "".join(pieces) == DESCRIBED and len(pieces) > 3
 
 
 def test_a_visitor_who_stops_leaves_nothing_behind(local):
     async def stopped():
-        async with contextlib.aclosing(local.stream(asked(), SamplingParams(max_tokens=100))) as pieces:
+        async with contextlib.aclosing(
+            local.stream(asked(), SamplingParams(max_tokens=100))
+        ) as pieces:
             async for _ in pieces:
                 return
+
     asyncio.run(stopped())
     end = time.monotonic() + 30
     while local.engine.busy and time.monotonic() < end:
@@ -89,16 +121,23 @@ def test_a_picture_that_is_none_is_refused_in_a_sentence(local, tmp_path):
     async def ask():
         async for _ in local.stream(conversation([], "?", [str(tmp_path / "a.png")], ""), GREEDY):
             pass
+
     with pytest.raises(Exception, match="the picture cannot be read; use PNG"):
         asyncio.run(ask())
 
 
-@pytest.mark.parametrize("argv, sentence", [
-    ([], "give either --model DIR or --server URL"), (["--model", "x", "--server", "http://x"], "give either"),
-    (["--model", "nowhere"], "does not exist"), (["--server", "localhost:8000"], "use a URL such as"),
-    (["--server", "http://x", "--language", "zh"], "the server words the prompt"),
-    (["--server", "http://x", "--dtype", "bf16"], "leave out the options of the model"),
-    (["--model", str(DEMO), "--port", "0"], "use a port from 1 to 65535")])
+@pytest.mark.parametrize(
+    "argv, sentence",
+    [
+        ([], "give either --model DIR or --server URL"),
+        (["--model", "x", "--server", "http://x"], "give either"),
+        (["--model", "nowhere"], "does not exist"),
+        (["--server", "localhost:8000"], "use a URL such as"),
+        (["--server", "http://x", "--language", "zh"], "the server words the prompt"),
+        (["--server", "http://x", "--dtype", "bf16"], "leave out the options of the model"),
+        (["--model", str(DEMO), "--port", "0"], "use a port from 1 to 65535"),
+    ],
+)
 def test_mistakes(argv, sentence, capsys):
     assert run_command(ui.main, argv) == 2
     assert sentence in capsys.readouterr().err
@@ -111,17 +150,27 @@ def test_gradio_is_missing(monkeypatch, capsys):
 
 
 def test_a_server_that_is_not_there():
-    with pytest.raises(ui.ToolkitError, match="does not list a model: Connection error.; is the URL"):
+    with pytest.raises(
+        ui.ToolkitError, match="does not list a model: Connection error.; is the URL"
+    ):
         backends.Remote(UiOptions(server="http://127.0.0.1:9"))
 
 
 def test_settings_become_sampling():
     pytest.importorskip("gradio", reason="run: make test-ui")
     from runtime.ui.page import chosen, examples
-    assert chosen("Be brief.", True, 0.5, 0.9, 40.0, 1.1, 64.0) == ("Be brief.", SamplingParams(max_tokens=64))
-    assert chosen("", False, 0, 0.9, 40.0, 1.1, 64.0) == ("", SamplingParams(
-        max_tokens=64, temperature=0, top_p=0.9, top_k=40, repetition_penalty=1.1))
-    assert {Path(file).exists() for example in examples(True) for file in example["files"]} == {True}
+
+    assert chosen("Be brief.", True, 0.5, 0.9, 40.0, 1.1, 64.0) == (
+        "Be brief.",
+        SamplingParams(max_tokens=64),
+    )
+    assert chosen("", False, 0, 0.9, 40.0, 1.1, 64.0) == (
+        "",
+        SamplingParams(max_tokens=64, temperature=0, top_p=0.9, top_k=40, repetition_penalty=1.1),
+    )
+    assert {Path(file).exists() for example in examples(True) for file in example["files"]} == {
+        True
+    }
     assert all(isinstance(example, str) for example in examples(False)) and examples(False)
 
 
@@ -132,16 +181,29 @@ def test_the_port_is_taken(capsys):
         other.listen()
         port = other.getsockname()[1]
         assert run_command(ui.main, ["--model", str(DEMO / "checkpoint"), "--port", str(port)]) == 2
-    assert f"--port {port} on 127.0.0.1 cannot be listened on; give another one" in capsys.readouterr().err
+    assert (
+        f"--port {port} on 127.0.0.1 cannot be listened on; give another one"
+        in capsys.readouterr().err
+    )
 
 
 # in a browser
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-browser_test = pytest.mark.skipif(not (CHROMIUM and all(map(importlib.util.find_spec, ("gradio", "playwright")))),
-                                  reason="run: make test-ui")
-PATIENCE = 60_000          # milliseconds, on a busy machine
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+browser_test = pytest.mark.skipif(
+    not (CHROMIUM and all(map(importlib.util.find_spec, ("gradio", "playwright")))),
+    reason="run: make test-ui",
+)
+PATIENCE = 60_000  # milliseconds, on a busy machine
 # runs a command, as slow as with a large model if need be, and writes down every address that it talks to
 WATCHED = """
 import runpy, sys, time
@@ -167,10 +229,23 @@ def free_port() -> int:
 @contextlib.contextmanager
 def running(module, folder, *argv, pause=0):
     """A command until it is ready -> its URL. Afterwards: it ended by SIGTERM without an error. pause: seconds per step."""
-    port, log = free_port(), folder / f"{module}.log"
-    command = [sys.executable, "-c", WATCHED, folder / "addresses", str(pause), module, "--port", str(port), *argv]
+    port = free_port()
+    log = folder / f"{module}.log"
+    command = [
+        sys.executable,
+        "-c",
+        WATCHED,
+        folder / "addresses",
+        str(pause),
+        module,
+        "--port",
+        str(port),
+        *argv,
+    ]
     with open(log, "w") as stream:
-        process = subprocess.Popen(command, cwd=ROOT, stderr=stream, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(
+            command, cwd=ROOT, stderr=stream, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
     try:
         end = time.monotonic() + 900
         while "ready: " not in log.read_text():
@@ -178,7 +253,9 @@ def running(module, folder, *argv, pause=0):
             time.sleep(0.2)
         yield f"http://127.0.0.1:{port}"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) in (0, -signal.SIGTERM) and "Traceback" not in log.read_text(), log.read_text()
+        assert process.wait(60) in (0, -signal.SIGTERM) and "Traceback" not in log.read_text(), (
+            log.read_text()
+        )
     finally:
         process.kill()
 
@@ -186,8 +263,11 @@ def running(module, folder, *argv, pause=0):
 @pytest.fixture(scope="module")
 def chromium():
     from playwright.sync_api import sync_playwright
+
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)     # with a profile of its own
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=FLAGS
+        )  # with a profile of its own
         yield browser
         browser.close()
 
@@ -195,11 +275,23 @@ def chromium():
 @pytest.fixture(scope="module")
 def demo_page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
-    with running("runtime.ui", folder, "--model", str(DEMO / "checkpoint"), "--vision", "torch", "--temperature", "0",
-                 "--repetition-penalty", "1") as url:
+    with running(
+        "runtime.ui",
+        folder,
+        "--model",
+        str(DEMO / "checkpoint"),
+        "--vision",
+        "torch",
+        "--temperature",
+        "0",
+        "--repetition-penalty",
+        "1",
+    ) as url:
         yield url
     for address in (folder / "addresses").read_text().splitlines():
-        assert any(own in address for own in ("127.0.0.1", "localhost", "::1", "0.0.0.0")), f"the process asked {address}"
+        assert any(own in address for own in ("127.0.0.1", "localhost", "::1", "0.0.0.0")), (
+            f"the process asked {address}"
+        )
 
 
 class Visit:
@@ -209,14 +301,19 @@ class Visit:
         self.page = browser.new_context(**context).new_page()
         self.page.set_default_timeout(PATIENCE)
         self.elsewhere = []
-        self.page.on("request", lambda r: r.url.startswith((url, "data:", "blob:")) or self.elsewhere.append(r.url))
+        self.page.on(
+            "request",
+            lambda r: r.url.startswith((url, "data:", "blob:")) or self.elsewhere.append(r.url),
+        )
         self.page.goto(url)
         self.box = self.page.locator("textarea").first
         self.box.wait_for()
 
     def upload(self, file):
         self.until(self.box.is_enabled)
-        with self.page.expect_file_chooser() as chooser:        # the button forgets the file before, which may be the same
+        with (
+            self.page.expect_file_chooser() as chooser
+        ):  # the button forgets the file before, which may be the same
             self.page.get_by_test_id("upload-button").click()
         chooser.value.set_files(file)
         self.page.locator(".thumbnails img, .thumbnail-item img").first.wait_for()
@@ -232,22 +329,27 @@ class Visit:
 
     def longest(self, tokens: int):
         """The longest answer; "How to answer" is open."""
-        field, slider = (self.page.locator(f"input[type={kind}]").last for kind in ("number", "range"))
+        field, slider = (
+            self.page.locator(f"input[type={kind}]").last for kind in ("number", "range")
+        )
 
-        def taken():        # not before the panel is alive
+        def taken():  # not before the panel is alive
             field.fill(str(tokens))
             field.press("Tab")
             self.page.wait_for_timeout(500)
             return slider.input_value() == field.input_value() == str(tokens)
+
         self.until(taken)
-        self.page.wait_for_timeout(500)         # until the server has it; the page shows nothing of that
+        self.page.wait_for_timeout(500)  # until the server has it; the page shows nothing of that
 
     def bots(self) -> list[str]:
         return [text.strip() for text in self.page.locator(".message.bot").all_inner_texts()]
 
     def wait_for(self, text):
         """The last answer to be `text`, and whole."""
-        self.until(lambda: not self.page.locator(".stop-button").count() and self.bots()[-1:] == [text])
+        self.until(
+            lambda: not self.page.locator(".stop-button").count() and self.bots()[-1:] == [text]
+        )
 
     def until(self, condition):
         """Asked from here: the page's security policy forbids what playwright's own waiting would evaluate in it."""
@@ -274,7 +376,9 @@ def test_ask_about_a_picture_ask_again_and_clear(chromium, demo_page):
     visit.upload(PICTURE)
     visit.ask("How many objects are there?")
     visit.wait_for("3")
-    visit.ask("What color is the cross?")       # the model was trained on single questions; it answers this one in a row
+    visit.ask(
+        "What color is the cross?"
+    )  # the model was trained on single questions; it answers this one in a row
     visit.wait_for("blue")
     assert visit.bots() == ["3", "blue"]
     visit.shot("desktop")
@@ -287,7 +391,9 @@ def test_ask_about_a_picture_ask_again_and_clear(chromium, demo_page):
     visit.longest(100)
     visit.page.get_by_role("button", name="Retry").click()
     visit.wait_for(DESCRIBED)
-    assert visit.bots() == [DESCRIBED] and not visit.page.get_by_role("button", name="Share").count()
+    assert (
+        visit.bots() == [DESCRIBED] and not visit.page.get_by_role("button", name="Share").count()
+    )
     visit.page.get_by_role("button", name="Undo").click()
     visit.until(lambda: not visit.bots() and visit.box.input_value() == "Describe the picture.")
     visit.box.press("Enter")
@@ -301,11 +407,17 @@ def test_ask_about_a_picture_ask_again_and_clear(chromium, demo_page):
 
 @browser_test
 def test_chinese_dark_on_a_phone(chromium, demo_page):
-    visit = Visit(chromium, demo_page, viewport={"width": 390, "height": 844}, locale="zh-CN", color_scheme="dark")
+    visit = Visit(
+        chromium,
+        demo_page,
+        viewport={"width": 390, "height": 844},
+        locale="zh-CN",
+        color_scheme="dark",
+    )
     assert visit.box.get_attribute("placeholder") == "输入问题，可添加图片" and visit.fits()
     assert visit.page.evaluate("document.body.classList.contains('dark')")
     visit.shot("phone-empty")
-    visit.page.get_by_text("描述这张图片。").click()        # an example
+    visit.page.get_by_text("描述这张图片。").click()  # an example
     visit.wait_for("紫色圆形、橙色圆形、蓝色十字形")
     visit.shot("phone")
     visit.page.get_by_text("回答设置").click()
@@ -318,13 +430,32 @@ def test_chinese_dark_on_a_phone(chromium, demo_page):
 def test_stop_on_a_server_ends_its_request_there(chromium, tmp_path):
     """The golden checkpoint's random weights go on answering until they are stopped."""
     import httpx
+
     serve = ("--model", str(GOLDEN / "visualglm"), "--vision", "torch", "--api-key", "k")
     with running("runtime.serve", tmp_path, *serve, pause=0.05) as server:
+
         def running_requests():
             metrics = httpx.get(server + "/metrics", headers={"Authorization": "Bearer k"}).text
-            return float(next(line for line in metrics.splitlines() if "num_requests_running{" in line).split()[-1])
-        with running("runtime.ui", tmp_path, "--server", server, "--api-key", "k", "--max-tokens", "1900",
-                     "--temperature", "0", "--repetition-penalty", "1") as url:
+            return float(
+                next(
+                    line for line in metrics.splitlines() if "num_requests_running{" in line
+                ).split()[-1]
+            )
+
+        with running(
+            "runtime.ui",
+            tmp_path,
+            "--server",
+            server,
+            "--api-key",
+            "k",
+            "--max-tokens",
+            "1900",
+            "--temperature",
+            "0",
+            "--repetition-penalty",
+            "1",
+        ) as url:
             visit = Visit(chromium, url, viewport={"width": 1280, "height": 800}, locale="en-US")
             visit.ask("Tell me a story.")
             visit.until(lambda: any(len(text) > 15 for text in visit.bots()))
@@ -333,7 +464,9 @@ def test_stop_on_a_server_ends_its_request_there(chromium, tmp_path):
             visit.shot("desktop-streaming")
             assert running_requests() == 1
             layers = visit.page.locator(".block:has(.stop-button) > [data-testid=status-tracker]")
-            assert [layer.is_visible() for layer in layers.all()] == [False], "it would take the clicks of the stop button"
+            assert [layer.is_visible() for layer in layers.all()] == [False], (
+                "it would take the clicks of the stop button"
+            )
             visit.page.locator(".stop-button").click()
             visit.page.locator(".stop-button").wait_for(state="detached")
             end = time.monotonic() + 60
@@ -343,10 +476,14 @@ def test_stop_on_a_server_ends_its_request_there(chromium, tmp_path):
             told = visit.bots()[0]
             visit.page.wait_for_timeout(500)
             assert visit.bots() == [told] and visit.elsewhere == []
-            visit.ask("x" * 20000)          # more than the model takes: the server's sentence, and the page goes on
+            visit.ask(
+                "x" * 20000
+            )  # more than the model takes: the server's sentence, and the page goes on
             visit.page.get_by_text("maximum context length").wait_for()
             visit.shot("desktop-error")
-            visit.until(lambda: len(visit.bots()) == 2 and not visit.page.locator(".stop-button").count())
+            visit.until(
+                lambda: len(visit.bots()) == 2 and not visit.page.locator(".stop-button").count()
+            )
             visit.ask("And then?")
             visit.until(lambda: len(visit.bots()) == 3 and len(visit.bots()[2]) > 5)
             visit.page.locator(".stop-button").click()

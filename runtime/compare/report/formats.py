@@ -1,4 +1,5 @@
 """Numbers as a comparison shows them."""
+
 import math
 
 
@@ -22,4 +23,11 @@ def percent(value: float) -> str:
 
 def cosine_limit(found: dict) -> float | None:
     """Of the logits."""
-    return next((c["limit"] for c in found["checks"] if (c["stage"], c["measure"]) == ("decode", "cosine_min")), None)
+    return next(
+        (
+            c["limit"]
+            for c in found["checks"]
+            if (c["stage"], c["measure"]) == ("decode", "cosine_min")
+        ),
+        None,
+    )

@@ -3,6 +3,7 @@
 The packed folder lies in the cache under a hash of the decoder's tensors and of how they are packed; one file per weight.
 It gets its name when it is complete, so a killed run leaves nothing that looks usable.
 """
+
 import hashlib
 import json
 import os
@@ -20,15 +21,17 @@ from runtime.ops.cpu.packed_weights import Int4Weight, Int8Weight
 
 from .weights import MATRICES, decoder_rows
 
-PACKER = 1              # raise it when other numbers are stored: folders of older packers are made again
+PACKER = 1  # raise it when other numbers are stored: folders of older packers are made again
 FORMS = {"int8": Int8Weight, "int4": Int4Weight}
 
 
 def check_packable(family, kind: str):
     """ToolkitError for a checkpoint that is quantised already."""
     if kind != "float" and find_description(family.directory):
-        raise ToolkitError(f"--cpu-weights {kind} packs float checkpoints, {family.directory} is quantised already; leave the "
-                           "flag out, or give the float checkpoint")
+        raise ToolkitError(
+            f"--cpu-weights {kind} packs float checkpoints, {family.directory} is quantised already; leave the "
+            "flag out, or give the float checkpoint"
+        )
 
 
 def packed_weights(checkpoint, family, dtype: torch.dtype, kind: str, split) -> dict:
@@ -39,8 +42,10 @@ def packed_weights(checkpoint, family, dtype: torch.dtype, kind: str, split) -> 
         try:
             _pack(checkpoint, family, kind, split, folder)
         except OSError as error:
-            raise ToolkitError(f"the packed weights cannot be written to {folder} ({error.strerror}); make room there, or "
-                               "set ASCEND_VLM_CACHE to another folder") from error
+            raise ToolkitError(
+                f"the packed weights cannot be written to {folder} ({error.strerror}); make room there, or "
+                "set ASCEND_VLM_CACHE to another folder"
+            ) from error
     return _read(folder, dtype)
 
 
@@ -56,7 +61,7 @@ def _pack(checkpoint, family, kind, split, folder: Path):
     work = folder.with_name(f".{folder.name}")
     work.mkdir(parents=True, exist_ok=True)
     with locked(work), byte_progress(f"packing to {kind}") as progress:
-        if folder.is_dir():             # another process was quicker
+        if folder.is_dir():  # another process was quicker
             return
         for name, tensor in checkpoint.assemble(decoder_rows(family, split), progress=progress):
             save_file(_stored(name, tensor, kind), work / f"{name}.safetensors")
@@ -72,7 +77,8 @@ def _stored(name: str, tensor, kind: str) -> dict[str, torch.Tensor]:
 
 
 def _read(folder: Path, dtype) -> dict:
-    files, weights = sorted(folder.glob("*.safetensors")), {}
+    files = sorted(folder.glob("*.safetensors"))
+    weights = {}
     with step_progress("loading packed weights", len(files)) as advance:
         for file in files:
             weights[file.stem] = _loaded(load_file(file), dtype)

@@ -3,6 +3,7 @@
 A checkpoint flows in; out flow weights whose linear layers are read when their turn comes, and logits of a whole question in
 one pass through the layers (two where a prompt's tokens see each other both ways).
 """
+
 from functools import partial
 
 import numpy as np
@@ -21,25 +22,33 @@ class Shelf:
     """Holds the linear layers of the decoder layer that was asked for last."""
 
     def __init__(self, checkpoint, family, dtype: torch.dtype, ops, split):
-        self.checkpoint, self.family, self.dtype, self.ops = checkpoint, family, dtype, ops
+        self.checkpoint = checkpoint
+        self.family = family
+        self.dtype = dtype
+        self.ops = ops
         self.rows = {i: [] for i in range(family.decoder.layers)}
         self.resident = []
         for row in decoder_rows(family, split):
             self._place(row).append(row)
-        self.index, self.held, self.advance = None, {}, lambda: None
+        self.index = None
+        self.held = {}
+        self.advance = lambda: None
 
     def weights(self) -> dict:
         """As loading.decoder_weights, with Late ones in place of the layers' linear layers."""
         resident = load_rows(self.checkpoint, self.resident, self.dtype, "cpu", self.ops)
         return without_zero_biases(resident, self.family) | {
-            f"layers.{i}.{name}": Late(partial(self._linear, i, name)) for i in self.rows for name in BRANCH}
+            f"layers.{i}.{name}": Late(partial(self._linear, i, name))
+            for i in self.rows
+            for name in BRANCH
+        }
 
     def score(self, runner, sequence, features, token_ids: list[int]) -> np.ndarray:
         """Engine.score in one piece: float32 [n, vocab], row i predicts token_ids[i]."""
         sequence.token_ids.extend(token_ids[:-1])
         chunk = Chunk(sequence, sequence.known, features)
         with step_progress("layers", len(self.rows) * sum(map(len, chunk.spans()))) as self.advance:
-            return runner.run([chunk], all_logits=True)[-len(token_ids):].numpy()
+            return runner.run([chunk], all_logits=True)[-len(token_ids) :].numpy()
 
     def _place(self, row) -> list:
         target = row.parts[0].target
@@ -48,8 +57,15 @@ class Shelf:
 
     def _linear(self, index: int, name: str):
         if index != self.index:
-            self.held = {}              # before the next one is read
-            self.held = read_rows(self.checkpoint, self.rows[index], self.dtype, "cpu", self.ops, lambda done, total: None)
+            self.held = {}  # before the next one is read
+            self.held = read_rows(
+                self.checkpoint,
+                self.rows[index],
+                self.dtype,
+                "cpu",
+                self.ops,
+                lambda done, total: None,
+            )
             self.index = index
             self.advance()
         return linear_of(self.held, f"layers.{index}.{name}")

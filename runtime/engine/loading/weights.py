@@ -1,4 +1,5 @@
 """Reads the decoder's weights from the checkpoint straight into the backend's form, one tensor at a time."""
+
 import re
 from collections import Counter, defaultdict
 from fnmatch import fnmatchcase
@@ -19,10 +20,16 @@ FLOAT_LINEAR = re.compile(r"(layers\.\d+)\.(qkv|out|up|down)\.(weight|bias)")
 
 def decoder_rows(family, split) -> list[Weight]:
     """The weight table of the decoder, or of the part of it that `split` gives to this device."""
-    return [w for w in split.weights(stored_weights(family)) if w.parts and not w.parts[0].target.startswith("vision.")]
+    return [
+        w
+        for w in split.weights(stored_weights(family))
+        if w.parts and not w.parts[0].target.startswith("vision.")
+    ]
 
 
-def decoder_weights(checkpoint, family, dtype: torch.dtype, device: str, ops, split, keep=()) -> dict:
+def decoder_weights(
+    checkpoint, family, dtype: torch.dtype, device: str, ops, split, keep=()
+) -> dict:
     """Canonical name -> tensor of `dtype` on `device`, the part that `split` gives to it; matrices packed by `ops` as soon
     as they are complete.
 
@@ -54,9 +61,20 @@ def kept_rows(rows: list[Weight], patterns) -> list[Weight]:
             stages.setdefault(f"{linear[1]}.{BRANCH[linear[2]]}", []).append(row)
     for pattern in patterns:
         if not any(fnmatchcase(stage, pattern) for stage in stages):
-            raise ToolkitError(f"--keep-dtype {pattern} names no stage with float weights; " + (
-                f"they are {next(iter(stages))} to {list(stages)[-1]}" if stages else "the checkpoint is quantised"))
-    return [row for stage, some in stages.items() if any(fnmatchcase(stage, p) for p in patterns) for row in some]
+            raise ToolkitError(
+                f"--keep-dtype {pattern} names no stage with float weights; "
+                + (
+                    f"they are {next(iter(stages))} to {list(stages)[-1]}"
+                    if stages
+                    else "the checkpoint is quantised"
+                )
+            )
+    return [
+        row
+        for stage, some in stages.items()
+        if any(fnmatchcase(stage, p) for p in patterns)
+        for row in some
+    ]
 
 
 def load_rows(checkpoint, rows: list[Weight], dtype: torch.dtype, device: str, ops) -> dict:
@@ -70,8 +88,12 @@ def read_rows(checkpoint, rows: list[Weight], dtype: torch.dtype, device: str, o
     plain = [row for row in rows if not PIECE.fullmatch(row.parts[0].target)]
     pieces = [row for row in rows if PIECE.fullmatch(row.parts[0].target)]
     total = sum(checkpoint.nbytes(row.source) for row in rows if row.source in checkpoint.shapes)
-    weights = {name: ops.pack(tensor.to(device)) if name.endswith(MATRICES) else tensor.to(device)
-               for name, tensor in checkpoint.assemble(plain, dtype=dtype, progress=lambda done, _: update(done, total))}
+    weights = {
+        name: ops.pack(tensor.to(device)) if name.endswith(MATRICES) else tensor.to(device)
+        for name, tensor in checkpoint.assemble(
+            plain, dtype=dtype, progress=lambda done, _: update(done, total)
+        )
+    }
     before = sum(checkpoint.nbytes(row.source) for row in plain if row.source in checkpoint.shapes)
     tensors = checkpoint.assemble(pieces, progress=lambda done, _: update(before + done, total))
     for name, layer in _layers(tensors, pieces, dtype):
@@ -95,5 +117,7 @@ def _packed(layer, dtype, device, ops):
     if isinstance(layer, Stacked):
         return Stacked([_packed(part, dtype, device, ops) for part in layer.parts])
     if isinstance(layer, Linear):
-        return Linear(ops.pack(layer.weight.to(device)), None if layer.bias is None else layer.bias.to(device))
+        return Linear(
+            ops.pack(layer.weight.to(device)), None if layer.bias is None else layer.bias.to(device)
+        )
     return ops.pack_quantized(layer.to(device), dtype)

@@ -6,6 +6,7 @@ int8: one scale per output row; activations are rounded to 8 bits with one scale
 piece of the weight at a time is made bfloat16. `tensors` of a packed weight are what is stored of it, the same on every
 machine; `from_tensors` packs them for this one.
 """
+
 import sys
 
 import torch
@@ -16,21 +17,26 @@ from models.network.linear import Linear
 from . import native
 
 GROUP = 128
-ROWS = 4096             # of a weight rounded or packed at a time: heads are large
-PIECE = 1024            # rows of it that are made bfloat16 at a time, for `many` tokens
-MANY = 64               # measured for torch's kernel: as quick at 56
-BLOCK = {"AVX512": 64, "AVX2": 32}      # rows that torch interleaves: row j in the low bits, j + BLOCK / 2 in the high ones
-SMALLEST = 1e-20        # largest value of a token whose values are all zero
+ROWS = 4096  # of a weight rounded or packed at a time: heads are large
+PIECE = 1024  # rows of it that are made bfloat16 at a time, for `many` tokens
+MANY = 64  # measured for torch's kernel: as quick at 56
+BLOCK = {
+    "AVX512": 64,
+    "AVX2": 32,
+}  # rows that torch interleaves: row j in the low bits, j + BLOCK / 2 in the high ones
+SMALLEST = 1e-20  # largest value of a token whose values are all zero
 
 
 class Few:
     """A packed weight whose products of a few tokens may be native.py's."""
+
     _blocks = _made = _made_with = None
 
     def few(self, bias=None) -> native.Product | None:
         """The product with the layer's bias; made once."""
         if self._blocks and (self._made is None or self._made_with is not bias):
-            self._made, self._made_with = self._product(bias), bias
+            self._made = self._product(bias)
+            self._made_with = bias
         return self._made
 
 
@@ -39,7 +45,9 @@ class FloatWeight(Few):
 
     def __init__(self, weight: torch.Tensor):
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-        self._blocks = native.blocks_of(self._packed, weight) if weight.dtype == torch.bfloat16 else None
+        self._blocks = (
+            native.blocks_of(self._packed, weight) if weight.dtype == torch.bfloat16 else None
+        )
 
     def __call__(self, x, bias):
         if self._blocks and native.suits(x):
@@ -57,8 +65,9 @@ class Int8Rows(Few):
     """
 
     def __init__(self, q: torch.Tensor, scale: torch.Tensor):
-        self._scale = scale.clone()         # a view would keep its file's q in memory, too
-        self._zeros, self._rest = torch.zeros(len(scale), dtype=torch.int32), row_sums(q) * -native.ZERO
+        self._scale = scale.clone()  # a view would keep its file's q in memory, too
+        self._zeros = torch.zeros(len(scale), dtype=torch.int32)
+        self._rest = row_sums(q) * -native.ZERO
         self._packed = torch.ops.onednn.qlinear_prepack(q, None)
         self._blocks = native.blocks_of(self._packed, q)
 
@@ -67,20 +76,36 @@ class Int8Rows(Few):
 
     def product(self, q, zero_point: int, bias, out: torch.dtype):
         """q uint8 [m, k] -> (q - zero_point) @ weight.T * scale + bias as `out` [m, n]."""
-        return torch.ops.onednn.qlinear_pointwise(q, 1.0, zero_point, self._packed, self._scale, self._zeros, bias, 1.0, 0,
-                                                  out, "none", [], "")
+        return torch.ops.onednn.qlinear_pointwise(
+            q,
+            1.0,
+            zero_point,
+            self._packed,
+            self._scale,
+            self._zeros,
+            bias,
+            1.0,
+            0,
+            out,
+            "none",
+            [],
+            "",
+        )
 
 
 class Int8Weight(Int8Rows):
     """weight about int8 [n, k] * scale float32 [n]."""
+
     # without VNNI oneDNN adds pairs of products in 16 bits: 7 bits of activations keep them from saturating
     _levels = 127 if torch.cpu._is_vnni_supported() else 63
 
     @staticmethod
     def tensors(weight: torch.Tensor) -> dict[str, torch.Tensor]:
         scale = weight.abs().amax(1).float().clamp_(min=SMALLEST) / 127
-        rows = [(part.float() / of[:, None]).round_().to(torch.int8)
-                for part, of in zip(weight.split(ROWS), scale.split(ROWS))]
+        rows = [
+            (part.float() / of[:, None]).round_().to(torch.int8)
+            for part, of in zip(weight.split(ROWS), scale.split(ROWS))
+        ]
         return {"int8": torch.cat(rows), "scale": scale}
 
     @classmethod
@@ -98,7 +123,9 @@ class Int8Weight(Int8Rows):
 
     def _rounded(self, x):
         scale = x.abs().amax(-1, keepdim=True).float().clamp_(min=SMALLEST).div_(self._levels)
-        return x.to(torch.float32, copy=True).div_(scale).add_(self._levels + 1.5).to(torch.uint8), scale     # the half rounds
+        return x.to(torch.float32, copy=True).div_(scale).add_(self._levels + 1.5).to(
+            torch.uint8
+        ), scale  # the half rounds
 
 
 class Int4Weight(Few):
@@ -148,11 +175,16 @@ class TorchInt4:
 
     def __init__(self, q: torch.Tensor, scales: torch.Tensor):
         """As Int4Weight takes them."""
-        self.n, self._scales = len(q), scales.clone()       # as above
+        self.n = len(q)
+        self._scales = scales.clone()  # as above
         self._block = BLOCK.get(torch.backends.cpu.get_cpu_capability())
         self.many = MANY if self._block and self.n % self._block == 0 else sys.maxsize
-        blocks = [torch.stack((rows & 15, rows >> 4), -1).flatten(1).int() for rows in q.split(ROWS)]
-        self._packed = torch.cat([torch._convert_weight_to_int4pack_for_cpu(block, 1) for block in blocks])
+        blocks = [
+            torch.stack((rows & 15, rows >> 4), -1).flatten(1).int() for rows in q.split(ROWS)
+        ]
+        self._packed = torch.cat(
+            [torch._convert_weight_to_int4pack_for_cpu(block, 1) for block in blocks]
+        )
 
     def linear(self, x):
         """bfloat16 [m, k] -> [m, n]."""
@@ -161,9 +193,16 @@ class TorchInt4:
     def floats(self, start: int, end: int) -> torch.Tensor:
         """Rows start..end in bfloat16 [end - start, k]."""
         packed, (scale, zero) = self._packed[start:end], self._scales[:, None, start:end].unbind(-1)
-        rows, k = len(packed), 2 * packed.shape[1]
+        rows = len(packed)
+        k = 2 * packed.shape[1]
         blocks = packed.view(-1, k, self._block // 2).transpose(0, 1).contiguous()
-        q = torch.stack((blocks & 15, blocks >> 4), 2).view(torch.int8).sub_(8).bfloat16().view(-1, GROUP, rows)
+        q = (
+            torch.stack((blocks & 15, blocks >> 4), 2)
+            .view(torch.int8)
+            .sub_(8)
+            .bfloat16()
+            .view(-1, GROUP, rows)
+        )
         return torch.addcmul(zero.contiguous(), q, scale.contiguous()).view(k, rows).t()
 
 
@@ -181,9 +220,16 @@ def product_of(layer) -> native.Product | None:
 def _rounded_to_4_bits(weight):
     """Rows [n, k] -> q and scales as Int4Weight takes them."""
     groups = weight.float().unflatten(1, (-1, GROUP))
-    low, high = groups.amin(-1), groups.amax(-1)
+    low = groups.amin(-1)
+    high = groups.amax(-1)
     scale = ((high - low) / 15).clamp_(min=SMALLEST).bfloat16()
     zero = (low + 8 * scale.float()).bfloat16()
-    q = (groups - zero.float()[..., None]).div_(scale.float()[..., None]).round_().add_(8).clamp_(0, 15)
+    q = (
+        (groups - zero.float()[..., None])
+        .div_(scale.float()[..., None])
+        .round_()
+        .add_(8)
+        .clamp_(0, 15)
+    )
     q = q.to(torch.uint8).flatten(1)
     return q[:, ::2] | q[:, 1::2] << 4, torch.stack((scale, zero), -1).transpose(0, 1).contiguous()

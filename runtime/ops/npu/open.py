@@ -1,4 +1,5 @@
 """Opens an NPU: its operators, or one sentence that says what is missing."""
+
 import torch
 
 from runtime.ascend.socs import NZ, soc_of
@@ -13,18 +14,30 @@ def open_npu(device: str) -> NpuOps:
     try:
         import torch_npu
     except ModuleNotFoundError:
-        raise ToolkitError(f"--device {device} needs torch_npu, which is not installed; run: pip install torch_npu=="
-                           f"{torch.__version__.split('+')[0]}", MISSING_COMPONENT) from None
+        raise ToolkitError(
+            f"--device {device} needs torch_npu, which is not installed; run: pip install torch_npu=="
+            f"{torch.__version__.split('+')[0]}",
+            MISSING_COMPONENT,
+        ) from None
     except (ImportError, OSError, RuntimeError) as error:
-        raise ToolkitError(f"--device {device}: torch_npu cannot load CANN ({_first_line(error)}); run: source "
-                           "/usr/local/Ascend/ascend-toolkit/set_env.sh", MISSING_COMPONENT) from None
-    count, index = torch.npu.device_count(), int(device.split(":")[1])
+        raise ToolkitError(
+            f"--device {device}: torch_npu cannot load CANN ({_first_line(error)}); run: source "
+            "/usr/local/Ascend/ascend-toolkit/set_env.sh",
+            MISSING_COMPONENT,
+        ) from None
+    count = torch.npu.device_count()
+    index = int(device.split(":")[1])
     if index >= count:
-        raise ToolkitError(f"--device {device}: torch_npu sees {count} NPUs; check `npu-smi info` and "
-                           "ASCEND_RT_VISIBLE_DEVICES", MISSING_COMPONENT)
+        raise ToolkitError(
+            f"--device {device}: torch_npu sees {count} NPUs; check `npu-smi info` and "
+            "ASCEND_RT_VISIBLE_DEVICES",
+            MISSING_COMPONENT,
+        )
     torch.npu.set_device(index)
     soc = soc_of(torch_npu.npu.get_soc_version(), torch.npu.get_device_name(index))
-    torch.npu.set_compile_mode(jit_compile=False)       # kernels from the installed packages, none compiled at run time
+    torch.npu.set_compile_mode(
+        jit_compile=False
+    )  # kernels from the installed packages, none compiled at run time
     torch.npu.config.allow_internal_format = soc.weight_format == NZ or soc.cache_format == NZ
     return NpuOps(soc, device)
 

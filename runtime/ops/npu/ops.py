@@ -6,6 +6,7 @@ padding, the order of rows) is done once in `begin`, not once per layer.
 
 Kernels are called through torch.ops, whose schemas the tests declare in a torch without torch_npu.
 """
+
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -20,7 +21,7 @@ from runtime.ops.reference import ReferenceOps, shifted
 
 from .kernels import ATTENTION, SPLITFUSE_MASKED, WRITES
 
-MASK_SIZE = 2048            # side of the compressed causal masks, whatever the sequence length
+MASK_SIZE = 2048  # side of the compressed causal masks, whatever the sequence length
 PAD_TO_MULTIPLE = ("context", "prompt")
 
 
@@ -32,6 +33,7 @@ class NpuStep(Step):
     order int32: heads of the packed qkv rows, all of q, then k, then v; None when they already lie so (one row).
     q_tensor int32 on the host, kv_tensor int32 on the device: lengths; q_ends: running sum of the query lengths.
     """
+
     phase: str = ""
     rows: int = 0
     order: torch.Tensor | None = None
@@ -44,6 +46,7 @@ class NpuStep(Step):
 class NpuInt8:
     """A Quantized layer [n, k] for the NPU: weight int8 [k, n]; scale [n] in the form the chip's matmul takes; bias int32
     [n] added to its sums (static) or float [n] added to its result; inverse and offset [k] of the activations (static)."""
+
     kind: str
     weight: torch.Tensor
     scale: torch.Tensor
@@ -67,8 +70,10 @@ class NpuOps(ReferenceOps):
     records_graphs = True
 
     def __init__(self, soc: Soc, device: str):
-        self.soc, self.device = soc, device
-        self._write, self._attention = WRITES[soc.cache_write], {p: ATTENTION[k] for p, k in soc.attention.items()}
+        self.soc = soc
+        self.device = device
+        self._write = WRITES[soc.cache_write]
+        self._attention = {p: ATTENTION[k] for p, k in soc.attention.items()}
 
     @property
     def default_block_size(self) -> int:
@@ -77,11 +82,15 @@ class NpuOps(ReferenceOps):
     def check(self, dtype: str, block_size: int):
         """ToolkitError when the chip cannot compute in `dtype` or page by `block_size`."""
         if dtype not in self.soc.dtypes:
-            raise ToolkitError(f"--dtype {dtype} is not computed by {self.soc.name}; use --dtype "
-                               f"{' or '.join(self.soc.dtypes)}")
+            raise ToolkitError(
+                f"--dtype {dtype} is not computed by {self.soc.name}; use --dtype "
+                f"{' or '.join(self.soc.dtypes)}"
+            )
         if block_size not in self.soc.block_sizes:
-            raise ToolkitError(f"--block-size {block_size} is not paged by {self.soc.name}'s attention; use "
-                               f"--block-size {' or '.join(map(str, self.soc.block_sizes))}")
+            raise ToolkitError(
+                f"--block-size {block_size} is not paged by {self.soc.name}'s attention; use "
+                f"--block-size {' or '.join(map(str, self.soc.block_sizes))}"
+            )
 
     def default_dtype(self, family) -> str:
         """What --dtype auto means: the dtype of the released weights if the chip computes in it."""
@@ -92,7 +101,7 @@ class NpuOps(ReferenceOps):
         """Bytes free on the device."""
         return torch.npu.mem_get_info(self.device)[0]
 
-    accelerator = property(lambda self: torch.npu)        # the module that records graphs
+    accelerator = property(lambda self: torch.npu)  # the module that records graphs
 
     def new_graph(self, step):
         """(graph, what `torch.npu.graph` is told)"""
@@ -105,48 +114,76 @@ class NpuOps(ReferenceOps):
 
     def pack_quantized(self, layer, dtype):
         if layer.kind == "W8A8_DYNAMIC" and not self.soc.token_scales:
-            raise ToolkitError(f"{self.soc.name} has no int8 matmul with a scale per token, which W8A8_DYNAMIC needs; "
-                               "quantise with --scheme w8a8")
+            raise ToolkitError(
+                f"{self.soc.name} has no int8 matmul with a scale per token, which W8A8_DYNAMIC needs; "
+                "quantise with --scheme w8a8"
+            )
         if not layer.static:
             bias = None if layer.bias is None else layer.bias.to(dtype)
             scale = layer.scale.to(dtype) if layer.kind == "W8A16" else layer.scale
             return NpuInt8(layer.kind, self._int8(layer.weight), scale, bias)
-        inverse, offset = (torch.full((layer.weight.shape[1],), value, dtype=dtype, device=layer.weight.device)
-                           for value in (1 / layer.input_scale, layer.input_offset))
+        inverse, offset = (
+            torch.full((layer.weight.shape[1],), value, dtype=dtype, device=layer.weight.device)
+            for value in (1 / layer.input_scale, layer.input_offset)
+        )
         scale = layer.scale
-        if dtype == torch.float16 or self.soc.int64_scales:     # float32 bits in the low half
+        if dtype == torch.float16 or self.soc.int64_scales:  # float32 bits in the low half
             scale = torch.ops.npu.npu_trans_quant_param(scale)
         return NpuInt8(layer.kind, self._int8(layer.weight), scale, layer.bias, inverse, offset)
 
     def _int8(self, weight):
         """[n, k] -> [k, n] in the chip's format; the tiles of 310P are laid out before the axes are exchanged."""
-        return self.pack(weight).transpose(0, 1) if self.soc.weight_format == NZ else weight.t().contiguous()
+        return (
+            self.pack(weight).transpose(0, 1)
+            if self.soc.weight_format == NZ
+            else weight.t().contiguous()
+        )
 
     def cache(self, config, blocks, block_size, dtype, device):
         if self.soc.cache_format != NZ:
             return super().cache(config, blocks, block_size, dtype, device)
         tiles = config.kv_heads * config.head_dim // 16
-        return torch.ops.npu.npu_format_cast(torch.zeros(blocks, tiles, block_size, 16, dtype=dtype, device=device), NZ)
+        return torch.ops.npu.npu_format_cast(
+            torch.zeros(blocks, tiles, block_size, 16, dtype=dtype, device=device), NZ
+        )
 
     # one step
 
     def begin(self, step, config, device):
-        kind, tokens = phase(step), len(step.cos)
+        kind = phase(step)
+        tokens = len(step.cos)
         padding = -tokens % self.soc.token_multiple if kind in PAD_TO_MULTIPLE else 0
         q_lens = step.q_lens + [padding] * (padding > 0)
-        cos, sin = (F.pad(t, (0, 0, 0, padding))[None, :, None].to(device) for t in (step.cos, step.sin))
+        cos, sin = (
+            F.pad(t, (0, 0, 0, padding))[None, :, None].to(device) for t in (step.cos, step.sin)
+        )
         return NpuStep(
-            cos, sin, step.slots.to(device, torch.int32), step.block_table.to(device), q_lens, step.kv_lens,
-            step.causal, phase=kind, rows=tokens + padding, order=_heads_order(tokens, padding, config, device),
-            q_tensor=torch.tensor(q_lens, dtype=torch.int32), q_ends=list(accumulate(q_lens)),
-            kv_tensor=torch.tensor(step.kv_lens, dtype=torch.int32, device=device) if self.soc.lens_on_device else None)
+            cos,
+            sin,
+            step.slots.to(device, torch.int32),
+            step.block_table.to(device),
+            q_lens,
+            step.kv_lens,
+            step.causal,
+            phase=kind,
+            rows=tokens + padding,
+            order=_heads_order(tokens, padding, config, device),
+            q_tensor=torch.tensor(q_lens, dtype=torch.int32),
+            q_ends=list(accumulate(q_lens)),
+            kv_tensor=torch.tensor(step.kv_lens, dtype=torch.int32, device=device)
+            if self.soc.lens_on_device
+            else None,
+        )
 
     def heads(self, qkv, config, step):
         if step.order is None:
             return super().heads(qkv, config, step)
         rows = qkv.view(-1, config.head_dim).index_select(0, step.order)
         counts = (config.heads, config.kv_heads, config.kv_heads)
-        return [part.view(step.rows, -1, config.head_dim) for part in rows.split([step.rows * n for n in counts])]
+        return [
+            part.view(step.rows, -1, config.head_dim)
+            for part in rows.split([step.rows * n for n in counts])
+        ]
 
     def linear(self, x, linear):
         if self.soc.fused_bias or linear.bias is None:
@@ -155,12 +192,18 @@ class NpuOps(ReferenceOps):
 
     def quantized_linear(self, x, layer):
         if layer.kind == "W8A16":
-            return torch.ops.npu.npu_weight_quant_batchmatmul(x, layer.weight, layer.scale, bias=layer.bias)
+            return torch.ops.npu.npu_weight_quant_batchmatmul(
+                x, layer.weight, layer.scale, bias=layer.bias
+            )
         if layer.inverse is not None:
             q = torch.ops.npu.npu_quantize(x, layer.inverse, layer.offset, torch.qint8, -1, False)
-            return torch.ops.npu.npu_quant_matmul(q, layer.weight, layer.scale, bias=layer.bias, output_dtype=x.dtype)
+            return torch.ops.npu.npu_quant_matmul(
+                q, layer.weight, layer.scale, bias=layer.bias, output_dtype=x.dtype
+            )
         q, scale = torch.ops.npu.npu_dynamic_quant(x)
-        y = torch.ops.npu.npu_quant_matmul(q, layer.weight, layer.scale, pertoken_scale=scale, output_dtype=x.dtype)
+        y = torch.ops.npu.npu_quant_matmul(
+            q, layer.weight, layer.scale, pertoken_scale=scale, output_dtype=x.dtype
+        )
         return y if layer.bias is None else y.add_(layer.bias)
 
     def layer_norm(self, x, norm, eps):
@@ -182,14 +225,14 @@ class NpuOps(ReferenceOps):
         return torch.ops.npu.npu_gelu(x, approximate="tanh")
 
     def rope(self, q, k, cos, sin):
-        q, k = torch.ops.npu.npu_apply_rotary_pos_emb(q[None], k[None], cos, sin)     # in place
+        q, k = torch.ops.npu.npu_apply_rotary_pos_emb(q[None], k[None], cos, sin)  # in place
         return q[0], k[0]
 
     def cache_write(self, k, v, keys, values, slots):
-        self._write(k[:len(slots)], v[:len(slots)], keys, values, slots)
+        self._write(k[: len(slots)], v[: len(slots)], keys, values, slots)
 
     def attention(self, q, k, v, keys, values, step):
-        return self._attention[step.phase](self, q, k, v, keys, values, step)[:len(step.slots)]
+        return self._attention[step.phase](self, q, k, v, keys, values, step)[: len(step.slots)]
 
     # causal masks, made once on the device
 
@@ -201,7 +244,11 @@ class NpuOps(ReferenceOps):
     @cached_property
     def mask_additive(self):
         """[2048, 2048] fp16, added to the scores."""
-        return torch.full((MASK_SIZE, MASK_SIZE), SPLITFUSE_MASKED, dtype=torch.float16).triu(1).to(self.device)
+        return (
+            torch.full((MASK_SIZE, MASK_SIZE), SPLITFUSE_MASKED, dtype=torch.float16)
+            .triu(1)
+            .to(self.device)
+        )
 
     @cached_property
     def mask_tiles(self):
@@ -214,39 +261,17 @@ class NpuOps(ReferenceOps):
 def _heads_order(tokens, padding, config, device):
     if tokens + padding == 1:
         return None
-    rows = torch.cat((torch.arange(tokens), torch.zeros(padding, dtype=torch.int64)))   # padding repeats token 0
+    rows = torch.cat(
+        (torch.arange(tokens), torch.zeros(padding, dtype=torch.int64))
+    )  # padding repeats token 0
     heads = torch.arange(config.heads + 2 * config.kv_heads)
-    table = (rows[:, None] * len(heads) + heads).split((config.heads, config.kv_heads, config.kv_heads), dim=1)
+    table = (rows[:, None] * len(heads) + heads).split(
+        (config.heads, config.kv_heads, config.kv_heads), dim=1
+    )
     return torch.cat([part.flatten() for part in table]).to(device, torch.int32)
 
 
 # attention kernels: (ops, q, k, v, key cache, value cache, step) -> [rows, heads, head_dim]
 
 
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 # cache writes: (k, v, key cache, value cache, slots)
-
-
-
-
-
-
-
-
-
-
-

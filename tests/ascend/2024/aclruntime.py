@@ -1,4 +1,5 @@
 """Stand-in: aclruntime 0.0.2 of 2024."""
+
 from stand_in_aclruntime import BaseTensor, Session, Tensor, session_options  # noqa: F401
 
 

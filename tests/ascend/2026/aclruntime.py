@@ -1,4 +1,5 @@
 """Stand-in: aclruntime of 2026, with the names spelled both ways."""
+
 from stand_in_aclruntime import BaseTensor, Session, Tensor, session_options  # noqa: F401
 
 

@@ -1,6 +1,7 @@
 """GLM-4V-9B: outputs of the original implementation on a tiny checkpoint (tests/golden/glm4v), other sizes against
 plain torch, picture and prompt rules, and the names and shapes of the release.
 """
+
 import json
 import math
 
@@ -42,23 +43,37 @@ def family():
 
 
 def question(picture, text="What is this?"):
-    return [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": text}]}]
+    return [
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": picture}, {"type": "text", "text": text}],
+        }
+    ]
 
 
 # numbers of the original implementation
 
+
 def test_features_logits_tokens(engine, golden):
     prompt = engine.prompt_from_ids(golden["input_ids"][0], golden["pixel_values"])
     np.testing.assert_allclose(engine.features(prompt), golden["vision_features"][0], atol=ATOL)
-    np.testing.assert_allclose(engine.prefill_logits(prompt), golden["prefill_logits"][0], atol=ATOL)
-    np.testing.assert_allclose(engine.score(prompt, golden["greedy_tokens"][0]), golden["step_logits"][0], atol=ATOL)
+    np.testing.assert_allclose(
+        engine.prefill_logits(prompt), golden["prefill_logits"][0], atol=ATOL
+    )
+    np.testing.assert_allclose(
+        engine.score(prompt, golden["greedy_tokens"][0]), golden["step_logits"][0], atol=ATOL
+    )
     assert engine.generate([prompt], GREEDY)[0].token_ids == golden["greedy_tokens"][0].tolist()
 
 
 def test_text_alone_and_beside_a_picture_in_one_batch(engine, golden):
     text = engine.prompt_from_ids(golden["text_only_input_ids"][0])
-    np.testing.assert_allclose(engine.prefill_logits(text), golden["text_only_prefill_logits"][0], atol=ATOL)
-    answers = engine.generate([engine.prompt_from_ids(golden["input_ids"][0], golden["pixel_values"]), text], GREEDY)
+    np.testing.assert_allclose(
+        engine.prefill_logits(text), golden["text_only_prefill_logits"][0], atol=ATOL
+    )
+    answers = engine.generate(
+        [engine.prompt_from_ids(golden["input_ids"][0], golden["pixel_values"]), text], GREEDY
+    )
     assert answers[0].token_ids == golden["greedy_tokens"][0].tolist()
     assert answers[1].token_ids == golden["text_only_greedy_tokens"][0].tolist()
 
@@ -71,13 +86,19 @@ def test_positions_share_one_place_for_all_patches(family, golden):
 
 # pictures and prompts
 
+
 def test_pixels_are_those_of_the_release(family, golden):
     """The release gets RGB by PIL's `convert`, squashes with PIL's bicubic filter, and does not rotate."""
     picture = Image.open(GOLDEN / "image.png")
     assert np.array_equal(np.asarray(picture.convert("RGB")), golden["image_u8"])
     normalised = (family.pixels(picture) / 255 - np.array(CLIP_MEAN)) / np.array(CLIP_STD)
     np.testing.assert_allclose(normalised.transpose(0, 3, 1, 2), golden["pixel_values"], atol=1e-5)
-    for other in (picture.convert("RGBA"), picture.convert("L"), picture.convert("P"), rotated(picture)):
+    for other in (
+        picture.convert("RGBA"),
+        picture.convert("L"),
+        picture.convert("P"),
+        rotated(picture),
+    ):
         squashed = other.convert("RGB").resize((56, 56), Image.Resampling.BICUBIC)
         assert np.array_equal(family.pixels(other)[0], np.asarray(squashed, np.float32))
 
@@ -97,25 +118,46 @@ def test_arrays_raw_and_normalised_are_the_same_picture(family, golden):
 
 def test_prompt_with_picture(family):
     prompt = family.prompt(question(GOLDEN / "image.png"))
-    encode, token_id = family.tokenizer.encode, family.tokenizer.token_id
+    encode = family.tokenizer.encode
+    token_id = family.tokenizer.token_id
     head = [token_id("[gMASK]"), token_id("<sop>"), token_id("<|user|>"), *encode("\n")]
-    assert prompt.ids.tolist() == [*head, BOI, *[PAD] * 4, EOI, *encode("What is this?"), token_id("<|assistant|>")]
+    assert prompt.ids.tolist() == [
+        *head,
+        BOI,
+        *[PAD] * 4,
+        EOI,
+        *encode("What is this?"),
+        token_id("<|assistant|>"),
+    ]
     assert prompt.layout.image_starts == (len(head),)
-    assert prompt.text == ("[gMASK]<sop><|user|>\n<|begin_of_image|><|endoftext|><|end_of_image|>What is this?"
-                           "<|assistant|>")
+    assert prompt.text == (
+        "[gMASK]<sop><|user|>\n<|begin_of_image|><|endoftext|><|end_of_image|>What is this?"
+        "<|assistant|>"
+    )
     released = [{"role": "user", "image": GOLDEN / "image.png", "content": "What is this?"}]
     assert family.prompt(released).ids.tolist() == prompt.ids.tolist()
 
 
 def test_picture_after_a_system_turn_and_in_a_later_turn(family):
-    messages = [{"role": "system", "content": "Be brief."}, *question(GOLDEN / "image.png"),
-                {"role": "assistant", "content": "A cat."}, {"role": "user", "content": "Sure?"}]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        *question(GOLDEN / "image.png"),
+        {"role": "assistant", "content": "A cat."},
+        {"role": "user", "content": "Sure?"},
+    ]
     prompt = family.prompt(messages)
-    start, = prompt.layout.image_starts
+    (start,) = prompt.layout.image_starts
     assert prompt.ids[start] == BOI and prompt.ids[start + 5] == EOI
-    late = family.prompt([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi"},
-                          *question(GOLDEN / "image.png")])
-    assert late.layout.image_starts[0] > start - len("Be brief.") and late.layout.next_position == (len(late.ids) - 3,)
+    late = family.prompt(
+        [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Hi"},
+            *question(GOLDEN / "image.png"),
+        ]
+    )
+    assert late.layout.image_starts[0] > start - len("Be brief.") and late.layout.next_position == (
+        len(late.ids) - 3,
+    )
     typed = family.prompt([{"role": "user", "content": "<|begin_of_image|>"}])
     assert BOI not in typed.ids and not typed.layout.image_starts
 
@@ -138,20 +180,42 @@ def test_ids_that_do_not_fit_the_picture(family, golden):
 
 # other sizes, against plain torch
 
+
 def config_of(vision, **changes):
-    tower = {"num_hidden_layers": 2, "hidden_size": 24, "num_heads": 2, "intermediate_size": 40, "patch_size": 14,
-             "image_size": 56, "layer_norm_eps": 1e-6, "scaling_factor": 8, "hidden_act": "gelu", "in_channels": 3,
-             **vision}
+    tower = {
+        "num_hidden_layers": 2,
+        "hidden_size": 24,
+        "num_heads": 2,
+        "intermediate_size": 40,
+        "patch_size": 14,
+        "image_size": 56,
+        "layer_norm_eps": 1e-6,
+        "scaling_factor": 8,
+        "hidden_act": "gelu",
+        "in_channels": 3,
+        **vision,
+    }
     tower["num_positions"] = (tower["image_size"] // tower["patch_size"]) ** 2 + 1
     return plain.chatglm_config(vision_config=tower, rope_ratio=1, **changes)
 
 
 SIZES = {
-    "bigger-grid": (config_of({"image_size": 84, "num_hidden_layers": 1, "num_heads": 3, "scaling_factor": 1}),
-                    "sharded"),
-    "odd-grid": (config_of({"image_size": 70, "scaling_factor": 3}, multi_query_group_num=1), "bin"),
-    "small-patches": (config_of({"image_size": 48, "patch_size": 8, "layer_norm_eps": 1e-3}, num_attention_heads=6,
-                                multi_query_group_num=3), "sharded bin"),
+    "bigger-grid": (
+        config_of({"image_size": 84, "num_hidden_layers": 1, "num_heads": 3, "scaling_factor": 1}),
+        "sharded",
+    ),
+    "odd-grid": (
+        config_of({"image_size": 70, "scaling_factor": 3}, multi_query_group_num=1),
+        "bin",
+    ),
+    "small-patches": (
+        config_of(
+            {"image_size": 48, "patch_size": 8, "layer_norm_eps": 1e-3},
+            num_attention_heads=6,
+            multi_query_group_num=3,
+        ),
+        "sharded bin",
+    ),
 }
 
 
@@ -172,7 +236,9 @@ def test_other_sizes_and_files(name, tmp_path):
         text = embedding[torch.tensor([*ids, *answer])]
         places = [*range(8), *[8] * (len(rows) - 2), *range(9, len(text))]
         x = torch.cat((text[:7], rows, text[10:]))
-        return plain.text_logits(tensors, config, plain.sizes_of(config), x, torch.tensor(places)).numpy()
+        return plain.text_logits(
+            tensors, config, plain.sizes_of(config), x, torch.tensor(places)
+        ).numpy()
 
     np.testing.assert_allclose(engine.prefill_logits(prompt), expected([]), atol=ATOL)
     answer = engine.generate([prompt], GREEDY)[0].token_ids
@@ -190,36 +256,69 @@ def test_positions_that_do_not_fit_the_picture(tmp_path):
 
 W, H, FFN = 1792, 4096, 13696
 VISION = {
-    "boi": (1, 1, H), "eoi": (1, 1, H), "patch_embedding.cls_embedding": (1, W),
-    "patch_embedding.proj.weight": (W, 3, 14, 14), "patch_embedding.proj.bias": (W,),
+    "boi": (1, 1, H),
+    "eoi": (1, 1, H),
+    "patch_embedding.cls_embedding": (1, W),
+    "patch_embedding.proj.weight": (W, 3, 14, 14),
+    "patch_embedding.proj.bias": (W,),
     "patch_embedding.position_embedding.weight": (6401, W),
-    "conv.weight": (H, W, 2, 2), "conv.bias": (H,), "linear_proj.linear_proj.weight": (H, H),
-    "linear_proj.norm1.weight": (H,), "linear_proj.norm1.bias": (H,), "linear_proj.gate_proj.weight": (FFN, H),
-    "linear_proj.dense_h_to_4h.weight": (FFN, H), "linear_proj.dense_4h_to_h.weight": (H, FFN)}
+    "conv.weight": (H, W, 2, 2),
+    "conv.bias": (H,),
+    "linear_proj.linear_proj.weight": (H, H),
+    "linear_proj.norm1.weight": (H,),
+    "linear_proj.norm1.bias": (H,),
+    "linear_proj.gate_proj.weight": (FFN, H),
+    "linear_proj.dense_h_to_4h.weight": (FFN, H),
+    "linear_proj.dense_4h_to_h.weight": (H, FFN),
+}
 BLOCK = {
-    "input_layernorm.weight": (W,), "input_layernorm.bias": (W,), "attention.query_key_value.weight": (3 * W, W),
-    "attention.query_key_value.bias": (3 * W,), "attention.dense.weight": (W, W), "attention.dense.bias": (W,),
-    "mlp.fc1.weight": (15360, W), "mlp.fc1.bias": (15360,), "mlp.fc2.weight": (W, 15360), "mlp.fc2.bias": (W,),
-    "post_attention_layernorm.weight": (W,), "post_attention_layernorm.bias": (W,)}
+    "input_layernorm.weight": (W,),
+    "input_layernorm.bias": (W,),
+    "attention.query_key_value.weight": (3 * W, W),
+    "attention.query_key_value.bias": (3 * W,),
+    "attention.dense.weight": (W, W),
+    "attention.dense.bias": (W,),
+    "mlp.fc1.weight": (15360, W),
+    "mlp.fc1.bias": (15360,),
+    "mlp.fc2.weight": (W, 15360),
+    "mlp.fc2.bias": (W,),
+    "post_attention_layernorm.weight": (W,),
+    "post_attention_layernorm.bias": (W,),
+}
 
 
 @pytest.fixture(scope="module")
 def released():
-    return Glm4V("nowhere", json.loads((RELEASED / "glm-4v-9b.json").read_text(encoding="utf-8"))["config"])
+    return Glm4V(
+        "nowhere", json.loads((RELEASED / "glm-4v-9b.json").read_text(encoding="utf-8"))["config"]
+    )
 
 
 def test_names_and_shapes_of_the_release(released):
     ours = {w.source: w.shape for w in released.weights()}
-    expected = {f"transformer.layers.{i}.{name}": shape for i in range(63) for name, shape in BLOCK.items()} | VISION
+    expected = {
+        f"transformer.layers.{i}.{name}": shape for i in range(63) for name, shape in BLOCK.items()
+    } | VISION
     root = "transformer.vision."
-    assert {name.removeprefix(root): shape for name, shape in ours.items() if name.startswith(root)} == expected
-    assert len(ours) == 1054 and sum(map(math.prod, ours.values())) == 13_906_320_896 + 32      # inv_freq: dropped
+    assert {
+        name.removeprefix(root): shape for name, shape in ours.items() if name.startswith(root)
+    } == expected
+    assert (
+        len(ours) == 1054 and sum(map(math.prod, ours.values())) == 13_906_320_896 + 32
+    )  # inv_freq: dropped
 
 
 def test_table_fills_the_encoder_of_the_release(released):
-    assert released.vision.input_shape == (1, 1120, 1120, 3) and released.vision.output_shape == (1, 1602, 4096)
+    assert released.vision.input_shape == (1, 1120, 1120, 3) and released.vision.output_shape == (
+        1,
+        1602,
+        4096,
+    )
     with torch.device("meta"):
-        wanted = {"vision." + name: tuple(p.shape) for name, p in released.vision_encoder().state_dict().items()}
+        wanted = {
+            "vision." + name: tuple(p.shape)
+            for name, p in released.vision_encoder().state_dict().items()
+        }
     found = {}
     for weight in released.weights():
         for part in (part for part in weight.parts if part.target.startswith("vision.")):

@@ -2,6 +2,7 @@
 
 The V goldens' adapter, and the adapter below, were written from its description; the rest is the originals'.
 """
+
 import gzip
 import json
 import shutil
@@ -26,7 +27,11 @@ from runtime import Engine, SamplingParams
 CHAT, EYES = (paths.GOLDEN / name for name in ("glm_edge", "glm_edge_v"))
 RELEASED = paths.ROOT / "models" / "released"
 CHAT_CASES = ("golden", "golden_multiturn")
-V_CASES = {"golden": "image_a.png", "golden_textfirst_smallimage": "image_b.png", "golden_text": None}
+V_CASES = {
+    "golden": "image_a.png",
+    "golden_textfirst_smallimage": "image_b.png",
+    "golden_text": None,
+}
 GREEDY = SamplingParams(max_tokens=16, temperature=0, repetition_penalty=1.0, ignore_eos=True)
 ATOL = 1e-4
 BOI = 504
@@ -49,7 +54,9 @@ def chat(request):
     return Engine(CHAT, dtype="float32", ops=request.param)
 
 
-@pytest.fixture(scope="module", params=[("reference", "torch"), ("cpu", "torch"), ("cpu", "onnx")], ids="-".join)
+@pytest.fixture(
+    scope="module", params=[("reference", "torch"), ("cpu", "torch"), ("cpu", "onnx")], ids="-".join
+)
 def eyes(request, tmp_path_factory):
     ops, vision = request.param
     with pytest.MonkeyPatch.context() as patch:
@@ -62,11 +69,15 @@ def check_logits(engine, golden):
     if "image_features" in golden:
         np.testing.assert_allclose(engine.features(prompt), golden["image_features"][0], atol=ATOL)
     np.testing.assert_allclose(engine.prefill_logits(prompt), golden["prefill_logits"], atol=ATOL)
-    np.testing.assert_allclose(engine.score(prompt, golden["greedy_ids"]), golden["step_logits"], atol=ATOL)
+    np.testing.assert_allclose(
+        engine.score(prompt, golden["greedy_ids"]), golden["step_logits"], atol=ATOL
+    )
 
 
 def check_batch(engine, cases):
-    prompts = [engine.prompt_from_ids(golden["input_ids"], golden.get("pixel_values")) for golden in cases]
+    prompts = [
+        engine.prompt_from_ids(golden["input_ids"], golden.get("pixel_values")) for golden in cases
+    ]
     for golden, result in zip(cases, engine.generate(prompts, GREEDY)):
         assert result.token_ids == golden["greedy_ids"].tolist()
 
@@ -101,7 +112,10 @@ def family(directory, tmp_path, with_template):
 def test_chat_prompt_text_and_ids(tmp_path, with_template, name):
     golden = case(CHAT, name)
     prompt = family(CHAT, tmp_path, with_template).prompt(messages_of(golden, None), language="zh")
-    assert prompt.text == str(golden["prompt"]) and prompt.ids.tolist() == golden["input_ids"][0].tolist()
+    assert (
+        prompt.text == str(golden["prompt"])
+        and prompt.ids.tolist() == golden["input_ids"][0].tolist()
+    )
 
 
 @pytest.mark.parametrize("with_template", [True, False])
@@ -109,19 +123,30 @@ def test_chat_prompt_text_and_ids(tmp_path, with_template, name):
 def test_v_prompt_text_ids_and_pixels(tmp_path, with_template, name):
     golden = case(EYES, name)
     prompt = family(EYES, tmp_path, with_template).prompt(messages_of(golden, V_CASES[name]))
-    assert prompt.text == str(golden["prompt"]) and prompt.ids.tolist() == golden["input_ids"][0].tolist()
+    assert (
+        prompt.text == str(golden["prompt"])
+        and prompt.ids.tolist() == golden["input_ids"][0].tolist()
+    )
     for pixels in prompt.pixels:
         normalised = ((pixels / 255 - 0.5) / 0.5).transpose(0, 3, 1, 2)
         np.testing.assert_allclose(normalised, golden["pixel_values"][0, 0], atol=1e-6)
 
 
 def test_v_conversation_of_several_turns():
-    content = [{"type": "image", "image": EYES / "image_a.png"}, {"type": "text", "text": "这是什么？"}]
-    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "猫"},
-                {"role": "user", "content": "ok?"}]
+    content = [
+        {"type": "image", "image": EYES / "image_a.png"},
+        {"type": "text", "text": "这是什么？"},
+    ]
+    messages = [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": "猫"},
+        {"role": "user", "content": "ok?"},
+    ]
     prompt = family_of(EYES).prompt(messages)
     marks = "<|begin_of_image|>" * 6
-    assert prompt.text == f"<|user|>\n{marks}这是什么？<|assistant|>\n猫<|user|>\nok?<|assistant|>\n"
+    assert (
+        prompt.text == f"<|user|>\n{marks}这是什么？<|assistant|>\n猫<|user|>\nok?<|assistant|>\n"
+    )
     assert prompt.layout.image_starts == (2,) and len(prompt.pixels) == 1
 
 
@@ -138,12 +163,15 @@ def test_what_the_families_refuse():
         family_of(CHAT).prompt([{"role": "user", "content": "?"}], tools=[{"type": "function"}])
 
 
-@pytest.mark.parametrize("ids, pictures, complaint", [
-    ([501, *[BOI] * 5, 502], 1, "5 <|begin_of_image|> tokens and needs 6"),
-    ([501, *[BOI] * 6, 502], 0, "6 <|begin_of_image|> tokens and needs 0"),
-    ([501, *[BOI] * 3, 1, *[BOI] * 3], 1, "must be 6 in a row"),
-    ([501, *[BOI] * 12, 502], 2, "one picture per conversation"),
-])
+@pytest.mark.parametrize(
+    "ids, pictures, complaint",
+    [
+        ([501, *[BOI] * 5, 502], 1, "5 <|begin_of_image|> tokens and needs 6"),
+        ([501, *[BOI] * 6, 502], 0, "6 <|begin_of_image|> tokens and needs 0"),
+        ([501, *[BOI] * 3, 1, *[BOI] * 3], 1, "must be 6 in a row"),
+        ([501, *[BOI] * 12, 502], 2, "one picture per conversation"),
+    ],
+)
 def test_pictures_that_do_not_fit_the_ids(ids, pictures, complaint):
     pixels = np.full((pictures, 1, 1, 3, 56, 56), 0.5, np.float32)
     with pytest.raises(ModelError, match=complaint.replace("|", r"\|")):
@@ -152,7 +180,10 @@ def test_pictures_that_do_not_fit_the_ids(ids, pictures, complaint):
 
 def test_the_zero_picture_of_a_text_prompt_is_left_out():
     golden = case(EYES, "golden_text")
-    assert family_of(EYES).prompt_from_ids(golden["input_ids"], np.zeros((1, 1, 1, 3, 56, 56))).pixels == []
+    assert (
+        family_of(EYES).prompt_from_ids(golden["input_ids"], np.zeros((1, 1, 1, 3, 56, 56))).pixels
+        == []
+    )
 
 
 @pytest.mark.parametrize("directory", [CHAT, EYES], ids=["chat", "v"])
@@ -177,18 +208,23 @@ def test_streamed_pieces_are_whole_characters_and_make_the_text(words, ids):
 
 
 def test_stop_ids_sampling_and_names(tmp_path):
-    text, v = family_of(CHAT), family_of(EYES)
+    text = family_of(CHAT)
+    v = family_of(EYES)
     assert (text.name, v.name) == ("glm-edge", "glm-edge-v") and "vision_config" in v.rule
     assert text.stop_ids == v.stop_ids == (494, 501, 503)
-    assert text.sampling(False).repetition_penalty == 1.2 and text.sampling(False).temperature == 0.8
+    assert (
+        text.sampling(False).repetition_penalty == 1.2 and text.sampling(False).temperature == 0.8
+    )
     config = {k: x for k, x in read_json(CHAT / "config.json").items() if k != "eos_token_id"}
     shutil.copy(CHAT / "tokenizer.json", tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert family_of(tmp_path).stop_ids == (494, 501, 503)          # by the names of the tokens
+    assert family_of(tmp_path).stop_ids == (494, 501, 503)  # by the names of the tokens
     assert family_of(tmp_path).sampling(False).temperature == 0.6
 
 
-@pytest.mark.parametrize("release", ["glm-edge-1.5b-chat", "glm-edge-4b-chat", "glm-edge-v-2b", "glm-edge-v-5b"])
+@pytest.mark.parametrize(
+    "release", ["glm-edge-1.5b-chat", "glm-edge-4b-chat", "glm-edge-v-2b", "glm-edge-v-5b"]
+)
 def test_names_and_shapes_at_full_size(tmp_path, release):
     with gzip.open(CHAT / "tensors.json.gz") as file:
         expected = json.load(file)[release]
@@ -202,17 +238,27 @@ def test_names_and_shapes_at_full_size(tmp_path, release):
 
 def test_other_layouts_of_the_same_weights(tmp_path):
     """Another prefix, begin and end rows with fewer axes, no pooling head."""
-    released, model = Checkpoint(EYES), family_of(EYES)
-    tensors = {name.replace("model.vision.vit.model.", "vision.vit."): released.tensor(name) for name in released.names
-               if ".head." not in name}
+    released = Checkpoint(EYES)
+    model = family_of(EYES)
+    tensors = {
+        name.replace("model.vision.vit.model.", "vision.vit."): released.tensor(name)
+        for name in released.names
+        if ".head." not in name
+    }
     for mark in ("boi", "eoi"):
-        tensors[f"model.vision.adapter.{mark}"] = tensors[f"model.vision.adapter.{mark}"].reshape(-1).clone()
+        tensors[f"model.vision.adapter.{mark}"] = (
+            tensors[f"model.vision.adapter.{mark}"].reshape(-1).clone()
+        )
     save_file(tensors, tmp_path / "model.safetensors")
     shutil.copy(EYES / "config.json", tmp_path)
-    checkpoint, other = Checkpoint(tmp_path), family_of(tmp_path)
+    checkpoint = Checkpoint(tmp_path)
+    other = family_of(tmp_path)
     checkpoint.check(other.weights())
-    ours, theirs = dict(checkpoint.assemble(other.weights())), dict(released.assemble(model.weights()))
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    ours = dict(checkpoint.assemble(other.weights()))
+    theirs = dict(released.assemble(model.weights()))
+    assert ours.keys() == theirs.keys() and all(
+        torch.equal(ours[name], theirs[name]) for name in ours
+    )
 
 
 @pytest.mark.parametrize("stored", ["equal", "different", "left out"])
@@ -220,20 +266,30 @@ def test_tied_output_matrix(tmp_path, stored):
     """Without a stored one the embeddings serve; a stored one is used."""
     released = Checkpoint(CHAT)
     tensors = {name: released.tensor(name) for name in released.names}
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * (1 if stored == "equal" else 2)
-    expected = tensors["model.embed_tokens.weight"] if stored == "left out" else tensors["lm_head.weight"].clone()
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * (
+        1 if stored == "equal" else 2
+    )
+    expected = (
+        tensors["model.embed_tokens.weight"]
+        if stored == "left out"
+        else tensors["lm_head.weight"].clone()
+    )
     if stored == "left out":
         del tensors["lm_head.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
     shutil.copy(CHAT / "config.json", tmp_path)
-    checkpoint, model = Checkpoint(tmp_path), family_of(tmp_path)
+    checkpoint = Checkpoint(tmp_path)
+    model = family_of(tmp_path)
     checkpoint.check(model.weights())
     assert torch.equal(dict(checkpoint.assemble(model.weights()))["lm_head.weight"], expected)
 
 
 def test_an_output_matrix_that_should_be_there(tmp_path):
     released = Checkpoint(CHAT)
-    save_file({n: released.tensor(n) for n in released.names if n != "lm_head.weight"}, tmp_path / "model.safetensors")
+    save_file(
+        {n: released.tensor(n) for n in released.names if n != "lm_head.weight"},
+        tmp_path / "model.safetensors",
+    )
     config = read_json(CHAT / "config.json") | {"tie_word_embeddings": False}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="lm_head.weight"):
@@ -244,18 +300,34 @@ def test_an_output_matrix_that_should_be_there(tmp_path):
 
 SIZES = {
     "as released": {},
-    "half rotated, heads of their own size": {"head_dim": 16, "partial_rotary_factor": 0.5, "num_hidden_layers": 2},
+    "half rotated, heads of their own size": {
+        "head_dim": 16,
+        "partial_rotary_factor": 0.5,
+        "num_hidden_layers": 2,
+    },
     "one kv head, tied": {"num_key_value_heads": 1, "tie_word_embeddings": True, "rope_theta": 5e5},
     "no groups": {"num_key_value_heads": 4, "rms_norm_eps": 1e-3},
 }
 
 
 def decoder_config(**sizes):
-    return {"hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
-            "head_dim": 16, "num_key_value_heads": 2, "vocab_size": 512,
-            "max_position_embeddings": 256, "partial_rotary_factor": 1.0, "attention_bias": False, "rms_norm_eps": 1e-5,
-            "rope_theta": 1e4, "tie_word_embeddings": False,
-            "pad_token_id": 494, "eos_token_id": [494, 501, 503]} | sizes
+    return {
+        "hidden_size": 64,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "head_dim": 16,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+        "max_position_embeddings": 256,
+        "partial_rotary_factor": 1.0,
+        "attention_bias": False,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e4,
+        "tie_word_embeddings": False,
+        "pad_token_id": 494,
+        "eos_token_id": [494, 501, 503],
+    } | sizes
 
 
 def random_glm(transformers, config):
@@ -283,13 +355,31 @@ def test_other_decoder_sizes_against_transformers(tmp_path, sizes):
     ids = torch.randint(0, 500, (1, 70), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = original(input_ids=ids).logits[0].numpy()
-    np.testing.assert_allclose(engine.prefill_logits(engine.prompt_from_ids(ids.numpy())), expected, atol=ATOL)
+    np.testing.assert_allclose(
+        engine.prefill_logits(engine.prompt_from_ids(ids.numpy())), expected, atol=ATOL
+    )
 
 
-@pytest.mark.parametrize("tower", [
-    {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56, "patch_size": 14},
-    {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 50, "patch_size": 10},
-], ids=["even grid", "odd grid"])
+@pytest.mark.parametrize(
+    "tower",
+    [
+        {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 56,
+            "patch_size": 14,
+        },
+        {
+            "hidden_size": 24,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "image_size": 50,
+            "patch_size": 10,
+        },
+    ],
+    ids=["even grid", "odd grid"],
+)
 def test_other_towers(tmp_path, tower):
     transformers = pytest.importorskip("transformers")
     tower = tower | {"intermediate_size": 40}
@@ -297,10 +387,15 @@ def test_other_towers(tmp_path, tower):
     settings._attn_implementation = "eager"
     torch.manual_seed(2)
     siglip = randomise(transformers.SiglipVisionModel(settings).eval())
-    config = decoder_config(boi_token_id=504, eoi_token_id=505, vision_config=tower, model_type="glm")
-    glm, adapter = random_glm(transformers, decoder_config()), random_adapter(tower["hidden_size"], 64, 80)
-    state = {"model.vision.vit.model.vision_model." + name.removeprefix("vision_model."): x
-             for name, x in siglip.state_dict().items()}
+    config = decoder_config(
+        boi_token_id=504, eoi_token_id=505, vision_config=tower, model_type="glm"
+    )
+    glm = random_glm(transformers, decoder_config())
+    adapter = random_adapter(tower["hidden_size"], 64, 80)
+    state = {
+        "model.vision.vit.model.vision_model." + name.removeprefix("vision_model."): x
+        for name, x in siglip.state_dict().items()
+    }
     state |= {f"model.vision.adapter.{name}": x for name, x in adapter.items()} | glm.state_dict()
     save_file({name: x.contiguous() for name, x in state.items()}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -316,11 +411,18 @@ def test_other_towers(tmp_path, tower):
 
 
 def random_adapter(width, hidden, inner):
-    shapes = {"conv.weight": (hidden, width, 2, 2), "conv.bias": (hidden,),
-              "linear_proj.linear_proj.weight": (hidden, hidden),
-              "linear_proj.norm1.weight": (hidden,), "linear_proj.norm1.bias": (hidden,),
-              "linear_proj.gate_proj.weight": (inner, hidden), "linear_proj.dense_h_to_4h.weight": (inner, hidden),
-              "linear_proj.dense_4h_to_h.weight": (hidden, inner), "boi": (1, 1, hidden), "eoi": (1, 1, hidden)}
+    shapes = {
+        "conv.weight": (hidden, width, 2, 2),
+        "conv.bias": (hidden,),
+        "linear_proj.linear_proj.weight": (hidden, hidden),
+        "linear_proj.norm1.weight": (hidden,),
+        "linear_proj.norm1.bias": (hidden,),
+        "linear_proj.gate_proj.weight": (inner, hidden),
+        "linear_proj.dense_h_to_4h.weight": (inner, hidden),
+        "linear_proj.dense_4h_to_h.weight": (hidden, inner),
+        "boi": (1, 1, hidden),
+        "eoi": (1, 1, hidden),
+    }
     return {name: torch.randn(shape) * 0.2 for name, shape in shapes.items()}
 
 
@@ -330,6 +432,10 @@ def run_adapter(w, patches):
     grid = patches.reshape(side, side, -1).permute(2, 0, 1)[None]
     x = F.conv2d(grid, w["conv.weight"], w["conv.bias"], stride=2)[0].flatten(1).T
     x = x @ w["linear_proj.linear_proj.weight"].T
-    x = F.gelu(F.layer_norm(x, x.shape[-1:], w["linear_proj.norm1.weight"], w["linear_proj.norm1.bias"]))
-    gated = F.silu(x @ w["linear_proj.gate_proj.weight"].T) * (x @ w["linear_proj.dense_h_to_4h.weight"].T)
+    x = F.gelu(
+        F.layer_norm(x, x.shape[-1:], w["linear_proj.norm1.weight"], w["linear_proj.norm1.bias"])
+    )
+    gated = F.silu(x @ w["linear_proj.gate_proj.weight"].T) * (
+        x @ w["linear_proj.dense_h_to_4h.weight"].T
+    )
     return torch.cat((w["boi"][0], gated @ w["linear_proj.dense_4h_to_h.weight"].T, w["eoi"][0]))

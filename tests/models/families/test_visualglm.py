@@ -1,4 +1,5 @@
 """VisualGLM against the outputs of the original implementation on a tiny checkpoint (tests/golden/visualglm)."""
+
 import json
 
 import numpy as np
@@ -22,7 +23,9 @@ def golden():
     return np.load(GOLDEN / "golden.npz")
 
 
-@pytest.fixture(scope="module", params=[("reference", "torch"), ("cpu", "torch"), ("cpu", "onnx")], ids="-".join)
+@pytest.fixture(
+    scope="module", params=[("reference", "torch"), ("cpu", "torch"), ("cpu", "onnx")], ids="-".join
+)
 def engine(request, tmp_path_factory):
     ops, vision = request.param
     with pytest.MonkeyPatch.context() as patch:
@@ -31,7 +34,9 @@ def engine(request, tmp_path_factory):
 
 
 def golden_prompt(engine, golden, case):
-    return engine.prompt_from_ids(golden[f"{case}_input_ids"], None if case == "text" else golden["pixel_values"])
+    return engine.prompt_from_ids(
+        golden[f"{case}_input_ids"], None if case == "text" else golden["pixel_values"]
+    )
 
 
 def test_features(engine, golden):
@@ -56,19 +61,27 @@ def test_greedy_tokens_in_one_batch_of_unequal_prompts(engine, golden):
 
 def test_original_left_padded_batch_equals_ours(engine, golden):
     """The original pads on the left; unpadded prompts must give the same last logits."""
-    for ids, mask, logits in zip(golden["batch_input_ids"], golden["batch_attention_mask"], golden["batch_logits_last"]):
+    for ids, mask, logits in zip(
+        golden["batch_input_ids"], golden["batch_attention_mask"], golden["batch_logits_last"]
+    ):
         last = engine.prefill_logits(engine.prompt_from_ids(ids[mask.astype(bool)]))[-1]
         np.testing.assert_allclose(last, logits, atol=ATOL)
 
 
 def test_prompt_text_ids_and_pixels(engine, golden):
     texts = json.loads((GOLDEN / "tokenizer_golden.json").read_text(encoding="utf-8"))["prompts"]
-    question = [{"type": "image", "image": GOLDEN / "image.png"}, {"type": "text", "text": "描述这张图片。"}]
+    question = [
+        {"type": "image", "image": GOLDEN / "image.png"},
+        {"type": "text", "text": "描述这张图片。"},
+    ]
     prompt = engine.prompt([{"role": "user", "content": question}])
     assert prompt.text == texts["img"] and prompt.ids.tolist() == golden["img_input_ids"].tolist()
     np.testing.assert_array_equal(prompt.pixels[0], golden["nhwc_input"])
-    history = [{"role": "user", "content": question}, {"role": "assistant", "content": "一只可爱的羊驼"},
-               {"role": "user", "content": "这是什么东西"}]
+    history = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": "一只可爱的羊驼"},
+        {"role": "user", "content": "这是什么东西"},
+    ]
     prompt = engine.prompt(history)
     assert prompt.text == texts["hist"] and prompt.ids.tolist() == golden["hist_input_ids"].tolist()
     prompt = engine.prompt([{"role": "user", "content": "hello world"}])
@@ -76,8 +89,11 @@ def test_prompt_text_ids_and_pixels(engine, golden):
 
 
 def test_english_wording(engine):
-    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"},
-                {"role": "user", "content": "so?"}]
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": "so?"},
+    ]
     assert engine.prompt(messages, language="en").text == "Q:hi\nA:yes\nQ:so?\nA:"
 
 
@@ -92,8 +108,12 @@ def test_teacher_forcing_equals_one_long_prefill(engine, golden):
     """Answer tokens after <sop> may also be given as part of the prompt."""
     answer = golden["img_greedy"][:5]
     prompt = golden_prompt(engine, golden, "img")
-    longer = engine.prompt_from_ids(np.concatenate((golden["img_input_ids"], answer)), golden["pixel_values"])
-    np.testing.assert_allclose(engine.score(prompt, answer), engine.prefill_logits(longer)[-6:-1], atol=ATOL)
+    longer = engine.prompt_from_ids(
+        np.concatenate((golden["img_input_ids"], answer)), golden["pixel_values"]
+    )
+    np.testing.assert_allclose(
+        engine.score(prompt, answer), engine.prefill_logits(longer)[-6:-1], atol=ATOL
+    )
 
 
 def test_streamed_pieces_make_the_text(engine, golden):
@@ -101,11 +121,23 @@ def test_streamed_pieces_make_the_text(engine, golden):
     assert "".join(engine.stream(prompt, GREEDY)) == engine.generate([prompt], GREEDY)[0].text
 
 
-@pytest.mark.parametrize("messages, complaint", [
-    ([{"role": "system", "content": "x"}, {"role": "user", "content": "y"}], "no system messages"),
-    ([{"role": "user", "content": "y"}, {"role": "assistant", "content": "z"}], "does not end with a user message"),
-    ([{"role": "user", "content": [{"type": "image", "image": GOLDEN / "image.png"}] * 2}], "one picture"),
-])
+@pytest.mark.parametrize(
+    "messages, complaint",
+    [
+        (
+            [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}],
+            "no system messages",
+        ),
+        (
+            [{"role": "user", "content": "y"}, {"role": "assistant", "content": "z"}],
+            "does not end with a user message",
+        ),
+        (
+            [{"role": "user", "content": [{"type": "image", "image": GOLDEN / "image.png"}] * 2}],
+            "one picture",
+        ),
+    ],
+)
 def test_conversations_it_cannot_have(engine, messages, complaint):
     with pytest.raises(ModelError, match=complaint):
         engine.prompt(messages)
@@ -119,17 +151,25 @@ def test_sat_layout_gives_the_same_decoder_weights(tmp_path):
     """The SAT checkpoint of the same model: other names, and rows [q; k; v] instead of per head."""
     hf = Checkpoint(GOLDEN)
     family = VisualGLM(GOLDEN, json.loads((GOLDEN / "config.json").read_text()))
-    sat_config = {**family.config, "eva_args": family.config["eva_config"], "qformer_args": family.config["qformer_config"]}
+    sat_config = {
+        **family.config,
+        "eva_args": family.config["eva_config"],
+        "qformer_args": family.config["qformer_config"],
+    }
     sat = VisualGLM(tmp_path, sat_config)
-    module = {sat_name(name): sat_rows(name, hf.tensor(name), family.decoder.heads) for name in hf.names
-              if "inv_freq" not in name}
+    module = {
+        sat_name(name): sat_rows(name, hf.tensor(name), family.decoder.heads)
+        for name in hf.names
+        if "inv_freq" not in name
+    }
     (tmp_path / "300").mkdir()
     torch.save({"module": module}, tmp_path / "300" / "mp_rank_00_model_states.pt")
     (tmp_path / "latest").write_text("300")
     (tmp_path / "model_config.json").write_text(json.dumps(sat_config))
     checkpoint = Checkpoint(tmp_path)
     checkpoint.check(sat.weights())
-    ours, theirs = dict(hf.assemble(family.weights())), dict(checkpoint.assemble(sat.weights()))
+    ours = dict(hf.assemble(family.weights()))
+    theirs = dict(checkpoint.assemble(sat.weights()))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 

@@ -1,4 +1,5 @@
 """A planted error must fail the comparison and be named: weights, settings, operators and dtypes gone wrong, per family."""
+
 import json
 import re
 import shutil
@@ -20,16 +21,32 @@ from runtime.ops.cpu.ops import CpuOps
 
 GOLDEN = paths.GOLDEN
 FAMILIES = ("visualglm", "glm4", "glm4v", "llava", "glm_edge", "glm_edge_v")
-BRANCH = {"attention_norm": "attention", "qkv": "attention", "out": "attention",
-          "mlp_norm": "mlp", "up": "mlp", "down": "mlp"}
+BRANCH = {
+    "attention_norm": "attention",
+    "qkv": "attention",
+    "out": "attention",
+    "mlp_norm": "mlp",
+    "up": "mlp",
+    "down": "mlp",
+}
 
 
-def compared(model, tmp_path, reference=None, max_tokens=4, search=False, layer_by_layer=False, **engine):
+def compared(
+    model, tmp_path, reference=None, max_tokens=4, search=False, layer_by_layer=False, **engine
+):
     """The findings of a short text question."""
-    options = CompareOptions(model=str(model), reference=str(reference or model), out=str(tmp_path),
-                                     prompt=["What is this?"], max_tokens=max_tokens, search=search,
-                                     layer_by_layer=layer_by_layer)
-    settings = EngineOptions(**{"dtype": "float32", "vision": "torch", "max_model_len": 256} | engine)
+    options = CompareOptions(
+        model=str(model),
+        reference=str(reference or model),
+        out=str(tmp_path),
+        prompt=["What is this?"],
+        max_tokens=max_tokens,
+        search=search,
+        layer_by_layer=layer_by_layer,
+    )
+    settings = EngineOptions(
+        **{"dtype": "float32", "vision": "torch", "max_model_len": 256} | engine
+    )
     return compare.findings(options, settings, tmp_path)[0]
 
 
@@ -50,6 +67,7 @@ def scale(name, factor=1.01):
     def edit(tensors):
         if name in tensors:
             tensors[name] = (tensors[name].float() * factor).to(tensors[name].dtype)
+
     return edit
 
 
@@ -58,13 +76,25 @@ def scale(name, factor=1.01):
 def test_clean_candidates_pass(family, dtype, tmp_path):
     found = compared(GOLDEN / family, tmp_path, dtype=dtype)
     assert found["passed"], found["verdict"]
-    assert [s["stage"] for s in found["layers"]][0::len(found["layers"]) - 1] == ["embed", "lm_head"]
+    assert [s["stage"] for s in found["layers"]][0 :: len(found["layers"]) - 1] == [
+        "embed",
+        "lm_head",
+    ]
     assert len(found["layers"]) == 2 * family_of(GOLDEN / family).decoder.layers + 3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("target", ["layers.0.qkv", "layers.1.out", "layers.1.up", "layers.0.down", "layers.1.mlp_norm",
-                                    "layers.0.attention_norm"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "layers.0.qkv",
+        "layers.1.out",
+        "layers.1.up",
+        "layers.0.down",
+        "layers.1.mlp_norm",
+        "layers.0.attention_norm",
+    ],
+)
 def test_one_tensor_scaled(family, target, tmp_path):
     model = GOLDEN / family
     source = sources(family_of(model), target + ".weight")[-1]
@@ -73,8 +103,10 @@ def test_one_tensor_scaled(family, target, tmp_path):
     assert departed(compared(bad, tmp_path, model)) == f"layers.{index}.{BRANCH[part]}"
 
 
-@pytest.mark.parametrize("target, stage", [("embed.weight", "embed"), ("final_norm.weight", "final_norm"),
-                                           ("lm_head.weight", "lm_head")])
+@pytest.mark.parametrize(
+    "target, stage",
+    [("embed.weight", "embed"), ("final_norm.weight", "final_norm"), ("lm_head.weight", "lm_head")],
+)
 def test_ends_of_the_decoder_scaled(target, stage, tmp_path):
     model = GOLDEN / "glm4v"
     bad = edited(model, tmp_path, scale(sources(family_of(model), target)[0]))
@@ -90,9 +122,17 @@ def test_one_tensor_scaled_under_bf16(target, tmp_path):
     assert departed(found).startswith(target[:8])
 
 
-@pytest.mark.parametrize("family, key", [("visualglm", "layernorm_epsilon"), ("glm4", "layernorm_epsilon"),
-                                         ("glm4v", "layernorm_epsilon"), ("llava", "rms_norm_eps"),
-                                         ("glm_edge", "rms_norm_eps"), ("glm_edge_v", "rms_norm_eps")])
+@pytest.mark.parametrize(
+    "family, key",
+    [
+        ("visualglm", "layernorm_epsilon"),
+        ("glm4", "layernorm_epsilon"),
+        ("glm4v", "layernorm_epsilon"),
+        ("llava", "rms_norm_eps"),
+        ("glm_edge", "rms_norm_eps"),
+        ("glm_edge_v", "rms_norm_eps"),
+    ],
+)
 def test_another_epsilon(family, key, tmp_path):
     bad = edited(GOLDEN / family, tmp_path, lambda tensors: None)
     config = json.loads((bad / "config.json").read_text())
@@ -105,9 +145,11 @@ def test_another_epsilon(family, key, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_another_activation(family, tmp_path, monkeypatch):
     """erf instead of tanh; and erf GELU where SiLU belongs."""
+
     def wrong(self, x):
         gate, up = x.chunk(2, dim=-1)
         return torch.nn.functional.gelu(gate) * up
+
     monkeypatch.setattr(CpuOps, "gelu_tanh", lambda self, x: torch.nn.functional.gelu(x))
     monkeypatch.setattr(CpuOps, "swiglu", wrong)
     assert departed(compared(GOLDEN / family, tmp_path)) == "layers.0.mlp"
@@ -116,12 +158,15 @@ def test_another_activation(family, tmp_path, monkeypatch):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_query_rows_swapped_in_one_head(family, tmp_path):
     model = GOLDEN / family
-    source = sources(family_of(model), "layers.1.qkv.weight")[0]        # q, or q, k and v in one tensor
+    source = sources(family_of(model), "layers.1.qkv.weight")[0]  # q, or q, k and v in one tensor
 
     def swap(tensors):
         if source in tensors:
             tensors[source][[0, 2]] = tensors[source][[2, 0]]
-    assert departed(compared(edited(model, tmp_path, swap), tmp_path, model)) == "layers.1.attention"
+
+    assert (
+        departed(compared(edited(model, tmp_path, swap), tmp_path, model)) == "layers.1.attention"
+    )
 
 
 def overflowing(family, tmp_path):
@@ -133,8 +178,11 @@ def overflowing(family, tmp_path):
         for name, factor in [(up[-1], 3e5), (down[0], 1 / 3e5)]:
             if name in tensors:
                 tensors[name] = tensors[name].float()
-                ungated = slice(-table.decoder.ffn if name == up[-1] else None, None)      # of a fused gate and up
+                ungated = slice(
+                    -table.decoder.ffn if name == up[-1] else None, None
+                )  # of a fused gate and up
                 tensors[name][ungated] *= factor
+
     return edited(GOLDEN / family, tmp_path, edit)
 
 
@@ -154,8 +202,10 @@ def test_search_for_what_must_stay_float32(tmp_path):
     assert found["passed"], found["verdict"]
 
 
-@pytest.mark.parametrize("pattern, sentence", [("layers.9.mlp", "layers.0.attention to layers.2.mlp"),
-                                               ("mlp", "names no stage")])
+@pytest.mark.parametrize(
+    "pattern, sentence",
+    [("layers.9.mlp", "layers.0.attention to layers.2.mlp"), ("mlp", "names no stage")],
+)
 def test_keep_dtype_that_names_nothing(pattern, sentence):
     with pytest.raises(ToolkitError, match=sentence):
         Engine(GOLDEN / "glm_edge", dtype="bfloat16", keep_dtype=[pattern])
@@ -168,12 +218,23 @@ def quantised(model, tmp_path, damage=None):
 
     def edit(tensors):
         for name in linears & tensors.keys():
-            weight, base = tensors[name].float(), name.removesuffix(".weight")
+            weight = tensors[name].float()
+            base = name.removesuffix(".weight")
             scale = weight.abs().amax(1, keepdim=True) / 127
-            tensors |= {name: (weight / scale).round().to(torch.int8), f"{base}.weight_offset": torch.zeros_like(scale),
-                        f"{base}.weight_scale": scale * (2 if name == damage else 1)}
-        kinds.update({name: "W8A8_DYNAMIC" if name.rpartition(".")[0] + ".weight" in linears and not name.endswith("bias")
-                      else "FLOAT" for name in tensors})
+            tensors |= {
+                name: (weight / scale).round().to(torch.int8),
+                f"{base}.weight_offset": torch.zeros_like(scale),
+                f"{base}.weight_scale": scale * (2 if name == damage else 1),
+            }
+        kinds.update(
+            {
+                name: "W8A8_DYNAMIC"
+                if name.rpartition(".")[0] + ".weight" in linears and not name.endswith("bias")
+                else "FLOAT"
+                for name in tensors
+            }
+        )
+
     copy = edited(model, tmp_path, edit)
     (copy / "model.safetensors.index.json").unlink(missing_ok=True)
     (copy / "quant_model_description.json").write_text(json.dumps(kinds))
@@ -188,10 +249,15 @@ def layers_of(target):
 def test_quantised_folders(family, tmp_path):
     """A clean one passes; one broken scale is named, and the search puts that layer back."""
     found = compared(quantised(GOLDEN / family, tmp_path), tmp_path, GOLDEN / family)
-    assert found["passed"] and len(found["layers"]) == 2 * family_of(GOLDEN / family).decoder.layers + 3, found["verdict"]
+    assert (
+        found["passed"]
+        and len(found["layers"]) == 2 * family_of(GOLDEN / family).decoder.layers + 3
+    ), found["verdict"]
     shutil.rmtree(tmp_path / "edited")
     victim = sources(family_of(GOLDEN / family), "layers.1.down.weight")[0]
-    found = compared(quantised(GOLDEN / family, tmp_path, victim), tmp_path, GOLDEN / family, search=True)
+    found = compared(
+        quantised(GOLDEN / family, tmp_path, victim), tmp_path, GOLDEN / family, search=True
+    )
     assert departed(found) == "layers.1.mlp"
     assert f"--keep-float {victim.removesuffix('.weight')}" in found["culprit"]["flags"]
 
@@ -200,11 +266,17 @@ def test_quantised_folders(family, tmp_path):
 def test_layer_by_layer(family, tmp_path):
     """The same logits with one layer of the weights in memory at a time."""
     model = quantised(GOLDEN / family, tmp_path) if family == "glm4" else GOLDEN / family
-    whole, streamed = (Engine(model, dtype="float32", vision="torch", max_model_len=256, layer_by_layer=one)
-                       for one in (False, True))
+    whole, streamed = (
+        Engine(model, dtype="float32", vision="torch", max_model_len=256, layer_by_layer=one)
+        for one in (False, True)
+    )
     prompt = whole.prompt([{"role": "user", "content": "What is this?"}])
-    np.testing.assert_allclose(streamed.score(prompt, [5, 6, 7]), whole.score(prompt, [5, 6, 7]), rtol=1e-4, atol=1e-4)
-    assert {name.split(".")[1] for name in streamed._shelf.held} == {str(whole.family.decoder.layers - 1)}
+    np.testing.assert_allclose(
+        streamed.score(prompt, [5, 6, 7]), whole.score(prompt, [5, 6, 7]), rtol=1e-4, atol=1e-4
+    )
+    assert {name.split(".")[1] for name in streamed._shelf.held} == {
+        str(whole.family.decoder.layers - 1)
+    }
     assert streamed.plan.weights < whole.plan.weights
 
 
@@ -233,22 +305,51 @@ def test_search_names_the_layers_that_must_stay_float(family, tmp_path, capsys):
     def edit(tensors):
         for name in tensors.keys() & {*coarse, *fine}:
             tensors[name] = rounded(tensors[name], 3 if name in coarse else 11)
-    argv = ["--model", str(edited(model, tmp_path, edit)), "--reference", str(model), "--out", str(tmp_path / "out"),
-            "--vision", "torch", "--prompt", "What is this?", "--max-tokens", "4", "--threshold", "0.9999", "--search"]
+
+    argv = [
+        "--model",
+        str(edited(model, tmp_path, edit)),
+        "--reference",
+        str(model),
+        "--out",
+        str(tmp_path / "out"),
+        "--vision",
+        "torch",
+        "--prompt",
+        "What is this?",
+        "--max-tokens",
+        "4",
+        "--threshold",
+        "0.9999",
+        "--search",
+    ]
     assert compare.main(argv) == 1
     culprit = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))["culprit"]
     assert sorted(culprit["stages"]) == ["layers.0.mlp", "layers.1.attention"]
-    assert all(f"--keep-float {name.removesuffix('.weight')}" in culprit["flags"] for name in coarse)
+    assert all(
+        f"--keep-float {name.removesuffix('.weight')}" in culprit["flags"] for name in coarse
+    )
     assert "search: it passes with" in capsys.readouterr().out
 
 
 def test_search_without_a_set_that_helps(tmp_path):
     model = GOLDEN / "glm4v"
     bad = edited(model, tmp_path, scale(sources(family_of(model), "lm_head.weight")[0], -1.0))
-    options = CompareOptions(model=str(bad), reference=str(model), out=str(tmp_path), prompt=["x"], max_tokens=2,
-                                     search=True)
-    found = compare.findings(options, EngineOptions(dtype="float32", vision="torch", max_model_len=256), tmp_path)[0]
-    assert found["culprit"]["stages"] == [] and "no set of layers helps" in found["culprit"]["sentence"]
+    options = CompareOptions(
+        model=str(bad),
+        reference=str(model),
+        out=str(tmp_path),
+        prompt=["x"],
+        max_tokens=2,
+        search=True,
+    )
+    found = compare.findings(
+        options, EngineOptions(dtype="float32", vision="torch", max_model_len=256), tmp_path
+    )[0]
+    assert (
+        found["culprit"]["stages"] == []
+        and "no set of layers helps" in found["culprit"]["sentence"]
+    )
 
 
 def test_headroom_is_the_distance_to_the_largest_half(tmp_path):

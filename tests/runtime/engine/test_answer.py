@@ -1,4 +1,5 @@
 """Streaming: pieces never split a character, never have to be taken back, and make up the whole answer."""
+
 from types import SimpleNamespace
 
 import paths
@@ -11,8 +12,12 @@ from models.prompt.streaming import StreamDecoder
 from runtime.engine.answer import AnswerText
 
 FAMILY = family_of(paths.GOLDEN / "visualglm")
-TEXT = st.text(alphabet=st.one_of(st.sampled_from("描述这张图片，。 \n\tabc,!?;:[]训练时间0"), st.characters(codec="utf-8")),
-               max_size=40)
+TEXT = st.text(
+    alphabet=st.one_of(
+        st.sampled_from("描述这张图片，。 \n\tabc,!?;:[]训练时间0"), st.characters(codec="utf-8")
+    ),
+    max_size=40,
+)
 
 
 @given(TEXT)
@@ -39,11 +44,14 @@ def test_answer_pieces_make_the_cleaned_answer(text):
     assert "".join(pieces) == answer.text == FAMILY.clean(FAMILY.tokenizer.decode(ids))
 
 
-@pytest.mark.parametrize("stop, expected", [(("stop",), "go on "), (("on", "go"), ""), (("x",), "go on stop it")])
+@pytest.mark.parametrize(
+    "stop, expected", [(("stop",), "go on "), (("on", "go"), ""), (("x",), "go on stop it")]
+)
 def test_stop_strings_cut_and_are_never_shown(stop, expected):
     letters = SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))
     plain = SimpleNamespace(tokenizer=letters, clean=str, unsettled=lambda text: 0)
-    answer, shown = AnswerText(plain, stop), ""
+    answer = AnswerText(plain, stop)
+    shown = ""
     for letter in "go on stop it":
         shown += answer.push(ord(letter))
         if answer.stopped:

@@ -1,4 +1,5 @@
 """Sampling: order and edge cases of penalty, temperature, top-k and top-p."""
+
 from types import SimpleNamespace
 
 import pytest
@@ -9,14 +10,26 @@ from runtime.engine.sampler import discourage, min_p, nucleus, penalise, sample,
 
 
 def settings(**changed):
-    return SimpleNamespace(**{"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "min_p": 0.0,
-                              "presence_penalty": 0.0, "frequency_penalty": 0.0, **changed})
+    return SimpleNamespace(
+        **{
+            "temperature": 1.0,
+            "top_p": 1.0,
+            "top_k": 0,
+            "repetition_penalty": 1.0,
+            "min_p": 0.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            **changed,
+        }
+    )
 
 
 def draw(logits, n=2000, **changed):
     generator = torch.Generator().manual_seed(0)
     nothing = torch.tensor([], dtype=torch.long)
-    return torch.tensor([sample(logits, nothing, nothing, settings(**changed), generator) for _ in range(n)])
+    return torch.tensor(
+        [sample(logits, nothing, nothing, settings(**changed), generator) for _ in range(n)]
+    )
 
 
 def test_frequencies_follow_the_softmax():
@@ -50,8 +63,10 @@ def test_nan_stops_with_a_sentence():
 def test_openai_penalties_count_the_answer_alone():
     """Against the formula of OpenAI's documentation, token by token; repetition_penalty looks at the prompt too."""
     generator = torch.Generator().manual_seed(1)
-    prompt, answer = torch.tensor([0, 1, 1, 5]), torch.tensor([2, 3, 2, 2, 9])
-    logits, seen = torch.randn(12, generator=generator) * 3, torch.cat((prompt, answer))
+    prompt = torch.tensor([0, 1, 1, 5])
+    answer = torch.tensor([2, 3, 2, 2, 9])
+    logits = torch.randn(12, generator=generator) * 3
+    seen = torch.cat((prompt, answer))
     got = discourage(penalise(logits, seen, 1.7), answer, 0.6, -0.4)
     for i, logit in enumerate(logits.tolist()):
         if i in seen.tolist():
@@ -62,11 +77,19 @@ def test_openai_penalties_count_the_answer_alone():
 
 
 def test_penalties_decide_greedy_answers_too():
-    logits, seen = torch.tensor([1.0, 0.9, 0.0]), torch.tensor([0, 0])
-    for changed, best in (({}, 0), ({"presence_penalty": 0.2}, 1), ({"frequency_penalty": 0.06}, 1),
-                          ({"frequency_penalty": 0.04}, 0), ({"presence_penalty": -2}, 0)):
+    logits = torch.tensor([1.0, 0.9, 0.0])
+    seen = torch.tensor([0, 0])
+    for changed, best in (
+        ({}, 0),
+        ({"presence_penalty": 0.2}, 1),
+        ({"frequency_penalty": 0.06}, 1),
+        ({"frequency_penalty": 0.04}, 0),
+        ({"presence_penalty": -2}, 0),
+    ):
         assert sample(logits, seen, seen, settings(temperature=0, **changed), None) == best
-        assert sample(logits, seen, seen[:0], settings(temperature=0, **changed), None) == 0, "the prompt does not count"
+        assert sample(logits, seen, seen[:0], settings(temperature=0, **changed), None) == 0, (
+            "the prompt does not count"
+        )
 
 
 def test_min_p_is_a_share_of_the_likeliest():
@@ -74,7 +97,9 @@ def test_min_p_is_a_share_of_the_likeliest():
     for p, kept in ((0, 4), (0.09, 4), (0.11, 3), (0.31, 2), (0.61, 1), (1, 1)):
         assert int(torch.isfinite(min_p(logits, p)).sum()) == kept
     assert set(draw(logits, n=300, min_p=0.5).tolist()) == {0, 1}
-    assert set(draw(logits, n=300, min_p=0.5, temperature=0.2).tolist()) == {0}, "behind the temperature, as in vLLM"
+    assert set(draw(logits, n=300, min_p=0.5, temperature=0.2).tolist()) == {0}, (
+        "behind the temperature, as in vLLM"
+    )
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-5, 100.0])
@@ -82,9 +107,17 @@ def test_min_p_is_a_share_of_the_likeliest():
 @pytest.mark.parametrize("min_p", [0.0, 5e-324, 1.0])
 @pytest.mark.parametrize("top_k", [0, 1, 3])
 def test_the_ends_of_every_range_give_a_token(temperature, top_p, min_p, top_k):
-    logits, generator = torch.tensor([1e4, 1e4, -1e4, 0.0, -2.0]), torch.Generator().manual_seed(0)
+    logits = torch.tensor([1e4, 1e4, -1e4, 0.0, -2.0])
+    generator = torch.Generator().manual_seed(0)
     ids = torch.tensor([0, 0, 2, 3])
     for penalty, presence in ((0.01, 2.0), (100.0, -2.0)):
-        chosen = settings(temperature=temperature, top_p=top_p, min_p=min_p, top_k=top_k, repetition_penalty=penalty,
-                          presence_penalty=presence, frequency_penalty=-presence)
+        chosen = settings(
+            temperature=temperature,
+            top_p=top_p,
+            min_p=min_p,
+            top_k=top_k,
+            repetition_penalty=penalty,
+            presence_penalty=presence,
+            frequency_penalty=-presence,
+        )
         assert 0 <= sample(logits, ids, ids[1:], chosen, generator) < len(logits)

@@ -1,4 +1,5 @@
 """The GPU's operators. Without a GPU they compute on CPU tensors, and a stand-in records and replays the decode graphs."""
+
 from types import SimpleNamespace
 
 import cpu_kernels
@@ -29,23 +30,35 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", cpu_kernels.FakeGraph)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 33, 1 << 33))
     choose = runtime.ops.choose
-    monkeypatch.setattr(runtime.ops, "choose", lambda name, device: CudaOps(device) if name == "auto" else
-                        choose(name, device))
+    monkeypatch.setattr(
+        runtime.ops,
+        "choose",
+        lambda name, device: CudaOps(device) if name == "auto" else choose(name, device),
+    )
 
 
 def cases(engine):
     rng = np.random.default_rng(0)
-    return [engine.prompt_from_ids(rng.integers(5, 60, n)) for n in (1, 17, 40)] if engine.family.name != "visualglm" else [
-        engine.prompt([{"role": "user", "content": text}]) for text in ("hello", "你好 world " * 4, "abc " * 9)]
+    return (
+        [engine.prompt_from_ids(rng.integers(5, 60, n)) for n in (1, 17, 40)]
+        if engine.family.name != "visualglm"
+        else [
+            engine.prompt([{"role": "user", "content": text}])
+            for text in ("hello", "你好 world " * 4, "abc " * 9)
+        ]
+    )
 
 
 def check(engine, name):
     """Mixed batches and prompts in pieces of 7 tokens: the tokens and logits of the reference."""
-    oracle, prompts = Engine(GOLDEN / name, ops="reference", **SETTINGS), cases(engine)
+    oracle = Engine(GOLDEN / name, ops="reference", **SETTINGS)
+    prompts = cases(engine)
     together = [result.token_ids for result in engine.generate(prompts, GREEDY)]
     assert together == [oracle.generate([prompt], GREEDY)[0].token_ids for prompt in prompts]
     for prompt, tokens in zip(prompts, together):
-        np.testing.assert_allclose(engine.score(prompt, tokens), oracle.score(prompt, tokens), atol=ATOL)
+        np.testing.assert_allclose(
+            engine.score(prompt, tokens), oracle.score(prompt, tokens), atol=ATOL
+        )
     assert engine._cache.used_blocks == (engine._runner.graphs is not None)
 
 
@@ -68,7 +81,9 @@ def test_recorded_decode_steps(name, on_cpu):
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built for CUDA")
 def test_a_torch_without_cuda_is_told_what_to_install():
-    with pytest.raises(ToolkitError, match="--device cuda:0 needs a torch built for CUDA, this is .*; run: pip ") as hint:
+    with pytest.raises(
+        ToolkitError, match="--device cuda:0 needs a torch built for CUDA, this is .*; run: pip "
+    ) as hint:
         Engine(GOLDEN / "glm_edge", device="cuda", **SETTINGS)
     assert hint.value.exit_code == MISSING_COMPONENT
 
@@ -76,19 +91,31 @@ def test_a_torch_without_cuda_is_told_what_to_install():
 def test_a_gpu_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ToolkitError, match="--device cuda:3: torch sees 1 GPUs; check `nvidia-smi`"):
+    with pytest.raises(
+        ToolkitError, match="--device cuda:3: torch sees 1 GPUs; check `nvidia-smi`"
+    ):
         Engine(GOLDEN / "glm_edge", device="cuda:3", **SETTINGS)
 
 
-@pytest.mark.parametrize("options", [{"tensor_parallel_size": 2}, {"cpu_weights": "int8"}, {"device": "cuda:x"}])
+@pytest.mark.parametrize(
+    "options", [{"tensor_parallel_size": 2}, {"cpu_weights": "int8"}, {"device": "cuda:x"}]
+)
 def test_what_a_gpu_does_not_do(options):
-    with pytest.raises(ToolkitError, match="tensor-parallel-size|cpu-weights|use cpu, npu, npu:N, cuda or cuda:N"):
+    with pytest.raises(
+        ToolkitError, match="tensor-parallel-size|cpu-weights|use cpu, npu, npu:N, cuda or cuda:N"
+    ):
         Engine(GOLDEN / "glm_edge", **{"device": "cuda:0", **SETTINGS, **options})
 
 
-@pytest.mark.parametrize(("released", "bf16", "expected"), [
-    ("bfloat16", True, "bfloat16"), ("bfloat16", False, "float16"), ("float16", False, "float16"),
-    ("float32", True, "float16")])
+@pytest.mark.parametrize(
+    ("released", "bf16", "expected"),
+    [
+        ("bfloat16", True, "bfloat16"),
+        ("bfloat16", False, "float16"),
+        ("float16", False, "float16"),
+        ("float32", True, "float16"),
+    ],
+)
 def test_dtype_follows_the_release(released, bf16, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla")
@@ -103,4 +130,13 @@ def test_dtype_follows_the_release(released, bf16, expected, monkeypatch):
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_on_a_gpu(name, eager):
-    check(Engine(GOLDEN / name, device="cuda:0", enforce_eager=eager, max_num_batched_tokens=7, **SETTINGS), name)
+    check(
+        Engine(
+            GOLDEN / name,
+            device="cuda:0",
+            enforce_eager=eager,
+            max_num_batched_tokens=7,
+            **SETTINGS,
+        ),
+        name,
+    )

@@ -1,4 +1,5 @@
 """The decode step's own kernels against torch's operators; skipped where the CPU or a compiler is missing."""
+
 from dataclasses import replace
 
 import pytest
@@ -15,9 +16,12 @@ from runtime.ops.cpu.ops import CpuOps
 from runtime.ops.cpu.packed_weights import FloatWeight, Int4Weight, Int8Weight, TorchInt4
 from runtime.ops.reference import ReferenceOps
 
-pytestmark = pytest.mark.skipif(native.kernels() is None, reason=native.missing() or "the kernels cannot be built")
-OPS, PLAIN = CpuOps(), ReferenceOps()
-ROUNDED = {"rtol": 0.008, "atol": 0.001}        # the last of bfloat16's 8 bits
+pytestmark = pytest.mark.skipif(
+    native.kernels() is None, reason=native.missing() or "the kernels cannot be built"
+)
+OPS = CpuOps()
+PLAIN = ReferenceOps()
+ROUNDED = {"rtol": 0.008, "atol": 0.001}  # the last of bfloat16's 8 bits
 
 
 def gaussian(*shape, seed=0):
@@ -27,10 +31,12 @@ def gaussian(*shape, seed=0):
 @pytest.fixture
 def without(monkeypatch):
     """Calls a function with torch's operators alone."""
+
     def call(function, *arguments):
         with monkeypatch.context() as patch:
             patch.setattr(native, "FEW", 0)
             return function(*arguments)
+
     return call
 
 
@@ -40,7 +46,11 @@ def instructions(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "without AMX":
             patch.setenv("ASCEND_VLM_CACHE", str(tmp_path_factory.mktemp("kernels")))
-            patch.setattr(native, "COMMAND", (*native.COMMAND, "-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16"))
+            patch.setattr(
+                native,
+                "COMMAND",
+                (*native.COMMAND, "-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16"),
+            )
             native.kernels.cache_clear()
         assert native.kernels()
         yield
@@ -50,7 +60,9 @@ def instructions(request, tmp_path_factory):
 @pytest.mark.parametrize("rows", range(1, native.FEW + 1))
 @pytest.mark.parametrize("shape", [(64, 128), (96, 384), (304, 256), (2048, 6144)])
 def test_products(instructions, rows, shape, without):
-    weight, x, bias = 0.05 * gaussian(*shape), gaussian(rows, shape[1], seed=1), gaussian(shape[0], seed=2)
+    weight = 0.05 * gaussian(*shape)
+    x = gaussian(rows, shape[1], seed=1)
+    bias = gaussian(shape[0], seed=2)
     for form in (FloatWeight(weight), Int8Weight.from_tensors(Int8Weight.tensors(weight))):
         assert form._blocks, "oneDNN's order of the weights is not known"
         for b in (None, bias, None):
@@ -62,21 +74,33 @@ def test_products(instructions, rows, shape, without):
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 9, 17, 31, 33])
 @pytest.mark.parametrize("shape", [(64, 128), (48, 256), (1072, 384)])
 def test_int4_products(rows, shape):
-    weight, x = 0.05 * gaussian(*shape), gaussian(rows, shape[1], seed=1)
+    weight = 0.05 * gaussian(*shape)
+    x = gaussian(rows, shape[1], seed=1)
     stored = Int4Weight.tensors(weight)
-    ours, theirs = Int4Weight.from_tensors(stored), TorchInt4(stored["int4"], stored["scales"])
+    ours = Int4Weight.from_tensors(stored)
+    theirs = TorchInt4(stored["int4"], stored["scales"])
     groups = x.float().unflatten(1, (-1, 128))
     scale = groups.abs().amax(-1, keepdim=True) / 127
-    rounded, weight = ((groups / scale).round() * scale).flatten(1), dequantised(stored)
+    rounded = ((groups / scale).round() * scale).flatten(1)
+    weight = dequantised(stored)
     if rows >= ours._form.many:
-        rounded, weight = x.float(), weight.bfloat16().float()
+        rounded = x.float()
+        weight = weight.bfloat16().float()
     torch.testing.assert_close(ours(x, None).float(), rounded @ weight.T, rtol=0.008, atol=0.002)
     torch.testing.assert_close(ours(x, None), theirs.linear(x), rtol=0.02, atol=0.05)
-    torch.testing.assert_close(ours._form.floats(0, shape[0]).float(), dequantised(stored), rtol=0.008, atol=1e-4)
+    torch.testing.assert_close(
+        ours._form.floats(0, shape[0]).float(), dequantised(stored), rtol=0.008, atol=1e-4
+    )
 
 
 def dequantised(stored):
-    q = torch.stack((stored["int4"] & 15, stored["int4"] >> 4), -1).flatten(1).float().unflatten(1, (-1, 128)) - 8
+    q = (
+        torch.stack((stored["int4"] & 15, stored["int4"] >> 4), -1)
+        .flatten(1)
+        .float()
+        .unflatten(1, (-1, 128))
+        - 8
+    )
     scale, zero = stored["scales"].float().transpose(0, 1).unbind(-1)
     return (q * scale[..., None] + zero[..., None]).flatten(1)
 
@@ -87,33 +111,48 @@ def test_quantised_layers_are_exact(kind, offset):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randint(-128, 128, (192, 256), dtype=torch.int8, generator=generator)
     bias = torch.randint(-9999, 9999, (192,), dtype=torch.int32, generator=generator)
-    layer = Quantized(kind, weight, torch.rand(192, generator=generator) / 1000, bias, 0.031, offset)
+    layer = Quantized(
+        kind, weight, torch.rand(192, generator=generator) / 1000, bias, 0.031, offset
+    )
     if kind == "W8A8_DYNAMIC":
         layer.bias = bias.float() / 1000
     packed = OPS.pack_quantized(layer, torch.bfloat16)
     for rows in (70, 1, 3, 8, 70, 1):
         x = gaussian(rows, 256, seed=rows)
         x[-1] = 0
-        torch.testing.assert_close(OPS.quantized_linear(x, packed), PLAIN.quantized_linear(x, layer), rtol=0.008, atol=1e-6)
+        torch.testing.assert_close(
+            OPS.quantized_linear(x, packed), PLAIN.quantized_linear(x, layer), rtol=0.008, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("rows", [1, 4, 70])
 def test_between_the_products(rows):
-    x, residual, norm = gaussian(rows, 192), gaussian(rows, 192, seed=1), Norm(gaussian(192, seed=2))
-    for found, expected in zip(OPS.add_rms_norm(x, residual, norm, 1e-5), PLAIN.add_rms_norm(x, residual, norm, 1e-5)):
+    x = gaussian(rows, 192)
+    residual = gaussian(rows, 192, seed=1)
+    norm = Norm(gaussian(192, seed=2))
+    for found, expected in zip(
+        OPS.add_rms_norm(x, residual, norm, 1e-5), PLAIN.add_rms_norm(x, residual, norm, 1e-5)
+    ):
         torch.testing.assert_close(found, expected, **ROUNDED)
-    torch.testing.assert_close(OPS.rms_norm(x, norm, 1e-5), PLAIN.rms_norm(x, norm, 1e-5), **ROUNDED)
+    torch.testing.assert_close(
+        OPS.rms_norm(x, norm, 1e-5), PLAIN.rms_norm(x, norm, 1e-5), **ROUNDED
+    )
     for bias in (gaussian(192, seed=3), gaussian(192, seed=3).float()):
         shifting = Norm(norm.weight, bias)
-        torch.testing.assert_close(OPS.rms_norm(x, shifting, 1e-5), PLAIN.rms_norm(x, shifting, 1e-5), **ROUNDED)
+        torch.testing.assert_close(
+            OPS.rms_norm(x, shifting, 1e-5), PLAIN.rms_norm(x, shifting, 1e-5), **ROUNDED
+        )
     gates = torch.cat((40 * x, residual), -1)
-    torch.testing.assert_close(OPS.swiglu(gates).float(), F.silu(40 * x.float()) * residual.float(), rtol=0.02, atol=0.001)
+    torch.testing.assert_close(
+        OPS.swiglu(gates).float(), F.silu(40 * x.float()) * residual.float(), rtol=0.02, atol=0.001
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 70])
 def test_turned_heads(rows):
     config = DecoderConfig(8, 256, 1, 4, 2, 64, 8, Rope(64), 1e-5, 512)
-    angles, qkv = gaussian(rows, 32, seed=1).float(), gaussian(rows, 8 * 64)
+    angles = gaussian(rows, 32, seed=1).float()
+    qkv = gaussian(rows, 8 * 64)
     cos, sin = (torch.cat((t, t), -1).bfloat16() for t in (angles.cos(), angles.sin()))
     step = Step(cos, sin, torch.arange(rows), torch.zeros(1, 9, dtype=torch.int32), [rows], [rows])
     expected = PLAIN.turned_heads(qkv.clone(), config, step)
@@ -121,12 +160,16 @@ def test_turned_heads(rows):
         torch.testing.assert_close(a, b, rtol=0.016, atol=0.016)
 
 
-@pytest.mark.parametrize("heads, kv_heads, d", [(4, 4, 32), (16, 4, 128), (32, 2, 64), (6, 2, 96), (5, 1, 64)])
+@pytest.mark.parametrize(
+    "heads, kv_heads, d", [(4, 4, 32), (16, 4, 128), (32, 2, 64), (6, 2, 96), (5, 1, 64)]
+)
 @pytest.mark.parametrize("lengths", [[1], [37], [16, 1, 130], [5] * 8])
 def test_attention(heads, kv_heads, d, lengths):
     """Blocks in any order; what is in the cache afterwards, too."""
     config = DecoderConfig(8, heads * d, 1, heads, kv_heads, d, 8, Rope(d), 1e-5, 512)
-    rows, block, generator = len(lengths), 16, torch.Generator().manual_seed(3)
+    rows = len(lengths)
+    block = 16
+    generator = torch.Generator().manual_seed(3)
     width = -(-max(lengths) // block)
     table = torch.randperm(rows * width, generator=generator).view(rows, width).int()
     last = torch.tensor(lengths) - 1
@@ -150,18 +193,26 @@ def decoder_of(kind, shifted):
     """Two layers with random weights, its cache, and the step of three sequences."""
     config = DecoderConfig(128, 256, 2, 4, 2, 64, 384, Rope(64), 1e-5, 512)
     sizes = {"qkv": (512, 256), "out": (256, 256), "up": (768, 256), "down": (256, 384)}
-    weights = {"embed.weight": gaussian(128, 256), "lm_head.weight": OPS.pack(gaussian(128, 256)),
-               "final_norm.weight": gaussian(256)}
+    weights = {
+        "embed.weight": gaussian(128, 256),
+        "lm_head.weight": OPS.pack(gaussian(128, 256)),
+        "final_norm.weight": gaussian(256),
+    }
     for i in range(config.layers):
         for j, (name, shape) in enumerate(sizes.items()):
-            weight, target = 0.05 * gaussian(*shape, seed=4 * i + j), f"layers.{i}.{name}"
-            weights[f"{target}.weight"] = {"float": OPS.pack, "int8": lambda w: packed(Int8Weight, w),
-                                           "int4": lambda w: packed(Int4Weight, w)}[kind](weight)
+            weight = 0.05 * gaussian(*shape, seed=4 * i + j)
+            target = f"layers.{i}.{name}"
+            weights[f"{target}.weight"] = {
+                "float": OPS.pack,
+                "int8": lambda w: packed(Int8Weight, w),
+                "int4": lambda w: packed(Int4Weight, w),
+            }[kind](weight)
             weights[f"{target}.bias"] = gaussian(shape[0], seed=j) if name == "qkv" else None
         for name in ("attention_norm", "mlp_norm"):
             weights[f"layers.{i}.{name}.weight"] = gaussian(256, seed=i)
             weights[f"layers.{i}.{name}.bias"] = gaussian(256, seed=9) if shifted else None
-    decoder, cache = Decoder(config, weights, CpuOps()), KVCache(config, 9, 16, torch.bfloat16, "cpu", OPS)
+    decoder = Decoder(config, weights, CpuOps())
+    cache = KVCache(config, 9, 16, torch.bfloat16, "cpu", OPS)
     for pair in cache.layers:
         for i, tensor in enumerate(pair):
             tensor.copy_(gaussian(*tensor.shape, seed=i))
@@ -178,19 +229,23 @@ def packed(form, weight):
 @pytest.mark.parametrize("kind", ["float", "int8", "int4"])
 def test_all_layers_at_once_are_the_layers_one_by_one(kind, shifted):
     decoder, cache, step = decoder_of(kind, shifted)
-    x, before = gaussian(3, 256), [[t.clone() for t in pair] for pair in cache.layers]
+    x = gaussian(3, 256)
+    before = [[t.clone() for t in pair] for pair in cache.layers]
 
     def begun():
         return decoder.ops.begin(step, decoder.config, "cpu")
-    found, written = decoder.forward(x, begun(), cache), [t.clone() for pair in cache.layers for t in pair]
+
+    found = decoder.forward(x, begun(), cache)
+    written = [t.clone() for pair in cache.layers for t in pair]
     assert decoder.ops._layers and torch.equal(x, gaussian(3, 256))
     for pair, old in zip(cache.layers, before):
         for tensor, value in zip(pair, old):
             tensor.copy_(value)
-    decoder.tap = lambda stage, values: values      # what is watched goes layer by layer
+    decoder.tap = lambda stage, values: values  # what is watched goes layer by layer
     assert torch.equal(decoder.forward(x, begun(), cache), found)
     assert all(map(torch.equal, written, (t for pair in cache.layers for t in pair)))
-    decoder.tap, decoder.layers[1] = None, decoder.layers[0]        # what is put into the list is what runs
+    decoder.tap = None
+    decoder.layers[1] = decoder.layers[0]  # what is put into the list is what runs
     changed = decoder.forward(x, begun(), cache)
     assert not torch.allclose(changed, found, atol=0.1)
 
@@ -204,10 +259,13 @@ def test_layers_of_which_torch_computes_one_go_one_by_one():
 
 def test_without_a_compiler_torch_does_everything(monkeypatch):
     monkeypatch.setattr("runtime.ops.cpu.native.shutil.which", lambda name: None)
-    assert "there is no C compiler; run: apt-get install gcc" in OPS.remark(torch.bfloat16) and not OPS.remark(torch.float32)
+    assert "there is no C compiler; run: apt-get install gcc" in OPS.remark(
+        torch.bfloat16
+    ) and not OPS.remark(torch.float32)
     native.kernels.cache_clear()
     try:
-        weight, x = gaussian(64, 128), gaussian(1, 128, seed=1)
+        weight = gaussian(64, 128)
+        x = gaussian(1, 128, seed=1)
         packed = FloatWeight(weight)
         assert native.kernels() is None and not packed._blocks and not native.suits(x)
         torch.testing.assert_close(packed(x, None), F.linear(x, weight), **ROUNDED)
@@ -220,12 +278,18 @@ def test_built_once_per_machine_and_again_when_the_compiler_fails(monkeypatch, t
     monkeypatch.setenv("ASCEND_VLM_CACHE", str(tmp_path))
     built = native._built()
     first = built.stat().st_mtime_ns
-    assert native._built() == built and built.stat().st_mtime_ns == first and [built] == list((tmp_path / "kernels").iterdir())
+    assert (
+        native._built() == built
+        and built.stat().st_mtime_ns == first
+        and [built] == list((tmp_path / "kernels").iterdir())
+    )
     monkeypatch.setattr(native, "COMMAND", ("-no-such-option",))
     native.kernels.cache_clear()
     try:
         assert native.kernels() is None
-        assert "warning: decoding is slower" in capsys.readouterr().err and [built] == list((tmp_path / "kernels").iterdir())
+        assert "warning: decoding is slower" in capsys.readouterr().err and [built] == list(
+            (tmp_path / "kernels").iterdir()
+        )
     finally:
         monkeypatch.undo()
         native.kernels.cache_clear()

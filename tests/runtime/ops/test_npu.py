@@ -3,6 +3,7 @@
 Shows that every family's calls are well-formed and its numbers right, in both cache layouts, eager and through recorded
 graphs. What a chip's kernels do with those calls is shown elsewhere; see docs/npu.md.
 """
+
 from dataclasses import replace
 
 import cpu_kernels
@@ -22,7 +23,7 @@ FAMILIES = ("visualglm", "glm4", "glm4v", "glm_edge", "glm_edge_v", "llava")
 TOKENS = [5, 7, 11]
 GREEDY = SamplingParams(max_tokens=4, temperature=0, repetition_penalty=1.0, ignore_eos=True)
 ATOL = 1e-4
-SMALL_BLOCKS = (16,)        # so that tiny prompts span several blocks
+SMALL_BLOCKS = (16,)  # so that tiny prompts span several blocks
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,15 +34,19 @@ def torch_npu():
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def reference(request):
-    return Engine(GOLDEN / request.param, dtype="float32", ops="reference", vision="torch", max_model_len=256)
+    return Engine(
+        GOLDEN / request.param, dtype="float32", ops="reference", vision="torch", max_model_len=256
+    )
 
 
 @pytest.fixture(scope="module")
 def expected(reference):
     """Of every prompt: prefill logits, teacher-forced logits, greedy tokens."""
-    return ([reference.prefill_logits(p) for p in prompts(reference)],
-            [reference.score(p, TOKENS) for p in prompts(reference)],
-            [result.token_ids for result in reference.generate(prompts(reference), GREEDY)])
+    return (
+        [reference.prefill_logits(p) for p in prompts(reference)],
+        [reference.score(p, TOKENS) for p in prompts(reference)],
+        [result.token_ids for result in reference.generate(prompts(reference), GREEDY)],
+    )
 
 
 @pytest.fixture(scope="module", params=[A2, P310], ids=lambda soc: soc.name.split()[1])
@@ -53,15 +58,25 @@ def soc(request):
 def engine(reference, soc):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runtime.ops, "choose", lambda name, device: NpuOps(soc, device))
-        return Engine(reference.family.directory, dtype="float32", vision="torch", max_model_len=256)
+        return Engine(
+            reference.family.directory, dtype="float32", vision="torch", max_model_len=256
+        )
 
 
 def prompts(engine):
     """A picture prompt where the family takes one, a text prompt, and the shortest prompt there is."""
-    picture = [{"type": "image", "image": GOLDEN / "visualglm" / "image.png"}] if engine.family.vision else []
+    picture = (
+        [{"type": "image", "image": GOLDEN / "visualglm" / "image.png"}]
+        if engine.family.vision
+        else []
+    )
     texts = ("描述这张图片。", "hello world, and more")
-    chats = [engine.prompt([{"role": "user", "content": [*picture[:1 - i], {"type": "text", "text": text}]}])
-             for i, text in enumerate(texts)]
+    chats = [
+        engine.prompt(
+            [{"role": "user", "content": [*picture[: 1 - i], {"type": "text", "text": text}]}]
+        )
+        for i, text in enumerate(texts)
+    ]
     shortest = 2 if chats[1].layout.bidirectional else 1
     return chats + [engine.prompt_from_ids(chats[1].ids[-shortest:])]
 
@@ -84,7 +99,9 @@ def test_batches_of_unequal_prompts(expected, engine):
     """Three sequences fill up a recorded batch of four; nine are more than the largest."""
     tokens = expected[2]
     assert [result.token_ids for result in engine.generate(prompts(engine), GREEDY)] == tokens
-    assert [result.token_ids for result in engine.generate(prompts(engine) * 3, GREEDY)] == tokens * 3
+    assert [
+        result.token_ids for result in engine.generate(prompts(engine) * 3, GREEDY)
+    ] == tokens * 3
 
 
 def test_answer_as_part_of_the_prompt(expected, engine):
@@ -95,21 +112,28 @@ def test_answer_as_part_of_the_prompt(expected, engine):
 
 # chips
 
-@pytest.mark.parametrize("code, soc", [(200, P310), (202, P310), (205, P310), (220, A2), (223, A2), (225, A2),
-                                       (250, A3), (255, A3)])
+
+@pytest.mark.parametrize(
+    "code, soc",
+    [(200, P310), (202, P310), (205, P310), (220, A2), (223, A2), (225, A2), (250, A3), (255, A3)],
+)
 def test_chip_table(code, soc):
     assert soc_of(code, "some chip") is soc
 
 
 @pytest.mark.parametrize("code", [100, 104, 206, 219, 226, 240, 260])
 def test_chip_that_is_not_in_the_table(code):
-    with pytest.raises(ToolkitError, match=f"the chip Ascend9 \\(number {code}\\) is not supported"):
+    with pytest.raises(
+        ToolkitError, match=f"the chip Ascend9 \\(number {code}\\) is not supported"
+    ):
         soc_of(code, "Ascend9")
 
 
 def test_bfloat16_is_refused_on_310p():
     NpuOps(A2, "cpu").check("bfloat16", 128)
-    with pytest.raises(ToolkitError, match="--dtype bfloat16 is not computed by Ascend 310P; use --dtype float16"):
+    with pytest.raises(
+        ToolkitError, match="--dtype bfloat16 is not computed by Ascend 310P; use --dtype float16"
+    ):
         NpuOps(P310, "cpu").check("bfloat16", 128)
 
 
@@ -118,14 +142,23 @@ def test_block_size_that_attention_cannot_page():
         NpuOps(A2, "cpu").check("float16", 16)
 
 
-@pytest.mark.parametrize("soc, released, chosen", [(A2, "float16", "float16"), (A2, "bfloat16", "bfloat16"),
-                                                   (A2, "float32", "float16"), (P310, "bfloat16", "float16")])
+@pytest.mark.parametrize(
+    "soc, released, chosen",
+    [
+        (A2, "float16", "float16"),
+        (A2, "bfloat16", "bfloat16"),
+        (A2, "float32", "float16"),
+        (P310, "bfloat16", "float16"),
+    ],
+)
 def test_dtype_auto(reference, monkeypatch, soc, released, chosen):
     monkeypatch.setattr(reference.family, "config", {"torch_dtype": released})
     assert NpuOps(soc, "cpu").default_dtype(reference.family) == chosen
 
 
 def test_explicit_npu_without_torch_npu():
-    with pytest.raises(ToolkitError, match="needs torch_npu, which is not installed; run: pip install") as caught:
+    with pytest.raises(
+        ToolkitError, match="needs torch_npu, which is not installed; run: pip install"
+    ) as caught:
         open_npu("npu:0")
     assert caught.value.exit_code == MISSING_COMPONENT

@@ -40,18 +40,24 @@ def gaussian(*shape, seed=0):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("form", COSINE)
 def test_layer_against_float(form, shape, tokens, dtype):
-    weight, x = 0.02 * gaussian(*shape), gaussian(tokens, shape[1], seed=1).to(dtype)
-    bias, packed = gaussian(shape[0], seed=2).to(dtype), form.from_tensors(form.tensors(weight))
+    weight = 0.02 * gaussian(*shape)
+    x = gaussian(tokens, shape[1], seed=1).to(dtype)
+    bias = gaussian(shape[0], seed=2).to(dtype)
+    packed = form.from_tensors(form.tensors(weight))
     for b in (None, bias):
-        y, expected = packed(x, b), F.linear(x.float(), weight, None if b is None else b.float())
+        y = packed(x, b)
+        expected = F.linear(x.float(), weight, None if b is None else b.float())
         assert y.dtype == dtype and y.shape == expected.shape
         if b is None:
-            assert F.cosine_similarity(y.float().flatten(), expected.flatten(), dim=0) >= COSINE[form]
+            assert (
+                F.cosine_similarity(y.float().flatten(), expected.flatten(), dim=0) >= COSINE[form]
+            )
 
 
 def test_int8_sums_are_exact_at_the_extremes():
     """All products at their largest, where sums of pairs in 16 bits would saturate."""
-    q, x = torch.full((64, 256), -127, dtype=torch.int8), torch.ones(2, 256)
+    q = torch.full((64, 256), -127, dtype=torch.int8)
+    x = torch.ones(2, 256)
     x[1, ::2] = -1
     y = Int8Weight(q, torch.full((64,), 1 / 127))(x, None)
     torch.testing.assert_close(y, torch.tensor([[-256.0], [0.0]]).expand(2, 64))
@@ -69,7 +75,8 @@ def test_zeros_stay_zero(form):
 
 @pytest.mark.parametrize("form", COSINE)
 def test_rounding_and_packing_in_pieces_of_rows(form, monkeypatch):
-    weight, x = gaussian(320, 2 * GROUP).bfloat16(), gaussian(3, 2 * GROUP, seed=1)
+    weight = gaussian(320, 2 * GROUP).bfloat16()
+    x = gaussian(3, 2 * GROUP, seed=1)
     stored = form.tensors(weight)
     whole = form.from_tensors(stored)(x, None)
     monkeypatch.setattr("runtime.ops.cpu.packed_weights.ROWS", 128)
@@ -78,18 +85,26 @@ def test_rounding_and_packing_in_pieces_of_rows(form, monkeypatch):
     assert torch.equal(form.from_tensors(stored)(x, None), whole)
 
 
-@pytest.mark.parametrize("shape", [(PIECE + 192, 256), (48, 256)])     # pieces; rows that fill no block
+@pytest.mark.parametrize(
+    "shape", [(PIECE + 192, 256), (48, 256)]
+)  # pieces; rows that fill no block
 def test_int4_of_many_tokens_is_that_of_few(shape):
-    weight, x = gaussian(*shape), gaussian(MANY, shape[1], seed=1).bfloat16()
+    weight = gaussian(*shape)
+    x = gaussian(MANY, shape[1], seed=1).bfloat16()
     packed = Int4Weight.from_tensors(Int4Weight.tensors(weight))
     few = torch.cat([packed(part, None) for part in x.split(MANY // 2)])
     torch.testing.assert_close(packed(x, None), few, rtol=0.02, atol=0.25)
-    assert F.cosine_similarity(packed(x, None).flatten().float(), few.flatten().float(), dim=0) > 0.9999
+    assert (
+        F.cosine_similarity(packed(x, None).flatten().float(), few.flatten().float(), dim=0)
+        > 0.9999
+    )
 
 
 @pytest.mark.parametrize("name", ["visualglm", "glm4", "glm_edge_v", "llava"])
 def test_int8_model_is_close_to_the_float_one(name):
-    exact, packed = (Engine(GOLDEN / name, cpu_weights=kind, **SETTINGS) for kind in ("float", "int8"))
+    exact, packed = (
+        Engine(GOLDEN / name, cpu_weights=kind, **SETTINGS) for kind in ("float", "int8")
+    )
     prompt = exact.prompt([{"role": "user", "content": "描述 hello world"}])
     a, b = (torch.from_numpy(engine.prefill_logits(prompt)) for engine in (exact, packed))
     assert F.cosine_similarity(a, b).min() > 0.995
@@ -100,7 +115,8 @@ def test_int8_model_is_close_to_the_float_one(name):
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_demo_model_still_sees(kind):
-    engine, right = Engine(DEMO, dtype="float32", vision="torch", cpu_weights=kind), []
+    engine = Engine(DEMO, dtype="float32", vision="torch", cpu_weights=kind)
+    right = []
     assert type(engine._runner.decoder.layers[0].up.weight) is packing.FORMS[kind]
     for seed in range(6):
         things, rng = other_scenes.scene(f"en{seed}")
@@ -119,7 +135,11 @@ def synthetic(folder):
 def test_folder_is_written_once_and_only_whole(cache, tmp_path, monkeypatch, capsys):
     model = synthetic(tmp_path / "model")
     stored = packing._stored
-    monkeypatch.setattr(packing, "_stored", lambda name, *rest: 1 / 0 if name.startswith("final") else stored(name, *rest))
+    monkeypatch.setattr(
+        packing,
+        "_stored",
+        lambda name, *rest: 1 / 0 if name.startswith("final") else stored(name, *rest),
+    )
     with pytest.raises(ZeroDivisionError):
         Engine(model, cpu_weights="int8", max_model_len=64)
     assert all(folder.name.startswith(".") for folder in cache.iterdir())
@@ -146,19 +166,34 @@ def test_other_weights_are_packed_again(cache, tmp_path):
 
 
 def test_plan_counts_packed_bytes(tmp_path):
-    family, size = find_family("glm-edge-1.5b-chat"), {}
+    family = find_family("glm-edge-1.5b-chat")
+    size = {}
     for kind in ("float", "int8", "int4"):
-        size[kind] = plan_engine(family, "bfloat16", 512, EngineOptions(cpu_weights=kind), None).weights
-    matrices, head, table = 1.3506e9, 0.1214e9, 0.1214e9
+        size[kind] = plan_engine(
+            family, "bfloat16", 512, EngineOptions(cpu_weights=kind), None
+        ).weights
+    matrices = 1.3506e9
+    head = 0.1214e9
+    table = 0.1214e9
     assert size["float"] == pytest.approx(2 * (matrices + head + table), rel=1e-3)
     assert size["int8"] == pytest.approx(matrices + head + 2 * table, rel=1e-3)
     assert size["int4"] == pytest.approx(matrices * 4.25 / 8 + head + 2 * table, rel=1e-3)
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"cpu_weights": "int8", "ops": "reference"}, "--cpu-weights is 'int8': it needs --device cpu"),
-    ({"cpu_weights": "int8", "device": "npu"}, "--cpu-weights is 'int8': it needs --device cpu"),
-    ({"cpu_weights": "int3"}, "--cpu-weights is 'int3': use one of float, int8, int4")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            {"cpu_weights": "int8", "ops": "reference"},
+            "--cpu-weights is 'int8': it needs --device cpu",
+        ),
+        (
+            {"cpu_weights": "int8", "device": "npu"},
+            "--cpu-weights is 'int8': it needs --device cpu",
+        ),
+        ({"cpu_weights": "int3"}, "--cpu-weights is 'int3': use one of float, int8, int4"),
+    ],
+)
 def test_mistakes(options, message):
     with pytest.raises(ToolkitError, match=message):
         Engine(GOLDEN / "glm4", **options)

@@ -1,4 +1,5 @@
 """Which part of a decoder each device holds: weights, plan, refusals, and where the NPU operators' collectives stand."""
+
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -32,8 +33,10 @@ MATRICES = ("qkv.weight", "out.weight", "up.weight", "down.weight")
 
 # weights
 
+
 class Sum:
     """Stands in for a team inside one process: remembers what would be summed or gathered."""
+
     def __init__(self):
         self.calls = Counter()
 
@@ -56,33 +59,62 @@ def loaded(family, split):
 def test_weights_of_all_ranks_are_those_of_one(name, size):
     """Products of the parts, summed or laid side by side, are the product of the whole."""
     family = family_of(GOLDEN / name)
-    whole, parts = loaded(family, Split(family.decoder)), [loaded(family, Split(family.decoder, size, r)) for r in range(size)]
+    whole = loaded(family, Split(family.decoder))
+    parts = [loaded(family, Split(family.decoder, size, r)) for r in range(size)]
     assert torch.equal(torch.cat([p["lm_head.weight"] for p in parts]), whole["lm_head.weight"])
     for layer in range(family.decoder.layers):
         for kind in ("out", "down"):
             name = f"layers.{layer}.{kind}"
-            assert torch.equal(torch.cat([p[name + ".weight"] for p in parts], 1), whole[name + ".weight"])
-            assert [name + ".bias" in p for p in parts] == [name + ".bias" in whole] + [False] * (size - 1)
-    c, d = family.decoder, family.decoder.head_dim
+            assert torch.equal(
+                torch.cat([p[name + ".weight"] for p in parts], 1), whole[name + ".weight"]
+            )
+            assert [name + ".bias" in p for p in parts] == [name + ".bias" in whole] + [False] * (
+                size - 1
+            )
+    c = family.decoder
+    d = family.decoder.head_dim
     q, k, v = whole["layers.0.qkv.weight"].split([c.heads * d, c.kv_heads * d, c.kv_heads * d])
     for rank, part in enumerate(parts):
         local = Split(c, size, rank).config
-        mine = part["layers.0.qkv.weight"].split([local.heads * d, local.kv_heads * d, local.kv_heads * d])
-        head = rank * c.heads // size * c.kv_heads // c.heads       # key/value head that this rank's first query uses
+        mine = part["layers.0.qkv.weight"].split(
+            [local.heads * d, local.kv_heads * d, local.kv_heads * d]
+        )
+        head = (
+            rank * c.heads // size * c.kv_heads // c.heads
+        )  # key/value head that this rank's first query uses
         rows = slice(head * d, (head + local.kv_heads) * d)
-        assert torch.equal(mine[0], q.chunk(size)[rank]) and torch.equal(mine[1], k[rows]) and torch.equal(mine[2], v[rows])
+        assert (
+            torch.equal(mine[0], q.chunk(size)[rank])
+            and torch.equal(mine[1], k[rows])
+            and torch.equal(mine[2], v[rows])
+        )
 
 
 def quantised(family, kind, split):
     """Every linear layer of `kind` with random tensors, loaded as one rank loads it."""
-    kinds = {row.source: kind for row in family.weights() if row.parts and row.parts[0].target.endswith(MATRICES)}
+    kinds = {
+        row.source: kind
+        for row in family.weights()
+        if row.parts and row.parts[0].target.endswith(MATRICES)
+    }
     table = list(quantized_weights(family.weights(), Description(Path("a test"), kind, kinds)))
     random = torch.Generator().manual_seed(0)
-    tensors = {row.source: torch.randint(1, 100, row.shape, generator=random, dtype=torch.int32) for row in table}
-    tensors = {n: t.to({"weight": torch.int8, "deq_scale": torch.int64}.get(n.rpartition(".")[2], torch.int32))
-               if n.removesuffix(n.rpartition(".")[2]) + "weight" in kinds else t.float() for n, t in tensors.items()}
+    tensors = {
+        row.source: torch.randint(1, 100, row.shape, generator=random, dtype=torch.int32)
+        for row in table
+    }
+    tensors = {
+        n: t.to(
+            {"weight": torch.int8, "deq_scale": torch.int64}.get(n.rpartition(".")[2], torch.int32)
+        )
+        if n.removesuffix(n.rpartition(".")[2]) + "weight" in kinds
+        else t.float()
+        for n, t in tensors.items()
+    }
     tensors |= {n: torch.zeros_like(t) for n, t in tensors.items() if n.endswith("weight_offset")}
-    rows = [row for row in split.weights(table) if row.parts and PIECE.fullmatch(row.parts[0].target)]
+    rows = [
+        row for row in split.weights(table) if row.parts and PIECE.fullmatch(row.parts[0].target)
+    ]
     return load_rows(MemoryCheckpoint(tensors), rows, torch.float32, "cpu", ReferenceOps())
 
 
@@ -92,13 +124,18 @@ def quantised(family, kind, split):
 def test_quantised_weights_of_all_ranks_are_those_of_one(name, kind, size):
     """Rows with their scales and biases; quant_bias of a sum over devices on the first one only."""
     family = family_of(GOLDEN / name)
-    c, d = family.decoder, family.decoder.head_dim
+    c = family.decoder
+    d = family.decoder.head_dim
     whole = quantised(family, kind, Split(c))
     parts = [quantised(family, kind, Split(c, size, rank)) for rank in range(size)]
     for layer in ("layers.0.out", f"layers.{c.layers - 1}.down"):
-        one, all_ = flat(whole[layer]), [flat(part[layer]) for part in parts]
+        one = flat(whole[layer])
+        all_ = [flat(part[layer]) for part in parts]
         assert torch.equal(torch.cat([part.weight for part in all_], 1), one.weight)
-        assert all(torch.equal(part.scale, one.scale) and part.input_scale == one.input_scale for part in all_)
+        assert all(
+            torch.equal(part.scale, one.scale) and part.input_scale == one.input_scale
+            for part in all_
+        )
         if one.static:
             assert [part.bias.any().item() for part in all_] == [True] + [False] * (size - 1)
         assert one.bias is None or torch.equal(all_[0].bias, one.bias)
@@ -109,21 +146,27 @@ def test_quantised_weights_of_all_ranks_are_those_of_one(name, kind, size):
             continue
         q, k, v = one.split([c.heads * d, c.kv_heads * d, c.kv_heads * d])
         for rank, part in enumerate(parts):
-            head, local = rank * c.heads // size * c.kv_heads // c.heads, Split(c, size, rank).config
+            head = rank * c.heads // size * c.kv_heads // c.heads
+            local = Split(c, size, rank).config
             rows = slice(head * d, (head + local.kv_heads) * d)
             mine = getattr(flat(part["layers.0.qkv"]), tensor)
             assert torch.equal(mine, torch.cat((q.chunk(size)[rank], k[rows], v[rows])))
             if up is not None:
                 mine = getattr(flat(part["layers.0.up"]), tensor)
-                assert torch.equal(mine, torch.cat([half.chunk(size)[rank] for half in up.chunk(halves)]))
+                assert torch.equal(
+                    mine, torch.cat([half.chunk(size)[rank] for half in up.chunk(halves)])
+                )
 
 
 def flat(layer):
     """Layers that stayed apart because their scales differ, as one (of the first one's scales)."""
     if not isinstance(layer, Stacked):
         return layer
-    together = {name: torch.cat([getattr(part, name) for part in layer.parts]) for name in ("weight", "scale", "bias")
-                if layer.parts[0].bias is not None or name != "bias"}
+    together = {
+        name: torch.cat([getattr(part, name) for part in layer.parts])
+        for name in ("weight", "scale", "bias")
+        if layer.parts[0].bias is not None or name != "bias"
+    }
     return replace(layer.parts[0], **together)
 
 
@@ -139,14 +182,26 @@ def test_plan_counts_what_the_first_device_loads(name, size):
 
 
 def test_a_rank_reads_only_its_rows(monkeypatch):
-    family, read = family_of(GOLDEN / "llava"), Counter()
+    family = family_of(GOLDEN / "llava")
+    read = Counter()
     checkpoint = Checkpoint(family.directory)
     plain = checkpoint._reader.tensor
-    monkeypatch.setattr(checkpoint._reader, "tensor",
-                        lambda name, entry: read.update({name.split("model.")[-1]: entry.nbytes}) or plain(name, entry))
-    decoder_weights(checkpoint, family, torch.float32, "cpu", ReferenceOps(), Split(family.decoder, 4, 3))
+    monkeypatch.setattr(
+        checkpoint._reader,
+        "tensor",
+        lambda name, entry: (
+            read.update({name.split("model.")[-1]: entry.nbytes}) or plain(name, entry)
+        ),
+    )
+    decoder_weights(
+        checkpoint, family, torch.float32, "cpu", ReferenceOps(), Split(family.decoder, 4, 3)
+    )
     sizes = {name.split("model.")[-1]: checkpoint.nbytes(name) for name in checkpoint.names}
-    narrowed = {name for name in read if name.endswith(("q_proj.weight", "gate_proj.weight", "lm_head.weight"))}
+    narrowed = {
+        name
+        for name in read
+        if name.endswith(("q_proj.weight", "gate_proj.weight", "lm_head.weight"))
+    }
     assert len(narrowed) == 2 * family.decoder.layers + 1
     assert all(read[name] * 4 == sizes[name] for name in narrowed)
 
@@ -158,28 +213,47 @@ def test_rows_of_a_tensor_that_many_parts_take(tmp_path, suffix):
         torch.save({"x": tensor}, tmp_path / "pytorch_model.bin")
     else:
         from safetensors.torch import save_file
+
         save_file({"other": torch.ones(3), "x": tensor}, tmp_path / "model.safetensors")
-    parts = (Part("a", take=(1, 3)), Part("b", take=(4, 6), at=(0, 4)), Part("b", take=(0, 2), at=(2, 4)))
+    parts = (
+        Part("a", take=(1, 3)),
+        Part("b", take=(4, 6), at=(0, 4)),
+        Part("b", take=(0, 2), at=(2, 4)),
+    )
     table = [Weight("x", (6, 4), parts)]
     counted = []
-    found = dict(Checkpoint(tmp_path).assemble(table, progress=lambda *bytes_: counted.append(bytes_)))
-    assert torch.equal(found["a"], tensor[1:3]) and torch.equal(found["b"], torch.cat((tensor[4:], tensor[:2])))
+    found = dict(
+        Checkpoint(tmp_path).assemble(table, progress=lambda *bytes_: counted.append(bytes_))
+    )
+    assert torch.equal(found["a"], tensor[1:3]) and torch.equal(
+        found["b"], torch.cat((tensor[4:], tensor[:2]))
+    )
     assert counted[-1] == (96, 96)
 
 
 # what cannot be split
 
-@pytest.mark.parametrize("changes, size, wrong", [
-    ({"heads": 6}, 4, "6 attention heads"), ({"ffn": 98}, 4, "98 feed-forward channels"),
-    ({"vocab_size": 321}, 2, "321 vocabulary rows"), ({"heads": 24, "kv_heads": 6}, 4, "6 key/value heads")])
+
+@pytest.mark.parametrize(
+    "changes, size, wrong",
+    [
+        ({"heads": 6}, 4, "6 attention heads"),
+        ({"ffn": 98}, 4, "98 feed-forward channels"),
+        ({"vocab_size": 321}, 2, "321 vocabulary rows"),
+        ({"heads": 24, "kv_heads": 6}, 4, "6 key/value heads"),
+    ],
+)
 def test_refusals(changes, size, wrong):
     family = family_of(GOLDEN / "glm4")
     family.decoder = replace(family.decoder, **changes)
-    with pytest.raises(ToolkitError, match=f"--tensor-parallel-size {size} does not divide glm-4's {wrong}; use 1"):
+    with pytest.raises(
+        ToolkitError, match=f"--tensor-parallel-size {size} does not divide glm-4's {wrong}; use 1"
+    ):
         check_split(family, size)
 
 
 # the places of the collectives on the NPU operators
+
 
 class Launched(TorchDispatchMode):
     def __init__(self):
@@ -194,10 +268,14 @@ class Launched(TorchDispatchMode):
 def one_token(family, soc, team):
     cpu_kernels.declare()
     size = 2 if team else 1
-    ops, split = NpuOps(soc, "cpu"), Split(family.decoder, size)
+    ops = NpuOps(soc, "cpu")
+    split = Split(family.decoder, size)
     ops.team = team
-    weights = decoder_weights(Checkpoint(family.directory), family, torch.float32, "cpu", ops, split)
-    decoder, cache = Decoder(split.config, weights, ops), KVCache(split.config, 2, 16, torch.float32, "cpu", ops)
+    weights = decoder_weights(
+        Checkpoint(family.directory), family, torch.float32, "cpu", ops, split
+    )
+    decoder = Decoder(split.config, weights, ops)
+    cache = KVCache(split.config, 2, 16, torch.float32, "cpu", ops)
     turn = torch.zeros(1, split.config.head_dim)
     table = torch.tensor([[0]], dtype=torch.int32)
     step = ops.begin(Step(turn, turn, torch.tensor([0]), table, [1], [1]), split.config, "cpu")
@@ -209,7 +287,10 @@ def one_token(family, soc, team):
 @pytest.mark.parametrize("soc", [A2, P310], ids=lambda soc: soc.name.split()[1])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_collectives_are_all_that_the_launches_gain(name, soc):
-    family, team = family_of(GOLDEN / name), Sum()
-    soc = replace(soc, dtypes=("float32",), block_sizes=(16,), swiglu_multiple=2)     # half of a tiny layer is no 32
+    family = family_of(GOLDEN / name)
+    team = Sum()
+    soc = replace(
+        soc, dtypes=("float32",), block_sizes=(16,), swiglu_multiple=2
+    )  # half of a tiny layer is no 32
     assert one_token(family, soc, team) == one_token(family, soc, None)
     assert team.calls == {"all_reduce": 2 * family.decoder.layers, "gather": 1}

@@ -2,6 +2,7 @@
 
 NPUs' own collectives (hccl) are not shown here.
 """
+
 import os
 import pickle
 import pty
@@ -28,20 +29,41 @@ GREEDY = SamplingParams(max_tokens=6, temperature=0, repetition_penalty=1.0, ign
 ATOL = 1e-4
 SETTINGS = {"dtype": "float32", "vision": "torch", "max_model_len": 256}
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node")
-CHAT = ["-m", "runtime.chat", "--model", str(GOLDEN / "glm4"), "--dtype", "fp32", "--temperature", "0",
-        "--repetition-penalty", "1"]
+CHAT = [
+    "-m",
+    "runtime.chat",
+    "--model",
+    str(GOLDEN / "glm4"),
+    "--dtype",
+    "fp32",
+    "--temperature",
+    "0",
+    "--repetition-penalty",
+    "1",
+]
 
 
 def prompts(engine):
-    picture = [{"type": "image", "image": GOLDEN / "visualglm" / "image.png"}] if engine.family.vision else []
-    return [engine.prompt([{"role": "user", "content": [*content, {"type": "text", "text": "描述 hello"}]}])
-            for content in (picture, [])]
+    picture = (
+        [{"type": "image", "image": GOLDEN / "visualglm" / "image.png"}]
+        if engine.family.vision
+        else []
+    )
+    return [
+        engine.prompt(
+            [{"role": "user", "content": [*content, {"type": "text", "text": "描述 hello"}]}]
+        )
+        for content in (picture, [])
+    ]
 
 
 def answers(engine):
     """Of every prompt: prefill logits and teacher-forced logits; greedy tokens of all together."""
-    return ([engine.prefill_logits(p) for p in prompts(engine)], [engine.score(p, TOKENS) for p in prompts(engine)],
-            [result.token_ids for result in engine.generate(prompts(engine), GREEDY)])
+    return (
+        [engine.prefill_logits(p) for p in prompts(engine)],
+        [engine.score(p, TOKENS) for p in prompts(engine)],
+        [result.token_ids for result in engine.generate(prompts(engine), GREEDY)],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -60,16 +82,24 @@ def assert_same(found, expected):
 def test_logits_and_tokens_of_one_process(expected, size, tmp_path):
     """One model after another in a script under torchrun. GLM-4 at 4 has more devices than key/value heads."""
     script = tmp_path / "script.py"
-    script.write_text("import pickle, sys\n"
-                      f"sys.path[:0] = {[str(ROOT), str(paths.TESTS / 'helpers'), str(Path(__file__).parent)]}\n"
-                      "from test_team import FAMILIES, GOLDEN, SETTINGS, Engine, answers\n"
-                      "found = {}\n"
-                      "for name in FAMILIES:\n"
-                      f"    engine = Engine(GOLDEN / name, tensor_parallel_size={size}, **SETTINGS)\n"
-                      "    found[name] = answers(engine)\n"
-                      "    engine.close()\n"
-                      f"pickle.dump(found, open({str(tmp_path / 'found')!r}, 'wb'))\n")
-    done = subprocess.run([*TORCHRUN, str(size), str(script)], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    script.write_text(
+        "import pickle, sys\n"
+        f"sys.path[:0] = {[str(ROOT), str(paths.TESTS / 'helpers'), str(Path(__file__).parent)]}\n"
+        "from test_team import FAMILIES, GOLDEN, SETTINGS, Engine, answers\n"
+        "found = {}\n"
+        "for name in FAMILIES:\n"
+        f"    engine = Engine(GOLDEN / name, tensor_parallel_size={size}, **SETTINGS)\n"
+        "    found[name] = answers(engine)\n"
+        "    engine.close()\n"
+        f"pickle.dump(found, open({str(tmp_path / 'found')!r}, 'wb'))\n"
+    )
+    done = subprocess.run(
+        [*TORCHRUN, str(size), str(script)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     found = pickle.loads((tmp_path / "found").read_bytes())
     for name in FAMILIES:
@@ -80,8 +110,12 @@ def test_engine_starts_and_ends_its_processes(expected):
     engine = Engine(GOLDEN / "glm4", tensor_parallel_size=2, **SETTINGS)
     try:
         assert_same(answers(engine), expected["glm4"])
-        assert engine.describe()[1] == "decoder: cpu ops on cpu and 1 more (tensor parallel), float32"
-        with pytest.raises(ToolkitError, match="has a model that is split over several devices already; close"):
+        assert (
+            engine.describe()[1] == "decoder: cpu ops on cpu and 1 more (tensor parallel), float32"
+        )
+        with pytest.raises(
+            ToolkitError, match="has a model that is split over several devices already; close"
+        ):
             Engine(GOLDEN / "glm4", tensor_parallel_size=2, **SETTINGS)
         workers = list(parallel._workers)
     finally:
@@ -107,9 +141,13 @@ def test_quantised_folders(case):
 
 # mistakes
 
+
 def test_refused_before_a_process_starts(capsys, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", None)
-    with pytest.raises(ToolkitError, match="--tensor-parallel-size 8 does not divide glm-4's 4 attention heads; use 1, 2, 4$"):
+    with pytest.raises(
+        ToolkitError,
+        match="--tensor-parallel-size 8 does not divide glm-4's 4 attention heads; use 1, 2, 4$",
+    ):
         Engine(GOLDEN / "glm4", tensor_parallel_size=8)
     assert run_command(chat.main, [*CHAT[2:], "--prompt", "hi", "--tensor_parallel_size", "3"]) == 2
     assert "--tensor-parallel-size is 3: use 1, 2, 4 or 8" in capsys.readouterr().err
@@ -124,17 +162,29 @@ def test_torchrun_with_another_number(monkeypatch, capsys):
 
 # processes
 
+
 def start(*argv, launcher=(sys.executable,), **settings):
-    return subprocess.Popen([*launcher, *CHAT, *argv], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **settings)
+    return subprocess.Popen(
+        [*launcher, *CHAT, *argv],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **settings,
+    )
 
 
 def children(pid: int) -> list[int]:
     """Process ids of the ranks that a command started, waited for."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        found = [int(p) for task in Path(f"/proc/{pid}/task").iterdir()
-                 for p in (task / "children").read_text().split()]
+        found = [
+            int(p)
+            for task in Path(f"/proc/{pid}/task").iterdir()
+            for p in (task / "children").read_text().split()
+        ]
         if found:
             return found
         time.sleep(0.05)
@@ -156,7 +206,7 @@ def gone(pid: int) -> bool:
 
 def wait_until_loaded(process):
     for line in process.stderr:
-        if "/help" in line:         # the welcome
+        if "/help" in line:  # the welcome
             return
     raise AssertionError("the conversation did not begin")
 
@@ -172,13 +222,14 @@ def test_killed_rank_ends_all_with_one_message():
     wait_until_loaded(process)
     process.stdin.write("hello\n" * 50)
     process.stdin.flush()
-    process.stdout.read(1)          # the first answer has begun
+    process.stdout.read(1)  # the first answer has begun
     os.kill(ranks[0], signal.SIGKILL)
-    process.wait(timeout=60)        # before its input ends, which would be an ordinary end
+    process.wait(timeout=60)  # before its input ends, which would be an ordinary end
     err = process.stderr.read()
     errors = [line for line in err.splitlines() if "error" in line.lower()]
     assert process.returncode == 1 and errors == [
-        "error: process 1 of 2 (tensor parallel) was killed by SIGKILL; all were ended, run the same command again"]
+        "error: process 1 of 2 (tensor parallel) was killed by SIGKILL; all were ended, run the same command again"
+    ]
     assert all(gone(rank) for rank in ranks) and "Traceback" not in err
 
 
@@ -192,7 +243,16 @@ def test_no_orphans_when_rank_0_is_killed():
 
 
 def test_ctrl_c_of_a_one_shot_question_ends_all():
-    process = start("-tp", "2", "--prompt", "hi", "--max-tokens", "480", start_new_session=True, preexec_fn=hear_interrupts)
+    process = start(
+        "-tp",
+        "2",
+        "--prompt",
+        "hi",
+        "--max-tokens",
+        "480",
+        start_new_session=True,
+        preexec_fn=hear_interrupts,
+    )
     ranks = children(process.pid)
     process.stdout.read(1)
     os.killpg(process.pid, signal.SIGINT)
@@ -216,7 +276,9 @@ def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on():
     assert b"Traceback" not in read_until(terminal, b"answer ")
     ranks = children(pid)
     os.write(terminal, b"/stop\n")
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0 and all(gone(rank) for rank in ranks)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0 and all(
+        gone(rank) for rank in ranks
+    )
     os.close(terminal)
 
 
@@ -240,9 +302,16 @@ def test_torchrun():
 
 def test_a_rank_that_cannot_load_says_why(monkeypatch):
     """The other rank sees another checkpoint: its sentence is the message."""
-    code = ("import os, runtime.parallel.team as p; load = p.Team.send\n"
-            "p.Team.send = lambda team, message: load(team, ('load', ('/nowhere', message[1][1])))\n"
-            f"from runtime import Engine; Engine({str(GOLDEN / 'glm4')!r}, tensor_parallel_size=2, vision='torch')")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    code = (
+        "import os, runtime.parallel.team as p; load = p.Team.send\n"
+        "p.Team.send = lambda team, message: load(team, ('load', ('/nowhere', message[1][1])))\n"
+        f"from runtime import Engine; Engine({str(GOLDEN / 'glm4')!r}, tensor_parallel_size=2, vision='torch')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "error: process 1 of 2 (tensor parallel) failed: model folder /nowhere does not exist" in done.stderr
+    assert (
+        "error: process 1 of 2 (tensor parallel) failed: model folder /nowhere does not exist"
+        in done.stderr
+    )

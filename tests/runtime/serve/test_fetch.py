@@ -2,6 +2,7 @@
 
 All traffic stays on loopback. Where a fetch has to succeed, the test says that loopback is public; nothing else does.
 """
+
 import http.server
 import socket
 import threading
@@ -21,14 +22,16 @@ PICTURE = png(30, 20)
 
 class Host(http.server.ThreadingHTTPServer):
     """Answers by path; remembers what it was asked."""
+
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.asked, self.port = [], self.server_address[1]
+        self.asked = []
+        self.port = self.server_address[1]
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
-    def handle_error(self, *event):     # a client that hangs up is what some tests want
+    def handle_error(self, *event):  # a client that hangs up is what some tests want
         pass
 
 
@@ -101,24 +104,70 @@ def refusal(url, *domains):
     return str(error.value)
 
 
-@pytest.mark.parametrize("address", [
-    "127.0.0.1", "127.9.9.9", "0.0.0.0", "10.0.0.1", "172.16.0.1", "172.31.255.255", "192.168.1.1", "169.254.169.254",
-    "100.64.0.1", "192.0.0.1", "192.0.2.1", "198.18.0.1", "198.51.100.7", "203.0.113.1", "192.88.99.1", "224.0.0.1",
-    "239.255.255.250", "240.0.0.1", "255.255.255.255", "::", "::1", "fe80::1", "fe80::1%lo", "fc00::1", "fd00:ec2::254",
-    "ff02::1", "::ffff:8.8.8.8", "::ffff:127.0.0.1", "::127.0.0.1", "64:ff9b::7f00:1", "64:ff9b:1::a00:1", "2001::1",
-    "2002:7f00:1::", "2001:db8::1", "100::1", "fec0::1", "4000::1", "", "localhost"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "127.0.0.1",
+        "127.9.9.9",
+        "0.0.0.0",
+        "10.0.0.1",
+        "172.16.0.1",
+        "172.31.255.255",
+        "192.168.1.1",
+        "169.254.169.254",
+        "100.64.0.1",
+        "192.0.0.1",
+        "192.0.2.1",
+        "198.18.0.1",
+        "198.51.100.7",
+        "203.0.113.1",
+        "192.88.99.1",
+        "224.0.0.1",
+        "239.255.255.250",
+        "240.0.0.1",
+        "255.255.255.255",
+        "::",
+        "::1",
+        "fe80::1",
+        "fe80::1%lo",
+        "fc00::1",
+        "fd00:ec2::254",
+        "ff02::1",
+        "::ffff:8.8.8.8",
+        "::ffff:127.0.0.1",
+        "::127.0.0.1",
+        "64:ff9b::7f00:1",
+        "64:ff9b:1::a00:1",
+        "2001::1",
+        "2002:7f00:1::",
+        "2001:db8::1",
+        "100::1",
+        "fec0::1",
+        "4000::1",
+        "",
+        "localhost",
+    ],
+)
 def test_addresses_that_are_refused(address):
     assert not media.is_public(address)
 
 
-@pytest.mark.parametrize("address", ["8.8.8.8", "1.1.1.1", "172.32.0.1", "2606:4700:4700::1111", "2a00:1450:4001::200e"])
+@pytest.mark.parametrize(
+    "address", ["8.8.8.8", "1.1.1.1", "172.32.0.1", "2606:4700:4700::1111", "2a00:1450:4001::200e"]
+)
 def test_addresses_of_the_internet(address):
     assert media.is_public(address)
 
 
-@pytest.mark.parametrize("url", [
-    "http://127.0.0.1:{port}/picture", "http://localhost:{port}/picture", "http://LOCALHOST:{port}/picture",
-    "http://[::ffff:127.0.0.1]:{port}/picture"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:{port}/picture",
+        "http://localhost:{port}/picture",
+        "http://LOCALHOST:{port}/picture",
+        "http://[::ffff:127.0.0.1]:{port}/picture",
+    ],
+)
 def test_a_named_host_with_a_private_address_is_not_reached(url, host):
     before = len(host.asked)
     domains = [f"{name}:{host.port}" for name in ("127.0.0.1", "localhost", "[::ffff:127.0.0.1]")]
@@ -126,20 +175,50 @@ def test_a_named_host_with_a_private_address_is_not_reached(url, host):
     assert len(host.asked) == before
 
 
-@pytest.mark.parametrize("url", [
-    "http://127.0.0.2:{port}/picture", "http://127.1:{port}/", "http://2130706433:{port}/", "http://0x7f.1:{port}/",
-    "http://127.0.0.1/picture", "https://127.0.0.1:{other}/", "http://127.0.0.1.:{port}/", "http://x.127.0.0.1:{port}/",
-    "http://127.0.0.1:{port}@localhost/", "http://a:b@127.0.0.1:{port}/picture", "http://127.0.0.1%2f:{port}/",
-    "http://127.0.0.1\\@localhost:{port}/", "http://１２７.0.0.2:{port}/", "http:///picture", "http://", "http://[::1",
-    "http://127.0.0.1:99999999/", "http://" + "a" * 70 + ".de/", "https://%00:{port}/", "http://ⓛocalhost.x/"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.2:{port}/picture",
+        "http://127.1:{port}/",
+        "http://2130706433:{port}/",
+        "http://0x7f.1:{port}/",
+        "http://127.0.0.1/picture",
+        "https://127.0.0.1:{other}/",
+        "http://127.0.0.1.:{port}/",
+        "http://x.127.0.0.1:{port}/",
+        "http://127.0.0.1:{port}@localhost/",
+        "http://a:b@127.0.0.1:{port}/picture",
+        "http://127.0.0.1%2f:{port}/",
+        "http://127.0.0.1\\@localhost:{port}/",
+        "http://１２７.0.0.2:{port}/",
+        "http:///picture",
+        "http://",
+        "http://[::1",
+        "http://127.0.0.1:99999999/",
+        "http://" + "a" * 70 + ".de/",
+        "https://%00:{port}/",
+        "http://ⓛocalhost.x/",
+    ],
+)
 def test_what_is_not_just_a_named_host(url, host, loopback_is_public):
     before = len(host.asked)
     refusal(url.format(port=host.port, other=host.port + 1), f"127.0.0.1:{host.port}")
     assert len(host.asked) == before
 
 
-@pytest.mark.parametrize("url", ["ftp://127.0.0.1/a.png", "gopher://127.0.0.1:70/_x", "HTTP://127.0.0.1/", "//127.0.0.1/",
-                                 "data:text/html;base64,QUJD", "javascript:1", "/picture", ""])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "ftp://127.0.0.1/a.png",
+        "gopher://127.0.0.1:70/_x",
+        "HTTP://127.0.0.1/",
+        "//127.0.0.1/",
+        "data:text/html;base64,QUJD",
+        "javascript:1",
+        "/picture",
+        "",
+    ],
+)
 def test_other_schemes(url):
     assert "must be a data URI" in refusal(url, "127.0.0.1")
 
@@ -156,9 +235,17 @@ def test_a_picture_comes(host, loopback_is_public):
     assert host.asked[-1] == ("/picture?a=1&b=%C3%BC%20c", f"127.0.0.1:{host.port}")
 
 
-@pytest.mark.parametrize(("path", "word"), [
-    ("moved", "302, and redirects are not followed"), ("nothing", "answered 404"), ("text", "cannot be read"),
-    ("zipped", "cannot be read"), ("cut", "not arrive whole"), ("endless", "has 200,001 bytes, the limit is 200,000")])
+@pytest.mark.parametrize(
+    ("path", "word"),
+    [
+        ("moved", "302, and redirects are not followed"),
+        ("nothing", "answered 404"),
+        ("text", "cannot be read"),
+        ("zipped", "cannot be read"),
+        ("cut", "not arrive whole"),
+        ("endless", "has 200,001 bytes, the limit is 200,000"),
+    ],
+)
 def test_what_a_host_may_not_answer(path, word, host, loopback_is_public):
     assert word in refusal(f"http://127.0.0.1:{host.port}/{path}", f"127.0.0.1:{host.port}")
     assert host.asked[-1][0] == f"/{path}"
@@ -167,12 +254,16 @@ def test_what_a_host_may_not_answer(path, word, host, loopback_is_public):
 def test_a_slow_host_is_cut_off(host, loopback_is_public, monkeypatch):
     monkeypatch.setattr(media, "FETCH_SECONDS", 0.3)
     begun = time.monotonic()
-    assert "did not arrive" in refusal(f"http://127.0.0.1:{host.port}/drip", f"127.0.0.1:{host.port}")
+    assert "did not arrive" in refusal(
+        f"http://127.0.0.1:{host.port}/drip", f"127.0.0.1:{host.port}"
+    )
     assert time.monotonic() - begun < 2
 
 
 def test_https_wants_a_certificate(host, loopback_is_public):
-    assert "did not arrive" in refusal(f"https://127.0.0.1:{host.port}/picture", f"127.0.0.1:{host.port}")
+    assert "did not arrive" in refusal(
+        f"https://127.0.0.1:{host.port}/picture", f"127.0.0.1:{host.port}"
+    )
 
 
 def test_the_name_is_looked_up_once(host, monkeypatch):
@@ -184,7 +275,11 @@ def test_the_name_is_looked_up_once(host, monkeypatch):
         if name != "rebind.example":
             return real(name, port, *rest, **more)
         looked_up.append(name)
-        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in next(answers)]
+        return [
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))
+            for address in next(answers)
+        ]
+
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     monkeypatch.setattr(media, "is_public", lambda address: address == "127.0.0.5")
     before = len(host.asked)
@@ -193,13 +288,20 @@ def test_the_name_is_looked_up_once(host, monkeypatch):
 
 
 def test_one_private_address_among_public_ones_is_enough(monkeypatch):
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(2, 1, 6, "", (a, 80)) for a in ("8.8.8.8", "10.0.0.1")])
+    monkeypatch.setattr(
+        socket,
+        "getaddrinfo",
+        lambda *_, **__: [(2, 1, 6, "", (a, 80)) for a in ("8.8.8.8", "10.0.0.1")],
+    )
     assert "not public" in refusal("http://mixed.example/a.png", "mixed.example")
 
 
 @pytest.mark.parametrize("wrong", ["https://a.com", "a.com/x", "a b", "", "a.com:port", "*"])
 def test_a_domain_is_a_host(wrong, tmp_path):
-    with pytest.raises(ToolkitError, match="--allowed-media-domains is .*: give host names without http://"):
+    with pytest.raises(
+        ToolkitError, match="--allowed-media-domains is .*: give host names without http://"
+    ):
         ServeOptions(model=str(tmp_path), allowed_media_domains=[wrong])
-    assert ServeOptions(model=str(tmp_path), allowed_media_domains=["A.com", "[::1]:80"]).allowed_media_domains == \
-        ("a.com", "[::1]:80")
+    assert ServeOptions(
+        model=str(tmp_path), allowed_media_domains=["A.com", "[::1]:80"]
+    ).allowed_media_domains == ("a.com", "[::1]:80")

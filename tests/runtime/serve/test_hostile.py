@@ -1,4 +1,5 @@
 """A short run of benchmarks/hostile.py and benchmarks/overload.py, against the service in this process."""
+
 import asyncio
 import itertools
 
@@ -19,8 +20,20 @@ def canary():
 
 
 def test_200_hostile_bodies(canary):
-    server = Server(*LIMITS, "--max-model-len", "128", "--max-image-pixels", "1000000", "--max-image-bytes", "500000",
-                    "--max-body-bytes", "2000000", "--allowed-local-media-path", str(MODEL), *canary.allowed)
+    server = Server(
+        *LIMITS,
+        "--max-model-len",
+        "128",
+        "--max-image-pixels",
+        "1000000",
+        "--max-image-bytes",
+        "500000",
+        "--max-body-bytes",
+        "2000000",
+        "--allowed-local-media-path",
+        str(MODEL),
+        *canary.allowed,
+    )
     report = Report()
     try:
         send(server.url, itertools.islice(bodies(1, canary.port, str(MODEL)), 200), report)
@@ -28,7 +41,11 @@ def test_200_hostile_bodies(canary):
     finally:
         server.stop()
     assert report.count == 200 and canary.visits == 0 and not report.wrong, report.wrong
-    assert report.statuses[200] >= 15 and report.statuses[400] >= 80 and report.statuses[413] + report.statuses[422] >= 10
+    assert (
+        report.statuses[200] >= 15
+        and report.statuses[400] >= 80
+        and report.statuses[413] + report.statuses[422] >= 10
+    )
 
 
 def test_bodies_repeat_and_hold_every_kind(canary):
@@ -39,6 +56,7 @@ def test_bodies_repeat_and_hold_every_kind(canary):
 def test_the_canary_sings(canary):
     import socket
     import time
+
     socket.create_connection(("127.0.0.1", canary.port)).close()
     end = time.monotonic() + 10
     while not canary.visits:

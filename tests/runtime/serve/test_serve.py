@@ -1,4 +1,5 @@
 """The service as clients see it: openai-python and httpx; golden checkpoints, greedy answers."""
+
 import base64
 import concurrent.futures
 import contextlib
@@ -34,9 +35,26 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
     (folder / "a.png").write_bytes(PICTURE.read_bytes())
     (folder / "out.png").symlink_to(PICTURE)
-    running = Server("--model", str(GOLDEN / "glm_edge_v"), "--max-model-len", "1024", "--max-num-seqs", "4",
-                     "--served-model-name", "edge", "--allowed-local-media-path", str(folder), "--limit-images", "2",
-                     "--max-image-pixels", "1000000", "--max-image-bytes", "200000", "--max-body-bytes", "1000000")
+    running = Server(
+        "--model",
+        str(GOLDEN / "glm_edge_v"),
+        "--max-model-len",
+        "1024",
+        "--max-num-seqs",
+        "4",
+        "--served-model-name",
+        "edge",
+        "--allowed-local-media-path",
+        str(folder),
+        "--limit-images",
+        "2",
+        "--max-image-pixels",
+        "1000000",
+        "--max-image-bytes",
+        "200000",
+        "--max-body-bytes",
+        "1000000",
+    )
     running.folder = folder
     yield running
     running.stop()
@@ -45,7 +63,16 @@ def server(tmp_path_factory):
 @pytest.fixture(scope="module")
 def narrow():
     """One request at a time, no queue, an API key."""
-    running = Server("--model", str(GOLDEN / "visualglm"), "--max-num-seqs", "1", "--max-queue", "0", "--api-key", "secret")
+    running = Server(
+        "--model",
+        str(GOLDEN / "visualglm"),
+        "--max-num-seqs",
+        "1",
+        "--max-queue",
+        "0",
+        "--api-key",
+        "secret",
+    )
     yield running
     running.stop()
 
@@ -55,18 +82,28 @@ KEY = {"Authorization": "Bearer secret"}
 
 def ask(client, messages, stream=False, **more):
     extra = {"repetition_penalty": 1, "ignore_eos": True, **more.pop("extra", {})}
-    return client.chat.completions.create(model="edge", messages=messages, temperature=0, stream=stream,
-                                          **{"max_tokens": 12, **more}, extra_body=extra)
+    return client.chat.completions.create(
+        model="edge",
+        messages=messages,
+        temperature=0,
+        stream=stream,
+        **{"max_tokens": 12, **more},
+        extra_body=extra,
+    )
 
 
 @pytest.fixture(scope="module")
 def engine():
     from runtime import Engine
-    return Engine(GOLDEN / "glm_edge_v", vision="torch", dtype="float32", max_model_len=1024, max_num_seqs=1)
+
+    return Engine(
+        GOLDEN / "glm_edge_v", vision="torch", dtype="float32", max_model_len=1024, max_num_seqs=1
+    )
 
 
 def expected(engine, messages, tokens=12, **more):
     from runtime import SamplingParams
+
     fixed = {"max_tokens": tokens, "temperature": 0, "ignore_eos": True, "repetition_penalty": 1.0}
     [result] = engine.generate([engine.prompt(messages)], SamplingParams(**{**fixed, **more}))
     return result
@@ -74,9 +111,16 @@ def expected(engine, messages, tokens=12, **more):
 
 def test_text_equals_the_engine(server, engine):
     messages = [{"role": "user", "content": "你好"}]
-    result, answer = expected(engine, messages), ask(server.client(), messages)
-    assert answer.choices[0].message.content == result.text and answer.choices[0].finish_reason == "length"
-    assert answer.usage.completion_tokens == 12 and answer.usage.total_tokens == result.metrics["prompt_tokens"] + 12
+    result = expected(engine, messages)
+    answer = ask(server.client(), messages)
+    assert (
+        answer.choices[0].message.content == result.text
+        and answer.choices[0].finish_reason == "length"
+    )
+    assert (
+        answer.usage.completion_tokens == 12
+        and answer.usage.total_tokens == result.metrics["prompt_tokens"] + 12
+    )
     parts = [{"role": "user", "content": [{"type": "text", "text": "你好"}]}]
     assert ask(server.client(), parts, max_completion_tokens=3).usage.completion_tokens == 3
 
@@ -91,22 +135,37 @@ def test_picture_equals_the_engine(server, engine):
 def test_stream(server):
     messages = [{"role": "user", "content": "hello"}]
     whole = ask(server.client(), messages)
-    chunks = list(ask(server.client(), messages, stream=True, stream_options={"include_usage": True}))
+    chunks = list(
+        ask(server.client(), messages, stream=True, stream_options={"include_usage": True})
+    )
     assert chunks[0].choices[0].delta.role == "assistant" and chunks[-1].choices == []
-    assert [c.choices[0].finish_reason for c in chunks[:-1]] == [None] * (len(chunks) - 2) + ["length"]
-    assert "".join(c.choices[0].delta.content or "" for c in chunks[:-1]) == whole.choices[0].message.content
+    assert [c.choices[0].finish_reason for c in chunks[:-1]] == [None] * (len(chunks) - 2) + [
+        "length"
+    ]
+    assert (
+        "".join(c.choices[0].delta.content or "" for c in chunks[:-1])
+        == whole.choices[0].message.content
+    )
     assert chunks[-1].usage.completion_tokens == 12 and len({c.id for c in chunks}) == 1
     raw = server.post("/v1/chat/completions", asked(stream=True))
-    assert raw.headers["content-type"].startswith("text/event-stream") and raw.text.endswith("data: [DONE]\n\n")
+    assert raw.headers["content-type"].startswith("text/event-stream") and raw.text.endswith(
+        "data: [DONE]\n\n"
+    )
 
 
 def test_stop_strings_and_seed(server, engine):
     messages = [{"role": "user", "content": "hello"}]
     text = ask(server.client(), messages).choices[0].message.content
     cut = ask(server.client(), messages, stop=[text[3:5]]).choices[0]
-    assert cut.finish_reason == "stop" and cut.message.content == expected(engine, messages, stop=(text[3:5],)).text
+    assert (
+        cut.finish_reason == "stop"
+        and cut.message.content == expected(engine, messages, stop=(text[3:5],)).text
+    )
     assert len(cut.message.content) <= text.index(text[3:5])
-    same = [server.post("/v1/chat/completions", asked(temperature=1, seed=7)).json()["choices"] for _ in range(2)]
+    same = [
+        server.post("/v1/chat/completions", asked(temperature=1, seed=7)).json()["choices"]
+        for _ in range(2)
+    ]
     assert same[0] == same[1]
 
 
@@ -116,12 +175,21 @@ def test_penalties_and_stop_tokens_equal_the_engine(server, engine):
     for more in ({"presence_penalty": 1.5}, {"frequency_penalty": -1.5}, {"frequency_penalty": 2}):
         answer = ask(server.client(), messages, **more).choices[0].message.content
         assert answer == expected(engine, messages, **more).text
-    assert len({expected(engine, messages, frequency_penalty=f).text for f in (-1.5, 0, 2)}) > 1, "they change something"
+    assert len({expected(engine, messages, frequency_penalty=f).text for f in (-1.5, 0, 2)}) > 1, (
+        "they change something"
+    )
     last = plain.token_ids[5]
     cut = ask(server.client(), messages, extra={"stop_token_ids": [last]})
-    assert cut.usage.completion_tokens == plain.token_ids.index(last) and cut.choices[0].finish_reason == "stop"
-    sampled = [server.post("/v1/chat/completions", asked(temperature=3, seed=1, min_p=p)).json()["choices"][0]["message"]
-               for p in (1, 0, None)]
+    assert (
+        cut.usage.completion_tokens == plain.token_ids.index(last)
+        and cut.choices[0].finish_reason == "stop"
+    )
+    sampled = [
+        server.post("/v1/chat/completions", asked(temperature=3, seed=1, min_p=p)).json()[
+            "choices"
+        ][0]["message"]
+        for p in (1, 0, None)
+    ]
     assert sampled[0]["content"] == plain.text and sampled[1] == sampled[2] != sampled[0]
 
 
@@ -129,24 +197,34 @@ def test_logprobs(server):
     messages = [{"role": "user", "content": "hello"}]
     rows = ask(server.client(), messages, logprobs=True, top_logprobs=3).choices[0].logprobs.content
     assert len(rows) == 12 and all(len(row.top_logprobs) == 3 for row in rows)
-    assert all(row.logprob == row.top_logprobs[0].logprob <= 0 for row in rows)     # greedy: the likeliest
+    assert all(
+        row.logprob == row.top_logprobs[0].logprob <= 0 for row in rows
+    )  # greedy: the likeliest
     chunks = ask(server.client(), messages, stream=True, logprobs=True)
     parts = [c.choices[0].logprobs.content for c in chunks if c.choices[0].logprobs]
-    assert [row.logprob for part in parts for row in part] == pytest.approx([row.logprob for row in rows], abs=1e-4)
+    assert [row.logprob for part in parts for row in part] == pytest.approx(
+        [row.logprob for row in rows], abs=1e-4
+    )
 
 
 def test_completions_and_tokens(server):
     ids = server.post("/tokenize", {"prompt": "hello world"}).json()
     assert ids["count"] == len(ids["tokens"]) > 0 and ids["max_model_len"] == 1024
     assert server.post("/detokenize", {"tokens": ids["tokens"]}).json()["prompt"] == "hello world"
-    client, same = server.client().completions, {"model": "edge", "temperature": 0, "max_tokens": 5}
+    client = server.client().completions
+    same = {"model": "edge", "temperature": 0, "max_tokens": 5}
     by_text = client.create(prompt="hello world", logprobs=2, **same)
     assert client.create(prompt=ids["tokens"], **same).choices[0].text == by_text.choices[0].text
     assert len(by_text.choices[0].logprobs.tokens) == by_text.usage.completion_tokens
-    assert "".join(c.choices[0].text for c in client.create(prompt="hello world", stream=True, **same)) \
+    assert (
+        "".join(c.choices[0].text for c in client.create(prompt="hello world", stream=True, **same))
         == by_text.choices[0].text
+    )
     messages = server.post("/tokenize", {"messages": asked()["messages"]}).json()
-    assert messages["count"] == server.post("/v1/chat/completions", asked()).json()["usage"]["prompt_tokens"]
+    assert (
+        messages["count"]
+        == server.post("/v1/chat/completions", asked()).json()["usage"]["prompt_tokens"]
+    )
 
 
 def test_helpers(server):
@@ -155,33 +233,58 @@ def test_helpers(server):
     assert client.models.retrieve("edge").object == "model"
     assert httpx.get(server.url + "/version").json()["version"]
     metrics = httpx.get(server.url + "/metrics").text
-    for name in ("num_requests_running", "generation_tokens_total", "time_to_first_token_seconds_count",
-                 "vision_encode_seconds_count", "request_success_total"):
-        assert f'ascend_vlm:{name}{{' in metrics
+    for name in (
+        "num_requests_running",
+        "generation_tokens_total",
+        "time_to_first_token_seconds_count",
+        "vision_encode_seconds_count",
+        "request_success_total",
+    ):
+        assert f"ascend_vlm:{name}{{" in metrics
 
 
 BIG = "word " * 2000
 DAMAGED = png(300, 300)[:-40]
 
 
-@pytest.mark.parametrize(("body", "status", "word"), [
-    (asked(model="other"), 404, "'other' does not exist"), (asked(n=2), 400, "n is not supported"),
-    (asked(tools=[{"type": "function"}]), 400, "tools.0.function"), (asked(min_p=1.1), 400, "min_p"),
-    (asked(presence_penalty=2.5), 400, "presence_penalty"), (asked(response_format={"type": "json_object"}), 400, "response"),
-    (asked(frequency_penalty="x"), 400, "frequency_penalty"), (asked(stop_token_ids=[-5]), 400, "stop_token_ids"),
-    (asked(logit_bias={"5": 1}), 400, "logit_bias"), (asked(stop_token_ids=[2 ** 70]), 400, "stop_token_ids"),
-    (asked(temperature=-1), 400, "temperature"), (asked(top_p=0), 400, "top_p"), (asked(max_tokens=0), 400, "max_tokens"),
-    (asked(max_tokens=2000), 400, "maximum context length"), (asked(BIG), 400, "maximum context length"),
-    (asked("x" * 500_000), 400, "maximum context length"), (asked(stop=[""]), 400, "stop"), (asked(seed=2 ** 70), 400, "seed"),
-    ({"messages": []}, 400, "messages"), ({}, 400, "messages"), (asked(max_completion_tokens=0), 400, "max_completion_tokens"),
-    ({"messages": [{"role": "judge", "content": "x"}]}, 400, "role"), ({"messages": [{"role": "user"}]}, 400, "content"),
-    ({"messages": about("http://127.0.0.1/a.png")}, 400, "fetches no URL"), ({"messages": about("/etc/passwd")}, 400, "fetch"),
-    ({"messages": about("file:///etc/passwd")}, 400, "not one that this server may read"),
-    ({"messages": about("data:image/png;base64,@@@")}, 422, "base64"), ({"messages": about(data_uri(b"GIF"))}, 422, "read"),
-    ({"messages": about(data_uri(DAMAGED))}, 422, "damaged"), ({"messages": about(data_uri(png(2000, 600)))}, 413, "pixels"),
-    ({"messages": about(data_uri(png(9, 9) + b"0" * 200_000))}, 413, "bytes"), (asked("x" * 1_000_001), 413, "body exceeds"),
-    ({"messages": about(data_uri(png(9, 9))) * 3}, 400, "3 pictures"),
-])
+@pytest.mark.parametrize(
+    ("body", "status", "word"),
+    [
+        (asked(model="other"), 404, "'other' does not exist"),
+        (asked(n=2), 400, "n is not supported"),
+        (asked(tools=[{"type": "function"}]), 400, "tools.0.function"),
+        (asked(min_p=1.1), 400, "min_p"),
+        (asked(presence_penalty=2.5), 400, "presence_penalty"),
+        (asked(response_format={"type": "json_object"}), 400, "response"),
+        (asked(frequency_penalty="x"), 400, "frequency_penalty"),
+        (asked(stop_token_ids=[-5]), 400, "stop_token_ids"),
+        (asked(logit_bias={"5": 1}), 400, "logit_bias"),
+        (asked(stop_token_ids=[2**70]), 400, "stop_token_ids"),
+        (asked(temperature=-1), 400, "temperature"),
+        (asked(top_p=0), 400, "top_p"),
+        (asked(max_tokens=0), 400, "max_tokens"),
+        (asked(max_tokens=2000), 400, "maximum context length"),
+        (asked(BIG), 400, "maximum context length"),
+        (asked("x" * 500_000), 400, "maximum context length"),
+        (asked(stop=[""]), 400, "stop"),
+        (asked(seed=2**70), 400, "seed"),
+        ({"messages": []}, 400, "messages"),
+        ({}, 400, "messages"),
+        (asked(max_completion_tokens=0), 400, "max_completion_tokens"),
+        ({"messages": [{"role": "judge", "content": "x"}]}, 400, "role"),
+        ({"messages": [{"role": "user"}]}, 400, "content"),
+        ({"messages": about("http://127.0.0.1/a.png")}, 400, "fetches no URL"),
+        ({"messages": about("/etc/passwd")}, 400, "fetch"),
+        ({"messages": about("file:///etc/passwd")}, 400, "not one that this server may read"),
+        ({"messages": about("data:image/png;base64,@@@")}, 422, "base64"),
+        ({"messages": about(data_uri(b"GIF"))}, 422, "read"),
+        ({"messages": about(data_uri(DAMAGED))}, 422, "damaged"),
+        ({"messages": about(data_uri(png(2000, 600)))}, 413, "pixels"),
+        ({"messages": about(data_uri(png(9, 9) + b"0" * 200_000))}, 413, "bytes"),
+        (asked("x" * 1_000_001), 413, "body exceeds"),
+        ({"messages": about(data_uri(png(9, 9))) * 3}, 400, "3 pictures"),
+    ],
+)
 def test_mistakes(body, status, word, server):
     for more in ({}, {"stream": True}):
         got = server.post("/v1/chat/completions", {**body, **more})
@@ -192,16 +295,34 @@ def test_mistakes(body, status, word, server):
 
 
 def test_files_outside_the_folder(server):
-    for url in ((server.folder / "out.png").as_uri(), f"file://{server.folder}/../x.png", f"file://{server.folder}",
-                f"file://{server.folder}/%2e%2e/%2e%2e/etc/passwd", "file:///%00"):
+    for url in (
+        (server.folder / "out.png").as_uri(),
+        f"file://{server.folder}/../x.png",
+        f"file://{server.folder}",
+        f"file://{server.folder}/%2e%2e/%2e%2e/etc/passwd",
+        "file:///%00",
+    ):
         got = server.post("/v1/chat/completions", {"messages": about(url)})
         assert got.status_code == 400 and "may read" in got.json()["error"]["message"], url
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b"[" * 100_000, b'{"messages": ' + b"9" * 5000 + b"}",
-                                  b'{"messages": [{"role": "user", "content": "\\ud800"}]}', b"\xff\xfe",
-                                  b'{"messages": NaN}'])
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize", "/"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"[" * 100_000,
+        b'{"messages": ' + b"9" * 5000 + b"}",
+        b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+        b"\xff\xfe",
+        b'{"messages": NaN}',
+    ],
+)
+@pytest.mark.parametrize(
+    "path", ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize", "/"]
+)
 def test_hostile_bodies(body, path, server):
     got = server.post(path, content=body, headers={"content-type": "application/json"})
     assert got.status_code == 400 and got.json()["error"]["message"], got.text
@@ -209,7 +330,9 @@ def test_hostile_bodies(body, path, server):
 
 def test_infinite_temperature(server):
     body = json.dumps(asked(temperature=float("inf")))
-    got = server.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+    got = server.post(
+        "/v1/chat/completions", content=body, headers={"content-type": "application/json"}
+    )
     assert got.status_code == 400 and got.json()["error"]["param"] == "temperature"
 
 
@@ -217,12 +340,21 @@ def test_infinite_temperature(server):
 def breaking():
     """A service whose engine loads when told to, and whose steps fail in the way told."""
     from runtime import Engine
+
     load = threading.Event()
 
     def open_engine():
         load.wait()
         return Engine(GOLDEN / "glm_edge", dtype="float32", max_num_seqs=1)
-    running = Server("--model", str(GOLDEN / "glm_edge"), "--served-model-name", "edge", open_engine=open_engine, wait=False)
+
+    running = Server(
+        "--model",
+        str(GOLDEN / "glm_edge"),
+        "--served-model-name",
+        "edge",
+        open_engine=open_engine,
+        wait=False,
+    )
     running.load = load
     yield running
     load.set()
@@ -230,13 +362,27 @@ def breaking():
 
 
 def test_every_status_is_an_exception_of_openai(server, narrow, breaking, monkeypatch):
-    messages, wrong = asked()["messages"], [openai.BadRequestError, openai.NotFoundError, openai.APIStatusError,
-                                            openai.UnprocessableEntityError]
-    for error, status, more in zip(wrong, (400, 404, 413, 422), (
-            {"messages": asked(BIG)["messages"]}, {"model": "no"}, {"messages": about(data_uri(png(2000, 600)))},
-            {"messages": about(data_uri(DAMAGED))})):
+    messages = asked()["messages"]
+    wrong = [
+        openai.BadRequestError,
+        openai.NotFoundError,
+        openai.APIStatusError,
+        openai.UnprocessableEntityError,
+    ]
+    for error, status, more in zip(
+        wrong,
+        (400, 404, 413, 422),
+        (
+            {"messages": asked(BIG)["messages"]},
+            {"model": "no"},
+            {"messages": about(data_uri(png(2000, 600)))},
+            {"messages": about(data_uri(DAMAGED))},
+        ),
+    ):
         with pytest.raises(error) as caught:
-            server.client().chat.completions.create(**{"model": "edge", "messages": messages, **more})
+            server.client().chat.completions.create(
+                **{"model": "edge", "messages": messages, **more}
+            )
         assert caught.value.status_code == status and caught.value.body["message"]
     with pytest.raises(openai.AuthenticationError):
         ask(narrow.client(api_key="wrong"), messages)
@@ -248,7 +394,9 @@ def test_every_status_is_an_exception_of_openai(server, narrow, breaking, monkey
     monkeypatch.setattr(breaking.engine, "step", lambda: 1 / 0)
     with pytest.raises(openai.InternalServerError, match="internal error"):
         ask(breaking.client(), messages)
-    with pytest.raises(openai.APIError, match="internal error"):        # the stream has begun: an event in it
+    with pytest.raises(
+        openai.APIError, match="internal error"
+    ):  # the stream has begun: an event in it
         list(ask(breaking.client(), messages, stream=True))
     monkeypatch.undo()
     assert ask(breaking.client(), messages).usage.completion_tokens == 12, "and it goes on"
@@ -257,15 +405,24 @@ def test_every_status_is_an_exception_of_openai(server, narrow, breaking, monkey
 def test_two_pictures():
     """LLaVA takes several; each stands where the message has it."""
     from runtime import Engine
+
     engine = Engine(GOLDEN / "llava", vision="torch", dtype="float32", max_num_seqs=1)
     files = [GOLDEN / "llava" / f"image_{which}.png" for which in "ab"]
-    orders, question = (files, files[::-1]), {"type": "text", "text": "compare"}
-    contents = [[*({"type": "image", "image": str(file)} for file in order), question] for order in orders]
+    orders = (files, files[::-1])
+    question = {"type": "text", "text": "compare"}
+    contents = [
+        [*({"type": "image", "image": str(file)} for file in order), question] for order in orders
+    ]
     alone = [expected(engine, [{"role": "user", "content": content}]).text for content in contents]
-    server = Server("--model", str(GOLDEN / "llava"), "--served-model-name", "edge", open_engine=lambda: engine)
+    server = Server(
+        "--model", str(GOLDEN / "llava"), "--served-model-name", "edge", open_engine=lambda: engine
+    )
     try:
         for order, text in zip(orders, alone):
-            parts = [{"type": "image_url", "image_url": {"url": data_uri(file.read_bytes())}} for file in order]
+            parts = [
+                {"type": "image_url", "image_url": {"url": data_uri(file.read_bytes())}}
+                for file in order
+            ]
             answer = ask(server.client(), [{"role": "user", "content": [*parts, question]}])
             assert answer.choices[0].message.content == text
     finally:
@@ -294,14 +451,30 @@ def test_many_at_once_answer_as_alone(server, engine):
 
     def content(i, with_picture, kind):
         file = png(40, 30, (i * 9, 30, 60))
-        picture = {"type": "image_url", "image_url": {"url": data_uri(file)}} if kind == "url" else \
-            {"type": "image", "image": Image.open(io.BytesIO(file))}
+        picture = (
+            {"type": "image_url", "image_url": {"url": data_uri(file)}}
+            if kind == "url"
+            else {"type": "image", "image": Image.open(io.BytesIO(file))}
+        )
         return [*([picture] * with_picture), {"type": "text", "text": cases[i][0]}]
-    alone = [expected(engine, [{"role": "user", "content": content(i, picture, "pil")}], tokens).text
-             for i, (_, tokens, picture) in enumerate(cases)]
+
+    alone = [
+        expected(engine, [{"role": "user", "content": content(i, picture, "pil")}], tokens).text
+        for i, (_, tokens, picture) in enumerate(cases)
+    ]
     with concurrent.futures.ThreadPoolExecutor(64) as pool:
-        together = pool.map(lambda i: ask(server.client(), [{"role": "user", "content": content(i, cases[i][2], "url")}],
-                                          max_tokens=cases[i][1]).choices[0].message.content, range(64))
+        together = pool.map(
+            lambda i: (
+                ask(
+                    server.client(),
+                    [{"role": "user", "content": content(i, cases[i][2], "url")}],
+                    max_tokens=cases[i][1],
+                )
+                .choices[0]
+                .message.content
+            ),
+            range(64),
+        )
         assert list(together) == alone
     server.until("kv_cache_usage_perc", 0)
 
@@ -320,7 +493,10 @@ def test_client_that_goes_away_frees_its_blocks(stream, server):
             with pytest.raises(httpx.ReadTimeout):
                 client.post(server.url + "/v1/chat/completions", json=body)
     server.until("num_requests_running", 0, seconds=2)
-    assert server.gauge("kv_cache_usage_perc") == 0 and server.gauge("request_success_total") == before + 1
+    assert (
+        server.gauge("kv_cache_usage_perc") == 0
+        and server.gauge("request_success_total") == before + 1
+    )
 
 
 def test_key_and_queue(narrow):
@@ -328,13 +504,19 @@ def test_key_and_queue(narrow):
     wrong = httpx.get(narrow.url + "/v1/models", headers={"Authorization": "Bearer secre"})
     assert wrong.status_code == 401 and wrong.json()["error"]["code"] == "invalid_api_key"
     url = narrow.url + "/v1/chat/completions"
-    with httpx.stream("POST", url, json=asked(max_tokens=1500, stream=True), headers=KEY, timeout=60) as first:
+    with httpx.stream(
+        "POST", url, json=asked(max_tokens=1500, stream=True), headers=KEY, timeout=60
+    ) as first:
         lines = first.iter_lines()
         assert first.status_code == 200 and next(lines)
         full = narrow.post("/v1/chat/completions", asked(), headers=KEY)
         with pytest.raises(openai.RateLimitError):
             ask(narrow.client(api_key="secret"), asked()["messages"])
-        assert full.status_code == 429 and full.headers["retry-after"] and full.json()["error"]["type"] == "rate_limit_error"
+        assert (
+            full.status_code == 429
+            and full.headers["retry-after"]
+            and full.json()["error"]["type"] == "rate_limit_error"
+        )
     for _ in range(100):
         if narrow.post("/v1/chat/completions", asked(), headers=KEY).status_code == 200:
             return
@@ -344,10 +526,22 @@ def test_key_and_queue(narrow):
 
 def test_legacy_route(narrow):
     image = base64.b64encode(PICTURE.read_bytes()).decode()
-    body = {"image": image, "text": "描述这张图片。", "history": [], "max_length": 60, "temperature": 0}
+    body = {
+        "image": image,
+        "text": "描述这张图片。",
+        "history": [],
+        "max_length": 60,
+        "temperature": 0,
+    }
     first = narrow.post("/", body, headers=KEY).json()
-    assert first["status"] == 200 and first["history"] == [["描述这张图片。", first["result"]]] and first["time"]
-    more = narrow.post("/", {**body, "text": "and", "history": first["history"], "max_length": 100}, headers=KEY).json()
+    assert (
+        first["status"] == 200
+        and first["history"] == [["描述这张图片。", first["result"]]]
+        and first["time"]
+    )
+    more = narrow.post(
+        "/", {**body, "text": "and", "history": first["history"], "max_length": 100}, headers=KEY
+    ).json()
     assert len(more["history"]) == 2 and more["history"][1] == ["and", more["result"]]
     assert narrow.post("/", {**body, "image": "@"}, headers=KEY).status_code == 422
 
@@ -356,7 +550,8 @@ def test_loading_then_graceful_end(request):
     """503 while it loads; SIGTERM lets an answer finish within the time it has."""
     server = Process("--model", str(GOLDEN / "visualglm"), "--shutdown-seconds", "10")
     request.addfinalizer(server.process.kill)
-    statuses, end = set(), time.monotonic() + 60
+    statuses = set()
+    end = time.monotonic() + 60
     while 200 not in statuses:
         assert server.process.poll() is None and time.monotonic() < end, statuses
         with contextlib.suppress(httpx.TransportError):
@@ -364,7 +559,9 @@ def test_loading_then_graceful_end(request):
         time.sleep(0.02)
     assert statuses == {200, 503}
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        short = pool.submit(server.post, "/v1/chat/completions", asked("secret words", max_tokens=200))
+        short = pool.submit(
+            server.post, "/v1/chat/completions", asked("secret words", max_tokens=200)
+        )
         server.until("num_requests_running", 1)
         begun = time.monotonic()
         assert server.stop() == 0 and time.monotonic() - begun < 20
@@ -382,9 +579,11 @@ def signals():
 
 def test_what_cannot_start(tmp_path, capsys, signals):
     (tmp_path / "config.json").write_text(json.dumps({}))
-    for argv, word in ((["--model", str(tmp_path)], "error: "),
-                       (["--model", str(GOLDEN / "glm4"), "--port", "0"], "--port is 0"),
-                       (["--model", str(GOLDEN / "glm4"), "--max-model-len", "99999999"], "--max-model-len")):
+    for argv, word in (
+        (["--model", str(tmp_path)], "error: "),
+        (["--model", str(GOLDEN / "glm4"), "--port", "0"], "--port is 0"),
+        (["--model", str(GOLDEN / "glm4"), "--max-model-len", "99999999"], "--max-model-len"),
+    ):
         assert run_command(main, ["--port", str(service.free_port()), *argv]) == 2
         printed = capsys.readouterr().err
         assert word in printed and "Traceback" not in printed, printed

@@ -2,6 +2,7 @@
 
 The engine is scripted: its "model" says what the test wants, token by token; all else is the service's own.
 """
+
 import json
 import shutil
 
@@ -16,28 +17,41 @@ from runtime import Engine
 from runtime.serve.tool_calls import Reader
 
 GOLDEN = paths.GOLDEN / "glm4"
-WEATHER = {"type": "function", "function": {"name": "get_weather", "description": "查天气", "parameters": {
-    "type": "object", "properties": {"city": {"type": "string"}}}}}
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "查天气",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
 CLOCK = {"type": "function", "function": {"name": "clock"}}
 ASKED = [{"role": "user", "content": "北京天气"}]
 CALL = 'get_weather\n{"city": "北京 {x}"}'
-SYSTEM = ("<|system|>\n你是一个名为 GLM-4 的人工智能助手。你是基于智谱AI训练的语言模型 GLM-4 模型开发的，"
-          "你的任务是针对用户的问题和要求提供适当的答复和支持。"
-          "\n\n## get_weather\n\n{}\n在调用上述函数时，请使用 Json 格式表示调用的参数。")
+SYSTEM = (
+    "<|system|>\n你是一个名为 GLM-4 的人工智能助手。你是基于智谱AI训练的语言模型 GLM-4 模型开发的，"
+    "你的任务是针对用户的问题和要求提供适当的答复和支持。"
+    "\n\n## get_weather\n\n{}\n在调用上述函数时，请使用 Json 格式表示调用的参数。"
+)
 # The release's template, but for its built-in tools.
-TEMPLATE = ("[gMASK]<sop>{% for item in messages %}{% if item['tools'] is defined %}<|system|>\nTools:"
-            "{% set tools = item['tools'] %}"
-            "{% for tool in tools %}{% if tool['type'] == 'function' %}\n\n## {{ tool['function']['name'] }}\n\n"
-            "{{ tool['function'] | tojson(indent=4) }}{% endif %}{% endfor %}{% endif %}{% if item['content'] %}"
-            "<|{{ item['role'] }}|>{{ item['metadata'] }}\n{{ item['content'] }}{% endif %}{% endfor %}"
-            "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+TEMPLATE = (
+    "[gMASK]<sop>{% for item in messages %}{% if item['tools'] is defined %}<|system|>\nTools:"
+    "{% set tools = item['tools'] %}"
+    "{% for tool in tools %}{% if tool['type'] == 'function' %}\n\n## {{ tool['function']['name'] }}\n\n"
+    "{{ tool['function'] | tojson(indent=4) }}{% endif %}{% endfor %}{% endif %}{% if item['content'] %}"
+    "<|{{ item['role'] }}|>{{ item['metadata'] }}\n{{ item['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 
 
 class Script:
     """In the scheduler's place: every request gets the tokens of `says`, then those of `end`."""
 
     def __init__(self, family):
-        self.family, self.says, self.end, self.requests = family, "", "<|user|>", []
+        self.family = family
+        self.says = ""
+        self.end = "<|user|>"
+        self.requests = []
 
     def add(self, request):
         self.requests.append(request)
@@ -64,7 +78,10 @@ class Script:
 
 class Scripted(Engine):
     def __init__(self, directory):
-        self.family, self.max_model_len, self._vision, self._team = family_of(directory), 2048, None, None
+        self.family = family_of(directory)
+        self.max_model_len = 2048
+        self._vision = None
+        self._team = None
         self._scheduler = self.script = Script(self.family)
         self.prompts = []
 
@@ -75,7 +92,9 @@ class Scripted(Engine):
 
 def opened(directory):
     engine = Scripted(directory)
-    server = Server("--model", str(directory), "--served-model-name", "glm", open_engine=lambda: engine)
+    server = Server(
+        "--model", str(directory), "--served-model-name", "glm", open_engine=lambda: engine
+    )
     server.script = engine.script
     return server
 
@@ -95,14 +114,19 @@ def edge():
 
 
 def ask(server, says, end="<|observation|>", messages=ASKED, **more):
-    server.script.says, server.script.end = says, end
+    server.script.says = says
+    server.script.end = end
     body = {"tools": [WEATHER, CLOCK], "temperature": 0, "max_tokens": 200, **more}
     return server.client().chat.completions.create(model="glm", messages=messages, **body)
 
 
 def joined(chunks):
     """(content, name, arguments, finish_reason) of a stream; a call's id, name and type come once, and first."""
-    content, name, arguments, ids, reasons = "", None, "", [], []
+    content = ""
+    name = None
+    arguments = ""
+    ids = []
+    reasons = []
     for choice in (chunk.choices[0] for chunk in chunks):
         content += choice.delta.content or ""
         reasons += [choice.finish_reason] * (choice.finish_reason is not None)
@@ -119,21 +143,32 @@ def told(choice):
     """The same of a whole answer."""
     [call] = choice.message.tool_calls or [None]
     assert call is None or (call.type == "function" and call.id.startswith("call_"))
-    return (choice.message.content or "", call and call.function.name, call.function.arguments if call else "",
-            choice.finish_reason)
+    return (
+        choice.message.content or "",
+        call and call.function.name,
+        call.function.arguments if call else "",
+        choice.finish_reason,
+    )
 
 
-@pytest.mark.parametrize(("says", "end", "expected"), [
-    (CALL, "<|observation|>", ("", "get_weather", '{"city": "北京 {x}"}', "tool_calls")),
-    ("\nclock \n {}\n", "<|observation|>", ("", "clock", "{}", "tool_calls")),
-    ("\n你好\n{}", "<|user|>", ("你好\n{}", None, "", "stop")),
-    ("get_weath", "<|user|>", ("get_weath", None, "", "stop")),
-    ("get_weather", "<|user|>", ("get_weather", None, "", "stop")),
-    ("get_weather\nis a function", "<|user|>", ("get_weather\nis a function", None, "", "stop")),
-    ("get_time\n{}", "<|user|>", ("get_time\n{}", None, "", "stop")),
-    ('get_weather\n{"city": ', "<|user|>", ("", "get_weather", '{"city":', "tool_calls")),
-    ("", "<|user|>", ("", None, "", "stop")),
-])
+@pytest.mark.parametrize(
+    ("says", "end", "expected"),
+    [
+        (CALL, "<|observation|>", ("", "get_weather", '{"city": "北京 {x}"}', "tool_calls")),
+        ("\nclock \n {}\n", "<|observation|>", ("", "clock", "{}", "tool_calls")),
+        ("\n你好\n{}", "<|user|>", ("你好\n{}", None, "", "stop")),
+        ("get_weath", "<|user|>", ("get_weath", None, "", "stop")),
+        ("get_weather", "<|user|>", ("get_weather", None, "", "stop")),
+        (
+            "get_weather\nis a function",
+            "<|user|>",
+            ("get_weather\nis a function", None, "", "stop"),
+        ),
+        ("get_time\n{}", "<|user|>", ("get_time\n{}", None, "", "stop")),
+        ('get_weather\n{"city": ', "<|user|>", ("", "get_weather", '{"city":', "tool_calls")),
+        ("", "<|user|>", ("", None, "", "stop")),
+    ],
+)
 def test_calls_and_what_only_looks_like_one(says, end, expected, server):
     assert told(ask(server, says, end).choices[0]) == expected
     assert joined(list(ask(server, says, end, stream=True))) == expected
@@ -141,21 +176,36 @@ def test_calls_and_what_only_looks_like_one(says, end, expected, server):
 
 def test_choice(server):
     plain = ask(server, CALL, tool_choice="none").choices[0]
-    assert plain.message.content == CALL and plain.message.tool_calls is None and "##" not in server.engine.prompts[-1]
+    assert (
+        plain.message.content == CALL
+        and plain.message.tool_calls is None
+        and "##" not in server.engine.prompts[-1]
+    )
     named = {"type": "function", "function": {"name": "clock"}}
     for more in ({"tool_choice": named}, {"tool_choice": "required", "tools": [CLOCK]}):
         for stream in (False, True):
             got = ask(server, '{"zone": 1}', stream=stream, **more)
-            assert (joined(list(got)) if stream else told(got.choices[0])) == ("", "clock", '{"zone": 1}', "tool_calls")
+            assert (joined(list(got)) if stream else told(got.choices[0])) == (
+                "",
+                "clock",
+                '{"zone": 1}',
+                "tool_calls",
+            )
             assert server.engine.prompts[-1].endswith("<|assistant|>clock\n")
     assert told(ask(server, "", tool_choice=named).choices[0]) == ("", "clock", "", "tool_calls")
-    assert told(ask(server, CALL, max_tokens=20).choices[0])[::3] == ("", "length"), "a call cut off is not whole"
+    assert told(ask(server, CALL, max_tokens=20).choices[0])[::3] == ("", "length"), (
+        "a call cut off is not whole"
+    )
 
 
 def test_logprobs_of_what_is_held_back_are_not_lost(server):
     whole = ask(server, CALL, logprobs=True).choices[0].logprobs.content
-    rows = [row for chunk in ask(server, CALL, logprobs=True, stream=True) if chunk.choices[0].logprobs
-            for row in chunk.choices[0].logprobs.content]
+    rows = [
+        row
+        for chunk in ask(server, CALL, logprobs=True, stream=True)
+        if chunk.choices[0].logprobs
+        for row in chunk.choices[0].logprobs.content
+    ]
     assert [row.token for row in rows] == [row.token for row in whole] and len(rows) > 10
 
 
@@ -163,43 +213,86 @@ def test_what_the_model_is_told(server, tmp_path):
     """Golden texts: the first tokenizer code's wording, and the release's template, which loses a line break behind every
     block tag where transformers renders it."""
     first = ask(server, CALL).choices[0].message
-    said = first.model_dump(exclude_none=True)     # openai cannot write its own objects once msmodelslim was imported
+    said = first.model_dump(
+        exclude_none=True
+    )  # openai cannot write its own objects once msmodelslim was imported
     described = json.dumps(WEATHER["function"], ensure_ascii=False, indent=4)
     system = "[gMASK]<sop>" + SYSTEM.replace("{}", described)
     told_clock = '\n\n## clock\n\n{\n    "name": "clock"\n}\n在调用上述函数时，请使用 Json 格式表示调用的参数。'
     assert server.engine.prompts[-1] == system + told_clock + "<|user|>\n北京天气<|assistant|>"
-    more = [*ASKED, said, {"role": "tool", "tool_call_id": first.tool_calls[0].id, "content": "20 度"}]
+    more = [
+        *ASKED,
+        said,
+        {"role": "tool", "tool_call_id": first.tool_calls[0].id, "content": "20 度"},
+    ]
     behind = '<|user|>\n北京天气<|assistant|>get_weather\n{"city": "北京 {x}"}<|observation|>\n20 度<|assistant|>'
-    assert ask(server, "\n20 度", "<|user|>", more, tools=[WEATHER]).choices[0].message.content == "20 度"
+    assert (
+        ask(server, "\n20 度", "<|user|>", more, tools=[WEATHER]).choices[0].message.content
+        == "20 度"
+    )
     assert server.engine.prompts[-1] == system + behind
     for file in ("config.json", "tokenizer.model"):
         shutil.copy(GOLDEN / file, tmp_path)
-    settings = json.loads((GOLDEN / "tokenizer_config.json").read_text()) | {"chat_template": TEMPLATE}
+    settings = json.loads((GOLDEN / "tokenizer_config.json").read_text()) | {
+        "chat_template": TEMPLATE
+    }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    turns = [{"role": "user", "content": "北京天气"}, first.model_dump(), {"role": "tool", "content": "20 度"}]
-    assert family_of(tmp_path).prompt(turns, tools=[WEATHER]).text == \
-        "[gMASK]<sop><|system|>\nTools:\n## get_weather\n\n" + described + behind
+    turns = [
+        {"role": "user", "content": "北京天气"},
+        first.model_dump(),
+        {"role": "tool", "content": "20 度"},
+    ]
+    assert (
+        family_of(tmp_path).prompt(turns, tools=[WEATHER]).text
+        == "[gMASK]<sop><|system|>\nTools:\n## get_weather\n\n" + described + behind
+    )
 
 
 def test_two_calls_are_two_turns_and_text_stands_before_them():
-    calls = [{"type": "function", "function": {"name": "clock", "arguments": arguments}} for arguments in ("", "{}")]
-    turns = [*ASKED, {"role": "assistant", "content": "嗯", "tool_calls": calls},
-             {"role": "tool", "content": "9"}, {"role": "tool", "content": "<|user|>"}]
+    calls = [
+        {"type": "function", "function": {"name": "clock", "arguments": arguments}}
+        for arguments in ("", "{}")
+    ]
+    turns = [
+        *ASKED,
+        {"role": "assistant", "content": "嗯", "tool_calls": calls},
+        {"role": "tool", "content": "9"},
+        {"role": "tool", "content": "<|user|>"},
+    ]
     prompt = family_of(GOLDEN).prompt(turns)
-    assert prompt.text == ("[gMASK]<sop><|user|>\n北京天气<|assistant|>\n嗯<|assistant|>clock\n{}<|assistant|>clock\n{}"
-                           "<|observation|>\n9<|observation|>\n<|user|><|assistant|>")
-    assert prompt.ids.tolist().count(family_of(GOLDEN).tokenizer.token_id("<|user|>")) == 1, "a result is text"
+    assert prompt.text == (
+        "[gMASK]<sop><|user|>\n北京天气<|assistant|>\n嗯<|assistant|>clock\n{}<|assistant|>clock\n{}"
+        "<|observation|>\n9<|observation|>\n<|user|><|assistant|>"
+    )
+    assert prompt.ids.tolist().count(family_of(GOLDEN).tokenizer.token_id("<|user|>")) == 1, (
+        "a result is text"
+    )
 
 
-@pytest.mark.parametrize(("more", "word"), [
-    ({"tools": [{"type": "python"}]}, "tools.0"), ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "name"),
-    ({"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "strict"),
-    ({"tool_choice": {"type": "function", "function": {"name": "other"}}}, "'other', which is none of the tools"),
-    ({"tool_choice": "required"}, "exactly one tool"), ({"tool_choice": "required", "tools": []}, "exactly one tool"),
-    ({"tool_choice": "perhaps"}, "tool_choice"),
-    ({"messages": [{"role": "assistant", "content": None}]}, "content is missing"),
-    ({"messages": [{"role": "user", "tool_calls": [{"function": {"name": "f", "arguments": ""}}]}]}, "assistant's message"),
-])
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [
+        ({"tools": [{"type": "python"}]}, "tools.0"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "name"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "strict"),
+        (
+            {"tool_choice": {"type": "function", "function": {"name": "other"}}},
+            "'other', which is none of the tools",
+        ),
+        ({"tool_choice": "required"}, "exactly one tool"),
+        ({"tool_choice": "required", "tools": []}, "exactly one tool"),
+        ({"tool_choice": "perhaps"}, "tool_choice"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "content is missing"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "tool_calls": [{"function": {"name": "f", "arguments": ""}}]}
+                ]
+            },
+            "assistant's message",
+        ),
+    ],
+)
 def test_mistakes(more, word, server):
     with pytest.raises(openai.BadRequestError, match=word):
         ask(server, CALL, **more)
@@ -227,7 +320,15 @@ def test_a_stream_is_cut_anywhere_the_same():
     for text in (CALL, "get_weather x\n{", "你好"):
         for step in (1, 2, 5, 100):
             reader = Reader(family, {"get_weather", "get"})
-            deltas = [d for i in range(0, len(text), step) for d in reader.push(text[i:i + step])] + reader.finish()
+            deltas = [
+                d for i in range(0, len(text), step) for d in reader.push(text[i : i + step])
+            ] + reader.finish()
             content = "".join(delta.get("content", "") for delta in deltas)
-            arguments = "".join(call["function"]["arguments"] for delta in deltas for call in delta.get("tool_calls", ()))
-            assert (content, arguments) == (("", text.split("\n")[1]) if text == CALL else (text, ""))
+            arguments = "".join(
+                call["function"]["arguments"]
+                for delta in deltas
+                for call in delta.get("tool_calls", ())
+            )
+            assert (content, arguments) == (
+                ("", text.split("\n")[1]) if text == CALL else (text, "")
+            )

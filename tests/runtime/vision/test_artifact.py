@@ -1,4 +1,5 @@
 """The artifact directory: what is accepted, what is refused in one sentence, and what a killed run leaves."""
+
 import json
 import os
 import subprocess
@@ -67,14 +68,17 @@ def test_a_published_artifact_loads(tmp_path, original):
     artifact.check_fits(manifest, *original, directory)
 
 
-@pytest.mark.parametrize("damage, says", [
-    (lambda d: (d / "manifest.json").unlink(), "no manifest.json"),
-    (lambda d: (d / "manifest.json").write_text('{"source": "x"}'), "not a manifest"),
-    (lambda d: (d / "manifest.json").write_text("[1]"), "not a manifest"),
-    (lambda d: (d / "manifest.json").write_bytes(b"\xff\xfe"), "not a manifest"),
-    (lambda d: (d / "vision.onnx.data").unlink(), "vision.onnx.data is missing"),
-    (lambda d: (d / "vision.onnx").write_bytes(b""), "vision.onnx has 0 bytes"),
-])
+@pytest.mark.parametrize(
+    "damage, says",
+    [
+        (lambda d: (d / "manifest.json").unlink(), "no manifest.json"),
+        (lambda d: (d / "manifest.json").write_text('{"source": "x"}'), "not a manifest"),
+        (lambda d: (d / "manifest.json").write_text("[1]"), "not a manifest"),
+        (lambda d: (d / "manifest.json").write_bytes(b"\xff\xfe"), "not a manifest"),
+        (lambda d: (d / "vision.onnx.data").unlink(), "vision.onnx.data is missing"),
+        (lambda d: (d / "vision.onnx").write_bytes(b""), "vision.onnx has 0 bytes"),
+    ],
+)
 def test_a_damaged_artifact_is_refused(tmp_path, damage, says):
     directory = make(tmp_path / "a", "source")
     damage(directory)
@@ -91,11 +95,14 @@ def test_a_missing_directory_and_a_file_are_refused(tmp_path):
         artifact.load(tmp_path / "file")
 
 
-@pytest.mark.parametrize("fields, says", [
-    ({"source": "0" * 64}, "made from another checkpoint"),
-    ({"family": "glm-4v"}, "holds a glm-4v encoder"),
-    ({"exporter": 0}, "written by exporter 0"),
-])
+@pytest.mark.parametrize(
+    "fields, says",
+    [
+        ({"source": "0" * 64}, "made from another checkpoint"),
+        ({"family": "glm-4v"}, "holds a glm-4v encoder"),
+        ({"exporter": 0}, "written by exporter 0"),
+    ],
+)
 def test_an_artifact_of_something_else_is_refused(tmp_path, original, fields, says):
     source = fields.pop("source", None) or artifact.source_hash(*original)
     directory = make(tmp_path / "a", source, **fields)
@@ -104,7 +111,8 @@ def test_an_artifact_of_something_else_is_refused(tmp_path, original, fields, sa
 
 
 def test_a_kill_while_publishing_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
-    directory, moves = make(tmp_path / "a", "old"), []
+    directory = make(tmp_path / "a", "old")
+    moves = []
     (directory / "work" / artifact.ONNX).write_bytes(b"new")
     real = os.replace
 
@@ -113,10 +121,25 @@ def test_a_kill_while_publishing_leaves_nothing_that_looks_whole(tmp_path, monke
         if len(moves) == 2:
             raise KeyboardInterrupt
         real(*paths)
+
     monkeypatch.setattr(os, "replace", die_at_the_second)
     with pytest.raises(KeyboardInterrupt):
-        artifact.publish(directory / "work", directory, Manifest("new", "visualglm", 17, {}, {}, {
-            artifact.ONNX: {"bytes": 3, "sha256": ""}, artifact.DATA: {"bytes": 0, "sha256": ""}}, {}))
+        artifact.publish(
+            directory / "work",
+            directory,
+            Manifest(
+                "new",
+                "visualglm",
+                17,
+                {},
+                {},
+                {
+                    artifact.ONNX: {"bytes": 3, "sha256": ""},
+                    artifact.DATA: {"bytes": 0, "sha256": ""},
+                },
+                {},
+            ),
+        )
     with pytest.raises(ToolkitError, match="no manifest.json"):
         artifact.load(directory)
 
@@ -130,11 +153,15 @@ def test_source_hash_ignores_the_language_model(tmp_path, original):
     assert artifact.source_hash(*other) == artifact.source_hash(*original)
 
 
-@pytest.mark.parametrize("change", [
-    {"change": lambda tensors: tensors[PROJECTION].view(-1)[0].add_(1)},
-    {"settings": {"layernorm_epsilon": 1e-5}},
-    {"settings": {"num_attention_heads": 2}},
-], ids=["tensor", "eps", "heads"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"change": lambda tensors: tensors[PROJECTION].view(-1)[0].add_(1)},
+        {"settings": {"layernorm_epsilon": 1e-5}},
+        {"settings": {"num_attention_heads": 2}},
+    ],
+    ids=["tensor", "eps", "heads"],
+)
 def test_source_hash_sees_every_change_of_the_encoder(tmp_path, original, change):
     assert artifact.source_hash(*variant(tmp_path, **change)) != artifact.source_hash(*original)
 
@@ -143,9 +170,13 @@ def test_the_digest_is_computed_once_per_state_of_the_files(tmp_path, monkeypatc
     family, checkpoint = variant(tmp_path)
     read = []
     real = Checkpoint.digest
-    monkeypatch.setattr(Checkpoint, "digest", lambda self, names: read.append(1) or real(self, names))
+    monkeypatch.setattr(
+        Checkpoint, "digest", lambda self, names: read.append(1) or real(self, names)
+    )
     first = artifact.source_hash(family, checkpoint)
-    assert artifact.source_hash(family, Checkpoint(checkpoint.directory)) == first and len(read) == 1
+    assert (
+        artifact.source_hash(family, Checkpoint(checkpoint.directory)) == first and len(read) == 1
+    )
     os.utime(checkpoint.directory / "model.safetensors", (1, 1))
     assert artifact.source_hash(family, checkpoint) == first and len(read) == 2
 
@@ -162,24 +193,32 @@ def test_without_an_artifact_the_cache_is_filled_once(cache, monkeypatch, capsys
 
     def convert(model, directory):
         runs.append(make(directory, artifact.source_hash(*original)))
+
     monkeypatch.setattr(artifact, "_convert", convert)
-    first, second = artifact.ensure(*original), artifact.ensure(*original)
+    first = artifact.ensure(*original)
+    second = artifact.ensure(*original)
     assert first == second == runs[0] and len(runs) == 1 and cache in first.parents
     assert capsys.readouterr().err.count("converting the vision encoder once") == 1
 
 
 def test_a_failed_conversion_is_one_sentence(monkeypatch, original, tmp_path):
-    monkeypatch.setattr(artifact, "start_module", lambda *arguments, **options: subprocess.Popen(["false"]))
+    monkeypatch.setattr(
+        artifact, "start_module", lambda *arguments, **options: subprocess.Popen(["false"])
+    )
     with pytest.raises(ToolkitError, match="conversion of .* failed") as error:
         artifact.ensure(*original)
     assert error.value.exit_code == 1
 
 
 def test_a_second_converter_waits_for_the_first(tmp_path, capsys):
-    code = ("import sys, time; from pathlib import Path; from runtime.common.files import locked\n"
-            "with locked(Path(sys.argv[1])):\n"
-            "    print('in', flush=True); time.sleep(0.5); Path(sys.argv[1], 'done').touch()")
-    with subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=processes.ROOT, stdout=subprocess.PIPE) as first:
+    code = (
+        "import sys, time; from pathlib import Path; from runtime.common.files import locked\n"
+        "with locked(Path(sys.argv[1])):\n"
+        "    print('in', flush=True); time.sleep(0.5); Path(sys.argv[1], 'done').touch()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path], cwd=processes.ROOT, stdout=subprocess.PIPE
+    ) as first:
         first.stdout.readline()
         start = time.perf_counter()
         with files.locked(tmp_path):

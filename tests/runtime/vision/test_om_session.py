@@ -1,4 +1,5 @@
 """OM vision over stand-ins for three generations of ais_bench and aclruntime (tests/ascend): an .om here is an ONNX file."""
+
 import contextlib
 import gc
 import io
@@ -25,11 +26,17 @@ from runtime.engine.engine import Engine
 from runtime.vision import artifact, open_session
 from runtime.vision.om_session import check_chip, find_om, open_om
 
-HERE, ROOT, GOLDEN = paths.TESTS, paths.ROOT, paths.GOLDEN / "visualglm"
+HERE = paths.TESTS
+ROOT = paths.ROOT
+GOLDEN = paths.GOLDEN / "visualglm"
 GENERATIONS = ("2023", "2024", "2026")
 SPEC = VisionSpec((1, 8, 8, 3), (1, 4, 6))
-TYPES = {np.float32: TensorProto.FLOAT, np.float16: TensorProto.FLOAT16, np.uint8: TensorProto.UINT8,
-         np.int64: TensorProto.INT64}
+TYPES = {
+    np.float32: TensorProto.FLOAT,
+    np.float16: TensorProto.FLOAT16,
+    np.uint8: TensorProto.UINT8,
+    np.int64: TensorProto.INT64,
+}
 WEIGHT = (np.random.default_rng(0).standard_normal((48, 6)) / 100).astype(np.float32)
 
 
@@ -41,15 +48,33 @@ def pictures(count):
     return np.random.default_rng(count).integers(0, 256, (count, 8, 8, 3)).astype(np.float32)
 
 
-def om(path, batch=1, gears="", takes=np.float32, gives=np.float32, shape=(8, 8, 3), scale=1.0, outputs=("output",)):
+def om(
+    path,
+    batch=1,
+    gears="",
+    takes=np.float32,
+    gives=np.float32,
+    shape=(8, 8, 3),
+    scale=1.0,
+    outputs=("output",),
+):
     """An "encoder" of one matrix product, [batch, 8, 8, 3] -> [batch, 4, 6]."""
-    nodes = [helper.make_node("Cast", ["input"], ["x"], to=TensorProto.FLOAT),
-             helper.make_node("Reshape", ["x", "rows"], ["r"]), helper.make_node("MatMul", ["r", "w"], ["y"]),
-             *(helper.make_node("Cast", ["y"], [name], to=TYPES[gives]) for name in outputs)]
+    nodes = [
+        helper.make_node("Cast", ["input"], ["x"], to=TensorProto.FLOAT),
+        helper.make_node("Reshape", ["x", "rows"], ["r"]),
+        helper.make_node("MatMul", ["r", "w"], ["y"]),
+        *(helper.make_node("Cast", ["y"], [name], to=TYPES[gives]) for name in outputs),
+    ]
     graph = helper.make_graph(
-        nodes, "g", [helper.make_tensor_value_info("input", TYPES[takes], [batch, *shape])],
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("input", TYPES[takes], [batch, *shape])],
         [helper.make_tensor_value_info(name, TYPES[gives], [batch, 4, 6]) for name in outputs],
-        [numpy_helper.from_array(np.array([-1, 4, 48]), "rows"), numpy_helper.from_array(WEIGHT * np.float32(scale), "w")])
+        [
+            numpy_helper.from_array(np.array([-1, 4, 48]), "rows"),
+            numpy_helper.from_array(WEIGHT * np.float32(scale), "w"),
+        ],
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     if gears:
         helper.set_model_props(model, {"dynamic_batch_size": gears})
@@ -58,7 +83,11 @@ def om(path, batch=1, gears="", takes=np.float32, gives=np.float32, shape=(8, 8,
 
 
 def forget():
-    for name in [n for n in sys.modules if n.split(".")[0] in ("aclruntime", "ais_bench", "stand_in_aclruntime")]:
+    for name in [
+        n
+        for n in sys.modules
+        if n.split(".")[0] in ("aclruntime", "ais_bench", "stand_in_aclruntime")
+    ]:
         del sys.modules[name]
 
 
@@ -69,6 +98,7 @@ def acl(request, monkeypatch):
     monkeypatch.syspath_prepend(HERE / "ascend" / request.param)
     forget()
     import stand_in_aclruntime
+
     yield stand_in_aclruntime
     assert stand_in_aclruntime.LOADED == []
     forget()
@@ -82,6 +112,7 @@ def opened(acl, tmp_path):
     def make(device=0, **settings):
         sessions.append(open_om(om(tmp_path / f"{len(sessions)}.om", **settings), SPEC, device))
         return sessions[-1]
+
     yield make
     for session in sessions:
         session.close()
@@ -89,8 +120,16 @@ def opened(acl, tmp_path):
 
 # values
 
-@pytest.mark.parametrize(("takes", "gives", "error"), [(np.float32, np.float32, 1e-4), (np.float16, np.float16, 0.02),
-                                                      (np.uint8, np.float16, 0.02), (np.float16, np.float32, 1e-4)])
+
+@pytest.mark.parametrize(
+    ("takes", "gives", "error"),
+    [
+        (np.float32, np.float32, 1e-4),
+        (np.float16, np.float16, 0.02),
+        (np.uint8, np.float16, 0.02),
+        (np.float16, np.float32, 1e-4),
+    ],
+)
 def test_a_static_om_encodes_one_by_one(opened, takes, gives, error):
     session = opened(takes=takes, gives=gives)
     features = session.encode(pictures(3))
@@ -102,10 +141,13 @@ def test_a_static_om_encodes_one_by_one(opened, takes, gives, error):
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 11])
 def test_the_smallest_gear_that_holds_the_pictures(opened, count):
     session = opened(batch="n", gears="1,2,4", takes=np.float16, gives=np.float16)
-    runs, run = [], session.model.run
+    runs = []
+    run = session.model.run
     session.model.run = lambda array: runs.append(len(array)) or run(array)
     assert session.model.gears == (1, 2, 4) and "gears 1, 2, 4" in session.describe()
-    np.testing.assert_allclose(session.encode(pictures(count)), expected(pictures(count)), atol=0.02)
+    np.testing.assert_allclose(
+        session.encode(pictures(count)), expected(pictures(count)), atol=0.02
+    )
     assert runs == {1: [1], 2: [2], 3: [4], 4: [4], 5: [4, 1], 11: [4, 4, 4]}[count]
 
 
@@ -115,20 +157,30 @@ def test_a_static_om_of_several_is_filled_up(opened):
 
 
 def test_the_output_is_found_by_its_onnx_name(opened):
-    np.testing.assert_allclose(opened(outputs=("other", "output")).encode(pictures(1)), expected(pictures(1)), atol=1e-4)
+    np.testing.assert_allclose(
+        opened(outputs=("other", "output")).encode(pictures(1)), expected(pictures(1)), atol=1e-4
+    )
     with pytest.raises(ToolkitError, match="outputs node:0:a, node:1:b, none of them is 'output'"):
         opened(outputs=("a", "b"))
 
 
 # the library checks bytes only: what we refuse before it
 
-@pytest.mark.parametrize(("change", "reason"), [
-    (lambda a: a.astype(np.float32), "takes float16 .*got float32"),
-    (lambda a: a.view(np.int16), "takes float16 .*got int16"),                 # the same bytes
-    (lambda a: a.reshape(1, 3, 8, 8), r"takes float16 \[1, 8, 8, 3\], got float16 \[1, 3, 8, 8\]"),
-    (lambda a: np.repeat(a, 2, 0), r"got float16 \[2, 8, 8, 3\]"),
-    (lambda a: a[0], r"got float16 \[8, 8, 3\]"),
-    (lambda a: a.transpose(0, 2, 1, 3), "not contiguous")])
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda a: a.astype(np.float32), "takes float16 .*got float32"),
+        (lambda a: a.view(np.int16), "takes float16 .*got int16"),  # the same bytes
+        (
+            lambda a: a.reshape(1, 3, 8, 8),
+            r"takes float16 \[1, 8, 8, 3\], got float16 \[1, 3, 8, 8\]",
+        ),
+        (lambda a: np.repeat(a, 2, 0), r"got float16 \[2, 8, 8, 3\]"),
+        (lambda a: a[0], r"got float16 \[8, 8, 3\]"),
+        (lambda a: a.transpose(0, 2, 1, 3), "not contiguous"),
+    ],
+)
 def test_a_wrong_array_is_refused_before_the_call(opened, change, reason):
     model = opened(takes=np.float16).model
     with pytest.raises(ToolkitError, match=reason):
@@ -143,14 +195,16 @@ def test_a_batch_without_a_gear_is_refused(opened):
 
 def test_a_size_that_the_library_would_refuse(opened):
     model = opened(takes=np.float16).model
-    model._session.get_inputs()[0].realsize = 512       # e.g. of an OM with dynamic AIPP
+    model._session.get_inputs()[0].realsize = 512  # e.g. of an OM with dynamic AIPP
     with pytest.raises(ToolkitError, match="it wants 512 bytes, 384 were given"):
         model.run(pictures(1).astype(np.float16))
 
 
 def test_pictures_of_any_strides_are_read_right(opened):
     turned = pictures(2).transpose(0, 2, 1, 3)
-    np.testing.assert_allclose(opened().encode(turned), expected(np.ascontiguousarray(turned)), atol=1e-4)
+    np.testing.assert_allclose(
+        opened().encode(turned), expected(np.ascontiguousarray(turned)), atol=1e-4
+    )
 
 
 def test_pixels_that_the_type_cannot_hold(opened):
@@ -169,11 +223,15 @@ def test_an_overflow_is_not_a_feature(opened, saturates):
         session.encode(pictures(1))
 
 
-@pytest.mark.parametrize(("settings", "reason"), [
-    ({"shape": (3, 8, 8)}, r"input shape \[1, 3, 8, 8\], this model needs \[batch, 8, 8, 3\]"),
-    ({"shape": (8, 8, "w")}, "inputs of changing size"),
-    ({"batch": "n"}, "no gears; convert it with --dynamic_batch_size"),
-    ({"takes": np.int64}, "data type 9.*--output_type=FP16")])
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"shape": (3, 8, 8)}, r"input shape \[1, 3, 8, 8\], this model needs \[batch, 8, 8, 3\]"),
+        ({"shape": (8, 8, "w")}, "inputs of changing size"),
+        ({"batch": "n"}, "no gears; convert it with --dynamic_batch_size"),
+        ({"takes": np.int64}, "data type 9.*--output_type=FP16"),
+    ],
+)
 def test_an_om_of_another_interface(opened, settings, reason):
     with pytest.raises(ToolkitError, match=reason):
         opened(**settings)
@@ -181,9 +239,13 @@ def test_an_om_of_another_interface(opened, settings, reason):
 
 # files, devices, threads, memory
 
+
 def test_what_is_no_om(acl, tmp_path):
     (tmp_path / "text.om").write_text("not a model")
-    with pytest.raises(ToolkitError, match="cannot be loaded on npu:0 .*load model from file failed.*runtime.doctor"):
+    with pytest.raises(
+        ToolkitError,
+        match="cannot be loaded on npu:0 .*load model from file failed.*runtime.doctor",
+    ):
         open_om(tmp_path / "text.om", SPEC)
     with pytest.raises(ToolkitError, match="does not exist; give an .om file"):
         open_om(tmp_path / "none.om", SPEC)
@@ -216,9 +278,25 @@ def test_nothing_of_the_library_reaches_stdout(opened, capfd):
 def test_any_stdout(redirect, tmp_path):
     code = "import sys; from runtime.ascend.aclruntime import OmModel; sys.stderr.write(str(OmModel(sys.argv[1]).gears))"
     path = os.pathsep.join(map(str, (HERE / "ascend" / "2024", HERE / "ascend")))
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", f'"$@" {redirect}', "bash", sys.executable, "-c", code,
-                           str(om(tmp_path / "a.om"))], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": path}, timeout=60)
+    done = subprocess.run(
+        [
+            "bash",
+            "-o",
+            "pipefail",
+            "-c",
+            f'"$@" {redirect}',
+            "bash",
+            sys.executable,
+            "-c",
+            code,
+            str(om(tmp_path / "a.om")),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        timeout=60,
+    )
     assert (done.returncode, done.stdout + done.stderr) == (0, "(1,)")
 
 
@@ -246,19 +324,27 @@ def test_release_without_a_word(acl, tmp_path):
 
 def run(code, generation, *arguments):
     path = os.pathsep.join(map(str, (HERE / "ascend" / generation, HERE / "ascend")))
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": path})
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_release_at_exit(generation, tmp_path):
-    code = ("import atexit, sys, stand_in_aclruntime as acl; atexit.register(lambda: print('loaded', acl.LOADED))\n"
-            "from runtime.ascend.aclruntime import OmModel; model = OmModel(sys.argv[1]); print(len(acl.LOADED))")
+    code = (
+        "import atexit, sys, stand_in_aclruntime as acl; atexit.register(lambda: print('loaded', acl.LOADED))\n"
+        "from runtime.ascend.aclruntime import OmModel; model = OmModel(sys.argv[1]); print(len(acl.LOADED))"
+    )
     done = run(code, generation, om(tmp_path / "a.om"))
     assert (done.returncode, done.stdout, done.stderr) == (0, "1\nloaded []\n", "")
 
 
 # which .om
+
 
 @pytest.fixture
 def checkpoint(tmp_path, monkeypatch):
@@ -275,8 +361,18 @@ def manifest(folder, checkpoint, status, source=None, bytes=2, soc=None):
     folder.mkdir(parents=True)
     (folder / "vision.om").write_bytes(b"om")
     family = family_of(checkpoint.directory)
-    record = artifact.Manifest(source or artifact.source_hash(family, checkpoint), family.name, 17, {}, {}, {}, {},
-                               status=status, soc_version=soc, om={"files": {"vision.om": {"bytes": bytes}}})
+    record = artifact.Manifest(
+        source or artifact.source_hash(family, checkpoint),
+        family.name,
+        17,
+        {},
+        {},
+        {},
+        {},
+        status=status,
+        soc_version=soc,
+        om={"files": {"vision.om": {"bytes": bytes}}},
+    )
     artifact.publish(folder, folder, record)
     return folder
 
@@ -286,18 +382,27 @@ def test_which_om_is_taken(checkpoint, tmp_path):
     assert find_om(family, checkpoint) is None
     (checkpoint.directory / "blip2.om").touch()
     found = find_om(family, checkpoint)
-    assert found.path.name == "blip2.om" and not found.verified and "not verified against this checkpoint" in found.note
+    assert (
+        found.path.name == "blip2.om"
+        and not found.verified
+        and "not verified against this checkpoint" in found.note
+    )
     cached = artifact.cache_directory(artifact.source_hash(family, checkpoint))
     manifest(cached, checkpoint, artifact.OM_VERIFIED)
-    assert find_om(family, checkpoint).path == cached / "vision.om" and find_om(family, checkpoint).verified
+    assert (
+        find_om(family, checkpoint).path == cached / "vision.om"
+        and find_om(family, checkpoint).verified
+    )
     assert find_om(family, checkpoint).note == ""
     given = manifest(tmp_path / "given", checkpoint, artifact.ONNX_VERIFIED)
     assert find_om(family, checkpoint, given).path == given / "vision.om"
     assert find_om(family, checkpoint, given / "vision.om").path == given / "vision.om"
 
 
-@pytest.mark.parametrize(("status", "size"), [(artifact.ONNX_VERIFIED, 2), (artifact.OM_COMPILED, 2),
-                                              (artifact.OM_VERIFIED, 3)])
+@pytest.mark.parametrize(
+    ("status", "size"),
+    [(artifact.ONNX_VERIFIED, 2), (artifact.OM_COMPILED, 2), (artifact.OM_VERIFIED, 3)],
+)
 def test_only_the_manifest_calls_an_om_verified(checkpoint, tmp_path, status, size):
     folder = manifest(tmp_path / "a", checkpoint, status, bytes=size)
     assert not find_om(family_of(checkpoint.directory), checkpoint, folder).verified
@@ -306,22 +411,34 @@ def test_only_the_manifest_calls_an_om_verified(checkpoint, tmp_path, status, si
 def test_an_om_of_another_chip(checkpoint, tmp_path, monkeypatch):
     folder = manifest(tmp_path / "a", checkpoint, artifact.OM_VERIFIED, soc="Ascend310P3")
     found = find_om(family_of(checkpoint.directory), checkpoint, folder)
-    check_chip(found)                                       # no npu-smi here: nothing is known
+    check_chip(found)  # no npu-smi here: nothing is known
     for name, refused in (("310P3", False), ("910B4", True)):
         table = f"| 0 {name} | OK | 88.2 30 0 / 0 |\n| 0 | 0000:C1:00.0 | 0 0 / 0 26838/ 32768 |"
         monkeypatch.setattr(Host, "run", lambda self, *command, timeout, table=table: (0, table))
-        with pytest.raises(ToolkitError, match="for Ascend310P3, .* has Ascend910B4; .*--soc-version Ascend910B4") \
-                if refused else contextlib.nullcontext():
+        with (
+            pytest.raises(
+                ToolkitError,
+                match="for Ascend310P3, .* has Ascend910B4; .*--soc-version Ascend910B4",
+            )
+            if refused
+            else contextlib.nullcontext()
+        ):
             check_chip(found)
 
 
 def test_an_om_of_another_checkpoint_and_two_oms(checkpoint, tmp_path):
     family = family_of(checkpoint.directory)
     with pytest.raises(ToolkitError, match="another checkpoint"):
-        find_om(family, checkpoint, manifest(tmp_path / "a", checkpoint, artifact.OM_VERIFIED, source="other"))
+        find_om(
+            family,
+            checkpoint,
+            manifest(tmp_path / "a", checkpoint, artifact.OM_VERIFIED, source="other"),
+        )
     for name in ("a.om", "b.om"):
         (checkpoint.directory / name).touch()
-    with pytest.raises(ToolkitError, match=r"holds 2 .om files \(a.om, b.om\); name one with --artifact"):
+    with pytest.raises(
+        ToolkitError, match=r"holds 2 .om files \(a.om, b.om\); name one with --artifact"
+    ):
         find_om(family, checkpoint)
 
 
@@ -331,11 +448,13 @@ def wanted(kind, checkpoint, given=None):
 
 def test_auto_takes_a_verified_om_where_an_npu_is(checkpoint, tmp_path, monkeypatch):
     folder = manifest(tmp_path / "a", checkpoint, artifact.OM_VERIFIED)
-    assert wanted("auto", checkpoint, folder) is None       # no NPU here
+    assert wanted("auto", checkpoint, folder) is None  # no NPU here
     monkeypatch.setattr(vision, "npu_nodes", lambda: ["/dev/davinci0"])
-    assert wanted("auto", checkpoint, folder).verified and wanted("onnx", checkpoint, folder) is None
+    assert (
+        wanted("auto", checkpoint, folder).verified and wanted("onnx", checkpoint, folder) is None
+    )
     (checkpoint.directory / "blip2.om").touch()
-    assert wanted("auto", checkpoint) is None               # nobody named it, nothing vouches for it
+    assert wanted("auto", checkpoint) is None  # nobody named it, nothing vouches for it
     assert wanted("om", checkpoint).path.name == "blip2.om"
 
 
@@ -348,9 +467,13 @@ def test_mistakes(checkpoint):
 
 # the commands
 
+
 def test_without_ais_bench(tmp_path):
     forget()
-    with pytest.raises(ToolkitError, match="needs ais_bench, which is not installed and not on PyPI; run `pip install ") as e:
+    with pytest.raises(
+        ToolkitError,
+        match="needs ais_bench, which is not installed and not on PyPI; run `pip install ",
+    ) as e:
         OmModel(om(tmp_path / "a.om"))
     assert e.value.exit_code == 3 and install_ais_bench() in str(e.value)
 
@@ -386,15 +509,21 @@ def blip2(tmp_path_factory):
     """The golden VisualGLM's encoder with the fp16 NHWC interface of the blip2.om files of older guides."""
     from convert.export.trace import trace
     from convert.export.write import export
-    folder, family = tmp_path_factory.mktemp("blip2"), family_of(GOLDEN)
+
+    folder = tmp_path_factory.mktemp("blip2")
+    family = family_of(GOLDEN)
     export(trace(family.vision_encoder, family.vision), family, Checkpoint(GOLDEN), folder)
     model = onnx.load(folder / "vision.onnx")
     [given], [result] = model.graph.input, model.graph.output
     for node in model.graph.node:
         node.input[:] = ["input_fp32" if name == given.name else name for name in node.input]
         node.output[:] = ["output_fp32" if name == result.name else name for name in node.output]
-    model.graph.node.insert(0, helper.make_node("Cast", [given.name], ["input_fp32"], to=TensorProto.FLOAT))
-    model.graph.node.append(helper.make_node("Cast", ["output_fp32"], [result.name], to=TensorProto.FLOAT16))
+    model.graph.node.insert(
+        0, helper.make_node("Cast", [given.name], ["input_fp32"], to=TensorProto.FLOAT)
+    )
+    model.graph.node.append(
+        helper.make_node("Cast", ["output_fp32"], [result.name], to=TensorProto.FLOAT16)
+    )
     for value in (given, result):
         value.type.tensor_type.elem_type = TensorProto.FLOAT16
     onnx.save(model, folder / "blip2.om")
@@ -411,29 +540,52 @@ def test_features_of_a_blip2_om(acl, blip2, capsys):
     session.close()
 
 
-ASKED = ["--model", str(GOLDEN), "--image", str(GOLDEN / "image.png"), "--prompt", "你好", "--max-tokens", "4",
-         "--temperature", "0", "--repetition-penalty", "1"]
+ASKED = [
+    "--model",
+    str(GOLDEN),
+    "--image",
+    str(GOLDEN / "image.png"),
+    "--prompt",
+    "你好",
+    "--max-tokens",
+    "4",
+    "--temperature",
+    "0",
+    "--repetition-penalty",
+    "1",
+]
 
 
 def test_chat_with_an_om(acl, blip2, monkeypatch, capfd):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     assert run_command(chat.main, [*ASKED, "--vision", "torch"]) == 0
     answer = capfd.readouterr().out
-    code = run_command(chat.main, [*ASKED, "--vision", "om", "--artifact", str(blip2), "--device", "cpu"])
-    gc.collect()        # the engine is gone, and the session with it
+    code = run_command(
+        chat.main, [*ASKED, "--vision", "om", "--artifact", str(blip2), "--device", "cpu"]
+    )
+    gc.collect()  # the engine is gone, and the session with it
     out, err = capfd.readouterr()
     assert code == 0, err
-    assert "picture process time: 0." in err and f"s (vision: om {blip2} on npu:0, float16 in, float16 out" in err
-    assert "is not verified against this checkpoint" in err and "INFO" not in out + err and out == answer
+    assert (
+        "picture process time: 0." in err
+        and f"s (vision: om {blip2} on npu:0, float16 in, float16 out" in err
+    )
+    assert (
+        "is not verified against this checkpoint" in err
+        and "INFO" not in out + err
+        and out == answer
+    )
 
 
 def test_pictures_of_one_prompt_go_through_a_gear_together(acl, opened):
     """Engine asks for all pictures it has not seen at once, and for each only once."""
     session = opened(batch="n", gears="1,2,4")
-    runs, run = [], session.model.run
+    runs = []
+    run = session.model.run
     session.model.run = lambda array: runs.append(len(array)) or run(array)
     engine = Engine.__new__(Engine)
-    engine._features, engine._vision = OrderedDict(), session
+    engine._features = OrderedDict()
+    engine._vision = session
     prompt = SimpleNamespace(pixels=[pictures(4)[[i]] for i in (0, 1, 0, 2)])
     np.testing.assert_allclose(engine._rows(prompt), expected(pictures(4)[[0, 1, 0, 2]]), atol=1e-4)
     prompt.pixels.append(pictures(4)[[3]])

@@ -20,45 +20,64 @@ FAMILIES = ["visualglm", "glm4v", "glm_edge_v", "llava"]
 
 
 def worst(a, b) -> float:
-    return metrics.cosine(*(np.asarray(x, np.float64).reshape(-1, a.shape[-1]) for x in (a, b))).min()
+    return metrics.cosine(
+        *(np.asarray(x, np.float64).reshape(-1, a.shape[-1]) for x in (a, b))
+    ).min()
 
 
 @pytest.fixture(params=FAMILIES)
 def case(request):
     """Family, checkpoint, a random picture, its features by the plain module in float32."""
-    family, checkpoint = family_of(GOLDEN / request.param), Checkpoint(GOLDEN / request.param)
+    family = family_of(GOLDEN / request.param)
+    checkpoint = Checkpoint(GOLDEN / request.param)
     pixels = np.random.default_rng(1).uniform(0, 255, family.vision.input_shape).astype(np.float32)
     with torch.inference_mode():
-        return family, checkpoint, pixels, plain_tower(family, checkpoint, torch.float32)(torch.from_numpy(pixels)).numpy()
+        return (
+            family,
+            checkpoint,
+            pixels,
+            plain_tower(family, checkpoint, torch.float32)(torch.from_numpy(pixels)).numpy(),
+        )
 
 
 def test_float32_is_that_of_the_plain_module(case):
     family, checkpoint, pixels, expected = case
-    np.testing.assert_allclose(TorchVision(family, checkpoint).encode(pixels), expected, rtol=1e-4, atol=2e-5)
+    np.testing.assert_allclose(
+        TorchVision(family, checkpoint).encode(pixels), expected, rtol=1e-4, atol=2e-5
+    )
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 def test_precisions_are_near_float32(case, precision):
     family, checkpoint, pixels, expected = case
     session = open_session("auto", family, checkpoint, precision=precision)
-    assert worst(expected, session.encode(pixels)) >= tower.COSINE[precision] and f", {precision}," in session.describe()
+    assert (
+        worst(expected, session.encode(pixels)) >= tower.COSINE[precision]
+        and f", {precision}," in session.describe()
+    )
     kinds = {type(module) for module in session.tower.modules()}
     assert not kinds & {tower.Dense, tower.Attention} and tower.FusedAttention in kinds
 
 
 def test_the_check_refuses_what_int8_spoils():
     """One input channel a million times the others: 8 bits per token leave nothing of them."""
-    family, checkpoint = family_of(GOLDEN / "visualglm"), Checkpoint(GOLDEN / "visualglm")
+    family = family_of(GOLDEN / "visualglm")
+    checkpoint = Checkpoint(GOLDEN / "visualglm")
     plain = plain_tower(family, checkpoint)
     for block in plain.vit.blocks:
-        block.mlp_norm.weight.data[0], block.mlp.up.weight.data[0] = 1e6, 0
-    with pytest.raises(ToolkitError, match="use --vision-precision bf16") as error, torch.inference_mode():
+        block.mlp_norm.weight.data[0] = 1e6
+        block.mlp.up.weight.data[0] = 0
+    with (
+        pytest.raises(ToolkitError, match="use --vision-precision bf16") as error,
+        torch.inference_mode(),
+    ):
         tower.pack_checked(plain, "int8", family.vision.input_shape)
     assert error.value.exit_code == CHECK_FAILED
 
 
 def test_the_check_leaves_the_weights_as_stored():
-    family, checkpoint = family_of(GOLDEN / "llava"), Checkpoint(GOLDEN / "llava")
+    family = family_of(GOLDEN / "llava")
+    checkpoint = Checkpoint(GOLDEN / "llava")
     plain = plain_tower(family, checkpoint, torch.float16)
     with torch.inference_mode():
         tower._exact(plain, torch.from_numpy(tower.test_picture(family.vision.input_shape)))
@@ -74,5 +93,8 @@ def test_plan_counts_what_the_precision_takes():
 
 @pytest.mark.parametrize("vision", ["onnx", "om"])
 def test_what_was_converted_has_its_precision(vision):
-    with pytest.raises(ToolkitError, match=f"--vision-precision is 'int8': --vision {vision} runs what was converted"):
+    with pytest.raises(
+        ToolkitError,
+        match=f"--vision-precision is 'int8': --vision {vision} runs what was converted",
+    ):
         EngineOptions(vision=vision, vision_precision="int8")

@@ -1,11 +1,14 @@
 """Stand-in for ais_bench of 2023: `infer` knows no gears and hands raw pointers on, whatever the strides."""
+
 import aclruntime
 import numpy as np
 
 
 class InferSession:
     def __init__(self, device_id, model_path, acl_json_path=None, debug=False, loop=1):
-        self.session = aclruntime.InferenceSession(model_path, device_id, aclruntime.session_options())
+        self.session = aclruntime.InferenceSession(
+            model_path, device_id, aclruntime.session_options()
+        )
         self.names = [desc.name for desc in self.session.get_outputs()]
 
     def get_inputs(self):
@@ -18,7 +21,10 @@ class InferSession:
         self.session.set_dynamic_batchsize(batch)
 
     def infer(self, feeds, mode="static", custom_sizes=100000):
-        tensors = [aclruntime.BaseTensor(feed.__array_interface__["data"][0], feed.nbytes) for feed in feeds]
+        tensors = [
+            aclruntime.BaseTensor(feed.__array_interface__["data"][0], feed.nbytes)
+            for feed in feeds
+        ]
         outputs = self.session.run(self.names, tensors)
         for output in outputs:
             output.to_host()

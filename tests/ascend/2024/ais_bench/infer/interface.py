@@ -1,11 +1,14 @@
 """Stand-in for ais_bench 0.0.2 of 2024: modes by name, each prepared from the shapes at every call."""
+
 import aclruntime
 import numpy as np
 
 
 class InferSession:
     def __init__(self, device_id, model_path, acl_json_path=None, debug=False, loop=1):
-        self.session = aclruntime.InferenceSession(model_path, device_id, aclruntime.session_options())
+        self.session = aclruntime.InferenceSession(
+            model_path, device_id, aclruntime.session_options()
+        )
         self.names = [desc.name for desc in self.session.get_outputs()]
 
     def get_inputs(self):
@@ -20,7 +23,10 @@ class InferSession:
     def infer(self, feeds, mode="static", custom_sizes=100000, out_array=True):
         feeds = [np.ascontiguousarray(feed) for feed in feeds]
         self._prepare(mode, feeds)
-        tensors = [aclruntime.BaseTensor(feed.__array_interface__["data"][0], feed.nbytes) for feed in feeds]
+        tensors = [
+            aclruntime.BaseTensor(feed.__array_interface__["data"][0], feed.nbytes)
+            for feed in feeds
+        ]
         outputs = self.session.run(self.names, tensors)
         for output in outputs:
             output.to_host()

@@ -1,14 +1,26 @@
 """Stand-in for the ais_bench fork of 2026: checks its arguments, forwards unknown names, frees itself."""
+
 import aclruntime
 import numpy as np
 
 
 class InferSession:
-    def __init__(self, device_id, model_path, acl_json_path=None, debug=False, loop=1, weight_dir=None, options=None):
+    def __init__(
+        self,
+        device_id,
+        model_path,
+        acl_json_path=None,
+        debug=False,
+        loop=1,
+        weight_dir=None,
+        options=None,
+    ):
         if not model_path.endswith(".om"):
             raise ValueError("model path must end in .om")
         self.session = None
-        self.session = aclruntime.InferenceSession(model_path, device_id, options or aclruntime.session_options())
+        self.session = aclruntime.InferenceSession(
+            model_path, device_id, options or aclruntime.session_options()
+        )
         self.device_id = device_id
 
     def __getattr__(self, name):
@@ -25,7 +37,15 @@ class InferSession:
             self.session.free_resource()
             self.session = None
 
-    def infer(self, feeds, mode="static", custom_sizes=100000, out_array=True, iteration_times=1, in_out_list=None):
+    def infer(
+        self,
+        feeds,
+        mode="static",
+        custom_sizes=100000,
+        out_array=True,
+        iteration_times=1,
+        in_out_list=None,
+    ):
         if not isinstance(feeds, list):
             raise ValueError("the list be checked is not a list!")
         if mode not in ("static", "dymbatch", "dymhw", "dymdims", "dymshape"):
