@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from peers import environment, table  # noqa: E402
-from peers.models import CASES, Entry, prepare, streamed_bytes  # noqa: E402
+from peers.shapes import CASES, Entry, prepare, streamed_bytes  # noqa: E402
 
 from runtime.common.errors import MISSING_COMPONENT, ToolkitError, run_command  # noqa: E402
 
