@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from models.errors import UserError
 from models.prompt.messages import content
 from runtime.common.errors import INTERRUPTED, ToolkitError, run_command
 from runtime.common.flags import Parser, flag
@@ -154,14 +155,12 @@ def talk(conversation: Conversation) -> int:
 
 def respond(conversation: Conversation, line: str):
     """One line of the user: a command or a question. Mistakes are told, and the conversation goes on."""
-    from models.errors import ModelError
-
     try:
         if not run_command_line(conversation, line):
             answer(conversation, line)
     except KeyboardInterrupt:
         tell("\n(stopped / 已中止)")
-    except (ToolkitError, ModelError, OSError) as error:
+    except (UserError, OSError) as error:
         tell(f"error: {error}")
 
 

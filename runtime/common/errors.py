@@ -6,6 +6,8 @@
 import os
 import sys
 
+from models.errors import UserError
+
 CHECK_FAILED = 1
 USER_MISTAKE = 2
 MISSING_COMPONENT = 3
@@ -13,7 +15,7 @@ INTERRUPTED = 130
 READER_GONE = 141
 
 
-class ToolkitError(Exception):
+class ToolkitError(UserError):
     """One sentence for the user: what, the value, the limit, the next command."""
 
     def __init__(self, message: str, exit_code: int = USER_MISTAKE):
@@ -34,19 +36,13 @@ def run_command(main, argv=None) -> int:
             "interrupted; nothing half-written was kept, run the same command again to continue",
             INTERRUPTED,
         )
-    except (
-        BrokenPipeError
-    ):  # head or less has closed our stdout: Python must not flush into it again at exit
+    except BrokenPipeError:
+        # head or less has closed our stdout: Python must not flush into it again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return READER_GONE
     except Exception as error:
-        from models.errors import (
-            ModelError,
-        )  # not earlier: it brings numpy, and `--help` should answer at once
-
-        if "--debug" in arguments or not isinstance(
-            error, (ToolkitError, ModelError, OSError, MemoryError)
-        ):
+        expected = isinstance(error, (UserError, OSError, MemoryError))
+        if "--debug" in arguments or not expected:
             raise
         return _fail(_sentence(error), getattr(error, "exit_code", USER_MISTAKE))
 

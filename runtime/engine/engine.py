@@ -289,9 +289,9 @@ class Engine:
         if self._team:
             self._team.connect(self.options.device)
         if self.options.layer_by_layer:
-            from runtime.engine.loading.layer_by_layer import Shelf
+            from runtime.engine.loading.layer_by_layer import CurrentLayerWeights
 
-            self._shelf = Shelf(
+            self._shelf = CurrentLayerWeights(
                 self.checkpoint, self.family, self.plan.dtype, self._ops, self._split
             )
             weights = self._shelf.weights()

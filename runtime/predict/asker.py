@@ -4,6 +4,7 @@ import sys
 import time
 from pathlib import Path
 
+from models.errors import UserError
 from runtime.common.errors import ToolkitError
 
 
@@ -41,8 +42,6 @@ class Asker:
         ]
 
     def _prompt(self, question):
-        from models.errors import ModelError
-
         if isinstance(question, Exception):
             return question
         try:
@@ -52,7 +51,7 @@ class Asker:
             self.engine.settings(prompt, self.sampling)  # too long?
             self.engine.features(prompt)
             return prompt
-        except (ToolkitError, ModelError, OSError) as error:
+        except (UserError, OSError) as error:
             return error
 
     def messages(self, question: dict) -> list[dict]:

@@ -12,7 +12,8 @@ import pickle
 from dataclasses import replace
 from pathlib import Path
 
-from runtime.common.errors import CHECK_FAILED, MISSING_COMPONENT, USER_MISTAKE, ToolkitError
+from models.errors import UserError
+from runtime.common.errors import CHECK_FAILED, MISSING_COMPONENT, ToolkitError
 from runtime.engine.command import open_engine
 
 from .asker import Asker, tell
@@ -170,13 +171,11 @@ class AskBatch:
     of an actor that fails Ray hands on no more than text."""
 
     def __init__(self, options, engine_options, sampling):
-        from models.errors import ModelError
-
         self.refused = None
         try:
             engine = open_engine(Path(options.model).resolve(), **vars(engine_options))
-        except (ToolkitError, ModelError) as error:
-            self.refused = str(error), getattr(error, "exit_code", USER_MISTAKE)
+        except UserError as error:
+            self.refused = str(error), error.exit_code
         else:
             self.asker = Asker(
                 engine, sampling, options.language, Path(options.input).resolve().parent

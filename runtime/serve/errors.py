@@ -3,8 +3,8 @@
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from models.errors import ModelError
-from runtime.common.errors import USER_MISTAKE, ToolkitError
+from models.errors import UserError
+from runtime.common.errors import USER_MISTAKE
 
 KINDS = {
     401: "authentication_error",
@@ -49,8 +49,6 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(f"{field or 'body'}: {first['msg']}"[:500], param=field)
     if isinstance(error, HTTPException):
         return ApiError(str(error.detail)[:500], error.status_code)
-    if isinstance(error, (ToolkitError, ModelError)):
-        return ApiError(
-            str(error), 400 if getattr(error, "exit_code", USER_MISTAKE) == USER_MISTAKE else 500
-        )
+    if isinstance(error, UserError):
+        return ApiError(str(error), 400 if error.exit_code == USER_MISTAKE else 500)
     return ApiError("internal error; the server's log says more", 500)

@@ -10,8 +10,7 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
-from models.errors import ModelError
-from runtime.common.errors import ToolkitError
+from models.errors import UserError
 from runtime.common.machine import version
 
 from .errors import ApiError, as_api_error
@@ -138,8 +137,7 @@ def add_helpers(app: FastAPI, service: Service):
 def add_errors(app: FastAPI):
     for kind in (
         ApiError,
-        ToolkitError,
-        ModelError,
+        UserError,
         HTTPException,
         RequestValidationError,
         Exception,

@@ -9,7 +9,7 @@ import gradio as gr
 from openai import OpenAIError
 from starlette.middleware import Middleware
 
-from models.errors import ModelError
+from models.errors import UserError
 from models.family import SamplingDefaults
 from runtime.common.errors import ToolkitError
 from runtime.common.sample_questions import QUESTIONS
@@ -114,7 +114,7 @@ def path_of(file: str | dict) -> str:
 
 def sentence(error: Exception) -> str:
     """What the visitor is told; the traceback of an error that nobody foresaw is for the command's own output."""
-    if isinstance(error, (ToolkitError, ModelError, ApiError, OpenAIError)):
+    if isinstance(error, (UserError, ApiError, OpenAIError)):
         return said(error)
     traceback.print_exception(error)
     return "internal error; what the command printed says more"

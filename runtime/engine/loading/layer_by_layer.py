@@ -18,8 +18,8 @@ from runtime.engine.sequence import Chunk
 from .weights import BRANCH, decoder_rows, load_rows, read_rows, without_zero_biases
 
 
-class Shelf:
-    """Holds the linear layers of the decoder layer that was asked for last."""
+class CurrentLayerWeights:
+    """Linear layers of one decoder layer at a time: of the layer that was asked for last."""
 
     def __init__(self, checkpoint, family, dtype: torch.dtype, ops, split):
         self.checkpoint = checkpoint
