@@ -10,14 +10,15 @@ from pathlib import Path
 
 from runtime.common.errors import ToolkitError, run_command
 from runtime.common.flags import Parser, check_folder, flag
+from runtime.common.shared_flags import model_flag, output_flag
 
 from .pipeline import convert, is_current, prepare
 
 
 @dataclass(kw_only=True)
 class ConvertOptions:
-    model: str = flag("folder of a downloaded checkpoint", "-m", "--model-path", metavar="DIR")
-    out: str = flag("artifact folder to write (made if missing)", "-o", "--output", metavar="DIR")
+    model: str = model_flag()
+    out: str = output_flag("artifact folder to write (made if missing)")
     soc_version: str = flag(
         "chip to compile for: Ascend and the name that `npu-smi info` shows",
         default="Ascend910B3",

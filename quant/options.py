@@ -5,6 +5,12 @@ from pathlib import Path
 
 from runtime.common.errors import ToolkitError
 from runtime.common.flags import check_choices, check_folder, flag, require
+from runtime.common.shared_flags import (
+    check_tensor_parallel_size,
+    model_flag,
+    output_flag,
+    tensor_parallel_flag,
+)
 
 SCHEMES = ("w8a8", "w8a8s", "w8a8-dynamic", "w8a16")
 COMPRESSED = (
@@ -16,13 +22,8 @@ ANTI = ("m1", "m2", "m3", "m4", "m5", "m6", "none")
 
 @dataclass(kw_only=True)
 class QuantOptions:
-    model: str = flag("folder of a downloaded checkpoint", "-m", "--model-path", metavar="DIR")
-    out: str = flag(
-        "folder to write the quantised checkpoint to (made if missing)",
-        "-o",
-        "--output",
-        metavar="DIR",
-    )
+    model: str = model_flag()
+    out: str = output_flag("folder to write the quantised checkpoint to (made if missing)")
     scheme: str = flag(
         "8-bit weights and activations with stored scales; the same with mostly 4-bit weights, sparse; with "
         "scales per token; 8-bit weights alone",
@@ -128,24 +129,12 @@ class GateOptions:
 
 @dataclass(kw_only=True)
 class CompressOptions:
-    model: str = flag(
-        "folder that --scheme w8a8s wrote, in float16", "-m", "--model-path", metavar="DIR"
+    model: str = model_flag("folder that --scheme w8a8s wrote, in float16")
+    out: str = output_flag(
+        "folder to write config.json and one folder per rank to (made if missing)"
     )
-    out: str = flag(
-        "folder to write config.json and one folder per rank to (made if missing)",
-        "-o",
-        "--output",
-        metavar="DIR",
-    )
-    tensor_parallel_size: int = flag(
-        "ranks that will run it: 1, 2, 4 or 8", "-tp", "--tp", default=1, kind=int, metavar="N"
-    )
+    tensor_parallel_size: int = tensor_parallel_flag("ranks that will run it: 1, 2, 4 or 8")
 
     def __post_init__(self):
         check_folder("model", self.model)
-        require(
-            self,
-            "tensor_parallel_size",
-            self.tensor_parallel_size in (1, 2, 4, 8),
-            "use 1, 2, 4 or 8",
-        )
+        check_tensor_parallel_size(self)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from runtime.common.errors import CHECK_FAILED, ToolkitError, run_command
 from runtime.common.flags import Parser, check_folder, flag, require
+from runtime.common.shared_flags import model_flag
 
 from .graph import compare_graph
 from .modules import compare_towers, record
@@ -24,9 +25,7 @@ NAMED = 5  # operators that could not be compared, named on the screen; the tabl
 
 @dataclass(kw_only=True)
 class NodesOptions:
-    model: str = flag(
-        "folder of the checkpoint, the reference", "-m", "--model-path", metavar="DIR"
-    )
+    model: str = model_flag("folder of the checkpoint, the reference")
     artifact: str | None = flag(
         "folder with vision.onnx, written by `python -m convert`", default=None, metavar="DIR"
     )

@@ -1,51 +1,66 @@
-"""Progress bars on stderr for work counted in bytes or steps; silent where stderr is not a terminal."""
+"""Progress on stderr: status lines, and bars for work counted in bytes, steps or tokens.
+
+Takes titles and counts, returns callables that move a bar. Bars are silent where stderr is not a terminal; stdout belongs to
+results.
+"""
 
 import sys
 from contextlib import contextmanager
 
 
+def print_status(text: str):
+    """Print to stderr at once."""
+    print(text, file=sys.stderr, flush=True)
+
+
 @contextmanager
 def byte_progress(title: str):
     """Yields update(done, total), to be called with bytes."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import DownloadColumn
 
-    console = Console(stderr=True)  # stdout belongs to results
-    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(
-        *columns, transient=True, console=console, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task("")
+    with _bar(title, DownloadColumn()) as (bar, task):
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @contextmanager
 def step_progress(title: str, steps: int):
     """Yields advance(), to be called after each of `steps` steps."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import MofNCompleteColumn
 
-    console = Console(stderr=True)
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(
-        *columns, transient=True, console=console, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task("", total=steps)
+    with _bar(title, MofNCompleteColumn(), steps) as (bar, task):
         yield lambda: bar.advance(task)
+
+
+@contextmanager
+def token_progress(tokens: int):
+    """Yields set_title(text) and advance(tokens), for cases that differ a hundredfold in tokens."""
+    from rich.progress import MofNCompleteColumn
+
+    with _bar("", MofNCompleteColumn(), tokens) as (bar, task):
+
+        def set_title(text: str):
+            bar.update(task, description=text)
+
+        def advance(count: int):
+            bar.advance(task, count)
+
+        yield set_title, advance
+
+
+def track(title: str, items, quiet: bool = False):
+    """Iterate over `items` (with a length) behind a bar. quiet: no bar, because each item shows its own."""
+    from rich.progress import track as rich_track
+
+    console = _console()
+    return rich_track(
+        items, title, console=console, transient=True, disable=quiet or not console.is_terminal
+    )
 
 
 @contextmanager
 def spinner(title: str):
     """A sign of life for work that cannot be counted."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
+    console = _console()
     if console.is_terminal:
         with console.status(title):
             yield
@@ -53,20 +68,20 @@ def spinner(title: str):
         yield
 
 
-def say(text: str):
-    print(text, file=sys.stderr, flush=True)
+@contextmanager
+def _bar(title: str, count_column, total: int | None = None):
+    """Yields (rich Progress, task): title, bar, count, time left; gone when the block ends."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = _console()
+    columns = (TextColumn("{task.description}"), BarColumn(), count_column, TimeRemainingColumn())
+    with Progress(
+        *columns, transient=True, console=console, disable=not console.is_terminal
+    ) as bar:
+        yield bar, bar.add_task(title, total=total)
 
 
-def track(role: str, cases: list, quiet: bool = False):
-    """Iterate over the cases with a progress bar on stderr; quiet: each case shows one of its own."""
+def _console():
     from rich.console import Console
-    from rich.progress import track as rich_track
 
-    console = Console(stderr=True)
-    return rich_track(
-        cases,
-        description=f"{role}: questions",
-        console=console,
-        transient=True,
-        disable=quiet or not console.is_terminal,
-    )
+    return Console(stderr=True)

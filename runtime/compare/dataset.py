@@ -40,7 +40,7 @@ def answers(
     greedy = SamplingParams(temperature=0, repetition_penalty=1, max_tokens=max_tokens)
     return [
         answer(engine, question, asker.messages(question), language, greedy)
-        for question in track(engine.family.name, questions)
+        for question in track(f"{engine.family.name}: questions", questions)
     ]
 
 

@@ -48,7 +48,7 @@ def run_reference(
 
     outcomes = []
     for prompt, rows in progress.track(
-        "reference", list(zip(prompts, features)), options.layer_by_layer
+        "reference: questions", list(zip(prompts, features)), options.layer_by_layer
     ):
         tokens, answer = fed_tokens(engine, prompt, options)
         if options.native or options.reference_dtype != "float32":
@@ -93,7 +93,9 @@ def run_candidate(
     outcomes = []
     note = why_no_layers(options, engine_options)
     for prompt, rows, expected in progress.track(
-        "candidate", list(zip(prompts, features, reference.outcomes)), options.layer_by_layer
+        "candidate: questions",
+        list(zip(prompts, features, reference.outcomes)),
+        options.layer_by_layer,
     ):
         check_same_model(engine.family, prompt.ids.tolist(), rows, expected)
         logits = engine.score(prompt, expected.token_ids)
@@ -139,7 +141,7 @@ def run_layers(role: str, engine, prompts: list, reference: Side, quiet: bool) -
     return merge(
         [
             prompt_stages(engine, prompt, outcome.token_ids, outcome.streams, outcome.logits)
-            for prompt, outcome in progress.track(role, pairs, quiet)
+            for prompt, outcome in progress.track(f"{role}: questions", pairs, quiet)
         ]
     )
 
@@ -201,7 +203,7 @@ def reference_loader(options: CompareOptions, max_model_len: int | None):
 
 def load(role: str, model: str, make):
     """(engine, seconds it took)."""
-    progress.say(f"{role}: loading {model}")
+    progress.print_status(f"{role}: loading {model}")
     start = time.perf_counter()
     return make(model), time.perf_counter() - start
 

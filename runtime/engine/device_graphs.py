@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from models.network.decoder import Step
 from runtime.common.errors import CHECK_FAILED, ToolkitError
+from runtime.common.progress import track
 from runtime.ops.reference import device_tensors
 
 BATCH_SIZES = (8, 4, 2, 1)  # the largest first: the others fit into its memory
@@ -42,18 +43,8 @@ class DecodeGraphs:
     @torch.inference_mode()
     def record(self):
         """Warm up and record every batch size, with a progress bar; ToolkitError when the driver refuses."""
-        from rich.console import Console
-        from rich.progress import track
-
-        console = Console(stderr=True)
         pool = self._torch.graph_pool_handle()
-        for size in track(
-            BATCH_SIZES,
-            "recording decode graphs",
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        ):
+        for size in track("recording decode graphs", BATCH_SIZES):
             try:
                 self._recordings[size] = self._record(size, pool)
             except RuntimeError as error:

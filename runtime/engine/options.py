@@ -6,6 +6,13 @@ from dataclasses import dataclass, replace
 
 from runtime.common.errors import ToolkitError
 from runtime.common.flags import check_choices, check_folder, flag, require
+from runtime.common.shared_flags import (
+    check_tensor_parallel_size,
+    language_flag,
+    max_model_len_flag,
+    model_flag,
+    tensor_parallel_flag,
+)
 
 DTYPES = {
     "auto": "auto",
@@ -36,7 +43,7 @@ def npu(index: str) -> str:
 class InputOptions:
     """What every command that runs a model is told: which model, which pictures, which prompt wording."""
 
-    model: str = flag("folder of a downloaded checkpoint", "-m", "--model-path", metavar="DIR")
+    model: str = model_flag()
     image: tuple[str, ...] = flag(
         "picture, or pictures where the model takes several",
         "--input-image",
@@ -44,11 +51,7 @@ class InputOptions:
         metavar="FILE",
         many=True,
     )
-    language: str | None = flag(
-        "wording of the prompt around the question (default: as released)",
-        default=None,
-        choices=("zh", "en"),
-    )
+    language: str | None = language_flag()
 
     def __post_init__(self):
         self.image = tuple(self.image)
@@ -103,12 +106,7 @@ class EngineOptions:
         metavar="STAGE",
         many=True,
     )
-    max_model_len: int | None = flag(
-        "longest prompt + answer in tokens (default: what the model can, at most 8192)",
-        default=None,
-        kind=int,
-        metavar="N",
-    )
+    max_model_len: int | None = max_model_len_flag()
     max_num_seqs: int | None = flag(
         "sequences decoded together (default: 8; 1 in commands that answer one question at a time)",
         default=None,
@@ -135,13 +133,8 @@ class EngineOptions:
         kind=int,
         metavar="N",
     )
-    tensor_parallel_size: int = flag(
-        "devices the decoder is split over: 1, 2, 4 or 8; started here, or by torchrun",
-        "-tp",
-        "--tp",
-        default=1,
-        kind=int,
-        metavar="N",
+    tensor_parallel_size: int = tensor_parallel_flag(
+        "devices the decoder is split over: 1, 2, 4 or 8; started here, or by torchrun"
     )
     enforce_eager: bool = flag(
         "NPU, GPU: run every decode step kernel by kernel instead of replaying recorded graphs",
@@ -216,12 +209,7 @@ class EngineOptions:
             self.max_model_len is None or self.max_model_len >= 1,
             "1 or more is needed, e.g. 2048",
         )
-        require(
-            self,
-            "tensor_parallel_size",
-            self.tensor_parallel_size in (1, 2, 4, 8),
-            "use 1, 2, 4 or 8",
-        )
+        check_tensor_parallel_size(self)
         require(
             self,
             "tensor_parallel_size",

@@ -17,6 +17,12 @@ from runtime.ascend.chips import CHIPS, Chip
 from runtime.common.errors import CHECK_FAILED, ToolkitError, run_command
 from runtime.common.flags import Parser, check_folder, flag, require
 from runtime.common.machine import gib
+from runtime.common.shared_flags import (
+    check_tensor_parallel_size,
+    max_model_len_flag,
+    model_flag,
+    tensor_parallel_flag,
+)
 from runtime.engine.loading.memory import Plan, longest_of, make_plan, on_npu
 from runtime.engine.options import dtype_name
 
@@ -33,32 +39,19 @@ RELEASED = Path(__file__).parents[2] / "models" / "released"
 
 @dataclass(kw_only=True)
 class PlanOptions:
-    model: str = flag(
-        "checkpoint folder, of which config.json is enough, or the name of a release, e.g. visualglm-6b",
-        "-m",
-        "--model-path",
-        metavar="DIR",
+    model: str = model_flag(
+        "checkpoint folder, of which config.json is enough, or the name of a release, e.g. visualglm-6b"
     )
     soc: str = flag(
         f"chip: {', '.join(CHIPS)}", "--soc-version", default="Ascend910B3", metavar="SOC"
     )
-    tensor_parallel_size: int = flag(
-        "devices the decoder is split over: 1, 2, 4 or 8",
-        "-tp",
-        "--tp",
-        default=1,
-        kind=int,
-        metavar="N",
+    tensor_parallel_size: int = tensor_parallel_flag(
+        "devices the decoder is split over: 1, 2, 4 or 8"
     )
     batch: int = flag(
         "sequences at the same time", "--batch-size", default=8, kind=int, metavar="N"
     )
-    max_model_len: int | None = flag(
-        "longest prompt + answer in tokens (default: what the model can, at most 8192)",
-        default=None,
-        kind=int,
-        metavar="N",
-    )
+    max_model_len: int | None = max_model_len_flag()
     input_len: int | None = flag(
         "tokens of the prompt whose first token is timed (default: half of --max-model-len)",
         default=None,
@@ -84,12 +77,7 @@ class PlanOptions:
             self.soc in CHIPS,
             f"use one of {', '.join(CHIPS)} (npu-smi info shows yours)",
         )
-        require(
-            self,
-            "tensor_parallel_size",
-            self.tensor_parallel_size in (1, 2, 4, 8),
-            "use 1, 2, 4 or 8",
-        )
+        check_tensor_parallel_size(self)
         for name in ("batch", "max_model_len", "input_len"):
             require(
                 self,

@@ -5,11 +5,12 @@ from pathlib import Path
 
 from runtime.common.errors import ToolkitError
 from runtime.common.flags import check_choices, check_folder, flag, require
+from runtime.common.shared_flags import language_flag, model_flag
 
 
 @dataclass(kw_only=True)
 class PredictOptions:
-    model: str = flag("folder of a downloaded checkpoint", "-m", "--model-path", metavar="DIR")
+    model: str = model_flag()
     input: str | None = flag(
         "questions: a jsonl file with prompt, image, history, language per line",
         default=None,
@@ -39,11 +40,7 @@ class PredictOptions:
         kind=int,
         metavar="N",
     )
-    language: str | None = flag(
-        "wording of the prompt around the question (default: as released)",
-        default=None,
-        choices=("zh", "en"),
-    )
+    language: str | None = language_flag()
 
     def __post_init__(self):
         check_choices(self)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.common.flags import check_choices, check_folder, flag, require
+from runtime.common.shared_flags import language_flag, model_flag
 
 KEY = "ASCEND_VLM_API_KEY"
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -16,7 +17,7 @@ HOST = re.compile(r"([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:\d{1,5})?")
 class ServeOptions:
     """What is served, to whom, and how much of it."""
 
-    model: str = flag("folder of a downloaded checkpoint", "-m", "--model-path", metavar="DIR")
+    model: str = model_flag()
     host: str = flag(
         "address to listen on; 0.0.0.0 for the whole network",
         default="127.0.0.1",
@@ -32,11 +33,7 @@ class ServeOptions:
     served_model_name: str | None = flag(
         "name that clients use (default: the folder's)", default=None, metavar="NAME"
     )
-    language: str | None = flag(
-        "wording of the prompt around the question (default: as released)",
-        default=None,
-        choices=("zh", "en"),
-    )
+    language: str | None = language_flag()
     max_queue: int = flag(
         "requests that may wait while others are computed; more get status 429",
         default=64,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from runtime.common.errors import ToolkitError
 from runtime.common.flags import check_choices, check_folder, flag, require
+from runtime.common.shared_flags import language_flag, model_flag
 from runtime.serve.options import KEY, ServeOptions
 
 MAX_PICTURE = ServeOptions.max_image_bytes
@@ -15,9 +16,7 @@ MAX_PIXELS = ServeOptions.max_image_pixels  # what the service takes by default
 class UiOptions:
     """Who answers, and where the page is shown."""
 
-    model: str | None = flag(
-        "folder of a downloaded checkpoint", "-m", "--model-path", default=None, metavar="DIR"
-    )
+    model: str | None = model_flag(default=None)
     server: str | None = flag(
         "instead of --model: URL of an OpenAI-compatible server, e.g. http://127.0.0.1:8000",
         default=None,
@@ -35,11 +34,7 @@ class UiOptions:
         metavar="ADDRESS",
     )
     port: int = flag("port to listen on", default=7860, kind=int, metavar="N")
-    language: str | None = flag(
-        "wording of the prompt around the question (default: as released)",
-        default=None,
-        choices=("zh", "en"),
-    )
+    language: str | None = language_flag()
 
     def __post_init__(self):
         check_choices(self)

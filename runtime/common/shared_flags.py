@@ -1,0 +1,46 @@
+"""Flags that several commands have, each defined once, and the checks of their values.
+
+Takes what differs between the commands (help text, default), returns a dataclass field as `flag` does.
+"""
+
+from .flags import flag, require
+
+RANKS = (1, 2, 4, 8)
+
+
+def model_flag(help: str = "folder of a downloaded checkpoint", **default):
+    return flag(help, "-m", "--model-path", metavar="DIR", **default)
+
+
+def output_flag(help: str):
+    return flag(help, "-o", "--output", metavar="DIR")
+
+
+def language_flag():
+    return flag(
+        "wording of the prompt around the question (default: as released)",
+        default=None,
+        choices=("zh", "en"),
+    )
+
+
+def max_model_len_flag():
+    return flag(
+        "longest prompt + answer in tokens (default: what the model can, at most 8192)",
+        default=None,
+        kind=int,
+        metavar="N",
+    )
+
+
+def tensor_parallel_flag(help: str):
+    return flag(help, "-tp", "--tp", default=1, kind=int, metavar="N")
+
+
+def check_tensor_parallel_size(options):
+    require(
+        options,
+        "tensor_parallel_size",
+        options.tensor_parallel_size in RANKS,
+        "use 1, 2, 4 or 8",
+    )
