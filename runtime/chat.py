@@ -110,7 +110,7 @@ def main(argv) -> int:
     from models import family_of
 
     check_pictures(family_of(options.model), options.image)
-    engine = open_engine(options.model, **vars(one_at_a_time(engine_options)))
+    engine = open_engine(options.model, one_at_a_time(engine_options))
     tell("\n".join(engine.describe()))
     conversation = Conversation(engine, options, sampling)
     if question is None:

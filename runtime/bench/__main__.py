@@ -109,7 +109,7 @@ def ready_engine(options: BenchOptions, engine_options: EngineOptions):
     together = max(options.batches)
     engine = open_engine(
         options.model,
-        **vars(replace(engine_options, max_num_seqs=engine_options.max_num_seqs or together)),
+        replace(engine_options, max_num_seqs=engine_options.max_num_seqs or together),
     )
     print("\n".join(engine.describe()), file=sys.stderr)
     return engine

@@ -88,7 +88,7 @@ def run_candidate(
 ) -> Side:
     """The reference's tokens, fed to the candidate step by step; then every layer on the reference's streams."""
     given = replace(one_at_a_time(engine_options), layer_by_layer=options.layer_by_layer)
-    engine, seconds = load("candidate", options.model, partial(open_engine, **vars(given)))
+    engine, seconds = load("candidate", options.model, partial(open_engine, options=given))
     prompts, features = encode(engine, cases)
     outcomes = []
     note = why_no_layers(options, engine_options)

@@ -12,11 +12,11 @@ def join_torchrun(options: EngineOptions):
     team.join_torchrun(options.tensor_parallel_size, open_engine)
 
 
-def open_engine(model, **options):
-    """Engine(model, **options); torch is imported here and not before."""
+def open_engine(model, options: EngineOptions):
+    """The Engine of a model folder; torch is imported here and not before."""
     from .engine import Engine
 
-    return Engine(model, **options)
+    return Engine.from_options(model, options)
 
 
 def check_pictures(family, pictures):

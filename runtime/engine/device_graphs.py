@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from models.network.decoder import Step
 from runtime.common.errors import CHECK_FAILED, ToolkitError
 from runtime.common.progress import track
-from runtime.ops.reference import device_tensors
 
 BATCH_SIZES = (8, 4, 2, 1)  # the largest first: the others fit into its memory
 
@@ -90,8 +89,8 @@ class DecodeGraphs:
     def _load(self, recording, ids, step):
         size = len(recording.ids)
         recording.ids.copy_(F.pad(ids, (0, size - len(ids))))
-        fresh = device_tensors(self._begin(self._fill_up(step, size), "cpu"))
-        for name, target in device_tensors(recording.step).items():
+        fresh = self._decoder.ops.graph_inputs(self._begin(self._fill_up(step, size), "cpu"))
+        for name, target in self._decoder.ops.graph_inputs(recording.step).items():
             target.copy_(fresh[name])
 
     def _begin(self, step, device):

@@ -64,7 +64,9 @@ class Engine:
         self._features = OrderedDict()
         self.last_result = None
         self._team = self._ops.team = open_team(
-            model_dir, replace(self.options, cache_tokens=self.plan.cache_tokens), load=Engine
+            model_dir,
+            replace(self.options, cache_tokens=self.plan.cache_tokens),
+            load=Engine.from_options,
         )
         self._split = Split(
             self.family.decoder,
@@ -84,6 +86,10 @@ class Engine:
         except BaseException:
             self.close()
             raise
+
+    @classmethod
+    def from_options(cls, model_dir, options: EngineOptions) -> "Engine":
+        return cls(model_dir, **vars(options))
 
     # prompts
 

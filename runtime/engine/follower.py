@@ -14,7 +14,7 @@ def main(argv) -> int:
     die_with_parent()
     if os.getppid() != int(argv[0]):  # it died before we could ask
         return USER_MISTAKE
-    return follow(Engine)
+    return follow(Engine.from_options)
 
 
 if __name__ == "__main__":

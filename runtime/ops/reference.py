@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from models.network.decoder import Step
 from models.network.linear import Linear
 from runtime.common.machine import available_memory
 
@@ -68,6 +67,12 @@ class ReferenceOps:
             name: getattr(step, name).to(device) for name in ("cos", "sin", "slots", "block_table")
         }
         return replace(step, **tensors)
+
+    def graph_inputs(self, step) -> dict[str, torch.Tensor]:
+        """Tensors of a step that change from token to token: what a recorded graph reads anew on every replay."""
+        names = [f.name for f in fields(step) if f.name not in ("order", "q_tensor")]
+        values = {name: getattr(step, name) for name in names}
+        return {name: x for name, x in values.items() if isinstance(x, torch.Tensor)}
 
     def all_layers(self, decoder, x, step, cache):
         """All layers and the last norm at once, x [T, hidden] -> [T, hidden]; None where they are computed one by one."""
@@ -199,9 +204,3 @@ def _attend(q, k, v, causal: bool):
         hidden = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(past + 1)
         scores = scores.masked_fill(hidden, float("-inf"))
     return (scores.softmax(-1) @ v).transpose(0, 1)
-
-
-def device_tensors(step: Step) -> dict[str, torch.Tensor]:
-    """What a replayed graph reads anew: the step's tensors that change from token to token."""
-    names = [f.name for f in fields(step) if f.name not in ("order", "q_tensor")]
-    return {name: value for name in names if isinstance(value := getattr(step, name), torch.Tensor)}

@@ -18,6 +18,7 @@ import tempfile
 import termios
 import threading
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -162,7 +163,7 @@ def deferred_interrupt():
 def open_team(model_dir, options, load) -> Team | None:
     """The team of an Engine with these options: None for one device, else with every other rank loading the model too.
 
-    Ranks of torchrun other than 0 call `load(model_dir, **options)` and do not come back.
+    Ranks of torchrun other than 0 call `load(model_dir, options)` and do not come back.
     ToolkitError when this process has a split model already.
     """
     global _team
@@ -177,7 +178,7 @@ def open_team(model_dir, options, load) -> Team | None:
     if _team is None:
         _team = _join() if started > 1 else _start(options.tensor_parallel_size)
     _team.free = False
-    _team.send(("load", (str(model_dir), vars(options))))
+    _team.send(("load", (str(model_dir), options)))
     return _team
 
 
@@ -305,7 +306,7 @@ def follow(load) -> int:
         if kind == "load":
             engine = None  # its memory first
             model_dir, options = content
-            engine = load(model_dir, **options | {"device": _own_device(options["device"])})
+            engine = load(model_dir, replace(options, device=_own_device(options.device)))
         else:
             engine.follow(*content)
     return 0

@@ -53,7 +53,7 @@ def main(argv) -> int:
 
 def predict(options, engine_options, sampling, questions, answers: Answers):
     """Ask what has no answer yet, batch by batch."""
-    engine = open_engine(options.model, **vars(engine_options))
+    engine = open_engine(options.model, engine_options)
     asker = Asker(engine, sampling, options.language, Path(options.input).parent)
     for start in range(answers.count, len(questions), options.batch_size):
         batch = asker.ask(questions[start : start + options.batch_size])

@@ -23,7 +23,7 @@ def show_examples(options, engine_options, sampling) -> int:
             f"note: {folder} has no 1.jpeg, 2.jpeg and 3.jpeg; drawn pictures are used instead",
             file=sys.stderr,
         )
-    engine = open_engine(options.model, **vars(engine_options))
+    engine = open_engine(options.model, engine_options)
     for index, (question, file) in enumerate(zip(EXAMPLES, files)):
         start = time.perf_counter()
         asked = content(question.text, [file if own else question.scene()])

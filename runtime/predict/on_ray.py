@@ -173,7 +173,7 @@ class AskBatch:
     def __init__(self, options, engine_options, sampling):
         self.refused = None
         try:
-            engine = open_engine(Path(options.model).resolve(), **vars(engine_options))
+            engine = open_engine(Path(options.model).resolve(), engine_options)
         except UserError as error:
             self.refused = str(error), error.exit_code
         else:

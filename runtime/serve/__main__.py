@@ -74,7 +74,7 @@ def build(uvicorn, options: ServeOptions, engine_options: EngineOptions):
     from .telemetry import Telemetry
 
     def ready_engine():
-        engine = open_engine(options.model, **vars(engine_options))
+        engine = open_engine(options.model, engine_options)
         where = f"http://{options.host}:{options.port}"
         print(
             "\n".join([*engine.describe(), f"ready: {options.served_model_name} at {where}/v1"]),

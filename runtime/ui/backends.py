@@ -21,7 +21,7 @@ class Local:
     def __init__(self, options: UiOptions, engine_options: EngineOptions):
         from runtime.serve.engine_thread import Worker
 
-        self.engine = open_engine(options.model, **vars(engine_options))
+        self.engine = open_engine(options.model, engine_options)
         family = self.engine.family
         self.name = family.name
         self.longest = self.engine.max_model_len
