@@ -17,13 +17,14 @@ SHOWN = 10  # findings of the graph check on screen
 
 def is_current(family, checkpoint, out: Path) -> bool:
     """Whether `out` holds this checkpoint's artifact already; ToolkitError if it holds another one's."""
-    from runtime.vision.artifact import EXPORTER, load, source_hash
+    from runtime.vision.artifact import load
+    from runtime.vision.source import EXPORTER, Source
 
     try:
         manifest = load(out)
     except ToolkitError:
         return False
-    if manifest.source == source_hash(family, checkpoint):
+    if manifest.source == Source(family, checkpoint).hash:
         print(f"{out} already holds the verified encoder of this checkpoint; nothing to do")
         return True
     if manifest.exporter == EXPORTER:
@@ -67,13 +68,13 @@ def convert(family, checkpoint, out: Path):
 
 def left_over(family, checkpoint, work: Path) -> tuple[str, dict] | None:
     """(source, files) of an export that an interrupted run of the same checkpoint completed, else None."""
-    from runtime.vision.artifact import source_hash
+    from runtime.vision.source import Source
 
     note = work / EXPORTED
     if not note.is_file():
         return None
     source, files = json.loads(note.read_text(encoding="utf-8"))
-    if source != source_hash(family, checkpoint):
+    if source != Source(family, checkpoint).hash:
         return None
     print("continuing after the export that an interrupted run completed")
     return source, files
@@ -84,7 +85,7 @@ def fresh(family, checkpoint, work: Path) -> tuple[str, dict]:
     from convert.export.write import check_space, export, reuse_memory
     from runtime.common.files import write_atomically
     from runtime.common.progress import spinner
-    from runtime.vision.artifact import source_hash, vision_digest
+    from runtime.vision.source import Source
 
     start = time.perf_counter()
     shutil.rmtree(work, ignore_errors=True)
@@ -92,16 +93,14 @@ def fresh(family, checkpoint, work: Path) -> tuple[str, dict]:
     try:
         print(check_space(family, work.parent), flush=True)
         reuse_memory()
-        digest = in_background(
-            vision_digest, family, checkpoint
-        )  # for source_hash: the cache keeps it
+        digest = in_background(lambda: Source(family, checkpoint).weights_digest)
         with spinner("tracing the vision encoder"):
             from convert.export.trace import trace
 
             model = trace(family.vision_encoder, family.vision)
             digest.result()
         files = export(model, family, checkpoint, work)
-        source = source_hash(family, checkpoint)
+        source = Source(family, checkpoint).hash
         write_atomically(work / EXPORTED, json.dumps([source, files]))
     except BaseException as error:
         shutil.rmtree(work)

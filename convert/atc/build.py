@@ -196,7 +196,8 @@ class Build:
         shape = self.family.vision.input_shape
         om = {
             "files": {
-                str(path.relative_to(self.out)): artifact.entry(path) for path in (made, *weights)
+                str(path.relative_to(self.out)): artifact.file_entry(path)
+                for path in (made, *weights)
             },
             "input": {"dtype": "uint8" if self.request.aipp else "float16", "shape": list(shape)},
             "gears": list(self.request.gears),

@@ -14,7 +14,7 @@ from models.checkpoint.reader import Checkpoint
 from models.family import Family
 from runtime.common.errors import ToolkitError
 from runtime.common.progress import byte_progress
-from runtime.vision.artifact import DATA, ONNX, entry
+from runtime.vision.artifact import DATA, ONNX, file_entry
 
 from .data_file import ALIGNMENT, DataFile
 
@@ -62,7 +62,7 @@ def export(model: ir.Model, family: Family, checkpoint: Checkpoint, folder: Path
         )
     _register(model.graph)
     ir.save(model, folder / ONNX)
-    return {ONNX: entry(folder / ONNX), DATA: {"bytes": data.size, "sha256": data.sha256}}
+    return {ONNX: file_entry(folder / ONNX), DATA: {"bytes": data.size, "sha256": data.sha256}}
 
 
 def reuse_memory():

@@ -10,9 +10,10 @@ from models.family import Family
 from runtime.ascend.host import npu_nodes
 from runtime.common.errors import ToolkitError
 
-from .artifact import ensure
+from .artifact import find_or_convert
 from .onnx_session import OnnxVision
 from .session import VisionSession
+from .source import Source
 from .torch_session import TorchVision
 
 
@@ -34,9 +35,10 @@ def open_session(
         raise ToolkitError(f"{family.name} takes no pictures; leave the picture out")
     if kind == "torch" or precision != "fp32":
         return TorchVision(family, checkpoint, precision)
-    om = _wanted_om(kind, family, checkpoint, artifact)
+    source = Source(family, checkpoint)
+    om = _wanted_om(kind, source, artifact)
     if om is None:
-        return OnnxVision(ensure(family, checkpoint, artifact), family.vision, threads)
+        return OnnxVision(find_or_convert(source, artifact), family.vision, threads)
     from .om_session import OmVision, check_chip
 
     check_chip(om)
@@ -50,10 +52,10 @@ def check_om(family: Family, checkpoint: Checkpoint, artifact=None):
     from runtime.ascend.aclruntime import infer_session
 
     infer_session()
-    _wanted_om("om", family, checkpoint, artifact)
+    _wanted_om("om", Source(family, checkpoint), artifact)
 
 
-def _wanted_om(kind, family, checkpoint, artifact):
+def _wanted_om(kind: str, source: Source, artifact):
     """The OmFile to run, None for ONNX. "auto" takes one only where an NPU is, and unnamed only one that was verified."""
     from .om_session import find_om
 
@@ -64,10 +66,10 @@ def _wanted_om(kind, family, checkpoint, artifact):
         )
     if kind == "auto" and not named and not npu_nodes() or kind == "onnx":
         return None
-    om = find_om(family, checkpoint, artifact)
+    om = find_om(source, artifact)
     if om is None and kind == "om":
         raise ToolkitError(
-            f"no .om in {artifact or f'the cache, nor in {checkpoint.directory}'}; give one with --artifact "
+            f"no .om in {artifact or f'the cache, nor in {source.checkpoint.directory}'}; give one with --artifact "
             "FILE.om, or make one with `python -m convert`"
         )
     return om if kind == "om" or om and (om.verified or named) else None

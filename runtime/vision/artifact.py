@@ -1,7 +1,7 @@
 """The artifact directory: one verified vision encoder, with a manifest that says what it was made from.
 
-In flow a family and its checkpoint, out flows a directory that fits them: vision.onnx, vision.onnx.data, manifest.json.
-The manifest is written last and atomically, so a directory without one holds nothing usable.
+Takes a Source, returns a directory that fits it: vision.onnx, vision.onnx.data, manifest.json, and the .om where there
+is one. The manifest is written last and atomically, so a directory without one holds nothing usable.
 """
 
 import hashlib
@@ -12,13 +12,12 @@ import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from models.checkpoint.reader import Checkpoint
-from models.checkpoint.table import Weight
-from models.family import Family
 from runtime.common.errors import ToolkitError
-from runtime.common.files import READ_BYTES, cache_root, tensors_digest, write_atomically
+from runtime.common.files import READ_BYTES, cache_root, write_atomically
 from runtime.common.processes import start_module
 from runtime.common.progress import spinner
+
+from .source import EXPORTER, Source
 
 MANIFEST = "manifest.json"
 ONNX = "vision.onnx"
@@ -26,19 +25,17 @@ DATA = "vision.onnx.data"
 ONNX_VERIFIED = "onnx verified"
 OM_COMPILED = "om compiled, not verified"
 OM_VERIFIED = "om verified"
-EXPORTER = (
-    1  # raise it when the exported graph changes: artifacts of older exporters are made again
-)
 
 
 @dataclass
 class Manifest:
-    """manifest.json. `input` and `output` are {name, shape, dtype}; `files` is {name: {bytes, sha256}}; `errors` maps
-    each verification picture to what was measured against torch fp32.
+    """manifest.json. `source` is the hash of a Source; `input` and `output` are {name, shape, dtype}; `files` is
+    {name: {bytes, sha256}}; `errors` maps each verification image to what was measured against torch in fp32.
 
-    With an .om, `soc_version` and `precision_mode` are its own, and `om` says the rest: files {name: {bytes, sha256}}
+    With an .om, `soc_version` and `precision_mode` are the .om's, and `om` holds the rest: files {name: {bytes, sha256}}
     (the .om first), input {dtype, shape}, gears (batch sizes), command, cann (version), log, attempts (precision mode,
-    cosine, distance, latency_ms of each .om measured on a device, the kept one last)."""
+    cosine, distance, latency_ms of each .om measured on a device, the kept one last).
+    """
 
     source: str
     family: str
@@ -55,20 +52,14 @@ class Manifest:
     om: dict | None = None
 
 
-def load(directory: str | Path) -> Manifest:
+def load(artifact_dir: str | Path) -> Manifest:
     """Manifest of a complete artifact; ToolkitError if the directory, the manifest or a file is missing or damaged."""
-    directory = Path(directory)
-    path = directory / MANIFEST
+    artifact_dir = Path(artifact_dir)
+    path = artifact_dir / MANIFEST
     if not path.is_file():
-        what = (
-            "has no manifest.json"
-            if directory.is_dir()
-            else "is a file"
-            if directory.exists()
-            else "does not exist"
-        )
         raise ToolkitError(
-            f"artifact {directory} {what}; make it with {_convert_command('CHECKPOINT', directory)}"
+            f"artifact {artifact_dir} {_what_lacks(artifact_dir)}; "
+            f"make it with {_convert_command('CHECKPOINT', artifact_dir)}"
         )
     try:
         manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
@@ -76,157 +67,127 @@ def load(directory: str | Path) -> Manifest:
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ToolkitError(
             f"{path} is not a manifest this version can read; "
-            f"make it again with {_convert_command('CHECKPOINT', directory)}"
+            f"make it again with {_convert_command('CHECKPOINT', artifact_dir)}"
         ) from None
     for name, size in sizes.items():
-        there = (directory / name).stat().st_size if (directory / name).is_file() else None
-        if there != size:
-            problem = (
-                "is missing"
-                if there is None
-                else f"has {there:,} bytes, its manifest says {size:,}"
-            )
-            raise ToolkitError(
-                f"{directory / name} {problem}; "
-                f"make it again with {_convert_command('CHECKPOINT', directory)}"
-            )
+        _check_file(artifact_dir, name, size)
     return manifest
 
 
-def publish(work: Path, directory: Path, manifest: Manifest):
-    """Move the manifest's files from `work` (same file system) into `directory`: complete, or without a manifest."""
-    (directory / MANIFEST).unlink(missing_ok=True)
-    for name in manifest.files:
-        os.replace(work / name, directory / name)
-    save(directory, manifest)
+def _what_lacks(artifact_dir: Path) -> str:
+    if artifact_dir.is_dir():
+        return "has no manifest.json"
+    return "is a file" if artifact_dir.exists() else "does not exist"
 
 
-def entry(path: Path) -> dict:
-    """What a manifest says of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while piece := stream.read(READ_BYTES):
-            digest.update(piece)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def save(directory: Path, manifest: Manifest):
-    write_atomically(directory / MANIFEST, json.dumps(asdict(manifest), indent=2) + "\n")
-
-
-def om_file(manifest: Manifest, directory: str | Path) -> Path | None:
-    """The .om that the manifest describes; None when there is none, or it or its weights are not as recorded any more."""
-    files = (manifest.om or {}).get("files", {})
-    for name, entry in files.items():
-        path = Path(directory) / name
-        if not path.is_file() or path.stat().st_size != entry["bytes"]:
-            return None
-    return Path(directory) / next(iter(files)) if files else None
-
-
-def check_fits(manifest: Manifest, family: Family, checkpoint: Checkpoint, directory: str | Path):
-    """ToolkitError unless the artifact was made from this checkpoint's vision weights, by this exporter."""
-    if manifest.exporter != EXPORTER:
-        reason = f"was written by exporter {manifest.exporter}, this version needs {EXPORTER}"
-    elif manifest.family != family.name:
-        reason = f"holds a {manifest.family} encoder, {checkpoint.directory} is {family.name}"
-    elif manifest.source != source_hash(family, checkpoint):
-        reason = f"was made from another checkpoint than {checkpoint.directory}"
+def _check_file(artifact_dir: Path, name: str, size: int):
+    path = artifact_dir / name
+    if not path.is_file():
+        problem = "is missing"
+    elif path.stat().st_size != size:
+        problem = f"has {path.stat().st_size:,} bytes, its manifest says {size:,}"
     else:
         return
     raise ToolkitError(
-        f"artifact {directory} {reason}; run {_convert_command(checkpoint.directory, directory)} with "
+        f"{path} {problem}; make it again with {_convert_command('CHECKPOINT', artifact_dir)}"
+    )
+
+
+def publish(work_dir: Path, artifact_dir: Path, manifest: Manifest):
+    """Move the manifest's files from `work_dir` (on the same file system) into `artifact_dir`.
+
+    Killed at any moment, it leaves a complete artifact or a directory without a manifest.
+    """
+    (artifact_dir / MANIFEST).unlink(missing_ok=True)
+    for name in manifest.files:
+        os.replace(work_dir / name, artifact_dir / name)
+    save(artifact_dir, manifest)
+
+
+def file_entry(path: Path) -> dict:
+    """{bytes, sha256} of a file, as a manifest records it."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(READ_BYTES):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def save(artifact_dir: Path, manifest: Manifest):
+    write_atomically(artifact_dir / MANIFEST, json.dumps(asdict(manifest), indent=2) + "\n")
+
+
+def om_file(manifest: Manifest, artifact_dir: str | Path) -> Path | None:
+    """The .om of the manifest; None when there is none, or when it or its weights are no longer as recorded."""
+    files = (manifest.om or {}).get("files", {})
+    for name, entry in files.items():
+        path = Path(artifact_dir) / name
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            return None
+    return Path(artifact_dir) / next(iter(files)) if files else None
+
+
+def check_fits(manifest: Manifest, source: Source, artifact_dir: str | Path):
+    """ToolkitError unless the artifact was made from this source, by this exporter."""
+    model_dir = source.checkpoint.directory
+    if manifest.exporter != EXPORTER:
+        reason = f"was written by exporter {manifest.exporter}, this version needs {EXPORTER}"
+    elif manifest.family != source.family.name:
+        reason = f"holds a {manifest.family} encoder, {model_dir} is {source.family.name}"
+    elif manifest.source != source.hash:
+        reason = f"was made from another checkpoint than {model_dir}"
+    else:
+        return
+    raise ToolkitError(
+        f"artifact {artifact_dir} {reason}; run {_convert_command(model_dir, artifact_dir)} with "
         "--force, or leave --artifact out"
     )
 
 
-def source_hash(family: Family, checkpoint: Checkpoint) -> str:
-    """sha256 (hex) of all that decides what the encoder computes: vision tensors, their table, the tower's settings."""
-    import torch
-
-    table = [
-        [w.source, [[p.target, p.take, p.at] for p in w.parts]] for w in _vision_weights(family)
-    ]
-    with torch.device("meta"):
-        tower = family.vision_encoder()
-    identity = [
-        EXPORTER,
-        family.name,
-        asdict(family.vision),
-        _settings(tower),
-        table,
-        vision_digest(family, checkpoint),
-    ]
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+def cache_directory(source: Source) -> Path:
+    """Where the artifact of `source` lies when the user names none."""
+    return cache_root() / "vision" / source.hash[:16]
 
 
-def vision_digest(family: Family, checkpoint: Checkpoint) -> str:
-    return tensors_digest(
-        checkpoint, [w.source for w in _vision_weights(family) if w.source in checkpoint.shapes]
-    )
+def find_or_convert(source: Source, artifact: str | Path | None = None) -> Path:
+    """Directory of an artifact that fits `source`: `artifact` itself, else the cached one, converted now if missing.
 
-
-def _vision_weights(family: Family) -> list[Weight]:
-    return [w for w in family.weights() if any(p.target.startswith("vision.") for p in w.parts)]
-
-
-def _settings(tower) -> list:
-    """Class and public attributes (eps, heads, activation, ...) of every module."""
-
-    def plain(value):
-        return getattr(
-            value, "__qualname__", value if isinstance(value, (int, float, str)) else repr(value)
-        )
-
-    return [
-        [
-            name,
-            type(module).__name__,
-            {k: plain(v) for k, v in vars(module).items() if not k.startswith("_")},
-        ]
-        for name, module in tower.named_modules()
-    ]
-
-
-def cache_directory(source: str) -> Path:
-    return cache_root() / "vision" / source[:16]
-
-
-def ensure(family: Family, checkpoint: Checkpoint, artifact: str | Path | None = None) -> Path:
-    """Directory of an artifact that fits: `artifact` itself, else the cached one, converted now if there is none."""
+    ToolkitError if `artifact` does not fit, or if the conversion fails.
+    """
     if artifact is not None:
-        check_fits(load(artifact), family, checkpoint, artifact)
+        check_fits(load(artifact), source, artifact)
         return Path(artifact)
     with spinner("identifying the checkpoint by its vision weights"):
-        directory = cache_directory(source_hash(family, checkpoint))
+        cached = cache_directory(source)
     try:
-        check_fits(load(directory), family, checkpoint, directory)
+        check_fits(load(cached), source, cached)
     except ToolkitError:
         print(
-            f"no artifact given: converting the vision encoder once, into {directory}",
+            f"no artifact given: converting the vision encoder once, into {cached}",
             file=sys.stderr,
         )
-        _convert(checkpoint.directory, directory)
-    return directory
+        _convert(source.checkpoint.directory, cached)
+    return cached
 
 
-def _convert(model: Path, directory: Path):
-    """The converter as a process of its own: its memory is given back, and the runtime never imports it."""
+def _convert(model_dir: Path, artifact_dir: Path):
+    """Run the converter in a process of its own: its memory is given back, and the runtime never imports it."""
     with start_module(
         "convert",
         "--model",
-        model.resolve(),
+        model_dir.resolve(),
         "--out",
-        directory.absolute(),
+        artifact_dir.absolute(),
         "--onnx-only",
         stdout=subprocess.DEVNULL,
     ) as process:
         code = process.wait()
     if code:
         raise ToolkitError(
-            f"the conversion of {model} failed (see above); --vision torch works without it", code
+            f"the conversion of {model_dir} failed (see above); --vision torch works without it",
+            code,
         )
 
 
-def _convert_command(model, directory) -> str:
-    return f"`python -m convert --model {model} --out {directory}`"
+def _convert_command(model_dir: str | Path, artifact_dir: str | Path) -> str:
+    return f"`python -m convert --model {model_dir} --out {artifact_dir}`"

@@ -9,15 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from models.checkpoint.reader import Checkpoint
 from models.config import VisionSpec
-from models.family import Family
 from runtime.ascend.aclruntime import OmModel
 from runtime.ascend.host import Host, parse_npu_smi
 from runtime.common.errors import ToolkitError
 
 from . import artifact
 from .session import VisionSession
+from .source import Source
 
 LARGEST_HALF = 65504.0
 
@@ -97,30 +96,30 @@ def open_om(path: str | Path, spec: VisionSpec, device_id: int = 0) -> OmVision:
     return OmVision(path, spec, device_id)
 
 
-def find_om(
-    family: Family, checkpoint: Checkpoint, given: str | Path | None = None
-) -> OmFile | None:
-    """The .om to use: `given` itself or the one in that folder, else the cached artifact's, else the one in the checkpoint's
-    folder, where the blip2.om of older guides lies. ToolkitError when a given one does not fit or several are there."""
+def find_om(source: Source, given: str | Path | None = None) -> OmFile | None:
+    """The .om to use: `given` or the one in that directory, else the cached artifact's, else the one beside the
+    checkpoint, where the blip2.om of older guides lies. ToolkitError when `given` does not fit or there are several.
+    """
     if given is not None:
-        return _om_of(Path(given), family, checkpoint)
-    cached = artifact.cache_directory(artifact.source_hash(family, checkpoint))
-    return _om_of(cached, family, checkpoint) or _om_of(checkpoint.directory, family, checkpoint)
+        return _om_of(Path(given), source)
+    cached = _om_of(artifact.cache_directory(source), source)
+    return cached or _om_of(source.checkpoint.directory, source)
 
 
-def _om_of(place: Path, family, checkpoint) -> OmFile | None:
-    if place.suffix == ".om":
-        return OmFile(place)
-    if (place / artifact.MANIFEST).is_file():
-        manifest = artifact.load(place)
-        artifact.check_fits(manifest, family, checkpoint, place)
-        path = artifact.om_file(manifest, place)
-        if path is not None:
-            return OmFile(path, manifest.status == artifact.OM_VERIFIED, manifest.soc_version)
-    files = sorted(place.glob("*.om"))
+def _om_of(path: Path, source: Source) -> OmFile | None:
+    """`path` itself if it is an .om, else the one of the artifact there, else the only one in that directory."""
+    if path.suffix == ".om":
+        return OmFile(path)
+    if (path / artifact.MANIFEST).is_file():
+        manifest = artifact.load(path)
+        artifact.check_fits(manifest, source, path)
+        om = artifact.om_file(manifest, path)
+        if om is not None:
+            return OmFile(om, manifest.status == artifact.OM_VERIFIED, manifest.soc_version)
+    files = sorted(path.glob("*.om"))
     if len(files) > 1:
         raise ToolkitError(
-            f"{place} holds {len(files)} .om files ({', '.join(file.name for file in files)}); name one with "
+            f"{path} holds {len(files)} .om files ({', '.join(file.name for file in files)}); name one with "
             "--artifact"
         )
     return OmFile(files[0]) if files else None

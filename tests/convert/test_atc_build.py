@@ -46,7 +46,7 @@ def test_compiled_without_a_device(out, cann):
         "shape": [1, 224, 224, 3],
     }
     assert (
-        manifest.om["files"] == {"vision.om": artifact.entry(out / "vision.om")}
+        manifest.om["files"] == {"vision.om": artifact.file_entry(out / "vision.om")}
         and manifest.om["gears"] == []
     )
     log = (out / manifest.om["log"]).read_text()

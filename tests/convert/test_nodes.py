@@ -186,7 +186,9 @@ def planted(plant, folder, tmp_path):
     (copy / "vision.onnx").write_bytes(model.SerializeToString())
     artifact.save(
         copy,
-        replace(artifact.load(folder), files={"vision.onnx": artifact.entry(copy / "vision.onnx")}),
+        replace(
+            artifact.load(folder), files={"vision.onnx": artifact.file_entry(copy / "vision.onnx")}
+        ),
     )
     return copy, module
 

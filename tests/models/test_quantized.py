@@ -36,7 +36,7 @@ from runtime.engine.loading.weights import decoder_weights
 from runtime.ops.cpu.ops import CpuOps, PackedInt8
 from runtime.ops.reference import ReferenceOps
 from runtime.parallel.split import Split
-from runtime.vision.artifact import source_hash
+from runtime.vision.source import Source
 
 GOLDEN = paths.GOLDEN / "msmodelslim"
 CASES = (
@@ -344,7 +344,7 @@ def test_pictures(tmp_path):
     """The vision tower of a quantised folder is the float one, and exports to the same artifact."""
     plain, quantised = weight_only("visualglm", tmp_path)
     families = [family_of(folder) for folder in (plain, quantised)]
-    assert len({source_hash(family, Checkpoint(family.directory)) for family in families}) == 1
+    assert len({Source(family, Checkpoint(family.directory)).hash for family in families}) == 1
     Checkpoint(quantised).check(stored_weights(families[1]))
     picture = {"type": "image", "image": paths.GOLDEN / "visualglm" / "image.png"}
     chat = [{"role": "user", "content": [picture, {"type": "text", "text": "描述这张图片。"}]}]

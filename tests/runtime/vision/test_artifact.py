@@ -17,6 +17,7 @@ from runtime.common import files, processes
 from runtime.common.errors import ToolkitError
 from runtime.vision import artifact
 from runtime.vision.artifact import Manifest
+from runtime.vision.source import Source
 
 GOLDEN = paths.GOLDEN / "visualglm"
 PROJECTION = "image_encoder.glm_proj.weight"
@@ -62,10 +63,10 @@ def make(directory, source, **fields):
 
 
 def test_a_published_artifact_loads(tmp_path, original):
-    directory = make(tmp_path / "a", artifact.source_hash(*original))
+    directory = make(tmp_path / "a", Source(*original).hash)
     manifest = artifact.load(directory)
     assert manifest.status == "onnx verified" and manifest.soc_version is None
-    artifact.check_fits(manifest, *original, directory)
+    artifact.check_fits(manifest, Source(*original), directory)
 
 
 @pytest.mark.parametrize(
@@ -104,10 +105,10 @@ def test_a_missing_directory_and_a_file_are_refused(tmp_path):
     ],
 )
 def test_an_artifact_of_something_else_is_refused(tmp_path, original, fields, says):
-    source = fields.pop("source", None) or artifact.source_hash(*original)
+    source = fields.pop("source", None) or Source(*original).hash
     directory = make(tmp_path / "a", source, **fields)
     with pytest.raises(ToolkitError, match=says):
-        artifact.ensure(*original, directory)
+        artifact.find_or_convert(Source(*original), directory)
 
 
 def test_a_kill_while_publishing_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
@@ -145,12 +146,12 @@ def test_a_kill_while_publishing_leaves_nothing_that_looks_whole(tmp_path, monke
 
 
 def test_source_hash_follows_content_not_packing(tmp_path, original):
-    assert artifact.source_hash(*variant(tmp_path, pickled=True)) == artifact.source_hash(*original)
+    assert Source(*variant(tmp_path, pickled=True)).hash == Source(*original).hash
 
 
 def test_source_hash_ignores_the_language_model(tmp_path, original):
     other = variant(tmp_path, lambda tensors: tensors["lm_head.weight"].zero_())
-    assert artifact.source_hash(*other) == artifact.source_hash(*original)
+    assert Source(*other).hash == Source(*original).hash
 
 
 @pytest.mark.parametrize(
@@ -163,7 +164,7 @@ def test_source_hash_ignores_the_language_model(tmp_path, original):
     ids=["tensor", "eps", "heads"],
 )
 def test_source_hash_sees_every_change_of_the_encoder(tmp_path, original, change):
-    assert artifact.source_hash(*variant(tmp_path, **change)) != artifact.source_hash(*original)
+    assert Source(*variant(tmp_path, **change)).hash != Source(*original).hash
 
 
 def test_the_digest_is_computed_once_per_state_of_the_files(tmp_path, monkeypatch):
@@ -173,30 +174,28 @@ def test_the_digest_is_computed_once_per_state_of_the_files(tmp_path, monkeypatc
     monkeypatch.setattr(
         Checkpoint, "digest", lambda self, names: read.append(1) or real(self, names)
     )
-    first = artifact.source_hash(family, checkpoint)
-    assert (
-        artifact.source_hash(family, Checkpoint(checkpoint.directory)) == first and len(read) == 1
-    )
+    first = Source(family, checkpoint).hash
+    assert Source(family, Checkpoint(checkpoint.directory)).hash == first and len(read) == 1
     os.utime(checkpoint.directory / "model.safetensors", (1, 1))
-    assert artifact.source_hash(family, checkpoint) == first and len(read) == 2
+    assert Source(family, checkpoint).hash == first and len(read) == 2
 
 
 def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path, monkeypatch, original):
     (tmp_path / "file").touch()
-    known = artifact.source_hash(*original)
+    known = Source(*original).hash
     monkeypatch.setenv("ASCEND_VLM_CACHE", str(tmp_path / "file"))
-    assert artifact.source_hash(*original) == known
+    assert Source(*original).hash == known
 
 
 def test_without_an_artifact_the_cache_is_filled_once(cache, monkeypatch, capsys, original):
     runs = []
 
     def convert(model, directory):
-        runs.append(make(directory, artifact.source_hash(*original)))
+        runs.append(make(directory, Source(*original).hash))
 
     monkeypatch.setattr(artifact, "_convert", convert)
-    first = artifact.ensure(*original)
-    second = artifact.ensure(*original)
+    first = artifact.find_or_convert(Source(*original))
+    second = artifact.find_or_convert(Source(*original))
     assert first == second == runs[0] and len(runs) == 1 and cache in first.parents
     assert capsys.readouterr().err.count("converting the vision encoder once") == 1
 
@@ -206,7 +205,7 @@ def test_a_failed_conversion_is_one_sentence(monkeypatch, original, tmp_path):
         artifact, "start_module", lambda *arguments, **options: subprocess.Popen(["false"])
     )
     with pytest.raises(ToolkitError, match="conversion of .* failed") as error:
-        artifact.ensure(*original)
+        artifact.find_or_convert(Source(*original))
     assert error.value.exit_code == 1
 
 

@@ -25,6 +25,7 @@ from runtime.common.errors import ToolkitError, run_command
 from runtime.engine.engine import Engine
 from runtime.vision import artifact, open_session
 from runtime.vision.om_session import check_chip, find_om, open_om
+from runtime.vision.source import Source
 
 HERE = paths.TESTS
 ROOT = paths.ROOT
@@ -362,7 +363,7 @@ def manifest(folder, checkpoint, status, source=None, bytes=2, soc=None):
     (folder / "vision.om").write_bytes(b"om")
     family = family_of(checkpoint.directory)
     record = artifact.Manifest(
-        source or artifact.source_hash(family, checkpoint),
+        source or Source(family, checkpoint).hash,
         family.name,
         17,
         {},
@@ -379,24 +380,24 @@ def manifest(folder, checkpoint, status, source=None, bytes=2, soc=None):
 
 def test_which_om_is_taken(checkpoint, tmp_path):
     family = family_of(checkpoint.directory)
-    assert find_om(family, checkpoint) is None
+    assert find_om(Source(family, checkpoint)) is None
     (checkpoint.directory / "blip2.om").touch()
-    found = find_om(family, checkpoint)
+    found = find_om(Source(family, checkpoint))
     assert (
         found.path.name == "blip2.om"
         and not found.verified
         and "not verified against this checkpoint" in found.note
     )
-    cached = artifact.cache_directory(artifact.source_hash(family, checkpoint))
+    cached = artifact.cache_directory(Source(family, checkpoint))
     manifest(cached, checkpoint, artifact.OM_VERIFIED)
     assert (
-        find_om(family, checkpoint).path == cached / "vision.om"
-        and find_om(family, checkpoint).verified
+        find_om(Source(family, checkpoint)).path == cached / "vision.om"
+        and find_om(Source(family, checkpoint)).verified
     )
-    assert find_om(family, checkpoint).note == ""
+    assert find_om(Source(family, checkpoint)).note == ""
     given = manifest(tmp_path / "given", checkpoint, artifact.ONNX_VERIFIED)
-    assert find_om(family, checkpoint, given).path == given / "vision.om"
-    assert find_om(family, checkpoint, given / "vision.om").path == given / "vision.om"
+    assert find_om(Source(family, checkpoint), given).path == given / "vision.om"
+    assert find_om(Source(family, checkpoint), given / "vision.om").path == given / "vision.om"
 
 
 @pytest.mark.parametrize(
@@ -405,12 +406,12 @@ def test_which_om_is_taken(checkpoint, tmp_path):
 )
 def test_only_the_manifest_calls_an_om_verified(checkpoint, tmp_path, status, size):
     folder = manifest(tmp_path / "a", checkpoint, status, bytes=size)
-    assert not find_om(family_of(checkpoint.directory), checkpoint, folder).verified
+    assert not find_om(Source(family_of(checkpoint.directory), checkpoint), folder).verified
 
 
 def test_an_om_of_another_chip(checkpoint, tmp_path, monkeypatch):
     folder = manifest(tmp_path / "a", checkpoint, artifact.OM_VERIFIED, soc="Ascend310P3")
-    found = find_om(family_of(checkpoint.directory), checkpoint, folder)
+    found = find_om(Source(family_of(checkpoint.directory), checkpoint), folder)
     check_chip(found)  # no npu-smi here: nothing is known
     for name, refused in (("310P3", False), ("910B4", True)):
         table = f"| 0 {name} | OK | 88.2 30 0 / 0 |\n| 0 | 0000:C1:00.0 | 0 0 / 0 26838/ 32768 |"
@@ -430,8 +431,7 @@ def test_an_om_of_another_checkpoint_and_two_oms(checkpoint, tmp_path):
     family = family_of(checkpoint.directory)
     with pytest.raises(ToolkitError, match="another checkpoint"):
         find_om(
-            family,
-            checkpoint,
+            Source(family, checkpoint),
             manifest(tmp_path / "a", checkpoint, artifact.OM_VERIFIED, source="other"),
         )
     for name in ("a.om", "b.om"):
@@ -439,11 +439,11 @@ def test_an_om_of_another_checkpoint_and_two_oms(checkpoint, tmp_path):
     with pytest.raises(
         ToolkitError, match=r"holds 2 .om files \(a.om, b.om\); name one with --artifact"
     ):
-        find_om(family, checkpoint)
+        find_om(Source(family, checkpoint))
 
 
 def wanted(kind, checkpoint, given=None):
-    return vision._wanted_om(kind, family_of(checkpoint.directory), checkpoint, given)
+    return vision._wanted_om(kind, Source(family_of(checkpoint.directory), checkpoint), given)
 
 
 def test_auto_takes_a_verified_om_where_an_npu_is(checkpoint, tmp_path, monkeypatch):
