@@ -8,8 +8,7 @@ from pathlib import Path
 
 from runtime.common.errors import ToolkitError
 from runtime.engine.options import SamplingParams
-from runtime.predict.asker import Asker
-from runtime.predict.questions import read_questions
+from runtime.predict.questions import chat_messages, read_questions
 
 
 def read(path: str) -> list[dict]:
@@ -36,10 +35,10 @@ def answers(
 ) -> list[str]:
     from runtime.common.progress import track
 
-    asker = Asker(engine, None, None, Path(path).parent)
+    folder = Path(path).parent
     greedy = SamplingParams(temperature=0, repetition_penalty=1, max_tokens=max_tokens)
     return [
-        answer(engine, question, asker.messages(question), language, greedy)
+        answer(engine, question, chat_messages(question, folder), language, greedy)
         for question in track(f"{engine.family.name}: questions", questions)
     ]
 

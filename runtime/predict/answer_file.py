@@ -1,4 +1,7 @@
-"""The file of answers: resumed where an earlier run stopped."""
+"""The file of answers, which a killed run leaves in a state that the next one continues from.
+
+Takes the job and finished lines, writes OUT.partial, and OUT when all lines are there.
+"""
 
 import fcntl
 import hashlib
@@ -9,79 +12,27 @@ from dataclasses import asdict
 from pathlib import Path
 
 from runtime.common.errors import ToolkitError
+from runtime.common.files import write_atomically
 
 
-def job_of(options, engine_options, sampling) -> dict:
+def job_description(options, engine_options, sampling) -> dict:
     """What must be the same when a run is continued, or its answers would not belong together."""
-    digest = hashlib.sha256(Path(options.input).read_bytes()).hexdigest()
-    return json.loads(
-        json.dumps(
-            {
-                "input": digest,
-                "model": str(Path(options.model).resolve()),
-                "language": options.language,
-                "batch_size": options.batch_size,
-                "engine": asdict(engine_options),
-                "sampling": asdict(sampling),
-            }
-        )
-    )
-
-
-class Answers:
-    """The partial file: the job, then finished lines. Opened by `opened`, which holds its lock."""
-
-    def __init__(self, out: Path, stream, job: dict):
-        self.out = out
-        self.partial = Path(stream.name)
-        self.stream = stream
-        head = (json.dumps(job) + "\n").encode()
-        lines = stream.read().splitlines(keepends=True)
-        if not lines or not lines[0].endswith(b"\n"):  # new, or killed within the first line
-            self._cut([])
-            stream.write(head)
-        elif lines[0] != head:
-            raise ToolkitError(
-                f"{self.partial} was begun with another model, input or other options; remove it, or give "
-                "another --out"
-            )
-        self.head = head
-        self.lines = [line for line in lines[1:] if line.endswith(b"\n")]
-
-    @property
-    def count(self) -> int:
-        return len(self.lines)
-
-    def keep_whole_batches(self, batch_size: int, total: int):
-        """Forget the lines of a batch that was not appended to its end."""
-        whole = self.count if self.count == total else self.count // batch_size * batch_size
-        self.lines = self.lines[:whole]
-        self._cut([self.head, *self.lines])
-
-    def append(self, answers: list[dict]):
-        lines = [(json.dumps(answer, ensure_ascii=False) + "\n").encode() for answer in answers]
-        self.stream.write(b"".join(lines))
-        self.stream.flush()
-        os.fsync(self.stream.fileno())
-        self.lines += lines
-
-    def publish(self) -> int:
-        """The finished file under its name; returns how many lines failed."""
-        from runtime.common.files import write_atomically
-
-        write_atomically(self.out, b"".join(self.lines).decode())
-        self.partial.unlink()
-        return sum("error" in json.loads(line) for line in self.lines)
-
-    def _cut(self, lines):
-        self.stream.seek(0)
-        self.stream.truncate(sum(map(len, lines)))
-        self.stream.seek(0, os.SEEK_END)
+    return {
+        "input": hashlib.sha256(Path(options.input).read_bytes()).hexdigest(),
+        "model": str(Path(options.model).resolve()),
+        "language": options.language,
+        "batch_size": options.batch_size,
+        "engine": asdict(engine_options),
+        "sampling": asdict(sampling),
+    }
 
 
 @contextmanager
-def opened(out: Path, job: dict):
-    """Answers of a new or a continued run. ToolkitError if another process writes them, or a finished file is there."""
+def open_answer_file(out: Path, job: dict):
+    """The AnswerFile of a new or a continued run, locked until the block ends.
+
+    ToolkitError if another process writes it, it belongs to another job, or `out` exists already.
+    """
     if out.exists():
         raise ToolkitError(f"--out {out} exists already; remove it, or give another name")
     with open(out.with_name(out.name + ".partial"), "a+b") as stream:
@@ -92,4 +43,59 @@ def opened(out: Path, job: dict):
                 f"another process is writing {stream.name}; wait for it, or give another --out"
             ) from None
         stream.seek(0)
-        yield Answers(out, stream, job)
+        yield AnswerFile(out, stream, job)
+
+
+class AnswerFile:
+    """The partial file: the job as JSON, then finished lines."""
+
+    def __init__(self, out: Path, stream, job: dict):
+        self.out = out
+        self.partial = Path(stream.name)
+        self.stream = stream
+        self._head = (json.dumps(job) + "\n").encode()
+        self._lines = self._finished_lines()
+
+    @property
+    def count(self) -> int:
+        """How many lines are finished."""
+        return len(self._lines)
+
+    def keep_whole_batches(self, batch_size: int, total: int):
+        """Forget the lines of a batch that was not appended to its end."""
+        if self.count < total:
+            self._lines = self._lines[: self.count // batch_size * batch_size]
+        self._cut_after([self._head, *self._lines])
+
+    def append(self, lines: list[dict]):
+        """Add the finished lines of one batch, and wait until they are on disk."""
+        encoded = [(json.dumps(line, ensure_ascii=False) + "\n").encode() for line in lines]
+        self.stream.write(b"".join(encoded))
+        self.stream.flush()
+        os.fsync(self.stream.fileno())
+        self._lines += encoded
+
+    def publish(self) -> int:
+        """Give the finished file its name; returns how many lines failed."""
+        write_atomically(self.out, b"".join(self._lines).decode())
+        self.partial.unlink()
+        return sum("error" in json.loads(line) for line in self._lines)
+
+    def _finished_lines(self) -> list[bytes]:
+        """Lines of an earlier run of this job; a new file begins with the job."""
+        head, *lines = self.stream.read().splitlines(keepends=True) or [b""]
+        if not head.endswith(b"\n"):  # new, or killed within the first line
+            self._cut_after([])
+            self.stream.write(self._head)
+            return []
+        if head != self._head:
+            raise ToolkitError(
+                f"{self.partial} was begun with another model, input or other options; remove it, "
+                "or give another --out"
+            )
+        return [line for line in lines if line.endswith(b"\n")]
+
+    def _cut_after(self, lines: list[bytes]):
+        self.stream.seek(0)
+        self.stream.truncate(sum(map(len, lines)))
+        self.stream.seek(0, os.SEEK_END)

@@ -1,40 +1,42 @@
-"""Three built-in questions about three images."""
+"""`python -m runtime.predict --examples`, the predict mode of the VisualGLM guide.
 
-import sys
+Takes a model, prints its answers to three built-in questions about three images, and their times.
+"""
+
 import time
 from pathlib import Path
 
-from runtime.engine.command import open_engine
+from models import family_of
+from models.prompt.messages import content
+from runtime.common.progress import print_status
+from runtime.common.sample_questions import EXAMPLES
+from runtime.engine.command import check_pictures, open_engine
 
 
-def show_examples(options, engine_options, sampling) -> int:
-    """The predict mode of the VisualGLM guide: three answers, the time of the first and of the others."""
-    from models import family_of
-    from models.prompt.messages import content
-    from runtime.common.sample_questions import EXAMPLES
-    from runtime.engine.command import check_pictures
-
-    folder = Path(options.model) / "examples"
-    files = [folder / f"{number}.jpeg" for number in (1, 2, 3)]
-    own = all(file.is_file() for file in files)
+def show_examples(options, engine_options, sampling):
+    """Print three answers; the first one's time is marked, because it includes warming up."""
     check_pictures(family_of(options.model), [EXAMPLES[0].scene()])
-    if not own:
-        print(
-            f"note: {folder} has no 1.jpeg, 2.jpeg and 3.jpeg; drawn pictures are used instead",
-            file=sys.stderr,
-        )
+    images = example_images(Path(options.model) / "examples")
     engine = open_engine(options.model, engine_options)
-    for index, (question, file) in enumerate(zip(EXAMPLES, files)):
+    for index, (question, (name, image)) in enumerate(zip(EXAMPLES, images)):
+        message = {"role": "user", "content": content(question.text, [image])}
         start = time.perf_counter()
-        asked = content(question.text, [file if own else question.scene()])
-        prompt = engine.prompt([{"role": "user", "content": asked}], language=options.language)
-        text = engine.generate([prompt], sampling)[0].text
-        name = (
-            "首次执行时间 / first execution" if index == 0 else "非首次执行时间 / later execution"
-        )
-        print(
-            f"{file.name if own else question.scene.__name__}: {question.text}\n{name}: "
-            f"{time.perf_counter() - start:.3f} s\n{text}\n",
-            flush=True,
-        )
-    return 0
+        prompt = engine.prompt([message], language=options.language)
+        [result] = engine.generate([prompt], sampling)
+        seconds = time.perf_counter() - start
+        if index == 0:
+            title = "首次执行时间 / first execution"
+        else:
+            title = "非首次执行时间 / later execution"
+        print(f"{name}: {question.text}\n{title}: {seconds:.3f} s\n{result.text}\n", flush=True)
+
+
+def example_images(folder: Path) -> list[tuple]:
+    """(name, file) of the checkpoint's own three images, or else (name, drawn PIL image)."""
+    files = [folder / f"{number}.jpeg" for number in (1, 2, 3)]
+    if all(file.is_file() for file in files):
+        return [(file.name, file) for file in files]
+    print_status(
+        f"note: {folder} has no 1.jpeg, 2.jpeg and 3.jpeg; drawn pictures are used instead"
+    )
+    return [(question.scene.__name__, question.scene()) for question in EXAMPLES]

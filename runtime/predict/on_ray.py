@@ -1,8 +1,10 @@
-"""`python -m runtime.predict --engine ray`: the batches of a run over the devices of a Ray cluster, or of this machine.
+"""`python -m runtime.predict --engine ray`: answers batches on the devices of a Ray cluster, or of
+this machine.
 
-Ray Data sends each batch to one of a pool of actors with an engine of their own, starts actors that died again, and gives the
-answers back in the order of the questions. They go to the file of the local run, so that a killed run is continued, with Ray
-or without it. A batch whose actor dies every time does not end the run: Ray drops it, and its lines become errors here.
+Takes the batches of a run, returns their output lines in order. Ray Data sends each batch to one of
+a pool of actors, each with an engine of its own, and replaces actors that died. The lines go to the
+same file as those of a local run, so that a killed run is continued with Ray or without it. A batch
+whose actor dies every time does not end the run: Ray drops it, and its lines become errors here.
 """
 
 import json
@@ -12,49 +14,38 @@ import pickle
 from dataclasses import replace
 from pathlib import Path
 
+from models import family_of
 from models.errors import UserError
 from runtime.common.errors import CHECK_FAILED, MISSING_COMPONENT, ToolkitError
 from runtime.engine.command import open_engine
 
-from .asker import Asker, tell
+from .predictor import Predictor, failed_line
 
 RETRIES = 2  # of a batch whose actor died
 
 
-def predict(options, engine_options, sampling, questions, answers):
-    """Ask what has no answer yet; as predict.predict."""
-    from models import family_of
-
-    family_of(options.model)  # a folder that is no checkpoint is told before anything starts
-    ray = started()
+def answer_batches(options, engine_options, sampling, batches: list[list]):
+    """Yields the output lines of one batch after another. ToolkitError if Ray ends the run."""
+    family_of(options.model)  # a folder that is no checkpoint is refused before anything starts
+    ray = start_ray()
     try:
-        actors, share = divided(ray, engine_options, options.actors)
-        batches = [
-            questions[i : i + options.batch_size]
-            for i in range(answers.count, len(questions), options.batch_size)
-        ]
-        rows = asked(
-            ray,
-            batches,
-            (options, for_actors(ray, engine_options, actors), sampling),
-            actors,
-            share,
-        )
-        for found in with_lost(rows, batches):
-            answers.append(found)
-            tell(found, answers.count, len(questions))
+        count, resources = plan_actors(ray, engine_options, options.actors)
+        arguments = (options, actor_engine_options(ray, engine_options, count), sampling)
+        rows = run_batches(ray, batches, arguments, count, resources)
+        yield from fill_lost_batches(rows, batches)
     except ray.exceptions.RayError as error:
         raise ToolkitError(
-            f"Ray ended the run ({str(error).splitlines()[0]}); its logs lie in /tmp/ray/session_latest/logs, "
-            "and the same command continues",
+            f"Ray ended the run ({str(error).splitlines()[0]}); its logs lie in "
+            "/tmp/ray/session_latest/logs, and the same command continues",
             CHECK_FAILED,
         ) from error
     finally:
         ray.shutdown()
 
 
-def started():
-    """Ray, joined to the cluster in RAY_ADDRESS, or begun here for this run, on the loopback interface."""
+def start_ray():
+    """The module `ray`, joined to the cluster in RAY_ADDRESS, or to one of this run alone on the
+    loopback interface. ToolkitError if it is not installed or does not start."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
@@ -67,14 +58,11 @@ def started():
     for handler in logging.getLogger("ray.data").handlers:
         if handler.name == "console":  # what it says of lost batches is in its log file, too
             handler.setLevel(logging.CRITICAL)
-    address = os.environ.get("RAY_ADDRESS")
-    here = {"address": "local", "_node_ip_address": "127.0.0.1", "include_dashboard": False}
+    cluster = {"address": "local", "_node_ip_address": "127.0.0.1", "include_dashboard": False}
+    if os.environ.get("RAY_ADDRESS"):
+        cluster = {"address": os.environ["RAY_ADDRESS"]}
     try:
-        ray.init(
-            **({"address": address} if address else here),
-            log_to_driver=False,
-            logging_level=logging.CRITICAL,
-        )
+        ray.init(**cluster, log_to_driver=False, logging_level=logging.CRITICAL)
     except Exception as error:  # of many kinds
         raise ToolkitError(
             f"Ray does not start ({error}); its logs lie in /tmp/ray/session_latest/logs",
@@ -83,20 +71,16 @@ def started():
     return ray
 
 
-def divided(ray, engine_options, actors: int | None) -> tuple[int, dict]:
-    """How many actors (default: one per device; a machine without NPUs is one), and what each asks of Ray."""
-    found = ray.cluster_resources()
-    size = engine_options.tensor_parallel_size
+def plan_actors(ray, engine_options, wanted: int | None) -> tuple[int, dict]:
+    """(number of actors, what each one asks of Ray). ToolkitError for more than the cluster has.
+
+    Without `wanted`: one actor per device; a machine without NPUs is one device.
+    """
+    cluster = ray.cluster_resources()
     if engine_options.device != "cpu":
-        room = int(found.get("NPU", 0)) // size
-        if not 1 <= (actors or room) <= room:
-            raise ToolkitError(
-                f"the Ray cluster has {int(found.get('NPU', 0))} NPUs, {(actors or 1) * size} are needed; give "
-                "another --actors, or start the nodes with ray start --resources '{\"NPU\": N}'"
-            )
-        return actors or room, {"num_cpus": 1, "resources": {"NPU": size}}
-    cpus = int(found.get("CPU", 1))
-    actors = actors or machines(ray)
+        return plan_npu_actors(int(cluster.get("NPU", 0)), engine_options, wanted)
+    cpus = int(cluster.get("CPU", 1))
+    actors = wanted or count_machines(ray)
     if actors > cpus:
         raise ToolkitError(
             f"--actors is {actors}: the Ray cluster has {cpus} CPUs, and each actor needs one"
@@ -104,71 +88,89 @@ def divided(ray, engine_options, actors: int | None) -> tuple[int, dict]:
     return actors, {"num_cpus": cpus // actors}
 
 
-def machines(ray) -> int:
+def plan_npu_actors(npus: int, engine_options, wanted: int | None) -> tuple[int, dict]:
+    size = engine_options.tensor_parallel_size
+    most = npus // size
+    actors = wanted or most
+    if not 1 <= actors <= most:
+        raise ToolkitError(
+            f"the Ray cluster has {npus} NPUs, {(wanted or 1) * size} are needed; give another "
+            "--actors, or start the nodes with ray start --resources '{\"NPU\": N}'"
+        )
+    return actors, {"num_cpus": 1, "resources": {"NPU": size}}
+
+
+def count_machines(ray) -> int:
     return sum(node["Alive"] for node in ray.nodes())
 
 
-def for_actors(ray, engine_options, actors: int):
-    """The engine of one actor: the NPUs Ray gave it are the only ones it sees; on CPUs it shares the memory with others."""
+def actor_engine_options(ray, engine_options, actors: int):
+    """Engine options of one actor: it sees only the NPUs that Ray gave it; on a CPU it shares the
+    memory with the other actors of its machine."""
     if engine_options.device != "cpu":
         return replace(engine_options, device="npu:0")
-    return replace(
-        engine_options,
-        memory_utilization=engine_options.memory_utilization / -(-actors // machines(ray)),
-    )
+    actors_per_machine = -(-actors // count_machines(ray))
+    share = engine_options.memory_utilization / actors_per_machine
+    return replace(engine_options, memory_utilization=share)
 
 
-def asked(ray, batches, job, actors: int, share: dict):
-    """Yields {"number": of the batch, "answers": json, "refused": json}, in order; batches that were lost are missing."""
+def run_batches(ray, batches: list[list], arguments: tuple, actors: int, resources: dict):
+    """Yields {"number": of the batch, "lines": json, "refused": json}, in order; lost batches are
+    missing. arguments: of BatchActor."""
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.max_errored_blocks = -1
     context.max_consecutive_actor_init_deaths = RETRIES
     context.print_on_execution_start = False
-    # a block each: it is Ray's unit of order, of retries and of loss. Nothing is read by tasks, which would need CPUs.
-    items = [
-        {"number": number, "questions": pickle.dumps(batch)} for number, batch in enumerate(batches)
-    ]
-    return (
-        ray.data.from_items(items, override_num_blocks=len(items))
-        .map_batches(
-            AskBatch,
-            batch_size=1,
-            fn_constructor_args=job,
-            compute=ray.data.ActorPoolStrategy(size=actors),
-            max_task_retries=RETRIES,
-            **share,
-        )
-        .iter_rows()
+    items = []
+    for number, batch in enumerate(batches):
+        items.append({"number": number, "questions": pickle.dumps(batch)})
+    # One block per batch: a block is Ray's unit of order, of retries and of loss. Nothing is read
+    # by tasks, which would need CPUs.
+    blocks = ray.data.from_items(items, override_num_blocks=len(items))
+    answered = blocks.map_batches(
+        BatchActor,
+        batch_size=1,
+        fn_constructor_args=arguments,
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        max_task_retries=RETRIES,
+        **resources,
     )
+    return answered.iter_rows()
 
 
-def with_lost(rows, batches):
-    """The answers of every batch: errors for those that `rows` has not."""
+def fill_lost_batches(rows, batches: list[list]):
+    """Yields the lines of every batch, with errors for batches that `rows` lacks. ToolkitError if
+    an actor could not load its engine."""
     expected = 0
     for row in rows:
-        if refused := json.loads(row["refused"]):
+        refused = json.loads(row["refused"])
+        if refused:
             raise ToolkitError(*refused)
-        yield from map(lost, batches[expected : row["number"]])
-        yield json.loads(row["answers"])
+        yield from map(lost_lines, batches[expected : row["number"]])
+        yield json.loads(row["lines"])
         expected = row["number"] + 1
-    yield from map(lost, batches[expected:])
+    yield from map(lost_lines, batches[expected:])
 
 
-def lost(batch: list) -> list[dict]:
-    error = ToolkitError(
+def lost_lines(batch: list) -> list[dict]:
+    lost = ToolkitError(
         f"the process that computed it died or failed, {RETRIES + 1} times; Ray's logs say why"
     )
-    return [
-        Asker.failed(question, question if isinstance(question, Exception) else error)
-        for question in batch
-    ]
+    lines = []
+    for question in batch:
+        error = question if isinstance(question, Exception) else lost
+        lines.append(failed_line(question, error))
+    return lines
 
 
-class AskBatch:
-    """An actor: loads an engine once, then answers batches. Why an engine cannot be loaded goes back as an answer, because
-    of an actor that fails Ray hands on no more than text."""
+class BatchActor:
+    """A process that loads an engine once, then answers batches.
+
+    Why an engine cannot be loaded is returned like an answer, because Ray hands on no more than
+    text of an actor that fails.
+    """
 
     def __init__(self, options, engine_options, sampling):
         self.refused = None
@@ -177,14 +179,14 @@ class AskBatch:
         except UserError as error:
             self.refused = str(error), error.exit_code
         else:
-            self.asker = Asker(
-                engine, sampling, options.language, Path(options.input).resolve().parent
-            )
+            folder = Path(options.input).resolve().parent
+            self.predictor = Predictor(engine, sampling, options.language, folder)
 
     def __call__(self, batch: dict) -> dict:
-        answers = [] if self.refused else self.asker.ask(pickle.loads(batch["questions"][0]))
+        questions = pickle.loads(batch["questions"][0])
+        lines = [] if self.refused else self.predictor.answer(questions)
         return {
             "number": batch["number"],
-            "answers": [json.dumps(answers)],
+            "lines": [json.dumps(lines)],
             "refused": [json.dumps(self.refused)],
         }

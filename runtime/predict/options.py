@@ -22,15 +22,15 @@ class PredictOptions:
         metavar="FILE",
     )
     examples: bool = flag(
-        "instead of --input: the three pictures in the checkpoint's examples/ (or three drawn ones), with "
-        "a question and its time each",
+        "instead of --input: the three pictures in the checkpoint's examples/ (or three drawn "
+        "ones), with a question and its time each",
         default=False,
         kind=bool,
     )
     batch_size: int = flag("questions decoded together", default=1, kind=int, metavar="N")
     engine: str = flag(
-        "what computes the batches: local one after another, ray over the devices of a cluster, or of this "
-        "machine",
+        "what computes the batches: local one after another, ray over the devices of a cluster, "
+        "or of this machine",
         default="local",
         choices=("local", "ray"),
     )

@@ -1,13 +1,18 @@
-"""Reads the questions of a jsonl file."""
+"""The questions of a jsonl file.
+
+Takes the file, returns one question (a dict) or error per line; and a question's chat messages.
+"""
 
 import json
 from pathlib import Path
 
+from models.prompt.messages import content
 from runtime.common.errors import ToolkitError
 
 
 def read_questions(path: str) -> list[dict | ToolkitError]:
-    """One entry per line that is not blank; an error for a line that is no question, which then fails alone."""
+    """One entry per line that is not blank; an error for a line that is no question, which then
+    fails alone. ToolkitError for a file that is not UTF-8 or holds no question."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError:
@@ -26,19 +31,43 @@ def read_question(line: str) -> dict | ToolkitError:
         question = json.loads(line)
     except ValueError as error:
         return ToolkitError(f"no JSON ({error})")
-    if (
-        not isinstance(question, dict)
-        or not isinstance(question.get("prompt"), str)
-        or not question["prompt"].strip()
-    ):
-        return ToolkitError('no "prompt" text')
+    problem = problem_of(question)
+    return ToolkitError(problem) if problem else question
+
+
+def problem_of(question) -> str | None:
+    """What keeps a JSON value from being a question."""
+    if not isinstance(question, dict):
+        return 'no "prompt" text'
+    prompt = question.get("prompt")
+    if not isinstance(prompt, str) or not prompt.strip():
+        return 'no "prompt" text'
     history = question.get("history") or []
-    if not all(
-        isinstance(turn, list) and len(turn) == 2 and all(isinstance(t, str) for t in turn)
-        for turn in history
-    ):
-        return ToolkitError('"history" is not a list of [question, answer]')
+    if not isinstance(history, list) or not all(map(is_turn, history)):
+        return '"history" is not a list of [question, answer]'
     images = question.get("image") or []
-    if not isinstance(images, str) and not all(isinstance(image, str) for image in images):
-        return ToolkitError('"image" is neither a file name nor a list of them')
-    return question
+    if not isinstance(images, str) and not are_texts(images):
+        return '"image" is neither a file name nor a list of them'
+    return None
+
+
+def is_turn(value) -> bool:
+    return are_texts(value) and len(value) == 2
+
+
+def are_texts(value) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def chat_messages(question: dict, folder: Path) -> list[dict]:
+    """History and prompt as chat messages; the images, found in `folder`, belong to the first."""
+    images = question.get("image") or []
+    names = [images] if isinstance(images, str) else images
+    messages = []
+    for asked, answer in question.get("history") or []:
+        messages.append({"role": "user", "content": asked})
+        messages.append({"role": "assistant", "content": answer})
+    messages.append({"role": "user", "content": question["prompt"]})
+    first = messages[0]
+    first["content"] = content(first["content"], [str(folder / name) for name in names])
+    return messages

@@ -116,7 +116,7 @@ def test_import_table():
         ("models/config.py", "from .family import Family"),
         ("runtime/common/files.py", "from models.checkpoint.reader import Checkpoint"),
         ("runtime/ops/reference.py", "def f():\n    import runtime.engine.engine"),
-        ("runtime/serve/routes.py", "from runtime.predict.asker import Asker"),
+        ("runtime/serve/routes.py", "from runtime.predict.predictor import Predictor"),
         ("runtime/engine/engine.py", "from runtime.chat import main"),
         ("convert/pipeline.py", "from quant import pipeline"),
         ("quant/pipeline.py", "from runtime.engine.scheduler import Scheduler"),

@@ -157,7 +157,11 @@ def test_killed_at_random_moments(tmp_path):
 def test_every_place_a_partial_file_can_end(mixed, tmp_path):
     run(mixed, tmp_path / "whole.jsonl")
     job = (
-        json.dumps(answer_file.job_of(*predict.parser().parse(argv(mixed, tmp_path / "out.jsonl"))))
+        json.dumps(
+            answer_file.job_description(
+                *predict.parser().parse(argv(mixed, tmp_path / "out.jsonl"))
+            )
+        )
         + "\n"
     )
     content = job.encode() + (tmp_path / "whole.jsonl").read_bytes()
@@ -176,8 +180,8 @@ def test_every_place_a_partial_file_can_end(mixed, tmp_path):
     ],
 )
 def test_a_partial_file_that_is_not_ours(change, sentence, mixed, tmp_path, capsys):
-    job = answer_file.job_of(*predict.parser().parse(argv(mixed, tmp_path / "out.jsonl")))
-    with answer_file.opened(tmp_path / "out.jsonl", job) as held:
+    job = answer_file.job_description(*predict.parser().parse(argv(mixed, tmp_path / "out.jsonl")))
+    with answer_file.open_answer_file(tmp_path / "out.jsonl", job) as held:
         held.stream.flush()
         if change:
             held.stream.close()
