@@ -60,10 +60,10 @@ def step_bytes(engine, kind: str) -> float:
     from runtime.engine.loading.weights import decoder_rows
 
     return sum(
-        np.prod(row.shape) * bits(part.target, kind, engine.plan.dtype) / 8
+        np.prod(row.shape) * bits(str(part.target), kind, engine.plan.dtype) / 8
         for row in decoder_rows(engine.family, engine._split)
         for part in row.parts
-        if not part.target.startswith("embed")
+        if part.target.role != "embed"
     )
 
 

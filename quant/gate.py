@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from models.checkpoint.table import WeightTable
 from models.network.decoder import norm_of
 from runtime.common.errors import CHECK_FAILED, ToolkitError
 from runtime.engine.loading.weights import load_rows
@@ -174,21 +175,14 @@ class Head:
     def __init__(self, job: Job):
         family = job.family
         self.checkpoint = job.checkpoint
-        rows = [
-            row
-            for row in family.weights()
-            if any(part.target.startswith("final_norm") for part in row.parts)
-        ]
+        table = WeightTable(family.weights())
+        rows = [row for row in table.decoder() if row.target.module == "final_norm"]
         self.norm = norm_of(
             load_rows(self.checkpoint, rows, torch.float32, "cpu", CpuOps()), "final_norm"
         )
         self.eps = family.decoder.eps
         self.layer_norm = family.decoder.norm == "layer"
-        self.source = next(
-            row.source
-            for row in family.weights()
-            if any(part.target == "lm_head.weight" for part in row.parts)
-        )
+        self.source = table.source_of("lm_head.weight")
 
     @torch.inference_mode()
     def logits(self, streams: list[torch.Tensor]) -> np.ndarray:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from models.checkpoint.quantized import Description, quantized_weights
 from models.checkpoint.reader import Checkpoint
 from models.checkpoint.shards import Entry
+from models.checkpoint.table import WeightTable
 from models.network.decoder import LayerArithmetic, layer_of
 from runtime.engine.loading.weights import load_rows
 
@@ -122,19 +123,10 @@ def _linear_tensors(layer: LayerModule) -> dict[str, torch.Tensor]:
 
 def integer_layer(family, index: int, tensors: dict, kinds: dict):
     """The layer as the runtime computes it, float parts in float32."""
-    rows = [
-        row
-        for row in family.weights()
-        if row.parts and row.parts[0].target.startswith(f"layers.{index}.")
-    ]
-    table = quantized_weights(rows, Description(Path("layer"), "", kinds))
-    weights = load_rows(
-        MemoryCheckpoint(tensors),
-        [row for row in table if row.parts],
-        torch.float32,
-        "cpu",
-        LayerOps(),
-    )
+    rows = WeightTable(family.weights()).layer(index)
+    table = WeightTable(quantized_weights(rows, Description(Path("layer"), "", kinds)))
+    checkpoint = MemoryCheckpoint(tensors)
+    weights = load_rows(checkpoint, table.used(), torch.float32, "cpu", LayerOps())
     return layer_of(weights, f"layers.{index}.")
 
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from models.checkpoint.table import Weight
+from models.checkpoint.table import Weight, WeightTable
 from models.network.decoder import Layer, LayerArithmetic
 from models.network.rope import rotary_angles
 from runtime.ops.cpu.ops import CpuOps, _attend
@@ -91,16 +91,11 @@ class LayerModule(nn.Module):
         self.groups = defaultdict(list)
         self._orders = {}
         norms = {}
-        rows = [
-            row
-            for row in family.weights()
-            if row.parts and row.parts[0].target.startswith(f"layers.{index}.")
-        ]
-        for row in sorted(rows, key=lambda row: row.parts[0].at or (0, 0)):
-            name, _, kind = row.source.rpartition(".")
-            if kind != "weight":
+        for row in sorted(WeightTable(family.weights()).layer(index), key=_place):
+            if row.tensor != "weight":
                 continue
-            target = row.parts[0].target.split(".")[2]
+            name = row.module
+            target = row.target.role
             stored = [name + end for end in (".weight", ".bias") if name + end in checkpoint.shapes]
             tensors = [checkpoint.tensor(tensor).float() for tensor in stored]
             if target in NORMS:
@@ -189,14 +184,16 @@ def _order(row: Weight) -> torch.Tensor | None:
 def linear_groups(family) -> dict[tuple[int, str], list[str]]:
     """(layer, one of LINEARS) -> the checkpoint's names of the linear layers that become it, in the order of its rows."""
     groups = defaultdict(list)
-    for row in sorted(
-        family.weights(), key=lambda row: (row.parts[0].at or (0, 0)) if row.parts else (0, 0)
-    ):
-        if row.parts and row.parts[0].target.startswith("layers."):
-            _, index, group, tensor = row.parts[0].target.split(".")
-            if group in LINEARS and tensor == "weight":
-                groups[int(index), group].append(row.source.removesuffix(".weight"))
+    for row in sorted(WeightTable(family.weights()).layers(), key=_place):
+        target = row.target
+        if target.role in LINEARS and target.tensor == "weight":
+            groups[target.layer, target.role].append(row.module)
     return dict(groups)
+
+
+def _place(row: Weight) -> tuple[int, int]:
+    """(row at which it begins in its target, the target's rows), for sorting; (0, 0): it is the target."""
+    return row.parts[0].at or (0, 0)
 
 
 def release_memory():

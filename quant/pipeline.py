@@ -12,6 +12,7 @@ import torch
 from models import family_of
 from models.checkpoint.quantized import FILE, find_description
 from models.checkpoint.reader import Checkpoint
+from models.checkpoint.table import WeightTable
 from models.config import read_json
 from runtime.common.errors import CHECK_FAILED, ToolkitError
 from runtime.common.files import locked, write_atomically
@@ -156,11 +157,8 @@ def measured(job: Job, lines, work: Path) -> dict:
 def target_dtype(family, checkpoint, wanted: str) -> torch.dtype:
     if wanted != "auto":
         return getattr(torch, wanted)
-    stored = checkpoint.dtype(
-        next(
-            row.source for row in family.weights() if row.parts and row.source in checkpoint.shapes
-        )
-    )
+    used = WeightTable(family.weights()).used()
+    stored = checkpoint.dtype(next(row.source for row in used if row.source in checkpoint.shapes))
     return stored if stored in (torch.float16, torch.bfloat16) else torch.float16
 
 
@@ -256,11 +254,7 @@ def finish(job: Job, work: Work, verdict: gate.Verdict, statistics: dict, out: P
 
 def entries_outside(job: Job) -> list[write.Entry]:
     """What stands before and behind the layers, as stored but in the result's float type."""
-    inside = {
-        row.source
-        for row in job.family.weights()
-        if any(p.target.startswith("layers.") for p in row.parts)
-    }
+    inside = {row.source for row in WeightTable(job.family.weights()).layers()}
     entries = []
     for name in (n for n in job.checkpoint.names if n not in inside):
         dtype = job.checkpoint.dtype(name)

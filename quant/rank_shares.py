@@ -14,7 +14,7 @@ from models.checkpoint.quantized import SCALARS, STATIC, Description
 from models.checkpoint.reader import SHOWN, Checkpoint
 from models.checkpoint.table import Part, Weight
 from models.errors import ModelError
-from runtime.parallel.split import COLUMNS, ROWS, Split, layer_kind
+from runtime.parallel.split import COLUMNS, ROWS, Split
 
 NAME = re.compile(r"part(\d+)-of-(\d+)")
 
@@ -79,12 +79,12 @@ class Shares:
         """Of a stored tensor; those of a quantised layer follow its weight."""
         layer, _, tensor = name.rpartition(".")
         row = self._rows.get(f"{layer}.weight")
-        kinds = {_kind(part) for part in row.parts} if row else set()
-        if self._split.size == 1 or not kinds or tensor in SCALARS:
+        roles = {_role(part) for part in row.parts} if row else set()
+        if self._split.size == 1 or not roles or tensor in SCALARS:
             return Share()
-        if kinds <= set(ROWS):
+        if roles <= set(ROWS):
             return Share(rows=_held_rows(row, self._split))
-        if kinds <= set(COLUMNS):
+        if roles <= set(COLUMNS):
             return (
                 Share(columns=slice(*self._split.span(row.shape[1])))
                 if tensor == "weight"
@@ -148,8 +148,8 @@ def _layers_of_kind(description: Description, kind: str) -> set[str]:
     }
 
 
-def _kind(part: Part) -> str:
-    return "vision" if part.target.startswith("vision.") else layer_kind(part.target)
+def _role(part: Part) -> str:
+    return "vision" if part.target.in_vision else part.target.role
 
 
 def _held_rows(row: Weight, split: Split) -> torch.Tensor:
@@ -161,7 +161,7 @@ def _held_rows(row: Weight, split: Split) -> torch.Tensor:
         first = part.at[0] if part.at else 0
         places = torch.arange(first, first + len(order))
         wanted = torch.zeros(len(order), dtype=torch.bool)
-        for start, end in split.row_blocks(_kind(part)):
+        for start, end in split.row_blocks(_role(part)):
             wanted |= (places >= start) & (places < end)
         held.append(order[wanted])
     return torch.cat(held).sort().values

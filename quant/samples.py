@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from models.checkpoint.table import WeightTable
 from models.errors import ModelError
 from runtime.common.errors import ToolkitError
 from runtime.engine.sequence import Sequence
@@ -163,10 +164,7 @@ def _sample(family, prompt, answer, table, vision) -> Sample:
 
 
 def _embedding(family, checkpoint) -> torch.Tensor:
-    source = next(
-        w.source for w in family.weights() if any(part.target == "embed.weight" for part in w.parts)
-    )
-    return checkpoint.tensor(source)
+    return checkpoint.tensor(WeightTable(family.weights()).source_of("embed.weight"))
 
 
 def _vision(family, checkpoint):

@@ -44,7 +44,7 @@ class StreamedTower:
         self._fill(
             self.tower,
             "vision.",
-            [w for w in self.rows if not all(p.target.startswith(prefixes) for p in w.parts)],
+            [w for w in self.rows if not all(str(p.target).startswith(prefixes) for p in w.parts)],
         )
         for path, block in blocks.items():
             self._stream(block, f"vision.{path}.")

@@ -1,15 +1,15 @@
-"""Quantised checkpoints as msmodelslim writes them: which tensors a linear layer has, and what they mean.
+"""Quantised checkpoints as msmodelslim writes them: which tensors a linear layer has, what they mean.
 
-A directory's description (`quant_model_description.json`, tensor name -> kind) and a family's float weight table flow in;
-the weight table of the quantised directory flows out, and from its tensors the layers the operators compute with.
-Names are those of the float checkpoint: linear layer X has X.weight int8 and, according to its kind, some of TENSORS.
+Takes a directory's description (`quant_model_description.json`, tensor name -> kind) and a family's
+float weight table; returns the weight table of the quantised directory and, from its tensors, the
+layers that the operators compute with. Names are those of the float checkpoint: linear layer X has
+X.weight int8 and, according to its kind, some of TENSORS.
 
-Row permutations that unify the ropes apply to int8 rows, their scales and their biases alike. Layers that become one
-(q, k, v) may differ in kind, so their pieces are kept apart until all are read: target "layers.0.qkv#256:W8A8.weight"
-is the piece that begins at row 256.
+Row permutations that unify the ropes apply to int8 rows, their scales and their biases alike. Layers
+that become one (q, k, v) may differ in kind, so their pieces are kept apart until all are read: each
+has a Target of its own, with its kind and the row at which it begins.
 """
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from models.family import Family
 from models.network.linear import Linear, Stacked
 
 from .reader import SHOWN, Checkpoint
-from .table import Part, Weight
+from .table import Part, Target, Weight, WeightTable
 
 FILE = "quant_model_description.json"
 STATIC = ("W8A8", "W8A8S")  # activations quantised with stored scales
@@ -134,39 +134,30 @@ def find_description(directory) -> Description | None:
     return next((read_description(file) for file in files if file.is_file()), None)
 
 
-def stored_weights(family: Family) -> list[Weight]:
+def stored_weights(family: Family) -> WeightTable:
     """The weight table of the family's directory, float or quantised."""
     description = find_description(family.directory)
-    return (
-        family.weights()
-        if description is None
-        else list(quantized_weights(family.weights(), description))
-    )
+    if description is None:
+        return WeightTable(family.weights())
+    return WeightTable(quantized_weights(family.weights(), description))
 
 
 def quantized_weights(weights: Iterable[Weight], description: Description) -> Iterator[Weight]:
     """The float table's rows -> rows of the quantised directory. ModelError for kinds that cannot be computed."""
     refuse_unknown(description)
     rows = list(weights)
-    split = {
-        _base(part)
-        for row in rows
-        if description.kind(_layer(row)) in KINDS and row.source.endswith(".weight")
-        for part in row.parts
-    }
+    in_pieces = set()  # modules of which at least one piece is quantised
     for row in rows:
-        kind = description.kind(_layer(row))
-        if kind in KINDS and row.source.endswith(".weight"):
+        if row.tensor == "weight" and description.kind(row.module) in KINDS:
+            in_pieces.update(part.target.module for part in row.parts)
+    for row in rows:
+        kind = description.kind(row.module)
+        if kind in KINDS and row.tensor == "weight":
             yield from _layer_rows(row, kind)
-        elif kind in STATIC and row.source.endswith(".bias"):
+        elif kind in STATIC and row.tensor == "bias":
             yield replace(row, parts=(), optional=True)  # it is in quant_bias
         else:
-            yield replace(
-                row,
-                parts=tuple(
-                    _piece(part, kind) if _base(part) in split else part for part in row.parts
-                ),
-            )
+            yield _float_row(row, kind, in_pieces)
             yield from _norm_extras(row, rows, description)
 
 
@@ -214,24 +205,25 @@ def _right_dtype(name: str, description: Description, checkpoint: Checkpoint) ->
     return not kind or tensor not in kind.needed or checkpoint.dtype(name) in TENSORS[tensor][1]
 
 
-def _layer(row: Weight) -> str:
-    return row.source.rpartition(".")[0]
+def _piece(part: Part, kind: str, tensor: str) -> Part:
+    """The part as a piece of its own, which holds the `tensor` of a linear layer of `kind`."""
+    first_row = part.at[0] if part.at else 0
+    target = Target(part.target.module, tensor, first_row, kind)
+    return replace(part, target=target, at=None)
 
 
-def _base(part: Part) -> str:
-    return part.target.rpartition(".")[0]
-
-
-def _piece(part: Part, kind: str, tensor: str | None = None) -> Part:
-    """The part as a piece of its own, of the named tensor (None: the one it is)."""
-    base, _, own = part.target.rpartition(".")
-    return replace(
-        part, target=f"{base}#{part.at[0] if part.at else 0}:{kind}.{tensor or own}", at=None
-    )
+def _float_row(row: Weight, kind: str, in_pieces: set[str]) -> Weight:
+    """The same row, but for float parts of a module of which other pieces are quantised."""
+    parts = []
+    for part in row.parts:
+        if part.target.module in in_pieces:
+            part = _piece(part, kind, part.target.tensor)
+        parts.append(part)
+    return replace(row, parts=tuple(parts))
 
 
 def _layer_rows(row: Weight, kind: str) -> Iterator[Weight]:
-    layer = _layer(row)
+    layer = row.module
     for tensor in KINDS[kind].needed:
         parts = tuple(_piece(part, kind, tensor) for part in row.parts)
         if tensor in SCALARS:
@@ -243,19 +235,16 @@ def _layer_rows(row: Weight, kind: str) -> Iterator[Weight]:
 
 def _norm_extras(row: Weight, rows: list[Weight], description: Description) -> Iterator[Weight]:
     """Anti-outlier gives a norm a bias; the older layout writes weight and bias a second time as X.module.*."""
-    target = _base(row.parts[0]) if row.parts else ""
-    if not target.endswith(NORMS) or not row.source.endswith(".weight"):
+    if not row.parts or row.target.role not in NORMS or row.tensor != "weight":
         return
-    bias = _layer(row) + ".bias"
+    bias = row.module + ".bias"
     if bias in description.kinds and all(other.source != bias for other in rows):
-        yield Weight(bias, row.shape, (Part(target + ".bias"),))
+        yield Weight(bias, row.shape, (Part(Target(row.target.module, "bias")),))
     for name in (".module.weight", ".module.bias"):
-        yield Weight(_layer(row) + name, row.shape, optional=True)
+        yield Weight(row.module + name, row.shape, optional=True)
 
 
 # tensors -> layers
-
-PIECE = re.compile(r"(.+)#(\d+):(\w+)\.(\w+)")  # target of a piece: layer, first row, kind, tensor
 
 
 def layer_of(pieces: dict[int, tuple[str, dict[str, torch.Tensor]]], dtype: torch.dtype):

@@ -101,7 +101,9 @@ class Checkpoint:
         parts all `take` some of its rows, only those rows are read.
         `progress(done, total)` counts source bytes. Raises ModelError if a target stays incomplete.
         """
-        rows = [(w.source, [p for p in w.parts if p.target.startswith(prefix)]) for w in weights]
+        rows = [
+            (w.source, [p for p in w.parts if str(p.target).startswith(prefix)]) for w in weights
+        ]
         rows = sorted(
             [row for row in rows if row[1] and row[0] in self._entries],
             key=lambda row: self._order(row[0]),
@@ -120,7 +122,7 @@ class Checkpoint:
                     whole = None
                 del piece  # not in memory while the caller works on the target
                 if complete:
-                    yield part.target, pending.pop(part.target)[0]
+                    yield str(part.target), pending.pop(part.target)[0]
             if progress:
                 progress(done, total)
         if pending:
@@ -128,7 +130,7 @@ class Checkpoint:
                 "\n".join(
                     [
                         f"{self.directory} has only some pieces of these weights:",
-                        *_listing("incomplete", pending),
+                        *_listing("incomplete", map(str, pending)),
                     ]
                 )
             )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from models.checkpoint.table import WeightTable
 from runtime.common import metrics
 from runtime.common.progress import spinner
 
@@ -105,8 +106,7 @@ class Search:
         layers = self.candidate.layers()
         layers[:] = self.own
         for stage in stages:
-            _, index, branch = stage.split(".")
-            index = int(index)
+            index, branch = place_of(stage)
             layers[index] = replace(
                 layers[index], **self._parts(self.floats.layers()[index], PARTS[branch])
             )
@@ -123,6 +123,12 @@ class Search:
         return {name: getattr(layer, name) for name in names}
 
 
+def place_of(stage: str) -> tuple[int, str]:
+    """layers.3.mlp -> (3, "mlp")"""
+    _, index, branch = stage.split(".")
+    return int(index), branch
+
+
 def ranked(layers: list[dict]) -> list[str]:
     """The decoder's stages, the largest error of its own first; NaN counts as the largest."""
     errors = {s["stage"]: s["relative"] for s in layers if s["stage"].startswith("layers.")}
@@ -135,18 +141,13 @@ def ranked(layers: list[dict]) -> list[str]:
 
 def flags(family, stages: list[str]) -> str:
     """The linear layers of these stages by their names in the checkpoint, as flags of `python -m quant`."""
-    targets = [
-        f"layers.{stage.split('.')[1]}.{part}.weight"
-        for stage in stages
-        for part in PARTS[stage.rpartition(".")[2]]
-        if part in LINEARS
-    ]
-    names = [
-        w.source.removesuffix(".weight")
-        for target in targets
-        for w in family.weights()
-        if any(part.target == target for part in w.parts)
-    ]
+    table = WeightTable(family.weights())
+    names = []
+    for stage in stages:
+        index, branch = place_of(stage)
+        for part in (name for name in PARTS[branch] if name in LINEARS):
+            sources = table.sources_of(f"layers.{index}.{part}.weight")
+            names += [source.removesuffix(".weight") for source in sources]
     return " ".join(f"--keep-float {name}" for name in dict.fromkeys(names))
 
 

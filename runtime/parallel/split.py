@@ -13,8 +13,8 @@ from itertools import accumulate
 
 import torch
 
-from models.checkpoint.quantized import PIECE, SCALARS
-from models.checkpoint.table import Part, Weight
+from models.checkpoint.quantized import SCALARS
+from models.checkpoint.table import Part, Target, Weight
 from models.config import DecoderConfig
 from runtime.common.errors import ToolkitError
 
@@ -51,11 +51,6 @@ def _misfit(c: DecoderConfig, size: int) -> bool:
     )
 
 
-def layer_kind(target: str) -> str:
-    """layers.3.qkv.weight, layers.3.qkv#256:W8A8.weight -> qkv"""
-    return target.rsplit(".", 2)[-2].partition("#")[0]
-
-
 @dataclass(frozen=True)
 class Split:
     """The part of `rank` when `whole` is split over `size` devices."""
@@ -75,14 +70,14 @@ class Split:
             ffn=c.ffn // self.size,
         )
 
-    def share(self, target: str) -> Fraction:
+    def share(self, target: Target) -> Fraction:
         """The fraction of a weight that the first device, which has the most, holds."""
-        kind = layer_kind(target)
-        if kind == "qkv":
+        role = target.role
+        if role == "qkv":
             c = self.whole
             local = self.config
             return Fraction(local.heads + 2 * local.kv_heads, c.heads + 2 * c.kv_heads)
-        split = kind in ROWS or (kind in COLUMNS and target.endswith("weight"))
+        split = role in ROWS or (role in COLUMNS and target.tensor.endswith("weight"))
         return Fraction(1, self.size if split else 1)
 
     def weights(self, table: Iterable[Weight]) -> Iterator[Weight]:
@@ -100,19 +95,18 @@ class Split:
             )
 
     def _pieces(self, weight: Weight, part: Part) -> list[Part]:
-        kind = layer_kind(part.target)
-        if part.target.startswith("vision.") or kind not in (*ROWS, *COLUMNS):
+        role = part.target.role
+        if part.target.in_vision or role not in (*ROWS, *COLUMNS):
             return [part]
-        if kind in ROWS:
-            piece = PIECE.fullmatch(part.target)
-            blocks = self.row_blocks(kind)
-            return (
-                [_rows_of_piece(part, piece, blocks)] if piece else self._rows(weight, part, blocks)
-            )
-        return self._columns(weight, part)
+        if role in COLUMNS:
+            return self._columns(weight, part)
+        blocks = self.row_blocks(role)
+        if part.target.is_piece:
+            return [_rows_of_piece(part, blocks)]
+        return self._rows(weight, part, blocks)
 
     def _columns(self, weight, part) -> list[Part]:
-        tensor = part.target.rpartition(".")[2]
+        tensor = part.target.tensor
         if tensor == "weight":
             span = slice(*self.span(weight.shape[1]))
             return [replace(part, transform=_then(part.transform, lambda rows: rows[:, span]))]
@@ -147,11 +141,12 @@ class Split:
             for a, b, shift in wanted
         ]
 
-    def row_blocks(self, kind: str) -> list[tuple[int, int]]:
+    def row_blocks(self, role: str) -> list[tuple[int, int]]:
+        """Row ranges [first, last) of the whole `role` (one of ROWS) that this device holds."""
         c = self.whole
-        if kind == "lm_head":
+        if role == "lm_head":
             return [self.span(c.vocab_size)]
-        if kind == "up":
+        if role == "up":
             halves = 2 if c.activation == "swiglu" else 1
             return [
                 (i * c.ffn + a, i * c.ffn + b) for i in range(halves) for a, b in [self.span(c.ffn)]
@@ -175,25 +170,22 @@ class Split:
         return head, head + 1
 
 
-def _rows_of_piece(part: Part, piece, blocks) -> Part:
-    """The rows of a quantised layer's piece that lie in `blocks`, ranges of the whole layer's rows; it begins behind those
-    of the pieces before it."""
-    name = piece[1]
-    first = int(piece[2])
-    kind = piece[3]
-    tensor = piece[4]
+def _rows_of_piece(part: Part, blocks) -> Part:
+    """The rows of a quantised layer's piece that lie in `blocks`, ranges of the whole layer's rows.
+
+    Here it begins behind those rows of the pieces before it that lie in `blocks` too.
+    """
+    first = part.target.first_row
+    rows_before = sum(max(0, min(b, first) - a) for a, b in blocks)
+    part = replace(part, target=replace(part.target, first_row=rows_before))
+    if part.target.tensor in SCALARS:
+        return part
     ranges = [(max(a - first, 0), b - first) for a, b in blocks if b > first]
-    part = replace(
-        part, target=f"{name}#{sum(max(0, min(b, first) - a) for a, b in blocks)}:{kind}.{tensor}"
-    )
-    return (
-        part
-        if tensor in SCALARS
-        else replace(
-            part,
-            transform=_then(part.transform, lambda rows: torch.cat([rows[a:b] for a, b in ranges])),
-        )
-    )
+
+    def held(rows):
+        return torch.cat([rows[a:b] for a, b in ranges])
+
+    return replace(part, transform=_then(part.transform, held))
 
 
 def _then(first: Callable | None, second: Callable) -> Callable:

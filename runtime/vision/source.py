@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from models.checkpoint.reader import Checkpoint
-from models.checkpoint.table import Weight
+from models.checkpoint.table import Weight, WeightTable
 from models.family import Family
 from runtime.common.files import tensors_digest
 
@@ -33,7 +33,7 @@ class Source:
         """sha256 (hex) of all that decides what the encoder computes: vision tensors, their table, the tower's settings."""
         rows = []
         for weight in self._vision_weights:
-            rows.append([weight.source, [[p.target, p.take, p.at] for p in weight.parts]])
+            rows.append([weight.source, [[str(p.target), p.take, p.at] for p in weight.parts]])
         with torch.device("meta"):
             tower = self.family.vision_encoder()
         identity = [
@@ -55,11 +55,7 @@ class Source:
 
     @cached_property
     def _vision_weights(self) -> list[Weight]:
-        return [weight for weight in self.family.weights() if _fills_vision(weight)]
-
-
-def _fills_vision(weight: Weight) -> bool:
-    return any(part.target.startswith("vision.") for part in weight.parts)
+        return WeightTable(self.family.weights()).vision()
 
 
 def _module_settings(tower: nn.Module) -> list:

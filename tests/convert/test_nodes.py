@@ -242,7 +242,7 @@ def scaled_weight(family, tmp_path):
         w
         for w in family_of(GOLDEN / family).weights()
         for part in w.parts
-        if re.fullmatch(r"vision\.(\w+\.)?blocks\.1\.mlp\.down\.weight", part.target)
+        if re.fullmatch(r"vision\.(\w+\.)?blocks\.1\.mlp\.down\.weight", str(part.target))
     )
 
     def edit(tensors):

@@ -288,9 +288,7 @@ def weight_only(family, folder):
     layers = {
         w.source[:-7]
         for w in table
-        if w.parts
-        and w.parts[0].target.startswith("layers.")
-        and w.parts[0].target.endswith(MATRICES)
+        if w.parts and w.target.layer is not None and str(w.target).endswith(MATRICES)
     }
     plain = {}
     quantised = {}

@@ -96,7 +96,7 @@ def full_size(name: str, folder: Path, ops) -> Decoder:
     (folder / "config.json").write_text(json.dumps(config.get("config", config)))
     family = family_of(folder)
     memory = {}
-    targets = {part.target for weight in family.weights() for part in weight.parts}
+    targets = {str(part.target) for weight in family.weights() for part in weight.parts}
     c = family.decoder
     rows = {
         "qkv": (c.heads + 2 * c.kv_heads) * c.head_dim,

@@ -211,9 +211,7 @@ def test_every_family(family, texts, tmp_path):
         quantised <= {name for group in linear_groups(family).values() for name in group}
         and quantised
     )
-    vision = [
-        w.source for w in family.weights() if w.parts and w.parts[0].target.startswith("vision.")
-    ]
+    vision = [w.source for w in family.weights() if w.parts and w.target.in_vision]
     assert all(
         torch.equal(ours[name], stored.tensor(name).to(ours[name].dtype))
         for name in vision

@@ -51,7 +51,7 @@ def packed_weights(checkpoint, family, dtype: torch.dtype, kind: str, split) -> 
 
 def packed_folder(checkpoint, family, kind: str, split) -> Path:
     rows = list(decoder_rows(family, split))
-    table = [[w.source, [[p.target, p.take, p.at] for p in w.parts]] for w in rows]
+    table = [[w.source, [[str(p.target), p.take, p.at] for p in w.parts]] for w in rows]
     digest = tensors_digest(checkpoint, [w.source for w in rows if w.source in checkpoint.shapes])
     identity = json.dumps([PACKER, family.name, table, digest, split.size, split.rank])
     return cache_root() / "packed" / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}-{kind}"

@@ -9,7 +9,6 @@ from functools import partial
 import numpy as np
 import torch
 
-from models.checkpoint.quantized import PIECE
 from models.network.decoder import linear_of
 from models.network.linear import Late
 from runtime.common.progress import step_progress
@@ -51,9 +50,10 @@ class CurrentLayerWeights:
             return runner.run([chunk], all_logits=True)[-len(token_ids) :].numpy()
 
     def _place(self, row) -> list:
-        target = row.parts[0].target
-        layers, index, name = (PIECE.sub(r"\1", target) + "..").split(".")[:3]
-        return self.rows[int(index)] if layers == "layers" and name in BRANCH else self.resident
+        target = row.target
+        if target.layer is not None and target.role in BRANCH:
+            return self.rows[target.layer]
+        return self.resident
 
     def _linear(self, index: int, name: str):
         if index != self.index:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from models.checkpoint.table import Target, WeightTable
 from runtime.common.errors import ToolkitError
 from runtime.common.machine import gib
 
@@ -80,14 +81,11 @@ def decoder_parameters(family, split=None) -> int:
     from runtime.parallel.split import Split
 
     split = split or Split(family.decoder)
-    return int(
-        sum(
-            math.prod(w.shape) * split.share(part.target)
-            for w in family.weights()
-            for part in w.parts
-            if not part.target.startswith("vision.")
-        )
-    )
+    count = 0
+    for row in WeightTable(family.weights()).decoder():
+        for part in row.parts:
+            count += math.prod(row.shape) * split.share(part.target)
+    return int(count)
 
 
 def decoder_bytes(
@@ -98,38 +96,29 @@ def decoder_bytes(
     from models.checkpoint.quantized import stored_weights
 
     def share(target):
-        return split.share(target) / (
-            family.decoder.layers if one_layer and target.startswith("layers.") else 1
-        )
+        share = split.share(target)
+        in_layer = target.layer is not None
+        return share / family.decoder.layers if one_layer and in_layer else share
 
-    return int(
-        sum(
-            math.prod(w.shape) * share(p.target) * _bits(p.target, dtype, cpu_weights) / 8
-            for w in stored_weights(family)
-            for p in w.parts
-            if not p.target.startswith("vision.")
-        )
-    )
+    count = 0
+    for row in stored_weights(family).decoder():
+        for part in row.parts:
+            bits = _bits(part.target, dtype, cpu_weights)
+            count += math.prod(row.shape) * share(part.target) * bits / 8
+    return int(count)
 
 
-def _bits(target: str, dtype: torch.dtype, cpu_weights: str) -> float:
+def _bits(target: Target, dtype: torch.dtype, cpu_weights: str) -> float:
     """int8 stays int8, except in W8A16 layers."""
-    from models.checkpoint.quantized import PIECE
-
     from .cpu_weights import bits
 
-    piece = PIECE.fullmatch(target)
-    if piece and piece[3] not in ("FLOAT", "W8A16"):
-        return 8 if piece[4] == "weight" else 32
-    return bits(target, cpu_weights, dtype)
+    if target.is_piece and target.kind not in ("FLOAT", "W8A16"):
+        return 8 if target.tensor == "weight" else 32
+    return bits(str(target), cpu_weights, dtype)
 
 
 def vision_parameters(family) -> int:
-    return sum(
-        math.prod(w.shape)
-        for w in family.weights()
-        if w.parts and w.parts[0].target.startswith("vision.")
-    )
+    return sum(math.prod(row.shape) for row in WeightTable(family.weights()).vision())
 
 
 def make_plan(

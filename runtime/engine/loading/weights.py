@@ -1,13 +1,12 @@
 """Reads the decoder's weights from the checkpoint straight into the backend's form, one tensor at a time."""
 
-import re
 from collections import Counter, defaultdict
 from fnmatch import fnmatchcase
 
 import torch
 
-from models.checkpoint.quantized import PIECE, layer_of, stored_weights
-from models.checkpoint.table import Weight
+from models.checkpoint.quantized import layer_of, stored_weights
+from models.checkpoint.table import Weight, WeightTable
 from models.network.decoder import linear_of
 from models.network.linear import Linear, Stacked, widened
 from runtime.common.errors import ToolkitError
@@ -15,16 +14,11 @@ from runtime.common.progress import byte_progress
 
 MATRICES = ("qkv.weight", "out.weight", "up.weight", "down.weight", "lm_head.weight")
 BRANCH = {"qkv": "attention", "out": "attention", "up": "mlp", "down": "mlp"}
-FLOAT_LINEAR = re.compile(r"(layers\.\d+)\.(qkv|out|up|down)\.(weight|bias)")
 
 
 def decoder_rows(family, split) -> list[Weight]:
     """The weight table of the decoder, or of the part of it that `split` gives to this device."""
-    return [
-        w
-        for w in split.weights(stored_weights(family))
-        if w.parts and not w.parts[0].target.startswith("vision.")
-    ]
+    return WeightTable(split.weights(stored_weights(family))).decoder()
 
 
 def decoder_weights(
@@ -57,8 +51,10 @@ def kept_rows(rows: list[Weight], patterns) -> list[Weight]:
     """The rows of float linear layers in stages whose names match; ToolkitError for a pattern that matches none."""
     stages = {}
     for row in rows:
-        if linear := FLOAT_LINEAR.fullmatch(row.parts[0].target):
-            stages.setdefault(f"{linear[1]}.{BRANCH[linear[2]]}", []).append(row)
+        target = row.target
+        if target.layer is not None and target.role in BRANCH and not target.is_piece:
+            stage = f"layers.{target.layer}.{BRANCH[target.role]}"
+            stages.setdefault(stage, []).append(row)
     for pattern in patterns:
         if not any(fnmatchcase(stage, pattern) for stage in stages):
             raise ToolkitError(
@@ -85,8 +81,8 @@ def load_rows(checkpoint, rows: list[Weight], dtype: torch.dtype, device: str, o
 
 def read_rows(checkpoint, rows: list[Weight], dtype: torch.dtype, device: str, ops, update) -> dict:
     """load_rows; calls update(done, total) with bytes."""
-    plain = [row for row in rows if not PIECE.fullmatch(row.parts[0].target)]
-    pieces = [row for row in rows if PIECE.fullmatch(row.parts[0].target)]
+    plain = [row for row in rows if not row.target.is_piece]
+    pieces = [row for row in rows if row.target.is_piece]
     total = sum(checkpoint.nbytes(row.source) for row in rows if row.source in checkpoint.shapes)
     weights = {
         name: ops.pack(tensor.to(device)) if name.endswith(MATRICES) else tensor.to(device)
@@ -103,14 +99,16 @@ def read_rows(checkpoint, rows: list[Weight], dtype: torch.dtype, device: str, o
 
 def _layers(tensors, rows, dtype):
     """(name, layer) of every layer whose pieces have all been read."""
-    missing = Counter(PIECE.fullmatch(part.target)[1] for row in rows for part in row.parts)
+    targets = {str(part.target): part.target for row in rows for part in row.parts}
+    missing = Counter(target.module for target in targets.values())
     read = defaultdict(dict)
-    for target, tensor in tensors:
-        name, first, kind, which = PIECE.fullmatch(target).groups()
-        read[name].setdefault(int(first), (kind, {}))[1][which] = tensor
-        missing[name] -= 1
-        if not missing[name]:
-            yield name, layer_of(read.pop(name), dtype)
+    for name, tensor in tensors:
+        target = targets[name]
+        _, piece = read[target.module].setdefault(target.first_row, (target.kind, {}))
+        piece[target.tensor] = tensor
+        missing[target.module] -= 1
+        if not missing[target.module]:
+            yield target.module, layer_of(read.pop(target.module), dtype)
 
 
 def _packed(layer, dtype, device, ops):

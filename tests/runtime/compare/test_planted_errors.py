@@ -60,7 +60,7 @@ def departed(found):
 
 def sources(family, target):
     """Checkpoint names of one of our decoder tensors."""
-    return [w.source for w in family.weights() for p in w.parts if p.target == target]
+    return [w.source for w in family.weights() for p in w.parts if str(p.target) == target]
 
 
 def scale(name, factor=1.01):
@@ -213,7 +213,9 @@ def test_keep_dtype_that_names_nothing(pattern, sentence):
 
 def quantised(model, tmp_path, damage=None):
     """A W8A8_DYNAMIC folder as msmodelslim lays it out; the scales of the linear layer `damage` are twice too large."""
-    linears = {w.source for w in family_of(model).weights() for p in w.parts if layers_of(p.target)}
+    linears = {
+        w.source for w in family_of(model).weights() for p in w.parts if layers_of(str(p.target))
+    }
     kinds = {"model_quant_type": "W8A8_DYNAMIC"}
 
     def edit(tensors):

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import family_of
-from models.checkpoint.quantized import PIECE, Description, quantized_weights
+from models.checkpoint.quantized import Description, quantized_weights
 from models.checkpoint.reader import Checkpoint
 from models.checkpoint.table import Part, Weight
 from models.network.decoder import Decoder, Step
@@ -95,7 +95,7 @@ def quantised(family, kind, split):
     kinds = {
         row.source: kind
         for row in family.weights()
-        if row.parts and row.parts[0].target.endswith(MATRICES)
+        if row.parts and str(row.target).endswith(MATRICES)
     }
     table = list(quantized_weights(family.weights(), Description(Path("a test"), kind, kinds)))
     random = torch.Generator().manual_seed(0)
@@ -112,9 +112,7 @@ def quantised(family, kind, split):
         for n, t in tensors.items()
     }
     tensors |= {n: torch.zeros_like(t) for n, t in tensors.items() if n.endswith("weight_offset")}
-    rows = [
-        row for row in split.weights(table) if row.parts and PIECE.fullmatch(row.parts[0].target)
-    ]
+    rows = [row for row in split.weights(table) if row.parts and row.target.is_piece]
     return load_rows(MemoryCheckpoint(tensors), rows, torch.float32, "cpu", ReferenceOps())
 
 
