@@ -1,7 +1,7 @@
-"""`python -m runtime --mode run|performance|precision|predict`: the main.py of the VisualGLM guide on our commands.
+"""`python -m runtime --mode MODE`: the main.py of the VisualGLM guide, on our commands.
 
-run = runtime.chat, performance = runtime.bench, precision = runtime.compare, predict = runtime.predict; all other
-arguments go there unchanged.
+Takes run, performance, precision or predict as the mode, and runs runtime.chat, runtime.bench,
+runtime.compare or runtime.predict; all other arguments go there unchanged.
 """
 
 import importlib
@@ -40,23 +40,26 @@ def main(argv) -> int:
         raise ToolkitError(
             f"--mode is {mode!r}: use one of {', '.join(MODES)}; see python -m runtime --help"
         )
-    return importlib.import_module(f"runtime.{MODES[mode]}").main([*rest, *defaults(mode, rest)])
+    command = importlib.import_module(f"runtime.{MODES[mode]}")
+    return command.main([*rest, *default_arguments(mode, rest)])
 
 
 def take_mode(arguments: list[str]) -> tuple[str | None, list[str]]:
     """(value of --mode, the other arguments)."""
     for index, argument in enumerate(arguments):
-        if argument == "--mode":
-            return "".join(arguments[index + 1 : index + 2]), arguments[:index] + arguments[
-                index + 2 :
-            ]
-        if argument.startswith("--mode="):
-            return argument.removeprefix("--mode="), arguments[:index] + arguments[index + 1 :]
+        name, equals, value = argument.partition("=")
+        if name != "--mode":
+            continue
+        before = arguments[:index]
+        after = arguments[index + 1 :]
+        if equals:
+            return value, before + after
+        return "".join(after[:1]), before + after[1:]
     return None, arguments
 
 
-def defaults(mode: str, arguments: list[str]) -> list[str]:
-    """What our commands want to be told and the guide's modes do without."""
+def default_arguments(mode: str, arguments: list[str]) -> list[str]:
+    """Arguments that our commands require and the guide's modes do without."""
     given = {argument.partition("=")[0] for argument in arguments}
     if mode == "precision" and not given & {"--out", "-h", "--help"}:
         return ["--out", "precision_report"]
