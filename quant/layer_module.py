@@ -5,7 +5,6 @@ linear layers, and the residual streams behind the layer flow out. The arithmeti
 rows stand as in the checkpoint and are brought into the runtime's order behind each linear layer.
 """
 
-import ctypes
 import gc
 from collections import defaultdict
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ from torch import nn
 from models.checkpoint.table import Weight, WeightTable
 from models.network.decoder import Layer, LayerArithmetic
 from models.network.rope import rotary_angles
-from runtime.ops.cpu.ops import CpuOps, _attend
+from runtime.common.processes import return_freed_memory
+from runtime.ops.cpu.ops import CpuOps, sequence_attention
 from runtime.ops.reference import ReferenceOps
 
 LINEARS = ("qkv", "out", "up", "down")
@@ -51,7 +51,7 @@ class LayerOps(CpuOps):
         return norm(x) if callable(norm) else super().layer_norm(x, norm, eps)
 
     attend = ReferenceOps.attend  # from the angles, which are all that a SampleStep has
-    turned_heads = ReferenceOps.turned_heads
+    rotated_qkv = ReferenceOps.rotated_qkv
 
     def cache_write(self, k, v, keys, values, slots):
         pass
@@ -60,7 +60,7 @@ class LayerOps(CpuOps):
         c = step.context
         spans = [(q[:c], k[:c], v[:c], False)] if c else []
         spans += [(q[c:], k, v, True)] if c < len(q) else []
-        return torch.cat([_attend(*span) for span in spans])
+        return torch.cat([sequence_attention(*span) for span in spans])
 
 
 class RMSNorm(nn.Module):
@@ -199,5 +199,4 @@ def _place(row: Weight) -> tuple[int, int]:
 def release_memory():
     """Modules refer to themselves and wait for the collector; glibc keeps the holes that large tensors leave."""
     gc.collect()
-    if hasattr(ctypes.CDLL(None), "malloc_trim"):
-        ctypes.CDLL(None).malloc_trim(0)
+    return_freed_memory()

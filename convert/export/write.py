@@ -3,7 +3,6 @@
 The graph is traced without weights; each weight becomes a reference into the data file when it is written.
 """
 
-import ctypes
 import shutil
 from pathlib import Path
 
@@ -13,13 +12,13 @@ import torch
 from models.checkpoint.reader import Checkpoint
 from models.family import Family
 from runtime.common.errors import ToolkitError
+from runtime.common.processes import keep_freed_memory
 from runtime.common.progress import byte_progress
 from runtime.vision.artifact import DATA, ONNX, file_entry
 
 from .data_file import ALIGNMENT, DataFile
 
 GRAPH_BYTES = 8 << 20  # generous: graph, manifest, atc.sh
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 KEPT_BYTES = 64 << 20
 
 
@@ -68,10 +67,7 @@ def export(model: ir.Model, family: Family, checkpoint: Checkpoint, folder: Path
 def reuse_memory():
     """Make malloc keep the memory of freed tensors (up to KEPT_BYTES each) for the next ones: fresh pages from the
     system cost more than the copies into them, above all in virtual machines."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
-        libc.mallopt(M_TRIM_THRESHOLD, 2 * KEPT_BYTES)
+    keep_freed_memory(KEPT_BYTES, 2 * KEPT_BYTES)
 
 
 def _fill(slot: ir.Value | None, name: str, tensor: torch.Tensor, data: DataFile):

@@ -1,17 +1,21 @@
-"""The operator set of the decoder, one module per backend: reference (plain torch, the oracle), cpu (fast), npu,
-cuda."""
+"""The operator set of the decoder: takes a device and the backend's name, returns its operators.
+
+One module or folder per backend: reference (plain torch, the oracle), cpu (fast), npu, cuda.
+"""
 
 from runtime.common.errors import ToolkitError
 
 
 def choose(name: str, device: str):
-    """Backend for `--ops` (auto | reference | cpu) on `device`. An explicit choice never falls back to another."""
+    """Backend for `--ops` (auto | reference | cpu) on `device` (cpu, npu:N, cuda:N).
+
+    An explicit choice never falls back to another; ToolkitError when it cannot be.
+    """
     kind = device.split(":")[0]
     if kind not in ("cpu", "cuda", "npu"):
         raise ToolkitError(f"device {device!r} is not known; use cpu, npu:N or cuda:N")
-    own = {"cpu": _cpu, "npu": _npu, "cuda": _cuda}[kind](
-        device
-    )  # it must be opened even for plain torch
+    openers = {"cpu": _cpu, "npu": _npu, "cuda": _cuda}
+    own = openers[kind](device)  # a device must be opened even for plain torch
     if name in ("auto", own.name):
         return own
     if name == "reference":

@@ -1,7 +1,8 @@
-"""Plain torch on any device: the oracle for the other backends. Norms, softmax and scores are computed in fp32.
+"""Plain torch on any device: the oracle for the other backends.
 
-Shapes: activations [T, width], q [T, heads, head_dim], k and v [T, kv_heads, head_dim], caches
-[blocks, block_size, kv_heads, head_dim]. `step` is models.network.decoder.Step.
+Takes and returns activations [T, width] in the model's dtype; norms, softmax and scores are
+computed in fp32. Shapes: q [T, heads, head_dim], k and v [T, kv_heads, head_dim], caches [blocks,
+block_size, kv_heads, head_dim]. `step` is models.network.decoder.Step.
 """
 
 import math
@@ -31,7 +32,7 @@ class ReferenceOps:
         return "auto"
 
     def remark(self, dtype: torch.dtype) -> str:
-        """What a user who computes in `dtype` should know of the operators, to be put behind their name."""
+        """What a user who computes in `dtype` should know, to be put behind the operators' name."""
         return ""
 
     def free_memory(self) -> int:
@@ -46,44 +47,50 @@ class ReferenceOps:
         return weight
 
     def pack_quantized(self, layer, dtype: torch.dtype):
-        """A models.checkpoint.quantized.Quantized layer for activations of `dtype` in the form `quantized_linear` wants, or a
-        Linear; called once at load."""
+        """A models.checkpoint.quantized.Quantized layer in the form `quantized_linear` wants for
+        activations of `dtype`, or a Linear; called once at load."""
         return layer
 
     def cache(self, config, blocks, block_size, dtype, device):
-        """One layer's cache of keys, or of values. On the CPU, pages that nobody has written to take no memory yet."""
-        shape = blocks, block_size, config.kv_heads, config.head_dim
+        """One layer's cache of keys, or of values, in `dtype`.
+
+        On the CPU, pages that nobody has written to take no memory yet.
+        """
+        shape = (blocks, block_size, config.kv_heads, config.head_dim)
         if torch.device(device).type != "cpu":
             return torch.zeros(shape, dtype=dtype, device=device)
-        return (
-            torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8))
-            .view(dtype)
-            .view(shape)
-        )
+        untouched = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
+        return torch.from_numpy(untouched).view(dtype).view(shape)
 
     def begin(self, step, config, device):
-        """A step built on the host -> the step that the layers get: on the device, with what the backend adds to it."""
-        tensors = {
-            name: getattr(step, name).to(device) for name in ("cos", "sin", "slots", "block_table")
-        }
-        return replace(step, **tensors)
+        """A step built on the host -> the step that the layers get: on the device, with what the
+        backend adds to it."""
+        return replace(
+            step,
+            cos=step.cos.to(device),
+            sin=step.sin.to(device),
+            slots=step.slots.to(device),
+            block_table=step.block_table.to(device),
+        )
 
     def graph_inputs(self, step) -> dict[str, torch.Tensor]:
-        """Tensors of a step that change from token to token: what a recorded graph reads anew on every replay."""
+        """Tensors of a step that change from token to token: what a recorded graph reads anew on
+        every replay."""
         names = [f.name for f in fields(step) if f.name not in ("order", "q_tensor")]
         values = {name: getattr(step, name) for name in names}
         return {name: x for name, x in values.items() if isinstance(x, torch.Tensor)}
 
     def all_layers(self, decoder, x, step, cache):
-        """All layers and the last norm at once, x [T, hidden] -> [T, hidden]; None where they are computed one by one."""
+        """All layers and the last norm at once, x [T, hidden] -> [T, hidden]; None where they are
+        computed one by one."""
 
     def heads(self, qkv, config, step):
         """qkv [T, width] -> q, k, v."""
         qkv = qkv.view(len(qkv), -1, config.head_dim)
         return qkv.split((config.heads, config.kv_heads, config.kv_heads), dim=1)
 
-    def turned_heads(self, qkv, config, step):
-        """qkv [T, width] -> q, k, v, with q and k turned to their positions."""
+    def rotated_qkv(self, qkv, config, step):
+        """qkv [T, width] -> q, k, v, with q and k rotated to their positions."""
         q, k, v = self.heads(qkv, config, step)
         return *self.rope(q, k, step.cos, step.sin), v
 
@@ -102,7 +109,10 @@ class ReferenceOps:
         return x if self.team is None else self.team.gather(x)
 
     def quantized_linear(self, x, layer):
-        """Exact integer arithmetic (models.checkpoint.quantized): float64 holds the sums of int8 products exactly."""
+        """x [T, k] -> [T, n] in exact integer arithmetic (models.checkpoint.quantized).
+
+        float64 holds the sums of int8 products exactly.
+        """
         if layer.kind == "W8A16":
             return self.linear(x, dequantized(layer, x.dtype))
         q, token_scale = quantize(x, layer)
@@ -115,7 +125,7 @@ class ReferenceOps:
     def rms_norm(self, x, norm, eps):
         y = x.float()
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
-        return shifted((y * norm.weight.float()).to(x.dtype), norm)
+        return add_norm_bias((y * norm.weight.float()).to(x.dtype), norm)
 
     def add_rms_norm(self, x, residual, norm, eps):
         """(normalised sum, sum)"""
@@ -146,34 +156,38 @@ class ReferenceOps:
         values.view(-1, *values.shape[2:])[slots] = v
 
     def attend(self, qkv, keys, values, config, step):
-        """qkv [T, width] -> what the tokens see [T, heads * head_dim]; their keys and values go into the cache."""
-        q, k, v = self.turned_heads(qkv, config, step)
+        """qkv [T, width] -> attention's output [T, heads * head_dim]; k and v go into the cache."""
+        q, k, v = self.rotated_qkv(qkv, config, step)
         self.cache_write(k, v, keys, values, step.slots)
         return self.attention(q, k, v, keys, values, step).flatten(1)
 
     def attention(self, q, k, v, keys, values, step):
-        """softmax(q k / sqrt(head_dim)) v per sequence over its cached keys and values -> [T, heads, head_dim]."""
+        """softmax(q k / sqrt(head_dim)) v per sequence over its cached keys and values -> [T,
+        heads, head_dim]."""
         outputs = []
-        for b, rows in enumerate(q.split(step.q_lens)):
-            cached = [
-                _gather(cache, step.block_table[b], step.kv_lens[b]).float()
-                for cache in (keys, values)
-            ]
-            outputs.append(_attend(rows.float(), *cached, causal=step.causal).to(q.dtype))
+        for rows, table, length in zip(q.split(step.q_lens), step.block_table, step.kv_lens):
+            k = _gather(keys, table, length).float()
+            v = _gather(values, table, length).float()
+            outputs.append(sequence_attention(rows.float(), k, v, step.causal).to(q.dtype))
         return torch.cat(outputs)
 
 
-def shifted(y, norm):
+def add_norm_bias(y, norm):
+    """A normalised y, plus the norm's bias if it has one."""
     return y if norm.bias is None else y + norm.bias
 
 
 def dequantized(layer, dtype) -> Linear:
+    """A Quantized layer as a float one in `dtype`."""
     weight = (layer.weight.float() * layer.scale[:, None]).to(dtype)
     return Linear(weight, None if layer.bias is None else layer.bias.to(dtype))
 
 
 def quantize(x, layer):
-    """x [T, k] -> (whole numbers -128..127 as float32 [T, k], scale of each token [T, 1]; None: a static layer's one)."""
+    """x [T, k] -> (whole numbers -128..127 as float32 [T, k], scale of each token [T, 1]).
+
+    The scale is None for a static layer, which has one of its own.
+    """
     x = x.to(torch.float32, copy=True)
     if layer.static:
         return x.div_(layer.input_scale).add_(layer.input_offset).round_().clamp_(-128, 127), None
@@ -195,7 +209,11 @@ def _gather(cache, blocks, length):
     return cache[blocks[:used].long()].flatten(0, 1)[:length]
 
 
-def _attend(q, k, v, causal: bool):
+def sequence_attention(q, k, v, causal: bool):
+    """q [rows, heads, head_dim] against k, v [length, kv_heads, head_dim] -> [rows, heads, head_dim].
+
+    causal: of the length tokens the last `rows` are q's own, and each sees none after it.
+    """
     repeat = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(repeat, dim=1).transpose(0, 1) for t in (k, v))
     scores = q.transpose(0, 1) @ k.transpose(1, 2) / q.shape[-1] ** 0.5

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from models.network.linear import Norm
-from runtime.ops.reference import ReferenceOps, _attend
+from runtime.ops.reference import ReferenceOps, sequence_attention
 
 PLAIN = ReferenceOps()
 NZ = 29
@@ -331,7 +331,7 @@ def paged_attention(
 
 def _packed_attention(q, k, v, lens, causal):
     parts = zip(*(t.split(lens) for t in (q, k, v)))
-    return torch.cat([_attend(*part, causal=causal) for part in parts])
+    return torch.cat([sequence_attention(*part, causal=causal) for part in parts])
 
 
 def _paged_attention(q, keys, values, table, q_lens, kv_lens):

@@ -1,153 +1,71 @@
-"""The decode step's own kernels (kernels/): built once on each machine with its C compiler, called through ctypes.
+"""The decode step's own kernels (kernels/*.c): bfloat16 tensors in, bfloat16 tensors out.
 
-Of at most FEW tokens, bfloat16 [m, k], a product reads each weight once and is as fast as memory, if little happens between
-two products: torch's calls cost more there than what they compute. Weights stay in the blocks that oneDNN packed them into,
-so one copy serves its products of many rows and ours. Without a compiler or on another CPU `kernels()` is None and torch's
-operators do everything.
+Takes activations [m, k] with the weights, norms and caches of the layers, and calls the library of
+native_library.py through ctypes; the structures here are those of kernels/common.h.
+
+With at most SMALL_BATCH tokens a matmul is memory-bound: each weight is read once. Per-call
+overhead between matmuls then dominates, and torch's is too high. Weights stay in the blocks that
+oneDNN packed them into (native_blocks.py), so one copy serves its matmuls of many rows and ours.
 """
 
 import ctypes
-import functools
-import hashlib
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from runtime.common.files import cache_root
+from .native_blocks import Blocks, Int4Blocks
+from .native_library import FLOAT, LONG, POINTER, kernels
 
-FEW = 8  # rows of a product's tile
-ANY = sys.maxsize
-BF16, INT8, INT4 = range(3)  # kinds of products
-ZERO = 128  # what stands for 0 in its unsigned activations
-NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16"}
-SOURCES = Path(__file__).with_name("kernels")
-COMMAND = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
-P = ctypes.c_void_p
-N = ctypes.c_int
-L = ctypes.c_long
-F = ctypes.c_float
-SIGNATURES = {
-    "product": (P, P, P, N),
-    "attend": (P, P, P, P, P),
-    "layers": (P, L, P, P, P, P, F),
-    "floats_int4": (P, P, L, L),
-    "round_rows": (P, P, P, N, L, F, F),
-    "add_rms_norm": (P, P, P, P, P, N, L, F),
-    "swiglu": (P, P, N, L),
-    "turn_rows": (P, P, P, N, L, L, L),
-}
+SMALL_BATCH = 8  # tokens that a matmul of ours takes at most: the rows of its tile
+BF16, INT8, INT4 = range(3)  # kinds of matmuls
+ZERO = 128  # what stands for 0 in the unsigned activations of INT8
 
 
-def missing() -> str:
-    """What keeps this machine from having the kernels; empty: nothing."""
-    flags = (
-        set(Path("/proc/cpuinfo").read_text().split()) if Path("/proc/cpuinfo").exists() else set()
-    )
-    if not flags >= NEEDED:
-        return "the CPU has no AVX-512 with BF16 and VNNI"
-    return "" if _compiler() else "there is no C compiler; run: apt-get install gcc"
+def kernels_support(x: torch.Tensor) -> bool:
+    """Can the kernels compute with the activations x [m, k]? Matmuls also need `is_small_batch`."""
+    return x.dtype == torch.bfloat16 and x.shape[1] % 16 == 0 and kernels() is not None
 
 
-@functools.cache
-def kernels() -> ctypes.CDLL | None:
-    """The library, built if this machine has none of these sources yet; None without one."""
-    if missing():
-        return None
-    try:
-        library = ctypes.CDLL(str(_built()))
-    except (OSError, subprocess.CalledProcessError) as error:
-        print(
-            f"warning: decoding is slower, its own kernels cannot be built ({error})",
-            file=sys.stderr,
-        )
-        return None
-    for name, arguments in SIGNATURES.items():
-        getattr(library, name).argtypes = arguments
-        getattr(library, name).restype = None
-    return library
+def is_small_batch(x: torch.Tensor) -> bool:
+    """Can the kernels multiply the activations x [m, k] by a weight?"""
+    return len(x) <= SMALL_BATCH and kernels_support(x)
 
 
-def _compiler() -> str | None:
-    return next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
+class Matmul(ctypes.Structure):
+    """A linear layer [n, k] for up to SMALL_BATCH tokens: bfloat16 [m, k] -> [m, n].
 
-
-def _built() -> Path:
-    """The library's file, under a hash of the sources, the compiler and the CPU."""
-    sources = sorted(SOURCES.glob("*.[ch]"))
-    cpu = next(
-        line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")
-    )
-    known = "".join([cpu, _compiler(), *COMMAND, *(file.read_text() for file in sources)])
-    library = cache_root() / "kernels" / f"{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=library.parent) as work:
-            subprocess.run(
-                [
-                    _compiler(),
-                    *COMMAND,
-                    "-o",
-                    f"{work}/new.so",
-                    *(f for f in sources if f.suffix == ".c"),
-                    "-lm",
-                ],
-                check=True,
-                capture_output=True,
-            )
-            os.replace(f"{work}/new.so", library)
-    return library
-
-
-def suits(x: torch.Tensor, rows: int = FEW) -> bool:
-    """Can the kernels take the activations x [m, k], at most `rows` of them?"""
-    return (
-        x.dtype == torch.bfloat16
-        and len(x) <= rows
-        and x.shape[1] % 16 == 0
-        and kernels() is not None
-    )
-
-
-class Product(ctypes.Structure):
-    """A linear layer [n, k] as the kernels read it, for up to FEW tokens: bfloat16 [m, k] -> [m, n].
-
-    INT8: (q @ w.T + add) * scale * s + bias, q: x / s rounded to whole numbers, s of each token from its largest value; or,
-    with a fixed s, those of x / s + offset. add: int32, with ZERO times the sums of the weight's rows taken off, for the
-    kernel's q are unsigned. INT4: x is rounded to 8 bits, each group of 128 values with a scale of its own.
+    INT8: (q @ w.T + add) * scale * s + bias. q: x / s rounded to whole numbers, s: of each token
+    from its largest value; or, with a fixed s, q: x / s + offset rounded. add int32 [n]: with ZERO
+    times the sums of the weight's rows taken off, because the kernel's q are unsigned.
+    INT4: x is rounded to 8 bits, each group of 128 values with a scale of its own.
     """
 
     _fields_ = [
-        ("weight", P),
-        ("add", P),
-        ("scale", P),
-        ("bias", P),
-        ("kind", L),
-        ("n", L),
-        ("k", L),
-        ("block", L),
-        ("fixed", F),
-        ("offset", F),
+        ("weight", POINTER),
+        ("add", POINTER),
+        ("scale", POINTER),
+        ("bias", POINTER),
+        ("kind", LONG),
+        ("n", LONG),
+        ("k", LONG),
+        ("block", LONG),
+        ("fixed", FLOAT),
+        ("offset", FLOAT),
     ]
 
     def __init__(
         self,
         kind: int,
-        blocks,
-        bias=None,
-        add=None,
-        scale=None,
+        blocks: Blocks | Int4Blocks,
+        bias: torch.Tensor | None = None,
+        add: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None,
         fixed: float = 0,
         offset: float = 0,
     ):
-        """blocks: Blocks or Int4Blocks; bias of any dtype."""
-        bias = None if bias is None else bias.float()
-        self._kept = blocks, bias, add, scale  # they lie where the structure says
+        """bias [n] of any dtype; add int32 [n], scale float32 [n]: INT8 alone."""
+        if bias is not None:
+            bias = bias.float()
+        self._kept = blocks, bias, add, scale  # their memory is what the structure points to
         super().__init__(
             blocks.address,
             address(add),
@@ -161,113 +79,44 @@ class Product(ctypes.Structure):
             offset,
         )
 
-    def __call__(self, x):
-        x, y = x.contiguous(), x.new_empty(len(x), self.n)
-        kernels().product(ctypes.byref(self), x.data_ptr(), y.data_ptr(), len(x))
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """bfloat16 [m, k] -> [m, n]."""
+        x = x.contiguous()
+        y = x.new_empty(len(x), self.n)
+        kernels().matmul(ctypes.byref(self), x.data_ptr(), y.data_ptr(), len(x))
         return y
 
 
-@dataclass
-class Blocks:
-    """A weight [n, k] in oneDNN's blocks: [n / block, rounded up][k / each][block][each], 4 bytes of k side by side."""
-
-    address: int
-    n: int
-    k: int
-    block: int
-
-
 def address(tensor: torch.Tensor | None) -> int | None:
+    """Where a tensor's values begin; None (NULL in C) without a tensor."""
     return None if tensor is None else tensor.data_ptr()
-
-
-def blocks_of(packed: torch.Tensor, weight: torch.Tensor) -> Blocks | None:
-    """Where oneDNN put `weight` [n, k], bfloat16 or int8; None when it lies in another order than the kernels read, which the
-    first and the last block show."""
-    each, (n, k) = 4 // weight.element_size(), weight.shape
-    if not packed.is_mkldnn or kernels() is None or n % 16 or k % 16:
-        return None
-    at = torch.ops.mkldnn.data_ptr(packed)
-    size = torch.ops.mkldnn._nbytes(packed)
-    raw = torch.frombuffer((ctypes.c_char * size).from_address(at), dtype=weight.dtype)
-    for block in (64, 48, 32, 16):
-        count = -(-n // block)
-        if len(raw) >= count * block * k and all(
-            torch.equal(
-                raw[i * block * k :][: block * k].view(k // each, block, each)[:, : len(rows)],
-                rows.unflatten(1, (-1, each)).transpose(0, 1),
-            )
-            for i, rows in ((i, weight[i * block :][:block]) for i in (0, count - 1))
-        ):
-            return Blocks(at, n, k, block)
-    return None
-
-
-class Int4Blocks:
-    """4-bit weights [n, k] as the kernels read them, one line of memory after another: of 16 rows and a group of 128 values 16
-    lines of words and one of scales and zeros. A word is 8 values of a row; word s has the pairs of values s, 16 + s (lower
-    nibbles of its four bytes), 32 + s, 48 + s (upper ones)."""
-
-    block = 16
-    many = 4 * FEW  # tokens from which making them bfloat16 is quicker
-
-    def __init__(self, q: torch.Tensor, scales: torch.Tensor):
-        """As packed.Int4Weight takes them: q uint8 [n, k / 2], scales bfloat16 [k / 128, n, 2]."""
-        self.n = len(q)
-        self.k = 2 * q.shape[1]
-        scales = (
-            scales.unflatten(1, (-1, 16))
-            .permute(1, 0, 3, 2)
-            .contiguous()
-            .view(torch.int32)
-            .flatten(2)
-            .unsqueeze(2)
-        )
-        self._lines = torch.cat(
-            [
-                torch.cat((_words(rows), own), 2)
-                for rows, own in zip(q.split(1024), scales.split(64))
-            ]
-        )
-        self.address = self._lines.data_ptr()
-
-    def floats(self, start: int, end: int) -> torch.Tensor:
-        """Rows start..end, multiples of 16, in bfloat16 [end - start, k]."""
-        out = torch.empty(end - start, self.k, dtype=torch.bfloat16)
-        kernels().floats_int4(
-            self._lines[start // 16].data_ptr(), out.data_ptr(), end - start, self.k
-        )
-        return out
-
-
-def _words(q):
-    """[n, k / 2] -> int32 [n / 16, k / 128, 16 words, 16 rows]."""
-    pairs = q.view(len(q), -1, 4, 16).int()
-    words = sum(
-        (pairs[:, :, j] & 15) << at | pairs[:, :, j] >> 4 << at + 8
-        for j, at in enumerate((0, 16, 4, 20))
-    )
-    return words.unflatten(0, (-1, 16)).permute(0, 2, 3, 1).contiguous()
 
 
 class Step(ctypes.Structure):
     """One token of each sequence, as models.network.decoder.Step has it."""
 
-    _fields_ = [("cos", P), ("sin", P), ("slots", P), ("lengths", P), ("table", P)] + [
-        (name, L) for name in ("rows", "table_width", "block", "heads", "kv_heads", "d")
+    _fields_ = [
+        ("cos", POINTER),
+        ("sin", POINTER),
+        ("slots", POINTER),
+        ("lengths", POINTER),
+        ("table", POINTER),
+        ("rows", LONG),
+        ("table_width", LONG),
+        ("block", LONG),
+        ("heads", LONG),
+        ("kv_heads", LONG),
+        ("d", LONG),
     ]
 
     def __init__(self, step, config, block: int):
-        self._kept = kept = (
-            step.cos.contiguous(),
-            step.sin.contiguous(),
-            step.slots,
-            torch.tensor(step.kv_lens),
-            step.block_table.contiguous(),
-        )
+        """`block`: tokens of one block of the cache."""
+        lengths = torch.tensor(step.kv_lens)
+        table = step.block_table.contiguous()
+        self._kept = (step.cos.contiguous(), step.sin.contiguous(), step.slots, lengths, table)
         super().__init__(
-            *map(address, kept),
-            *step.block_table.shape,
+            *map(address, self._kept),
+            *table.shape,
             block,
             config.heads,
             config.kv_heads,
@@ -275,8 +124,12 @@ class Step(ctypes.Structure):
         )
 
     def attend(self, qkv, keys, values):
-        """qkv [rows, width], one layer's caches -> [rows, heads * head_dim]."""
-        qkv, out = qkv.contiguous(), qkv.new_empty(len(qkv), self.heads * self.d)
+        """qkv [rows, width], one layer's caches -> [rows, heads * head_dim].
+
+        q and k are rotated; keys and values go into the caches.
+        """
+        qkv = qkv.contiguous()
+        out = qkv.new_empty(len(qkv), self.heads * self.d)
         kernels().attend(
             qkv.data_ptr(), keys.data_ptr(), values.data_ptr(), ctypes.byref(self), out.data_ptr()
         )
@@ -284,7 +137,9 @@ class Step(ctypes.Structure):
 
 
 class Norm(ctypes.Structure):
-    _fields_ = [("weight", P), ("shift", P)]
+    """Weight and bias [width] of a norm, bfloat16; bias NULL without one."""
+
+    _fields_ = [("weight", POINTER), ("bias", POINTER)]
 
     @classmethod
     def of(cls, norm):
@@ -292,64 +147,58 @@ class Norm(ctypes.Structure):
         return cls(address(norm.weight), address(norm.bias))
 
     @staticmethod
-    def suits(norm) -> bool:
+    def supports(norm) -> bool:
         """Can the kernels read it? Anti-outlier methods store biases in float32."""
-        return all(
-            tensor is None or tensor.dtype == torch.bfloat16 for tensor in (norm.weight, norm.bias)
-        )
+        if norm.bias is not None and norm.bias.dtype != torch.bfloat16:
+            return False
+        return norm.weight.dtype == torch.bfloat16
 
 
 class Layer(ctypes.Structure):
     _fields_ = [
         ("attention_norm", Norm),
         ("mlp_norm", Norm),
-        ("qkv", Product),
-        ("out", Product),
-        ("up", Product),
-        ("down", Product),
-        ("keys", P),
-        ("values", P),
+        ("qkv", Matmul),
+        ("out", Matmul),
+        ("up", Matmul),
+        ("down", Matmul),
+        ("keys", POINTER),
+        ("values", POINTER),
     ]
 
 
 class Layers:
-    """All layers of a decoder and its last norm in one call: what Python does between two kernels takes as long as a tenth of
-    the weights."""
+    """All layers of a decoder and its last norm in one call.
 
-    def __init__(self, decoder, products: list[list[Product]], cache):
-        """products: qkv, out, up and down of every layer."""
-        self._kept = products
+    What Python does between two kernels takes as long as a tenth of the weights.
+    """
+
+    def __init__(self, decoder, matmuls: list[list[Matmul]], cache):
+        """matmuls: qkv, out, up and down of every layer."""
+        self._kept = matmuls
         self._eps = decoder.config.eps
         self._last = Norm.of(decoder.final_norm)
-        self._layers = (Layer * len(products))(
-            *(
-                Layer(
-                    Norm.of(layer.attention_norm),
-                    Norm.of(layer.mlp_norm),
-                    *four,
-                    *map(address, caches),
-                )
-                for layer, four, caches in zip(decoder.layers, products, cache.layers)
-            )
-        )
+        layers = []
+        for layer, own, caches in zip(decoder.layers, matmuls, cache.layers):
+            norms = (Norm.of(layer.attention_norm), Norm.of(layer.mlp_norm))
+            layers.append(Layer(*norms, *own, *map(address, caches)))
+        self._layers = (Layer * len(layers))(*layers)
 
     @staticmethod
-    def suit(decoder) -> bool:
+    def support(decoder) -> bool:
         """Is this the arithmetic that the kernels know?"""
-        c = decoder.config
-        norms = [
-            decoder.final_norm,
-            *(n for layer in decoder.layers for n in (layer.attention_norm, layer.mlp_norm)),
-        ]
-        return (
-            (c.norm, c.activation, c.residual_alpha) == ("rms", "swiglu", None)
-            and c.ffn % 16 == 0
-            and all(map(Norm.suits, norms))
-        )
+        config = decoder.config
+        if (config.norm, config.activation, config.residual_alpha) != ("rms", "swiglu", None):
+            return False
+        norms = [decoder.final_norm]
+        for layer in decoder.layers:
+            norms += [layer.attention_norm, layer.mlp_norm]
+        return config.ffn % 16 == 0 and all(map(Norm.supports, norms))
 
     def __call__(self, x, step: Step):
         """x [rows, hidden] -> normalised hidden states [rows, hidden]."""
-        x, y = x.clone(), torch.empty_like(x)
+        x = x.clone()  # the kernel keeps the residual stream in it
+        y = torch.empty_like(x)
         kernels().layers(
             self._layers,
             len(self._layers),
@@ -362,26 +211,34 @@ class Layers:
         return y
 
 
-def rounded(x, fixed: float = 0, offset: float = 0):
-    """bfloat16 [m, k] -> uint8 [m, k], the whole numbers q of a Product + ZERO, and float32 [m, 1], their s."""
-    x, q, scales = x.contiguous(), torch.empty(x.shape, dtype=torch.uint8), torch.empty(len(x), 1)
+def round_activations(x, fixed: float = 0, offset: float = 0):
+    """bfloat16 [m, k] -> (uint8 [m, k], float32 [m, 1]): the whole numbers q of a Matmul + ZERO,
+    and the scale s of each token; `fixed` and `offset` as there."""
+    x = x.contiguous()
+    q = torch.empty(x.shape, dtype=torch.uint8)
+    scales = torch.empty(len(x), 1)
     kernels().round_rows(x.data_ptr(), q.data_ptr(), scales.data_ptr(), *x.shape, fixed, offset)
     return q, scales
 
 
-def turn(qkv, cos, sin, heads: int):
-    """The first `heads` of every token's heads are turned to its position, in place; qkv [m, width], cos and sin [m, d]."""
-    kernels().turn_rows(
+def apply_rope(qkv, cos, sin, heads: int):
+    """Rotate the first `heads` heads of every token to its position, in place.
+
+    qkv [m, width], cos and sin [m, head_dim], all bfloat16 and contiguous.
+    """
+    kernels().apply_rope(
         qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), *qkv.shape, heads, cos.shape[1]
     )
 
 
 def add_rms_norm(x, residual, norm, eps):
-    """(normalised sum, sum) of x [m, width] and the residual; without one of x alone."""
+    """(normalised sum, sum) of x [m, width] and the residual; without one (x normalised, None)."""
     x = x.contiguous()
-    residual = None if residual is None else residual.contiguous()
     y = torch.empty_like(x)
-    total = None if residual is None else torch.empty_like(x)
+    total = None
+    if residual is not None:
+        residual = residual.contiguous()
+        total = torch.empty_like(x)
     kernels().add_rms_norm(
         x.data_ptr(),
         address(residual),

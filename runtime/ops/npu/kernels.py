@@ -1,4 +1,8 @@
-"""Attention and cache-write kernels of the NPU, by the names that the SoC table gives them."""
+"""Attention and cache-write kernels of the NPU, by the names that the SoC table gives them.
+
+Attention takes (ops, q, k, v, key cache, value cache, step) and returns [rows, heads, head_dim];
+a cache write takes (k, v, key cache, value cache, slots) and returns nothing.
+"""
 
 import torch
 

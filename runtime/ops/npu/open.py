@@ -1,4 +1,5 @@
-"""Opens an NPU: its operators, or one sentence that says what is missing."""
+"""Opens an NPU: takes its torch name, returns its operators, or raises one sentence that says what
+is missing."""
 
 import torch
 
@@ -9,8 +10,8 @@ from .ops import NpuOps
 
 
 def open_npu(device: str) -> NpuOps:
-    """Take the NPU `device` ("npu:N"). ToolkitError with the line that helps when torch_npu, CANN or the device is
-    missing, or the chip is not in the table."""
+    """Take the NPU `device` ("npu:N"). ToolkitError with the command that fixes it when torch_npu,
+    CANN or the device is missing, or the chip is not in the table."""
     try:
         import torch_npu
     except ModuleNotFoundError:
@@ -35,9 +36,8 @@ def open_npu(device: str) -> NpuOps:
         )
     torch.npu.set_device(index)
     soc = soc_of(torch_npu.npu.get_soc_version(), torch.npu.get_device_name(index))
-    torch.npu.set_compile_mode(
-        jit_compile=False
-    )  # kernels from the installed packages, none compiled at run time
+    # kernels from the installed packages, none compiled at run time
+    torch.npu.set_compile_mode(jit_compile=False)
     torch.npu.config.allow_internal_format = soc.weight_format == NZ or soc.cache_format == NZ
     return NpuOps(soc, device)
 

@@ -1,8 +1,9 @@
 """The operator set on Ascend NPUs: torch_npu's aclnn kernels, and ATB's where the chip needs them.
 
-Activations flow in packed [T, width] and flow out the same way; which kernel runs, which storage format weights and
-cache have, and on which side the lengths lie is read from the chip's row in `socs.py`. Host work of a step (lengths,
-padding, the order of rows) is done once in `begin`, not once per layer.
+Takes and returns what ReferenceOps does: activations packed [T, width]. Which kernel runs, which
+storage format weights and cache have, and on which side the lengths lie is read from the chip's row
+in `socs.py`. Host work of a step (lengths, padding, the order of rows) is done once in `begin`, not
+once per layer.
 
 Kernels are called through torch.ops, whose schemas the tests declare in a torch without torch_npu.
 """
@@ -17,7 +18,8 @@ from torch.nn import functional as F
 from models.network.decoder import Step
 from runtime.ascend.socs import NZ, Soc
 from runtime.common.errors import ToolkitError
-from runtime.ops.reference import ReferenceOps, shifted
+from runtime.ops.fused import AcceleratorOps
+from runtime.ops.reference import add_norm_bias
 
 from .kernels import ATTENTION, SPLITFUSE_MASKED, WRITES
 
@@ -29,9 +31,12 @@ PAD_TO_MULTIPLE = ("context", "prompt")
 class NpuStep(Step):
     """A Step with its tensors on the device, and what the kernels want besides.
 
-    cos, sin [1, rows, 1, head_dim]; slots int32 [T]; rows >= T: tokens with padding, which forms a sequence of its own.
-    order int32: heads of the packed qkv rows, all of q, then k, then v; None when they already lie so (one row).
-    q_tensor int32 on the host, kv_tensor int32 on the device: lengths; q_ends: running sum of the query lengths.
+    cos, sin [1, rows, 1, head_dim]; slots int32 [T]; rows >= T: tokens with padding, which forms a
+    sequence of its own.
+    order int32: heads of the packed qkv rows, all of q, then k, then v; None when they already lie
+    so (one row).
+    q_tensor int32 on the host, kv_tensor int32 on the device: lengths; q_ends: running sum of the
+    query lengths.
     """
 
     phase: str = ""
@@ -44,8 +49,12 @@ class NpuStep(Step):
 
 @dataclass
 class NpuInt8:
-    """A Quantized layer [n, k] for the NPU: weight int8 [k, n]; scale [n] in the form the chip's matmul takes; bias int32
-    [n] added to its sums (static) or float [n] added to its result; inverse and offset [k] of the activations (static)."""
+    """A Quantized layer [n, k] for the NPU.
+
+    weight int8 [k, n]; scale [n] in the form the chip's matmul takes; bias int32 [n] added to its
+    sums (static) or float [n] added to its result; inverse and offset [k] of the activations
+    (static).
+    """
 
     kind: str
     weight: torch.Tensor
@@ -56,8 +65,11 @@ class NpuInt8:
 
 
 def phase(step: Step) -> str:
-    """context: seen both ways, nothing cached before it; prompt: causal, nothing cached before it; token: one new token
-    per sequence; extension: anything else."""
+    """Which of the four kinds of step it is, each with an attention kernel of its own.
+
+    context: seen both ways, nothing cached before it; prompt: causal, nothing cached before it;
+    token: one new token per sequence; extension: anything else.
+    """
     if not step.causal:
         return "context"
     if max(step.q_lens) == 1:
@@ -65,13 +77,12 @@ def phase(step: Step) -> str:
     return "prompt" if step.q_lens == step.kv_lens else "extension"
 
 
-class NpuOps(ReferenceOps):
+class NpuOps(AcceleratorOps):
     name = "npu"
-    records_graphs = True
 
     def __init__(self, soc: Soc, device: str):
+        super().__init__(device)
         self.soc = soc
-        self.device = device
         self._write = WRITES[soc.cache_write]
         self._attention = {p: ATTENTION[k] for p, k in soc.attention.items()}
 
@@ -92,25 +103,24 @@ class NpuOps(ReferenceOps):
                 f"--block-size {' or '.join(map(str, self.soc.block_sizes))}"
             )
 
-    def default_dtype(self, family) -> str:
-        """What --dtype auto means: the dtype of the released weights if the chip computes in it."""
-        released = family.config.get("torch_dtype") or family.config.get("dtype")
-        return released if released in self.soc.dtypes else self.soc.dtypes[0]
+    @property
+    def dtypes(self):
+        return self.soc.dtypes
 
-    def free_memory(self) -> int:
-        """Bytes free on the device."""
-        return torch.npu.mem_get_info(self.device)[0]
-
-    accelerator = property(lambda self: torch.npu)  # the module that records graphs
+    @property
+    def accelerator(self):
+        return torch.npu
 
     def new_graph(self, step):
-        """(graph, what `torch.npu.graph` is told)"""
+        """(graph, keyword arguments of `torch.npu.graph`)"""
         return torch.npu.NPUGraph(), {"auto_dispatch_capture": step.kv_tensor is None}
 
     # weights and cache
 
     def pack(self, weight):
-        return torch.ops.npu.npu_format_cast(weight, NZ) if self.soc.weight_format == NZ else weight
+        if self.soc.weight_format == NZ:
+            return torch.ops.npu.npu_format_cast(weight, NZ)
+        return weight
 
     def pack_quantized(self, layer, dtype):
         if layer.kind == "W8A8_DYNAMIC" and not self.soc.token_scales:
@@ -118,34 +128,35 @@ class NpuOps(ReferenceOps):
                 f"{self.soc.name} has no int8 matmul with a scale per token, which W8A8_DYNAMIC needs; "
                 "quantise with --scheme w8a8"
             )
-        if not layer.static:
-            bias = None if layer.bias is None else layer.bias.to(dtype)
-            scale = layer.scale.to(dtype) if layer.kind == "W8A16" else layer.scale
-            return NpuInt8(layer.kind, self._int8(layer.weight), scale, bias)
-        inverse, offset = (
-            torch.full((layer.weight.shape[1],), value, dtype=dtype, device=layer.weight.device)
-            for value in (1 / layer.input_scale, layer.input_offset)
-        )
+        if layer.static:
+            return self._pack_static(layer, dtype)
+        bias = None if layer.bias is None else layer.bias.to(dtype)
+        scale = layer.scale.to(dtype) if layer.kind == "W8A16" else layer.scale
+        return NpuInt8(layer.kind, self._int8(layer.weight), scale, bias)
+
+    def _pack_static(self, layer, dtype):
+        shape = layer.weight.shape[1:]
+        device = layer.weight.device
+        inverse = torch.full(shape, 1 / layer.input_scale, dtype=dtype, device=device)
+        offset = torch.full(shape, layer.input_offset, dtype=dtype, device=device)
         scale = layer.scale
         if dtype == torch.float16 or self.soc.int64_scales:  # float32 bits in the low half
             scale = torch.ops.npu.npu_trans_quant_param(scale)
         return NpuInt8(layer.kind, self._int8(layer.weight), scale, layer.bias, inverse, offset)
 
     def _int8(self, weight):
-        """[n, k] -> [k, n] in the chip's format; the tiles of 310P are laid out before the axes are exchanged."""
-        return (
-            self.pack(weight).transpose(0, 1)
-            if self.soc.weight_format == NZ
-            else weight.t().contiguous()
-        )
+        """[n, k] -> [k, n] in the chip's format; the tiles of 310P are laid out before the axes are
+        exchanged."""
+        if self.soc.weight_format == NZ:
+            return self.pack(weight).transpose(0, 1)
+        return weight.t().contiguous()
 
     def cache(self, config, blocks, block_size, dtype, device):
         if self.soc.cache_format != NZ:
             return super().cache(config, blocks, block_size, dtype, device)
         tiles = config.kv_heads * config.head_dim // 16
-        return torch.ops.npu.npu_format_cast(
-            torch.zeros(blocks, tiles, block_size, 16, dtype=dtype, device=device), NZ
-        )
+        plain = torch.zeros(blocks, tiles, block_size, 16, dtype=dtype, device=device)
+        return torch.ops.npu.npu_format_cast(plain, NZ)
 
     # one step
 
@@ -153,10 +164,15 @@ class NpuOps(ReferenceOps):
         kind = phase(step)
         tokens = len(step.cos)
         padding = -tokens % self.soc.token_multiple if kind in PAD_TO_MULTIPLE else 0
-        q_lens = step.q_lens + [padding] * (padding > 0)
+        q_lens = step.q_lens
+        if padding:
+            q_lens = [*q_lens, padding]
         cos, sin = (
             F.pad(t, (0, 0, 0, padding))[None, :, None].to(device) for t in (step.cos, step.sin)
         )
+        kv_tensor = None
+        if self.soc.lens_on_device:
+            kv_tensor = torch.tensor(step.kv_lens, dtype=torch.int32, device=device)
         return NpuStep(
             cos,
             sin,
@@ -170,20 +186,18 @@ class NpuOps(ReferenceOps):
             order=_heads_order(tokens, padding, config, device),
             q_tensor=torch.tensor(q_lens, dtype=torch.int32),
             q_ends=list(accumulate(q_lens)),
-            kv_tensor=torch.tensor(step.kv_lens, dtype=torch.int32, device=device)
-            if self.soc.lens_on_device
-            else None,
+            kv_tensor=kv_tensor,
         )
 
     def heads(self, qkv, config, step):
         if step.order is None:
             return super().heads(qkv, config, step)
-        rows = qkv.view(-1, config.head_dim).index_select(0, step.order)
-        counts = (config.heads, config.kv_heads, config.kv_heads)
-        return [
-            part.view(step.rows, -1, config.head_dim)
-            for part in rows.split([step.rows * n for n in counts])
-        ]
+        q_rows = step.rows * config.heads
+        kv_rows = step.rows * config.kv_heads
+        ordered = qkv.view(-1, config.head_dim).index_select(0, step.order)
+        q, k, v = ordered.split((q_rows, kv_rows, kv_rows))
+        shape = (step.rows, -1, config.head_dim)
+        return q.view(shape), k.view(shape), v.view(shape)
 
     def linear(self, x, linear):
         if self.soc.fused_bias or linear.bias is None:
@@ -206,15 +220,12 @@ class NpuOps(ReferenceOps):
         )
         return y if layer.bias is None else y.add_(layer.bias)
 
-    def layer_norm(self, x, norm, eps):
-        return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, eps)
-
     def rms_norm(self, x, norm, eps):
-        return shifted(torch.ops.npu.npu_rms_norm(x, norm.weight, eps)[0], norm)
+        return add_norm_bias(torch.ops.npu.npu_rms_norm(x, norm.weight, eps)[0], norm)
 
     def add_rms_norm(self, x, residual, norm, eps):
         y, _, total = torch.ops.npu.npu_add_rms_norm(x, residual, norm.weight, eps)
-        return shifted(y, norm), total
+        return add_norm_bias(y, norm), total
 
     def swiglu(self, x):
         if x.shape[-1] % self.soc.swiglu_multiple:
@@ -244,11 +255,8 @@ class NpuOps(ReferenceOps):
     @cached_property
     def mask_additive(self):
         """[2048, 2048] fp16, added to the scores."""
-        return (
-            torch.full((MASK_SIZE, MASK_SIZE), SPLITFUSE_MASKED, dtype=torch.float16)
-            .triu(1)
-            .to(self.device)
-        )
+        mask = torch.full((MASK_SIZE, MASK_SIZE), SPLITFUSE_MASKED, dtype=torch.float16)
+        return mask.triu(1).to(self.device)
 
     @cached_property
     def mask_tiles(self):
@@ -259,19 +267,11 @@ class NpuOps(ReferenceOps):
 
 
 def _heads_order(tokens, padding, config, device):
+    """NpuStep.order for packed rows of `tokens` tokens and as much padding, which repeats token 0."""
     if tokens + padding == 1:
         return None
-    rows = torch.cat(
-        (torch.arange(tokens), torch.zeros(padding, dtype=torch.int64))
-    )  # padding repeats token 0
+    rows = torch.cat((torch.arange(tokens), torch.zeros(padding, dtype=torch.int64)))
     heads = torch.arange(config.heads + 2 * config.kv_heads)
-    table = (rows[:, None] * len(heads) + heads).split(
-        (config.heads, config.kv_heads, config.kv_heads), dim=1
-    )
-    return torch.cat([part.flatten() for part in table]).to(device, torch.int32)
-
-
-# attention kernels: (ops, q, k, v, key cache, value cache, step) -> [rows, heads, head_dim]
-
-
-# cache writes: (k, v, key cache, value cache, slots)
+    table = rows[:, None] * len(heads) + heads
+    q, k, v = table.split((config.heads, config.kv_heads, config.kv_heads), dim=1)
+    return torch.cat((q.flatten(), k.flatten(), v.flatten())).to(device, torch.int32)

@@ -11,13 +11,14 @@ from models.config import DecoderConfig, Rope
 from models.network.decoder import Decoder, Step
 from models.network.linear import Linear, Norm
 from runtime.engine.kv_cache import KVCache
-from runtime.ops.cpu import native
+from runtime.ops.cpu import native, native_library
 from runtime.ops.cpu.ops import CpuOps
 from runtime.ops.cpu.packed_weights import FloatWeight, Int4Weight, Int8Weight, TorchInt4
 from runtime.ops.reference import ReferenceOps
 
 pytestmark = pytest.mark.skipif(
-    native.kernels() is None, reason=native.missing() or "the kernels cannot be built"
+    native_library.kernels() is None,
+    reason=native_library.missing() or "the kernels cannot be built",
 )
 OPS = CpuOps()
 PLAIN = ReferenceOps()
@@ -34,7 +35,7 @@ def without(monkeypatch):
 
     def call(function, *arguments):
         with monkeypatch.context() as patch:
-            patch.setattr(native, "FEW", 0)
+            patch.setattr(native, "SMALL_BATCH", 0)
             return function(*arguments)
 
     return call
@@ -47,17 +48,17 @@ def instructions(request, tmp_path_factory):
         if request.param == "without AMX":
             patch.setenv("ASCEND_VLM_CACHE", str(tmp_path_factory.mktemp("kernels")))
             patch.setattr(
-                native,
+                native_library,
                 "COMMAND",
-                (*native.COMMAND, "-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16"),
+                (*native_library.COMMAND, "-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16"),
             )
-            native.kernels.cache_clear()
-        assert native.kernels()
+            native_library.kernels.cache_clear()
+        assert native_library.kernels()
         yield
-    native.kernels.cache_clear()
+    native_library.kernels.cache_clear()
 
 
-@pytest.mark.parametrize("rows", range(1, native.FEW + 1))
+@pytest.mark.parametrize("rows", range(1, native.SMALL_BATCH + 1))
 @pytest.mark.parametrize("shape", [(64, 128), (96, 384), (304, 256), (2048, 6144)])
 def test_products(instructions, rows, shape, without):
     weight = 0.05 * gaussian(*shape)
@@ -83,7 +84,7 @@ def test_int4_products(rows, shape):
     scale = groups.abs().amax(-1, keepdim=True) / 127
     rounded = ((groups / scale).round() * scale).flatten(1)
     weight = dequantised(stored)
-    if rows >= ours._form.many:
+    if rows >= ours._large_batch:
         rounded = x.float()
         weight = weight.bfloat16().float()
     torch.testing.assert_close(ours(x, None).float(), rounded @ weight.T, rtol=0.008, atol=0.002)
@@ -149,14 +150,14 @@ def test_between_the_products(rows):
 
 
 @pytest.mark.parametrize("rows", [1, 70])
-def test_turned_heads(rows):
+def test_rotated_qkv(rows):
     config = DecoderConfig(8, 256, 1, 4, 2, 64, 8, Rope(64), 1e-5, 512)
     angles = gaussian(rows, 32, seed=1).float()
     qkv = gaussian(rows, 8 * 64)
     cos, sin = (torch.cat((t, t), -1).bfloat16() for t in (angles.cos(), angles.sin()))
     step = Step(cos, sin, torch.arange(rows), torch.zeros(1, 9, dtype=torch.int32), [rows], [rows])
-    expected = PLAIN.turned_heads(qkv.clone(), config, step)
-    for a, b in zip(OPS.turned_heads(qkv, config, OPS.begin(step, config, "cpu")), expected):
+    expected = PLAIN.rotated_qkv(qkv.clone(), config, step)
+    for a, b in zip(OPS.rotated_qkv(qkv, config, OPS.begin(step, config, "cpu")), expected):
         torch.testing.assert_close(a, b, rtol=0.016, atol=0.016)
 
 
@@ -182,7 +183,7 @@ def test_attention(heads, kv_heads, d, lengths):
     ours, theirs = ([cache.clone() for cache in caches] for _ in range(2))
     begun = OPS.begin(step, config, "cpu")
     found = OPS.attend(qkv, *ours, config, begun)
-    assert begun.few
+    assert begun.native_step
     expected = PLAIN.attend(qkv, *theirs, config, PLAIN.begin(step, config, "cpu"))
     torch.testing.assert_close(found, expected, rtol=0.03, atol=0.03)
     for a, b in zip(ours, theirs):
@@ -237,7 +238,7 @@ def test_all_layers_at_once_are_the_layers_one_by_one(kind, shifted):
 
     found = decoder.forward(x, begun(), cache)
     written = [t.clone() for pair in cache.layers for t in pair]
-    assert decoder.ops._layers and torch.equal(x, gaussian(3, 256))
+    assert decoder.ops._native_layers and torch.equal(x, gaussian(3, 256))
     for pair, old in zip(cache.layers, before):
         for tensor, value in zip(pair, old):
             tensor.copy_(value)
@@ -254,42 +255,44 @@ def test_layers_of_which_torch_computes_one_go_one_by_one():
     decoder, cache, step = decoder_of("float", shifted=False)
     decoder.layers[1] = replace(decoder.layers[1], down=Linear(gaussian(256, 384)))
     decoder.forward(gaussian(3, 256), decoder.ops.begin(step, decoder.config, "cpu"), cache)
-    assert decoder.ops._made and decoder.ops._layers is None
+    assert decoder.ops._built_from and decoder.ops._native_layers is None
 
 
 def test_without_a_compiler_torch_does_everything(monkeypatch):
-    monkeypatch.setattr("runtime.ops.cpu.native.shutil.which", lambda name: None)
+    monkeypatch.setattr("runtime.ops.cpu.native_library.shutil.which", lambda name: None)
     assert "there is no C compiler; run: apt-get install gcc" in OPS.remark(
         torch.bfloat16
     ) and not OPS.remark(torch.float32)
-    native.kernels.cache_clear()
+    native_library.kernels.cache_clear()
     try:
         weight = gaussian(64, 128)
         x = gaussian(1, 128, seed=1)
         packed = FloatWeight(weight)
-        assert native.kernels() is None and not packed._blocks and not native.suits(x)
+        assert (
+            native_library.kernels() is None and not packed._blocks and not native.is_small_batch(x)
+        )
         torch.testing.assert_close(packed(x, None), F.linear(x, weight), **ROUNDED)
     finally:
         monkeypatch.undo()
-        native.kernels.cache_clear()
+        native_library.kernels.cache_clear()
 
 
 def test_built_once_per_machine_and_again_when_the_compiler_fails(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("ASCEND_VLM_CACHE", str(tmp_path))
-    built = native._built()
+    built = native_library.built_library()
     first = built.stat().st_mtime_ns
     assert (
-        native._built() == built
+        native_library.built_library() == built
         and built.stat().st_mtime_ns == first
         and [built] == list((tmp_path / "kernels").iterdir())
     )
-    monkeypatch.setattr(native, "COMMAND", ("-no-such-option",))
-    native.kernels.cache_clear()
+    monkeypatch.setattr(native_library, "COMMAND", ("-no-such-option",))
+    native_library.kernels.cache_clear()
     try:
-        assert native.kernels() is None
+        assert native_library.kernels() is None
         assert "warning: decoding is slower" in capsys.readouterr().err and [built] == list(
             (tmp_path / "kernels").iterdir()
         )
     finally:
         monkeypatch.undo()
-        native.kernels.cache_clear()
+        native_library.kernels.cache_clear()

@@ -15,7 +15,14 @@ from runtime.common.errors import ToolkitError
 from runtime.engine.loading import cpu_weights as packing
 from runtime.engine.loading.memory import plan_engine
 from runtime.engine.options import EngineOptions
-from runtime.ops.cpu.packed_weights import GROUP, MANY, PIECE, SMALLEST, Int4Weight, Int8Weight
+from runtime.ops.cpu.packed_weights import (
+    FLOAT_ROWS,
+    GROUP,
+    SMALLEST,
+    TORCH_LARGE_BATCH,
+    Int4Weight,
+    Int8Weight,
+)
 from runtime.plan.__main__ import find_family
 
 GOLDEN = paths.GOLDEN
@@ -36,7 +43,7 @@ def gaussian(*shape, seed=0):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [1, 5, MANY])
+@pytest.mark.parametrize("tokens", [1, 5, TORCH_LARGE_BATCH])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("form", COSINE)
 def test_layer_against_float(form, shape, tokens, dtype):
@@ -79,20 +86,20 @@ def test_rounding_and_packing_in_pieces_of_rows(form, monkeypatch):
     x = gaussian(3, 2 * GROUP, seed=1)
     stored = form.tensors(weight)
     whole = form.from_tensors(stored)(x, None)
-    monkeypatch.setattr("runtime.ops.cpu.packed_weights.ROWS", 128)
+    monkeypatch.setattr("runtime.ops.cpu.packed_weights.PACKED_ROWS", 128)
     for name, tensor in form.tensors(weight).items():
         assert torch.equal(tensor, stored[name]) and tensor.is_contiguous()
     assert torch.equal(form.from_tensors(stored)(x, None), whole)
 
 
 @pytest.mark.parametrize(
-    "shape", [(PIECE + 192, 256), (48, 256)]
+    "shape", [(FLOAT_ROWS + 192, 256), (48, 256)]
 )  # pieces; rows that fill no block
 def test_int4_of_many_tokens_is_that_of_few(shape):
     weight = gaussian(*shape)
-    x = gaussian(MANY, shape[1], seed=1).bfloat16()
+    x = gaussian(TORCH_LARGE_BATCH, shape[1], seed=1).bfloat16()
     packed = Int4Weight.from_tensors(Int4Weight.tensors(weight))
-    few = torch.cat([packed(part, None) for part in x.split(MANY // 2)])
+    few = torch.cat([packed(part, None) for part in x.split(TORCH_LARGE_BATCH // 2)])
     torch.testing.assert_close(packed(x, None), few, rtol=0.02, atol=0.25)
     assert (
         F.cosine_similarity(packed(x, None).flatten().float(), few.flatten().float(), dim=0)

@@ -1,6 +1,6 @@
 #include "common.h"
 
-INLINE void turn(const bf16 *x, const bf16 *cos, const bf16 *sin, bf16 *y, long d) {
+INLINE void rotate(const bf16 *x, const bf16 *cos, const bf16 *sin, bf16 *y, long d) {
     for (long i = 0; i < d / 2; i += 16) {
         __m512 a = load(x + i), b = load(x + d / 2 + i);
         store(y + i, _mm512_fnmadd_ps(b, load(sin + i), _mm512_mul_ps(a, load(cos + i))));
@@ -9,11 +9,11 @@ INLINE void turn(const bf16 *x, const bf16 *cos, const bf16 *sin, bf16 *y, long 
 }
 
 /* The first `heads` of every row of qkv [m, width], in place; cos, sin [m, d]. */
-void turn_rows(bf16 *qkv, const bf16 *cos, const bf16 *sin, int m, long width, long heads, long d) {
+void apply_rope(bf16 *qkv, const bf16 *cos, const bf16 *sin, int m, long width, long heads, long d) {
     #pragma omp parallel for if (m > 8)
     for (long row = 0; row < m; row++)
         for (long h = 0; h < heads; h++)
-            turn(qkv + row * width + h * d, cos + row * d, sin + row * d, qkv + row * width + h * d, d);
+            rotate(qkv + row * width + h * d, cos + row * d, sin + row * d, qkv + row * width + h * d, d);
 }
 
 INLINE const bf16 *cached(const bf16 *cache, const Step *s, long row, long kv, long t) {
@@ -79,13 +79,13 @@ void attend(const bf16 *qkv, bf16 *keys, bf16 *values, const Step *s, bf16 *out)
     long room = 0;
     for (long row = 0; row < s->rows; row++) if (s->lengths[row] > room) room = s->lengths[row];
     room = (room + 15) / 16 * 16;
-    bf16 *q = scratch(TURNED, s->rows * s->heads * d * sizeof(bf16));
+    bf16 *q = scratch(ROTATED, s->rows * s->heads * d * sizeof(bf16));
     float *p = scratch(SHARES, s->rows * s->heads * room * sizeof(float));
     for (long row = 0; row < s->rows; row++) {
         const bf16 *own = qkv + row * (s->heads + 2 * s->kv_heads) * d, *cos = s->cos + row * d, *sin = s->sin + row * d;
-        for (long h = 0; h < s->heads; h++, own += d) turn(own, cos, sin, q + (row * s->heads + h) * d, d);
+        for (long h = 0; h < s->heads; h++, own += d) rotate(own, cos, sin, q + (row * s->heads + h) * d, d);
         bf16 *key = keys + s->slots[row] * s->kv_heads * d, *value = values + s->slots[row] * s->kv_heads * d;
-        for (long h = 0; h < s->kv_heads; h++, own += d) turn(own, cos, sin, key + h * d, d);
+        for (long h = 0; h < s->kv_heads; h++, own += d) rotate(own, cos, sin, key + h * d, d);
         memcpy(value, own, s->kv_heads * d * sizeof(bf16));
     }
     #pragma omp parallel for schedule(dynamic)

@@ -13,15 +13,15 @@
 typedef uint16_t bf16;
 
 enum { BF16, INT8, INT4 };
-typedef struct {                    /* y = x @ w.T * scale + bias, w [n, k]; see products.c and int4.c */
+typedef struct {                    /* y = x @ w.T * scale + bias, w [n, k]; see matmul.c and int4.c */
     const char *w;
     const int32_t *add;             /* [n], INT8: joins the sums of whole numbers */
     const float *scale, *bias;      /* [n]; scale: INT8 alone; bias: NULL where there is none */
     long kind, n, k, block;
     float fixed, offset;            /* INT8: the scale of x and what is added to x / scale; 0: each row has a scale of its own */
-} Product;
+} Matmul;
 
-typedef struct { const bf16 *weight, *shift; } Norm;        /* shift: NULL where there is none */
+typedef struct { const bf16 *weight, *bias; } Norm;        /* shift: NULL where there is none */
 
 typedef struct {
     const bf16 *cos, *sin;                  /* [rows, d] */
@@ -30,11 +30,11 @@ typedef struct {
     long rows, table_width, block, heads, kv_heads, d;
 } Step;
 
-void product(const Product *p, const bf16 *x, bf16 *y, int m);
-void product_int4(const Product *p, const bf16 *x, bf16 *y, int m);
+void matmul(const Matmul *p, const bf16 *x, bf16 *y, int m);
+void matmul_int4(const Matmul *p, const bf16 *x, bf16 *y, int m);
 void attend(const bf16 *qkv, bf16 *keys, bf16 *values, const Step *s, bf16 *out);
 
-enum { ROUNDED, SCALES, TURNED, SHARES, NORMED, WIDE, GATED, MIXED, USES };
+enum { ROUNDED, SCALES, ROTATED, SHARES, NORMED, WIDE, GATED, MIXED, USES };
 void *scratch(int use, long bytes);         /* memory of the calling thread for one use, kept from call to call */
 
 #define INLINE static inline __attribute__((always_inline))

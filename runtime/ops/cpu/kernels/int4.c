@@ -56,7 +56,7 @@ static float round_group(const bf16 *x, int8_t *q, float *sum) {
     return scale;
 }
 
-void product_int4(const Product *p, const bf16 *x, bf16 *y, int m) {
+void matmul_int4(const Matmul *p, const bf16 *x, bf16 *y, int m) {
     const long n = p->n, k = p->k, groups = m * k / 128;
     int8_t *q = scratch(ROUNDED, m * k);
     float *x_scales = scratch(SCALES, 2 * groups * sizeof(float)), *x_sums = x_scales + groups;

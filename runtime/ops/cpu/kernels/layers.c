@@ -16,7 +16,7 @@ void add_rms_norm(const bf16 *x, const bf16 *residual, const Norm *norm, bf16 *s
         for (long i = 0; i < width; i += 16) {
             bf16 *to = y + row * width + i;
             store(to, _mm512_mul_ps(_mm512_mul_ps(load(from + i), factor), load(norm->weight + i)));
-            if (norm->shift) store(to, _mm512_add_ps(load(to), load(norm->shift + i)));
+            if (norm->bias) store(to, _mm512_add_ps(load(to), load(norm->bias + i)));
         }
     }
 }
@@ -35,7 +35,7 @@ void swiglu(const bf16 *x, bf16 *y, int m, long width) {
 
 typedef struct {
     Norm attention_norm, mlp_norm;
-    Product qkv, out, up, down;
+    Matmul qkv, out, up, down;
     bf16 *keys, *values;            /* its caches */
 } Layer;
 
@@ -48,13 +48,13 @@ void layers(const Layer *all, long count, const Norm *last, const Step *s, bf16 
     bf16 *mixed = scratch(MIXED, m * all->out.k * sizeof(bf16)), *gated = scratch(GATED, m * ffn * sizeof(bf16));
     add_rms_norm(x, NULL, &all->attention_norm, NULL, normed, m, hidden, eps);
     for (const Layer *l = all; l < all + count; l++) {
-        product(&l->qkv, normed, wide, m);
+        matmul(&l->qkv, normed, wide, m);
         attend(wide, l->keys, l->values, s, mixed);
-        product(&l->out, mixed, wide, m);
+        matmul(&l->out, mixed, wide, m);
         add_rms_norm(wide, x, &l->mlp_norm, x, normed, m, hidden, eps);
-        product(&l->up, normed, wide, m);
+        matmul(&l->up, normed, wide, m);
         swiglu(wide, gated, m, ffn);
-        product(&l->down, gated, wide, m);
+        matmul(&l->down, gated, wide, m);
         const int ends = l + 1 == all + count;
         add_rms_norm(wide, x, ends ? last : &l[1].attention_norm, x, ends ? y : normed, m, hidden, eps);
     }

@@ -45,7 +45,7 @@ void round_rows(const bf16 *x, uint8_t *q, float *scales, int m, long k, float f
     for (long i = 0; i < m; i++) scales[i] = round_row(x + i * k, q + i * k, k, fixed, offset);
 }
 
-INLINE __m512 summed(const int KIND, const Product *p, __m512i sums, float x_scale, long at) {
+INLINE __m512 summed(const int KIND, const Matmul *p, __m512i sums, float x_scale, long at) {
     __m512 v = _mm512_castsi512_ps(sums);
     if (KIND == INT8) {
         v = _mm512_cvtepi32_ps(_mm512_add_epi32(sums, _mm512_loadu_si512(p->add + at)));
@@ -55,7 +55,7 @@ INLINE __m512 summed(const int KIND, const Product *p, __m512i sums, float x_sca
 }
 
 /* row: bytes of a row of x; x_scales [m]: INT8 alone */
-INLINE void blocks(const int KIND, const Product *p, const char *x, long row, const float *x_scales, bf16 *y, int m) {
+INLINE void blocks(const int KIND, const Matmul *p, const char *x, long row, const float *x_scales, bf16 *y, int m) {
     const long n = p->n, block = p->block;
     const int amx = AMX && m > VECTORS && row % 64 == 0 && (block == 32 || block == 64);
     const int z_count = amx ? block / 16 : width(block, m);
@@ -82,7 +82,7 @@ INLINE void blocks(const int KIND, const Product *p, const char *x, long row, co
     }
 }
 
-static void product_int8(const Product *p, const bf16 *x, bf16 *y, int m) {
+static void matmul_int8(const Matmul *p, const bf16 *x, bf16 *y, int m) {
     uint8_t *q = scratch(ROUNDED, m * p->k);
     float scales[8];
     for (int i = 0; i < m; i++) scales[i] = round_row(x + i * p->k, q + i * p->k, p->k, p->fixed, p->offset);
@@ -90,8 +90,8 @@ static void product_int8(const Product *p, const bf16 *x, bf16 *y, int m) {
 }
 
 /* x [m, k] -> y [m, n], m 1..8 */
-void product(const Product *p, const bf16 *x, bf16 *y, int m) {
+void matmul(const Matmul *p, const bf16 *x, bf16 *y, int m) {
     if (p->kind == BF16) blocks(BF16, p, (const char *)x, 2 * p->k, NULL, y, m);
-    else if (p->kind == INT8) product_int8(p, x, y, m);
-    else product_int4(p, x, y, m);
+    else if (p->kind == INT8) matmul_int8(p, x, y, m);
+    else matmul_int4(p, x, y, m);
 }
