@@ -1,6 +1,7 @@
-"""How far a candidate's numbers are from the reference's: two float arrays in, float64 measures out.
+"""How far a candidate's numbers are from the reference's.
 
-Everything is computed in float64 over all elements: golden zeros are not skipped, and nothing is sampled.
+Takes two float arrays, returns float64 measures per row and their summary. Everything is computed in float64 over all
+elements: golden zeros are not skipped, and nothing is sampled.
 """
 
 import numpy as np
@@ -12,15 +13,13 @@ TOP = 5
 
 def cosine(reference: np.ndarray, candidate: np.ndarray) -> np.ndarray:
     """Cosine per row of [n, width] -> float64 [n]; two zero rows are equal (1), one zero row is not (0)."""
-    norms = np.linalg.norm(reference, axis=1), np.linalg.norm(candidate, axis=1)
-    product = norms[0] * norms[1]
-    both_zero = (norms[0] == 0) & (norms[1] == 0)
+    reference_norm = np.linalg.norm(reference, axis=1)
+    candidate_norm = np.linalg.norm(candidate, axis=1)
+    norms = reference_norm * candidate_norm
+    both_zero = (reference_norm == 0) & (candidate_norm == 0)
     with np.errstate(invalid="ignore"):
-        return np.where(
-            both_zero,
-            1.0,
-            np.sum(reference * candidate, axis=1) / np.where(product == 0, 1.0, product),
-        )
+        dot = np.sum(reference * candidate, axis=1)
+        return np.where(both_zero, 1.0, dot / np.where(norms == 0, 1.0, norms))
 
 
 def kl(reference: np.ndarray, candidate: np.ndarray) -> np.ndarray:
@@ -31,6 +30,7 @@ def kl(reference: np.ndarray, candidate: np.ndarray) -> np.ndarray:
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Per row of logits [n, vocab], in the dtype of the logits."""
     shifted = logits - logits.max(axis=1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
@@ -46,13 +46,14 @@ def compare_rows(reference: np.ndarray, candidate: np.ndarray) -> dict[str, np.n
     if reference.shape != candidate.shape:
         raise ValueError(f"shapes differ: reference {reference.shape}, candidate {candidate.shape}")
     rows, width = reference.shape
-    bad = np.sum(~np.isfinite(reference), axis=1) + np.sum(~np.isfinite(candidate), axis=1)
-    a, b = (
-        np.where((bad == 0)[:, None], x, np.nan).astype(np.float64) for x in (reference, candidate)
-    )
+    nonfinite = np.sum(~np.isfinite(reference), axis=1) + np.sum(~np.isfinite(candidate), axis=1)
+    a = _float64_with(np.nan, nonfinite > 0, reference)
+    b = _float64_with(np.nan, nonfinite > 0, candidate)
     error = np.abs(a - b)
     size = np.abs(a)
-    relative = error / np.maximum(size, np.maximum(size.max(axis=1, keepdims=True) * EPSILON, TINY))
+    smallest_size = np.maximum(size.max(axis=1, keepdims=True) * EPSILON, TINY)
+    relative = error / np.maximum(size, smallest_size)
+    norm = np.maximum(np.linalg.norm(a, axis=1), TINY)
     return {
         "cosine": cosine(a, b),
         "max_abs": error.max(axis=1),
@@ -60,10 +61,9 @@ def compare_rows(reference: np.ndarray, candidate: np.ndarray) -> dict[str, np.n
         "mean_square": np.mean(error**2, axis=1),
         "max_relative": relative.max(axis=1),
         "mean_relative": relative.mean(axis=1),
-        "relative_euclidean": np.linalg.norm(error, axis=1)
-        / np.maximum(np.linalg.norm(a, axis=1), TINY),
+        "relative_euclidean": np.linalg.norm(error, axis=1) / norm,
         "elements": np.full(rows, width),
-        "nonfinite": bad,
+        "nonfinite": nonfinite,
     }
 
 
@@ -75,30 +75,45 @@ def compare_logits(reference: np.ndarray, candidate: np.ndarray) -> dict[str, np
     """
     measures = compare_rows(reference, candidate)
     bad = measures["nonfinite"] > 0
-    a, b = (np.where(bad[:, None], 0.0, x).astype(np.float64) for x in (reference, candidate))
-    tops = reference.argmax(axis=1), candidate.argmax(axis=1)
-    losses = (
-        np.where(bad, np.nan, -np.take_along_axis(log_softmax(x), tops[0][:, None], 1)[:, 0])
-        for x in (a, b)
-    )
+    a = _float64_with(0.0, bad, reference)
+    b = _float64_with(0.0, bad, candidate)
+    reference_top1 = reference.argmax(axis=1)
+    candidate_top1 = candidate.argmax(axis=1)
     return {
         **measures,
         "kl": np.where(bad, np.nan, kl(a, b)),
-        "reference_top1": tops[0],
-        "candidate_top1": tops[1],
-        "agree": (tops[0] == tops[1]) & ~bad,
+        "reference_top1": reference_top1,
+        "candidate_top1": candidate_top1,
+        "agree": (reference_top1 == candidate_top1) & ~bad,
         "top5": np.where(bad, 0.0, shared_tops(a, b)),
-        **dict(zip(("reference_loss", "candidate_loss"), losses)),
+        "reference_loss": np.where(bad, np.nan, _losses(a, reference_top1)),
+        "candidate_loss": np.where(bad, np.nan, _losses(b, reference_top1)),
     }
+
+
+def _float64_with(value: float, bad: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """rows [n, width] as float64, those that are `bad` [n] filled with the value."""
+    return np.where(bad[:, None], value, rows).astype(np.float64)
+
+
+def _losses(logits: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
+    """-log p of one token [n] per row of logits [n, vocab] -> [n], in nats."""
+    return -np.take_along_axis(log_softmax(logits), token_ids[:, None], 1)[:, 0]
 
 
 def shared_tops(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Share of each row's TOP largest elements that are the same in both arrays [n, vocab] -> [n]."""
     count = min(TOP, a.shape[1])
-    best = (np.argpartition(-x, count - 1, axis=1)[:, :count] for x in (a, b))
-    return np.array(
-        [len(set(x) & set(y)) / count for x, y in zip(*(part.tolist() for part in best))]
-    )
+    best_a = np.argpartition(-a, count - 1, axis=1)[:, :count].tolist()
+    best_b = np.argpartition(-b, count - 1, axis=1)[:, :count].tolist()
+    return np.array([len(set(x) & set(y)) / count for x, y in zip(best_a, best_b)])
+
+
+def concatenate(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Measures of several comparisons, one behind the other: measure -> [all rows]; {} of no comparison."""
+    if not parts:
+        return {}
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def summarize(parts: list[dict[str, np.ndarray]]) -> dict:
@@ -106,9 +121,7 @@ def summarize(parts: list[dict[str, np.ndarray]]) -> dict:
 
     "worst" is where the smallest cosine (or the first NaN) is: {"case": which part, "row": which of its rows}.
     """
-    rows = {
-        name: np.concatenate([part[name] for part in parts]) for name in (parts[0] if parts else ())
-    }
+    rows = concatenate(parts)
     if not len(rows.get("cosine", ())):
         return {"rows": 0}
     counts = [len(part["cosine"]) for part in parts]

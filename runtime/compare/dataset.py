@@ -1,14 +1,14 @@
-"""`runtime.compare --dataset FILE.jsonl`: both sides answer questions whose answers are known.
+"""`runtime.compare --dataset FILE.jsonl`: questions whose answers are known.
 
-A line is one of `runtime.predict` with "answer", and "choices" where it is one of several: the choice of the largest
-probability counts. Without choices the greedy text counts, exactly, but for blanks around it.
+Takes the file, returns its questions; takes both sides' answers, returns how many are right. A line is one of
+`runtime.predict` with "answer", and "choices" where it is one of several: the choice of the largest probability counts.
+Without choices the greedy text counts, exactly, but for blanks around it.
 """
 
 from pathlib import Path
 
 from runtime.common.errors import ToolkitError
-from runtime.engine.options import SamplingParams
-from runtime.predict.questions import chat_messages, read_questions
+from runtime.predict.questions import read_questions
 
 
 def read(path: str) -> list[dict]:
@@ -30,62 +30,26 @@ def read(path: str) -> list[dict]:
     return questions
 
 
-def answers(
-    engine, questions: list[dict], path: str, language: str | None, max_tokens: int
-) -> list[str]:
-    from runtime.common.progress import track
-
-    folder = Path(path).parent
-    greedy = SamplingParams(temperature=0, repetition_penalty=1, max_tokens=max_tokens)
-    return [
-        answer(engine, question, chat_messages(question, folder), language, greedy)
-        for question in track(f"{engine.family.name}: questions", questions)
-    ]
-
-
-def answer(engine, question: dict, messages: list[dict], language: str | None, greedy) -> str:
-    wording = question.get("language") or question.get("lang") or language
-    prompt = engine.prompt(
-        messages, language=wording if wording in engine.family.languages else None
-    )
-    if "choices" in question:
-        return max(question["choices"], key=lambda choice: log_probability(engine, prompt, choice))
-    return engine.generate([prompt], greedy)[0].text.strip()
-
-
-def log_probability(engine, prompt, text: str) -> float:
-    """Of the whole text as the beginning of the answer, in nats."""
-    import numpy as np
-
-    from runtime.common.metrics import log_softmax
-
-    ids = list(engine.family.tokenizer.encode(text))
-    rows = log_softmax(engine.score(prompt, ids).astype(np.float64))
-    return float(rows[np.arange(len(ids)), ids].sum())
-
-
 def summary(path: str, questions: list[dict], reference: list[str], candidate: list[str]) -> dict:
     """Shares of right answers, of equal ones, and the questions that the sides answer differently."""
-    right = [
-        sum(a == q["answer"].strip() for a, q in zip(side, questions)) / len(questions)
-        for side in (reference, candidate)
-    ]
-    other = [
-        {
-            "question": number,
-            "prompt": q["prompt"],
-            "answer": q["answer"],
-            "reference": a,
-            "candidate": b,
-        }
-        for number, (q, a, b) in enumerate(zip(questions, reference, candidate), 1)
-        if a != b
-    ]
+    differences = []
+    for number, question in enumerate(questions, 1):
+        answers = {"reference": reference[number - 1], "candidate": candidate[number - 1]}
+        if answers["reference"] != answers["candidate"]:
+            known = {"prompt": question["prompt"], "answer": question["answer"]}
+            differences.append({"question": number, **known, **answers})
     return {
         "file": path,
         "questions": len(questions),
-        "reference": right[0],
-        "candidate": right[1],
-        "same": 1 - len(other) / len(questions),
-        "differences": other,
+        "reference": _share_right(questions, reference),
+        "candidate": _share_right(questions, candidate),
+        "same": 1 - len(differences) / len(questions),
+        "differences": differences,
     }
+
+
+def _share_right(questions: list[dict], answers: list[str]) -> float:
+    right = 0
+    for question, answer in zip(questions, answers):
+        right += answer == question["answer"].strip()
+    return right / len(questions)

@@ -1,7 +1,7 @@
-"""Which layers have to stay float: a candidate that fails gets the reference's weights back, layer by layer, until it passes.
+"""Finds the layers that must stay float: the reference's weights are put back, layer by layer, until the candidate passes.
 
-In flow the candidate's engine, the reference's weights in the candidate's operators, and what the layers were judged by;
-out flows a small set of stages and the flags that keep them: `--keep-float` of `python -m quant` where the weights differ,
+Takes the candidate's engine, the reference's weights in the candidate's operators, and what the layers were judged by;
+returns a small set of stages and the flags that keep them: `--keep-float` of `python -m quant` where the weights differ,
 `--keep-dtype` of the candidate where only fp16 or bf16 is to blame. A bisection over the stages, the worst first, finds how
 many of them must go back; then each of these is tried without. Both models are in memory.
 """
@@ -12,62 +12,69 @@ from functools import partial
 from pathlib import Path
 
 from models.checkpoint.table import WeightTable
+from models.family import Family, Prompt
+from models.network.linear import widened
 from runtime.common import metrics
 from runtime.common.progress import spinner
+from runtime.engine.command import open_engine
+from runtime.engine.options import EngineOptions
 
-from .limits import AT_LEAST
+from .cases import Case
+from .limits import is_within
+from .options import CompareOptions
+from .outcomes import Outcome
+from .runs import dtype_of, encode, load
 
 PARTS = {"attention": ("attention_norm", "qkv", "out"), "mlp": ("mlp_norm", "up", "down")}
 LINEARS = ("qkv", "out", "up", "down")
 
 
-def find(options, candidate_options, cases: list, reference, found: dict) -> dict | None:
-    """What `report` tells; None where the logits pass or no layers were compared. options: of compare."""
-    from runtime import Engine
-
-    from .runs import encode, load
-
-    limits = {c["measure"]: c["limit"] for c in found["checks"] if c["stage"] == "decode"}
-    if not found["layers"] or all(c["passed"] for c in found["checks"] if c["stage"] == "decode"):
-        return None
+def find(
+    options: CompareOptions,
+    engine_options: EngineOptions,
+    cases: list[Case],
+    outcomes: list[Outcome],
+    found: dict,
+) -> dict:
+    """{"stages", "flags", "trials", "sentence"} for a candidate whose logits fail; outcomes: the reference's."""
+    limits = {}
+    for check in found["checks"]:
+        if check["stage"] == "decode":
+            limits[check["measure"]] = check["limit"]
     gc.collect()
-    engine, _ = load("search: candidate", options.model, partial(Engine, **vars(candidate_options)))
-    dtype = str(engine.plan.dtype).split(".")[1]
-    wide = (
-        dtype != "float32"
-        and candidate_options.cpu_weights == "float"
-        and Path(options.model).samefile(options.reference)
+    make = partial(open_engine, options=engine_options)
+    candidate, _ = load("search: candidate", options.model, make)
+    dtype = dtype_of(candidate)
+    same_weights = engine_options.cpu_weights == "float" and Path(options.model).samefile(
+        options.reference
     )
-    floats, _ = load(
-        "search: reference",
-        options.reference,
-        partial(
-            Engine,
-            **vars(candidate_options)
-            | {"dtype": "float32" if wide else dtype, "cpu_weights": "float"},
-        ),
-    )
-    prompts, _ = encode(engine, cases)
+    only_dtype = same_weights and dtype != "float32"
+    float_dtype = "float32" if only_dtype else dtype
+    float_options = replace(engine_options, dtype=float_dtype, cpu_weights="float")
+    make = partial(open_engine, options=float_options)
+    floats, _ = load("search: reference", options.reference, make)
+    prompts, _ = encode(candidate, cases)
     with spinner("searching"):
-        search = Search(engine, floats, prompts, reference.outcomes, limits, wide)
-        return report(engine.family, search.run(ranked(found["layers"])), search.trials, wide)
+        search = Search(candidate, floats, prompts, outcomes, limits, only_dtype)
+        stages = search.run(ranked(found["layers"]))
+        return report(candidate.family, stages, search.trials, only_dtype)
 
 
 @dataclass
 class Search:
-    """candidate, floats: engines; wide: floats is the same checkpoint in float32. prompts, outcomes: of every question.
+    """candidate, floats: engines; only_dtype: floats is the same checkpoint in float32. prompts, outcomes: of every question.
     limits: measure -> limit of the logits."""
 
     candidate: object
     floats: object
-    prompts: list
-    outcomes: list
+    prompts: list[Prompt]
+    outcomes: list[Outcome]
     limits: dict[str, float]
-    wide: bool = False
+    only_dtype: bool = False
     trials: int = 0
 
     def __post_init__(self):
-        self.own = list(self.candidate.layers())
+        self.own_layers = list(self.candidate.layers())
 
     def run(self, ranked: list[str]) -> list[str] | None:
         """Stages, the worst first -> the smallest set found whose return to float makes the logits pass; None if all do not.
@@ -80,47 +87,44 @@ class Search:
         high = len(ranked)  # the first `high` suffice
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if self.passes(ranked[:middle]) else (middle, high)
+            if self.passes(ranked[:middle]):
+                high = middle
+            else:
+                low = middle
         kept = ranked[:high]
-        for stage in ranked[
-            : high - 1
-        ]:  # the last one is needed: without it the bisection had failed
-            fewer = [k for k in kept if k != stage]
-            kept = fewer if self.passes(fewer) else kept
+        # the last one is needed: without it the bisection had failed
+        for stage in ranked[: high - 1]:
+            fewer = [other for other in kept if other != stage]
+            if self.passes(fewer):
+                kept = fewer
         return kept
 
     def passes(self, stages: list[str]) -> bool:
+        """Whether the logits are within the limits with these stages in float."""
         self.trials += 1
-        self.put_back(stages)
-        parts = [
-            metrics.compare_logits(outcome.logits, self.candidate.score(prompt, outcome.token_ids))
-            for prompt, outcome in zip(self.prompts, self.outcomes)
-        ]
+        self._put_back(stages)
+        parts = []
+        for prompt, outcome in zip(self.prompts, self.outcomes):
+            logits = self.candidate.score(prompt, outcome.token_ids)
+            parts.append(metrics.compare_logits(outcome.logits, logits))
         found = metrics.summarize(parts)
-        return all(
-            found[m] >= limit if m in AT_LEAST else found[m] <= limit
-            for m, limit in self.limits.items()
-        )
+        return all(is_within(name, found[name], limit) for name, limit in self.limits.items())
 
-    def put_back(self, stages: list[str]):
+    def _put_back(self, stages: list[str]):
         layers = self.candidate.layers()
-        layers[:] = self.own
+        layers[:] = self.own_layers
         for stage in stages:
             index, branch = place_of(stage)
-            layers[index] = replace(
-                layers[index], **self._parts(self.floats.layers()[index], PARTS[branch])
-            )
+            weights = self._float_weights(self.floats.layers()[index], PARTS[branch])
+            layers[index] = replace(layers[index], **weights)
 
-    def _parts(self, layer, names) -> dict:
-        from models.network.linear import widened
-
-        if self.wide:
-            return {
-                name: widened(name, getattr(layer, name), self.candidate.plan.dtype)
-                for name in names
-                if name in LINEARS
-            }
-        return {name: getattr(layer, name) for name in names}
+    def _float_weights(self, layer, names: tuple[str, ...]) -> dict:
+        """Fields of a layer that take part; where only the dtype differs, the linear layers in float32."""
+        if not self.only_dtype:
+            return {name: getattr(layer, name) for name in names}
+        dtype = self.candidate.plan.dtype
+        linears = [name for name in names if name in LINEARS]
+        return {name: widened(name, getattr(layer, name), dtype) for name in linears}
 
 
 def place_of(stage: str) -> tuple[int, str]:
@@ -131,38 +135,39 @@ def place_of(stage: str) -> tuple[int, str]:
 
 def ranked(layers: list[dict]) -> list[str]:
     """The decoder's stages, the largest error of its own first; NaN counts as the largest."""
-    errors = {s["stage"]: s["relative"] for s in layers if s["stage"].startswith("layers.")}
-    return sorted(
-        errors,
-        key=lambda stage: errors[stage] if errors[stage] >= 0 else float("inf"),
-        reverse=True,
-    )
+    errors = {}
+    for stage in layers:
+        if stage["stage"].startswith("layers."):
+            is_number = stage["relative"] >= 0
+            errors[stage["stage"]] = stage["relative"] if is_number else float("inf")
+    return sorted(errors, key=errors.get, reverse=True)
 
 
-def flags(family, stages: list[str]) -> str:
+def flags(family: Family, stages: list[str]) -> str:
     """The linear layers of these stages by their names in the checkpoint, as flags of `python -m quant`."""
     table = WeightTable(family.weights())
     names = []
     for stage in stages:
         index, branch = place_of(stage)
-        for part in (name for name in PARTS[branch] if name in LINEARS):
-            sources = table.sources_of(f"layers.{index}.{part}.weight")
-            names += [source.removesuffix(".weight") for source in sources]
-    return " ".join(f"--keep-float {name}" for name in dict.fromkeys(names))
+        for part in PARTS[branch]:
+            if part in LINEARS:
+                names += table.sources_of(f"layers.{index}.{part}.weight")
+    names = [name.removesuffix(".weight") for name in dict.fromkeys(names)]
+    return " ".join(f"--keep-float {name}" for name in names)
 
 
-def report(family, stages: list[str] | None, trials: int, wide: bool = False) -> dict:
+def report(family: Family, stages: list[str] | None, trials: int, only_dtype: bool) -> dict:
     """{"stages", "flags", "trials", "sentence"}"""
     if stages is None:
         sentence = (
-            "no set of layers helps: with all of them float it fails too; look at the embedding, the logits and the "
-            "pictures"
+            "no set of layers helps: with all of them float it fails too; "
+            "look at the embedding, the logits and the pictures"
         )
         return {"stages": [], "flags": "", "trials": trials, "sentence": sentence}
-    given = " ".join(f"--keep-dtype {stage}" for stage in stages) if wide else flags(family, stages)
-    return {
-        "stages": stages,
-        "flags": given,
-        "trials": trials,
-        "sentence": f"it passes with {', '.join(stages)} in {'float32' if wide else 'float'}: {given}",
-    }
+    kind = "float32" if only_dtype else "float"
+    if only_dtype:
+        given = " ".join(f"--keep-dtype {stage}" for stage in stages)
+    else:
+        given = flags(family, stages)
+    sentence = f"it passes with {', '.join(stages)} in {kind}: {given}"
+    return {"stages": stages, "flags": given, "trials": trials, "sentence": sentence}

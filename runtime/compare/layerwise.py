@@ -1,9 +1,10 @@
-"""Which layer departs: every stage of the candidate's decoder, fed with what the reference's stage before it gave.
+"""Which layer deviates.
 
-The reference writes the residual stream behind every stage to a file while it scores a question (`Recorder`); the
-candidate then scores the same tokens, and each of its stages gets the reference's stream in place of its own (`Prompter`).
-So an error shows in the stage that makes it and nowhere behind it. Stages: the embedding (with the picture rows), the
-attention and the MLP of every layer, the final norm, and the logits.
+Takes a question and two engines, returns measures of every stage of the candidate's decoder, each computed from the
+reference's own input. The reference writes the residual stream behind every stage to a file while it scores a question
+(`RecordingTap`); the candidate then scores the same tokens, and each of its stages gets the reference's stream in place of
+its own (`ReplayTap`). So an error shows in the stage that makes it and nowhere behind it. Stages: the embedding (with the
+image rows), the attention and the MLP of every layer, the final norm, and the logits.
 """
 
 import math
@@ -11,93 +12,93 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from runtime.common import metrics
 
 HALF_MAX = 65504.0  # the largest fp16 number
 HEAD = "lm_head"
-SINGLE = (
-    24 * 2.0**-24
-)  # fp32 roundings in one stage: sums of products in another order (measured: 1 to 5)
-NOISE = 1.5  # a candidate's error against that of plain torch in the same dtype (measured: 0.99 to 1.02)
-GAIN = 0.002  # rounding has no direction (measured: within 0.0001 of plain torch in the same dtype)
+# fp32 roundings in one stage: its matmuls sum in another order (measured: 1 to 5)
+SINGLE = 24 * 2.0**-24
+NOISE = 1.5  # a candidate's error against that of plain torch in its dtype (measured: 0.99 to 1.02)
+GAIN = 0.002  # rounding has no direction (measured: within 0.0001 of plain torch in its dtype)
 SINGLE_GAIN = 5e-7  # the same in fp32 (measured: 2e-8)
 
 
-class Recorder:
-    """The streams of one question, float32 [stages, tokens, hidden] in a file: a full-size model's would fill the memory."""
+class RecordingTap:
+    """Writes the streams of one question to a file, float32 [stages, tokens, hidden]: a full-size model's would fill the
+    memory."""
 
     def __init__(self, path: Path, stages: list[str], tokens: int, hidden: int):
         self.stages = {stage: index for index, stage in enumerate(stages)}
-        self.values = np.lib.format.open_memmap(
-            path, "w+", np.float32, (len(stages), tokens, hidden)
-        )
+        shape = (len(stages), tokens, hidden)
+        self.values = np.lib.format.open_memmap(path, "w+", np.float32, shape)
         path.unlink()  # lives on as long as it is mapped, and not a moment longer
-        self.done = Counter()
+        self.num_recorded = Counter()  # stage -> tokens
 
-    def __call__(self, stage, x):
-        self.values[self.stages[stage], self.done[stage] : self.done[stage] + len(x)] = (
-            x.float().cpu().numpy()
-        )
-        self.done[stage] += len(x)
+    def __call__(self, stage: str, x: torch.Tensor) -> torch.Tensor:
+        """Records x [tokens, hidden] behind the stage and returns it unchanged."""
+        start = self.num_recorded[stage]
+        self.num_recorded[stage] += len(x)
+        rows = slice(start, start + len(x))
+        self.values[self.stages[stage], rows] = x.float().cpu().numpy()
         return x
 
 
-class Prompter:
-    """Compares each stage's stream with the recorded one and hands on the recorded one; picture rows, which are judged as
+class ReplayTap:
+    """Compares each stage's stream with the recorded one and hands on the recorded one. Image rows, which are judged as
     vision features, count as equal."""
 
-    def __init__(self, recorder: Recorder, pictures: list[slice]):
-        self.recorder = recorder
-        self.done = Counter()
-        self.parts = {}
-        self.pictures = pictures
+    def __init__(self, recording: RecordingTap, image_rows: list[slice]):
+        self.recording = recording
+        self.image_rows = image_rows
+        self.num_compared = Counter()  # stage -> tokens
+        self.measures = {}  # stage -> [measures of each call]
 
-    def __call__(self, stage, x):
-        import torch
-
-        index = self.recorder.stages[stage]
-        rows = slice(self.done[stage], self.done[stage] + len(x))
-        expected = np.array(self.recorder.values[index, rows])
-        added_to = (
-            np.array(self.recorder.values[index - 1, rows]) if stage.startswith("layers.") else 0.0
-        )
-        self.done[stage] += len(x)
-        self.parts.setdefault(stage, []).append(
-            measure(expected, self._own(stage, x, rows, expected), added_to)
-        )
+    def __call__(self, stage: str, x: torch.Tensor) -> torch.Tensor:
+        """x [tokens, hidden] behind the candidate's stage -> what the reference has there."""
+        start = self.num_compared[stage]
+        self.num_compared[stage] += len(x)
+        rows = slice(start, start + len(x))
+        index = self.recording.stages[stage]
+        expected = np.array(self.recording.values[index, rows])
+        added_to = 0.0
+        if stage.startswith("layers."):
+            added_to = np.array(self.recording.values[index - 1, rows])
+        found = x.float().cpu().numpy()
+        if stage == "embed":
+            self._equate_images(found, expected, start)
+        self.measures.setdefault(stage, []).append(measure(expected, found, added_to))
         return torch.from_numpy(expected).to(x)
 
-    def _own(self, stage, x, rows, expected):
-        """What the candidate's own decoder computed."""
-        found = x.float().cpu().numpy()
-        for picture in self.pictures if stage == "embed" else ():
-            span = slice(max(picture.start - rows.start, 0), max(picture.stop - rows.start, 0))
+    def _equate_images(self, found: np.ndarray, expected: np.ndarray, start: int):
+        """Overwrites the image rows of `found`, whose first row is token `start`, by the expected ones."""
+        for image in self.image_rows:
+            span = slice(max(image.start - start, 0), max(image.stop - start, 0))
             found[span] = expected[span]
-        return found
 
 
-def record(engine, prompt, token_ids, path: Path) -> tuple[np.ndarray, Recorder]:
-    """engine.score, and the streams behind every stage meanwhile."""
-    recorder = Recorder(
-        path, engine.tap(), len(prompt.ids) + len(token_ids) - 1, engine.family.decoder.hidden
-    )
-    return _tapped_score(engine, recorder, prompt, token_ids), recorder
+def record(engine, prompt, token_ids: list[int], path: Path) -> tuple[np.ndarray, RecordingTap]:
+    """(logits as of engine.score, the streams behind every stage meanwhile)."""
+    tokens = len(prompt.ids) + len(token_ids) - 1
+    recording = RecordingTap(path, engine.tap(), tokens, engine.family.decoder.hidden)
+    return _tapped_score(engine, recording, prompt, token_ids), recording
 
 
-def prompt_stages(
-    engine, prompt, token_ids, recorder: Recorder, logits: np.ndarray
+def compare_stages(
+    engine, prompt, token_ids: list[int], recording: RecordingTap, logits: np.ndarray
 ) -> dict[str, list]:
     """Stage -> measures of what it computes from the recorded stream before it; logits [n, vocab] are the reference's."""
-    rows = engine.family.vision.output_shape[1] if prompt.pixels else 0
-    prompter = Prompter(
-        recorder, [slice(start, start + rows) for start in prompt.layout.image_starts]
-    )
-    found = _tapped_score(engine, prompter, prompt, token_ids)
-    return {**prompter.parts, HEAD: [measure(logits, found)]}
+    image_rows = []
+    if prompt.pixels:
+        rows = engine.family.vision.output_shape[1]
+        image_rows = [slice(start, start + rows) for start in prompt.layout.image_starts]
+    replay = ReplayTap(recording, image_rows)
+    found = _tapped_score(engine, replay, prompt, token_ids)
+    return {**replay.measures, HEAD: [measure(logits, found)]}
 
 
-def _tapped_score(engine, tap, prompt, token_ids):
+def _tapped_score(engine, tap, prompt, token_ids: list[int]) -> np.ndarray:
     engine.tap(tap)
     try:
         return engine.score(prompt, token_ids)
@@ -112,43 +113,46 @@ def measure(expected: np.ndarray, found: np.ndarray, added_to=0.0) -> dict[str, 
     weighs in that. gain: what the candidate adds, as a multiple of what the reference adds. largest: absolute value.
     """
     measures = metrics.compare_rows(expected, found)
-    good = measures["nonfinite"] == 0
-    a, b, start = (
-        np.where(good[:, None], x, np.nan).astype(np.float64)
-        for x in (expected, found, np.broadcast_to(added_to, expected.shape))
-    )
-    added = a - start
-    size = np.linalg.norm(a - start, axis=1)
+    is_finite = (measures["nonfinite"] == 0)[:, None]
+    reference = np.where(is_finite, expected, np.nan).astype(np.float64)
+    candidate = np.where(is_finite, found, np.nan).astype(np.float64)
+    start = np.where(is_finite, added_to, np.nan).astype(np.float64)
+    added = reference - start
+    size = np.linalg.norm(added, axis=1)
     size = np.where(size == 0, np.finfo(np.float32).tiny, size)
+    largest = np.abs(expected).max(axis=1)
+    largest_found = np.nan_to_num(np.abs(found), posinf=np.inf).max(axis=1)
     return {
         **measures,
-        "relative": np.linalg.norm(b - a, axis=1) / size,
-        "scale": 1 + np.linalg.norm(a, axis=1) / size,
-        "gain": np.sum(added * (b - start), axis=1) / size**2,
-        "largest": np.maximum(
-            np.abs(expected).max(axis=1), np.nan_to_num(np.abs(found), posinf=np.inf).max(axis=1)
-        ),
+        "relative": np.linalg.norm(candidate - reference, axis=1) / size,
+        "scale": 1 + np.linalg.norm(reference, axis=1) / size,
+        "gain": np.sum(added * (candidate - start), axis=1) / size**2,
+        "largest": np.maximum(largest, largest_found),
     }
 
 
-def summary(parts: list[dict[str, np.ndarray]]) -> dict:
+def merge(parts: list[dict[str, list]]) -> dict[str, dict]:
+    """Measures of every question, as of `compare_stages` -> stage -> summary over all of them."""
+    merged = {}
+    for stage in parts[0]:
+        calls = []
+        for question in parts:
+            calls.extend(question[stage])
+        merged[stage] = _summary(calls)
+    return merged
+
+
+def _summary(parts: list[dict[str, np.ndarray]]) -> dict:
     """One number per measure over all tokens of a stage."""
-    rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    rows = metrics.concatenate(parts)
+    largest = float(rows["largest"].max())
     return {
         **metrics.summarize(parts),
         "relative": float(np.sqrt(np.mean(rows["relative"] ** 2))),
         "scale": float(np.sqrt(np.mean(rows["scale"] ** 2))),
         "gain": float(rows["gain"].mean()),
-        "largest": float(rows["largest"].max()),
-        "headroom": HALF_MAX / max(float(rows["largest"].max()), 1e-30),
-    }
-
-
-def merge(parts: list[dict[str, list]]) -> dict[str, dict]:
-    """Stage -> summary over the questions' measures."""
-    return {
-        stage: summary([part for question in parts for part in question[stage]])
-        for stage in parts[0]
+        "largest": largest,
+        "headroom": HALF_MAX / max(largest, 1e-30),
     }
 
 
@@ -159,23 +163,27 @@ def judge(
 
     noise: the same stages of plain torch in the candidate's dtype, against the same reference; None: it computes in fp32.
     """
-    return [
-        _judged(stage, measures, noise and noise[stage], limits)
-        for stage, measures in found.items()
-    ]
+    judged = []
+    for stage, measures in found.items():
+        stage_noise = noise[stage] if noise else None
+        judged.append({"stage": stage, **_judged(measures, stage_noise, limits)})
+    return judged
 
 
-def finite(value: float, otherwise: float) -> float:
+def _judged(measures: dict, noise: dict | None, limits: dict[str, float]) -> dict:
+    limit = SINGLE * _finite(measures["scale"], 1.0)
+    gain_limit = SINGLE_GAIN
+    gain = 1.0
+    if noise:
+        limit = max(limit, NOISE * _finite(noise["relative"], 0.0))
+        gain_limit = GAIN
+        gain = _finite(noise["gain"], 1.0)
+    limit = limits.get("relative", limit)
+    gain_limit = limits.get("gain", gain_limit)
+    passed = measures["relative"] <= limit and abs(measures["gain"] - gain) <= gain_limit
+    return {**measures, "limit": limit, "gain_limit": gain_limit, "passed": bool(passed)}
+
+
+def _finite(value: float, otherwise: float) -> float:
     """Plain torch in fp16 overflows too where a model does not fit it; a limit is a number all the same."""
     return value if math.isfinite(value) else otherwise
-
-
-def _judged(stage, measures, noise, limits) -> dict:
-    level = SINGLE * finite(measures["scale"], 1.0)
-    limit = limits.get(
-        "relative", level if noise is None else max(level, NOISE * finite(noise["relative"], 0.0))
-    )
-    gain = limits.get("gain", SINGLE_GAIN if noise is None else GAIN)
-    expected = finite(noise["gain"], 1.0) if noise else 1.0
-    passed = measures["relative"] <= limit and abs(measures["gain"] - expected) <= gain
-    return {"stage": stage, **measures, "limit": limit, "gain_limit": gain, "passed": bool(passed)}

@@ -1,7 +1,7 @@
-"""What decides a comparison: which measures every stage has, and the limits they are held to.
+"""What decides a comparison.
 
-Limits are {stage: {measure: number}}; stages are vision, layers and decode. What is missing is decided by the dtype, when
-it is known (verdict.py, layers.py).
+Takes --threshold and --limit, returns {stage: {measure: limit}}; the stages are vision, layers and decode. What is missing
+there is decided by the dtype, when it is known (verdict.py, layerwise.py).
 """
 
 from runtime.common.errors import ToolkitError
@@ -10,12 +10,8 @@ from runtime.common.flags import limit_value
 EXACT = 0.9999  # smallest cosine that passes, as the VisualGLM guide has it
 QUANTISED = 0.99  # of the logits of a quantised model
 QUANTISED_LAYERS = {"relative": 0.5, "gain": 0.2}
-AT_LEAST = {
-    "cosine_min",
-    "cosine_mean",
-    "top1_agreement",
-    "top5_agreement",
-}  # of all others less is better
+# measures of which more is better; of all others less is
+AT_LEAST = {"cosine_min", "cosine_mean", "top1_agreement", "top5_agreement"}
 ERRORS = ("max_abs", "mean_abs", "rmse", "max_relative", "mean_relative", "relative_euclidean")
 KNOWN = {
     "vision": ("cosine_min", "cosine_mean", *ERRORS),
@@ -35,28 +31,27 @@ def read_limit(text: str) -> tuple[str, str, float]:
     return stage, measure, limit_value(text)
 
 
-def all_limits(options, packed: bool = False) -> dict[str, dict[str, float]]:
-    """Stage -> measure -> limit. Rounding to 8 bits moves logits by more than any kernel does; what it may cost is judged by
-    `python -m quant`, here a broken scale shows. packed: the candidate rounds its weights itself (--cpu-weights)."""
-    rounded = (
-        packed
-        or is_quantised(options.model)
-        and (options.native or not is_quantised(options.reference))
-    )
-    limits = {
-        "vision": {"cosine_min": options.threshold or EXACT},
-        "decode": {"cosine_min": QUANTISED} if rounded else {},
-        "layers": dict(QUANTISED_LAYERS) if rounded else {},
-    }
-    if options.threshold:
-        limits["decode"]["cosine_min"] = options.threshold
-    for stage, measure, value in options.limit:
+def all_limits(
+    threshold: float | None, given: list[tuple[str, str, float]], rounded: bool
+) -> dict[str, dict[str, float]]:
+    """Stage -> measure -> limit; the limits `given` one by one win.
+
+    rounded: the candidate's weights are rounded to 8 or 4 bits and the reference's are not. That moves logits by more than
+    any kernel does; what it may cost is judged by `python -m quant`, here a broken scale shows.
+    """
+    limits = {"vision": {"cosine_min": threshold or EXACT}, "decode": {}, "layers": {}}
+    if rounded:
+        limits["decode"]["cosine_min"] = QUANTISED
+        limits["layers"] |= QUANTISED_LAYERS
+    if threshold:
+        limits["decode"]["cosine_min"] = threshold
+    for stage, measure, value in given:
         limits[stage][measure] = value
     return limits
 
 
-def is_quantised(model: str) -> bool:
-    """msmodelslim describes what it did beside the weights."""
-    from models.checkpoint.quantized import find_description
-
-    return find_description(model) is not None
+def is_within(measure: str, value: float, limit: float) -> bool:
+    """NaN is never within a limit."""
+    if measure in AT_LEAST:
+        return value >= limit
+    return value <= limit

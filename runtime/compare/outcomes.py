@@ -1,29 +1,35 @@
-"""What one side of a comparison computed."""
-
-from __future__ import annotations
+"""What one side of a comparison computed: the values that runs.py hands to verdict.py."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
+
+from models.family import Family
+
+from .layerwise import RecordingTap
 
 
 @dataclass
 class Outcome:
-    """What one side says about one case. features float32 [rows, hidden], logits float32 [len(token_ids), vocab]."""
+    """One side's numbers of one case. features float32 [rows, hidden], logits float32 [len(token_ids), vocab].
+
+    token_ids: what was fed behind the prompt `ids`. streams: of the reference's decoder, where they were recorded.
+    """
 
     ids: list[int]
     features: np.ndarray
     token_ids: list[int]
     answer: str
     logits: np.ndarray
-    streams: object = None  # layers.Recorder, of the reference
+    streams: RecordingTap | None = None
 
 
 @dataclass
 class Noise:
-    """What rounding alone does: the reference in the candidate's dtype, its layers as Side's, its logits of every question."""
+    """What rounding alone does: the reference in the candidate's dtype.
+
+    layers: as Side's. logits: of every question, float32 [tokens, vocab].
+    """
 
     layers: dict
     logits: list[np.ndarray]
@@ -31,13 +37,16 @@ class Noise:
 
 @dataclass
 class Side:
-    """One model's outcomes, its family (for token texts) and what the report tells about it; layers as
-    layers.judge takes them, or a note why there are none."""
+    """One model's outcomes, its family (for token texts) and what the report says about it.
+
+    layers: stage -> measures, as layerwise.judge takes them; None where `note` says why there are none.
+    answers: to the questions of the data set.
+    """
 
     info: dict
-    family: object
+    family: Family
     outcomes: list[Outcome]
     layers: dict | None = None
     noise: Noise | None = None
     note: str | None = None
-    answers: list[str] = field(default_factory=list)  # to the data set
+    answers: list[str] = field(default_factory=list)

@@ -1,51 +1,54 @@
-"""From the outcomes of both sides to the findings of the report: measures, the checks that decide, one sentence.
+"""Whether a candidate passes.
 
-A check is {"stage", "measure", "value", "limit", "passed", "nonfinite", "worst"}: where the worst value stands.
+Takes the outcomes of both sides, returns the findings of the report: measures per stage, the checks that decide, one
+sentence. A check is {"stage", "measure", "value", "limit", "passed", "nonfinite", "worst"}; worst: where the worst value
+stands.
 """
 
+import numpy as np
+
+from models.family import Family
 from runtime.common import metrics
-from runtime.compare.report.sentences import chinese, verdict
 
-from . import layerwise as layers
-from .limits import AT_LEAST, EXACT
-from .report import page as report
+from . import layerwise
+from .cases import Case
+from .limits import EXACT, is_within
+from .outcomes import Noise, Outcome, Side
+from .report import sentences
+from .report.page import SCHEMA
 
-FP32_DISTANCE, OM_DISTANCE = 1e-5, 0.05  # measured: 9e-7; msit's for an .om
+FP32_DISTANCE = 1e-5  # largest relative Euclidean distance of an image row (measured: 9e-7)
+OM_DISTANCE = 0.05  # the same for an .om, which computes in fp16: msit's limit
+POWERS = np.arange(-9, 3.01, 0.5)  # edges of the histogram of errors, as powers of ten
+
+Measures = dict[str, np.ndarray]  # of metrics.compare_rows or compare_logits, each [rows]
 
 
-def judge(reference, candidate, cases: list, limits: dict[str, dict[str, float]]) -> dict:
-    """The report: summary per stage, the checks that decide, every layer, case and token. Layout: docs/compare.md."""
+def judge(reference: Side, candidate: Side, cases: list[Case], limits: dict) -> dict:
+    """The findings: summary per stage, the checks that decide, every layer, case and token (keys: docs/compare.md).
+
+    limits: stage -> measure -> limit, as `limits.all_limits` returns them.
+    """
     pairs = list(zip(reference.outcomes, candidate.outcomes))
-    vision = [metrics.compare_rows(a.features, b.features) for a, b in pairs]
-    decode = [metrics.compare_logits(a.logits, b.logits) for a, b in pairs]
+    vision = [metrics.compare_rows(expected.features, found.features) for expected, found in pairs]
+    decode = [metrics.compare_logits(expected.logits, found.logits) for expected, found in pairs]
     stages = {"vision": metrics.summarize(vision), "decode": metrics.summarize(decode)}
-    noise = candidate.noise
-    found = (
-        layers.judge(candidate.layers, noise and noise.layers, limits["layers"])
-        if candidate.layers
-        else []
-    )
+    layers = _judge_layers(candidate, limits["layers"])
     limits = {
         "vision": {"relative_euclidean": vision_limit(candidate.info), **limits["vision"]},
-        "decode": with_rounding(limits["decode"], reference, noise),
+        "decode": with_rounding(limits["decode"], reference, candidate.noise),
     }
-    checks = [
-        check(name, stage, *limit)
-        for name, stage in stages.items()
-        if stage["rows"]
-        for limit in limits[name].items()
-    ]
-    checks += [layer_check(found)] if found else []
-    passed = bool(stages["decode"]["rows"]) and all(c["passed"] for c in checks)
+    checks = [*stage_checks(stages, limits), *layer_checks(layers)]
+    passed = bool(stages["decode"]["rows"]) and all(check["passed"] for check in checks)
     return {
-        "schema": report.SCHEMA,
+        "schema": SCHEMA,
         "passed": passed,
-        "verdict": verdict(passed, checks),
-        "verdict_zh": chinese(passed, checks),
+        "verdict": sentences.english(passed, checks),
+        "verdict_zh": sentences.chinese(passed, checks),
         "checks": checks,
         "histogram": histogram(pairs),
         "stages": stages,
-        "layers": found,
+        "layers": layers,
         "layers_note": candidate.note,
         "reference": reference.info,
         "candidate": candidate.info,
@@ -56,97 +59,123 @@ def judge(reference, candidate, cases: list, limits: dict[str, dict[str, float]]
     }
 
 
+def _judge_layers(candidate: Side, limits: dict[str, float]) -> list[dict]:
+    if not candidate.layers:
+        return []
+    noise = candidate.noise.layers if candidate.noise else None
+    return layerwise.judge(candidate.layers, noise, limits)
+
+
 def vision_limit(info: dict) -> float:
-    """Largest relative Euclidean distance of a picture row: an .om computes in fp16, everything else in fp32."""
-    return (
-        OM_DISTANCE
-        if any(stage.startswith("vision: om") for stage in info["stages"])
-        else FP32_DISTANCE
-    )
+    """Largest relative Euclidean distance of an image row: an .om computes in fp16, everything else in fp32."""
+    if any(stage.startswith("vision: om") for stage in info["stages"]):
+        return OM_DISTANCE
+    return FP32_DISTANCE
 
 
-def with_rounding(limits: dict[str, float], reference, noise) -> dict[str, float]:
-    """The decoder's limits with a cosine where none was given: 0.9999, or what rounding alone leaves in this dtype; bf16 is
-    below that on some models, and a candidate cannot be better than its dtype."""
+def with_rounding(
+    limits: dict[str, float], reference: Side, noise: Noise | None
+) -> dict[str, float]:
+    """The decoder's limits, with a cosine where none was given: 0.9999, or what rounding alone leaves in this dtype.
+
+    bf16 is below 0.9999 on some models, and a candidate cannot be better than its dtype.
+    """
     if "cosine_min" in limits:
         return limits
     if noise is None:
         return {"cosine_min": EXACT, **limits}
-    pairs = [metrics.compare_rows(a.logits, b) for a, b in zip(reference.outcomes, noise.logits)]
-    lost = 1 - metrics.summarize(pairs)["cosine_min"]
-    return {
-        "cosine_min": min(EXACT, 1 - layers.NOISE**2 * lost),
-        **limits,
-    }  # 1 - cosine grows as error squared
+    pairs = zip(reference.outcomes, noise.logits)
+    rows = [metrics.compare_rows(outcome.logits, rounded) for outcome, rounded in pairs]
+    lost = 1 - metrics.summarize(rows)["cosine_min"]
+    allowed = layerwise.NOISE**2 * lost  # 1 - cosine grows as error squared
+    return {"cosine_min": min(EXACT, 1 - allowed), **limits}
 
 
-def check(name: str, stage: dict, measure: str, limit: float) -> dict:
-    """NaN is never within a limit."""
-    value = stage[measure]
+def stage_checks(stages: dict[str, dict], limits: dict[str, dict[str, float]]) -> list[dict]:
+    """One check for every limit of a stage of which anything was compared."""
+    checks = []
+    for name, stage in stages.items():
+        if stage["rows"]:
+            for measure, limit in limits[name].items():
+                checks.append(_check(name, stage, measure, limit))
+    return checks
+
+
+def _check(name: str, stage: dict, measure: str, limit: float) -> dict:
     return {
         "stage": name,
         "measure": measure,
-        "value": value,
+        "value": stage[measure],
         "limit": limit,
-        "passed": value >= limit if measure in AT_LEAST else value <= limit,
+        "passed": is_within(measure, stage[measure], limit),
         "nonfinite": stage["nonfinite"],
         "worst": stage["worst"],
     }
 
 
-def layer_check(found: list[dict]) -> dict:
-    """Decided by the first stage that is outside its limits; without one, told about the one that is nearest to them."""
-    failed = [stage for stage in found if not stage["passed"]]
-    shown = failed[0] if failed else max(found, key=lambda s: s["relative"] / s["limit"])
+def layer_checks(layers: list[dict]) -> list[dict]:
+    """At most one check: of the first stage outside its limits, or, if all pass, of the one closest to its limit."""
+    if not layers:
+        return []
+    failed = [stage for stage in layers if not stage["passed"]]
+    if failed:
+        shown = failed[0]
+    else:
+        shown = max(layers, key=lambda stage: stage["relative"] / stage["limit"])
     by_gain = shown["relative"] <= shown["limit"] and not shown["passed"]
-    return {
+    measure, limit = ("gain", "gain_limit") if by_gain else ("relative", "limit")
+    check = {
         "stage": "layers",
-        "measure": "gain" if by_gain else "relative",
-        "value": shown["gain" if by_gain else "relative"],
-        "limit": shown["gain_limit" if by_gain else "limit"],
+        "measure": measure,
+        "value": shown[measure],
+        "limit": shown[limit],
         "passed": not failed,
         "nonfinite": shown["nonfinite"],
         "worst": {"stage": shown["stage"]},
         "failed": [stage["stage"] for stage in failed],
     }
+    return [check]
 
 
-def histogram(pairs) -> dict:
-    """How many logits are off by which power of ten: {"edges" [n + 1], "counts" [n]}; equal ones are left out."""
-    import numpy as np
-
-    edges = np.arange(-9, 3.01, 0.5)
-    counts = np.zeros(len(edges) - 1, np.int64)
-    for a, b in pairs:
-        error = np.abs(a.logits.astype(np.float64) - b.logits)
+def histogram(pairs: list[tuple[Outcome, Outcome]]) -> dict:
+    """How many logits deviate by which power of ten: {"edges" [n + 1], "counts" [n]}; equal ones are left out."""
+    counts = np.zeros(len(POWERS) - 1, np.int64)
+    for expected, found in pairs:
+        error = np.abs(expected.logits.astype(np.float64) - found.logits)
         error = error[np.isfinite(error) & (error > 0)]
-        counts += np.histogram(np.clip(np.log10(error), edges[0], edges[-1]), edges)[0]
-    return {"edges": edges.tolist(), "counts": counts.tolist()}
+        powers = np.clip(np.log10(error), POWERS[0], POWERS[-1])
+        counts += np.histogram(powers, POWERS)[0]
+    return {"edges": POWERS.tolist(), "counts": counts.tolist()}
 
 
-def describe_case(case, expected, vision: dict, decode: dict, family) -> dict:
+def describe_case(
+    case: Case, expected: Outcome, vision: Measures, decode: Measures, family: Family
+) -> dict:
+    """One question of the report, with every token."""
     agree = decode["agree"].tolist()
     return {
         "question": case.question,
         "language": case.language,
-        "pictures": len(case.pictures),
+        "pictures": len(case.images),
         "prompt_tokens": len(expected.ids),
         "answer": expected.answer,
         "same_answer": all(agree),
         "vision": metrics.summarize([vision]),
         "decode": metrics.summarize([decode]),
-        "tokens": [describe_token(decode, row, family) for row in range(len(agree))],
+        "tokens": [_describe_token(decode, row, family) for row in range(len(agree))],
     }
 
 
-def describe_token(decode: dict, row: int, family) -> dict:
-    token = {name: decode[name][row].item() for name in decode}
+def _describe_token(decode: Measures, row: int, family: Family) -> dict:
+    token = {name: values[row].item() for name, values in decode.items()}
     return {
-        "text": token_text(family, token["reference_top1"]),
-        "candidate_text": token_text(family, token["candidate_top1"]),
+        "text": _token_text(family, token["reference_top1"]),
+        "candidate_text": _token_text(family, token["candidate_top1"]),
         **token,
     }
 
 
-def token_text(family, token_id: int) -> str:
-    return "<stop>" if token_id in family.stop_ids else family.tokenizer.decode([token_id])
+def _token_text(family: Family, token_id: int) -> str:
+    if token_id in family.stop_ids:
+        return "<stop>"
+    return family.tokenizer.decode([token_id])

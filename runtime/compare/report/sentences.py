@@ -1,89 +1,162 @@
-"""The verdict of a comparison in words, English and Chinese."""
+"""The verdict of a comparison in words.
+
+Takes the checks of `compare.verdict`, returns one line of text per language. Each language is a table of templates; a
+failed check chooses one of them by its kind.
+"""
+
+from dataclasses import dataclass
 
 from runtime.compare.limits import AT_LEAST
 
 from . import formats
 
-STAGES = {"vision": "vision features", "decode": "decoder logits"}
+
+@dataclass(frozen=True)
+class Wording:
+    """Templates of one language.
+
+    features: stage -> what is compared there. places: stage -> where its worst value stands. failures: kind of a failed
+    check (`kind_of`) -> sentence. failed: the whole verdict, of which `{failures}` are joined with `between`.
+    more_stages: what a sentence about the layers ends with when several of them deviate.
+    """
+
+    features: dict[str, str]
+    places: dict[str, str]
+    failures: dict[str, str]
+    failed: str
+    between: str
+    more_stages: str
+    nothing: str
 
 
-def verdict(passed: bool, checks: list[dict]) -> str:
-    """One sentence: the smallest cosine of every stage, or what failed where, the layer first."""
-    if not any(c["stage"] == "decode" for c in checks):
-        return "FAILED: nothing was compared"
+ENGLISH = Wording(
+    features={"vision": "vision features", "decode": "decoder logits"},
+    places={
+        "vision": "row {row} of question {question}",
+        "decode": "token {row} of question {question}",
+    },
+    failures={
+        "layers nonfinite": "{stage} is the first with NaN or Inf ({nonfinite:,} values){more}",
+        "layers gain": "{stage} departs first: what it adds is {value:.4f} times the reference's, "
+        "{limit:g} from plain torch in this dtype are allowed{more}",
+        "layers relative": "{stage} departs first: its error is {value:.2e} of what it adds, above "
+        "{limit:.2e}{more}",
+        "nonfinite": "{nonfinite:,} values of the {features} are NaN or Inf, the first at {place}",
+        "cosine": "the cosine of the {features} falls to {shown} at {place}, below {limit:g}",
+        "too small": "{measure} of the {features} is {value:.3g} at {place}, below {limit:g}",
+        "too large": "{measure} of the {features} is {value:.3g} at {place}, above {limit:g}",
+    },
+    failed="FAILED: {failures}",
+    between="; ",
+    more_stages=", {others} more stages depart too",
+    nothing="FAILED: nothing was compared",
+)
+
+OFF_LIMIT_CHINESE = "{features}的 {measure} 为 {shown}（{place}），限值 {limit:.6g}"
+CHINESE = Wording(
+    features={"vision": "视觉特征", "decode": "解码器 logits"},
+    places={
+        "vision": "问题 {question} 第 {row} 行",
+        "decode": "问题 {question} 第 {row} 个词元",
+    },
+    failures={
+        "layers nonfinite": "{stage} 首先出现 NaN 或 Inf（共 {stages} 个阶段偏离）",
+        "layers gain": "{stage} 首先偏离：增益为 {value:.4g}，限值 {limit:.4g}（共 {stages} 个阶段偏离）",
+        "layers relative": "{stage} 首先偏离：误差为 {value:.4g}，限值 {limit:.4g}（共 {stages} 个阶段偏离）",
+        "nonfinite": "{features}含 {nonfinite} 个 NaN 或 Inf，首个位于{place}",
+        "cosine": OFF_LIMIT_CHINESE,
+        "too small": OFF_LIMIT_CHINESE,
+        "too large": OFF_LIMIT_CHINESE,
+    },
+    failed="{failures}",
+    between="；",
+    more_stages="",
+    nothing="没有可比较的内容",
+)
+
+
+def english(passed: bool, checks: list[dict]) -> str:
+    """One sentence: the smallest cosine of every stage, or what failed where, the layers first."""
     if passed:
-        cosines = [c for c in checks if c["measure"] == "cosine_min"]
-        smallest = ", ".join(f"{STAGES[c['stage']]} {formats.cosine(c['value'])}" for c in cosines)
-        limits = " or ".join(dict.fromkeys(f"{c['limit']:g}" for c in cosines))
-        clean = (
-            "; every layer computes what the reference's does"
-            if checks[-1]["stage"] == "layers"
-            else ""
-        )
-        return f"PASSED: no cosine is below {limits}; smallest: {smallest}{clean}"
-    failed = sorted((c for c in checks if not c["passed"]), key=lambda c: c["stage"] != "layers")
-    return "FAILED: " + "; ".join(
-        layer_failure(c) if c["stage"] == "layers" else failure(c) for c in failed
-    )
-
-
-CHINESE = {"vision": "视觉特征", "decode": "解码器 logits"}
+        return _passed_english(checks)
+    return _failed(ENGLISH, checks)
 
 
 def chinese(passed: bool, checks: list[dict]) -> str:
-    """The same sentence for the page in Chinese."""
-    if not any(c["stage"] == "decode" for c in checks):
-        return "没有可比较的内容"
+    """The same for the page in Chinese."""
     if passed:
-        return "；".join(
-            f"{CHINESE[c['stage']]}的最小余弦为 {formats.cosine(c['value'])}（限值 {c['limit']:.6g}）"
-            for c in checks
-            if c["measure"] == "cosine_min"
-        )
-    failed = sorted((c for c in checks if not c["passed"]), key=lambda c: c["stage"] != "layers")
-    return "；".join(chinese_failure(c) for c in failed)
+        return _passed_chinese(checks)
+    return _failed(CHINESE, checks)
 
 
-def chinese_failure(c: dict) -> str:
-    value = (
-        formats.cosine(c["value"]) if c["measure"] == "cosine_min" else formats.number(c["value"])
+def _passed_english(checks: list[dict]) -> str:
+    limits = []
+    smallest = []
+    for check in _cosines(checks):
+        limits.append(f"{check['limit']:g}")
+        smallest.append(f"{ENGLISH.features[check['stage']]} {formats.cosine(check['value'])}")
+    limits = " or ".join(dict.fromkeys(limits))
+    sentence = f"PASSED: no cosine is below {limits}; smallest: {', '.join(smallest)}"
+    if checks[-1]["stage"] == "layers":
+        sentence += "; every layer computes what the reference's does"
+    return sentence
+
+
+def _passed_chinese(checks: list[dict]) -> str:
+    parts = []
+    for check in _cosines(checks):
+        features = CHINESE.features[check["stage"]]
+        value = formats.cosine(check["value"])
+        parts.append(f"{features}的最小余弦为 {value}（限值 {check['limit']:.6g}）")
+    return CHINESE.between.join(parts)
+
+
+def _cosines(checks: list[dict]) -> list[dict]:
+    return [check for check in checks if check["measure"] == "cosine_min"]
+
+
+def _failed(wording: Wording, checks: list[dict]) -> str:
+    if not any(check["stage"] == "decode" for check in checks):
+        return wording.nothing
+    failed = [check for check in checks if not check["passed"]]
+    failed.sort(key=lambda check: check["stage"] != "layers")
+    failures = wording.between.join(_failure(wording, check) for check in failed)
+    return wording.failed.format(failures=failures)
+
+
+def _failure(wording: Wording, check: dict) -> str:
+    if check["stage"] == "layers":
+        values = _layer_values(wording, check)
+    else:
+        values = _stage_values(wording, check)
+    return wording.failures[kind_of(check)].format(**values)
+
+
+def kind_of(check: dict) -> str:
+    """Which of the templates `Wording.failures` describes a failed check."""
+    if check["stage"] == "layers":
+        kind = "nonfinite" if check["nonfinite"] else check["measure"]
+        return f"layers {kind}"
+    if check["nonfinite"]:
+        return "nonfinite"
+    if check["measure"] == "cosine_min":
+        return "cosine"
+    return "too small" if check["measure"] in AT_LEAST else "too large"
+
+
+def _layer_values(wording: Wording, check: dict) -> dict:
+    """What the templates "layers ..." name."""
+    stages = len(check["failed"])
+    more = wording.more_stages.format(others=stages - 1) if stages > 1 else ""
+    return {**check, "stage": check["worst"]["stage"], "stages": stages, "more": more}
+
+
+def _stage_values(wording: Wording, check: dict) -> dict:
+    """What the other templates name. `shown`: the value as the tables of the report show it."""
+    stage = check["stage"]
+    show = formats.cosine if check["measure"] == "cosine_min" else formats.number
+    place = wording.places[stage].format(
+        row=check["worst"]["row"] + 1, question=check["worst"]["case"] + 1
     )
-    if c["stage"] == "layers":
-        what = (
-            "首先出现 NaN 或 Inf"
-            if c["nonfinite"]
-            else f"首先偏离：{'增益' if c['measure'] == 'gain' else '误差'}为 {c['value']:.4g}，限值 {c['limit']:.4g}"
-        )
-        return f"{c['worst']['stage']} {what}（共 {len(c['failed'])} 个阶段偏离）"
-    place = f"问题 {c['worst']['case'] + 1} 第 {c['worst']['row'] + 1} {'个词元' if c['stage'] == 'decode' else '行'}"
-    if c["nonfinite"]:
-        return f"{CHINESE[c['stage']]}含 {c['nonfinite']} 个 NaN 或 Inf，首个位于{place}"
-    return f"{CHINESE[c['stage']]}的 {c['measure']} 为 {value}（{place}），限值 {c['limit']:.6g}"
-
-
-def layer_failure(c: dict) -> str:
-    others = f", {len(c['failed']) - 1} more stages depart too" if len(c["failed"]) > 1 else ""
-    if c["nonfinite"]:
-        return f"{c['worst']['stage']} is the first with NaN or Inf ({c['nonfinite']:,} values){others}"
-    if c["measure"] == "gain":
-        return (
-            f"{c['worst']['stage']} departs first: what it adds is {c['value']:.4f} times the reference's, "
-            f"{c['limit']:g} from plain torch in this dtype are allowed{others}"
-        )
-    return (
-        f"{c['worst']['stage']} departs first: its error is {c['value']:.2e} of what it adds, above "
-        f"{c['limit']:.2e}{others}"
-    )
-
-
-def failure(c: dict) -> str:
-    what = STAGES[c["stage"]]
-    row = c["worst"]["row"] + 1
-    question = c["worst"]["case"] + 1
-    place = f"{'token' if c['stage'] == 'decode' else 'row'} {row} of question {question}"
-    if c["nonfinite"]:
-        return f"{c['nonfinite']:,} values of the {what} are NaN or Inf, the first at {place}"
-    if c["measure"] == "cosine_min":
-        return f"the cosine of the {what} falls to {formats.cosine(c['value'])} at {place}, below {c['limit']:g}"
-    side = "below" if c["measure"] in AT_LEAST else "above"
-    return f"{c['measure']} of the {what} is {c['value']:.3g} at {place}, {side} {c['limit']:g}"
+    features = wording.features[stage]
+    return {**check, "features": features, "place": place, "shown": show(check["value"])}

@@ -270,14 +270,14 @@ def options(**given):
 
 def test_builtin_questions():
     seeing = cases.choose_cases(options(), SimpleNamespace(vision=True, languages=("zh", "en")))
-    assert [(c.language, len(c.pictures)) for c in seeing] == [
+    assert [(c.language, len(c.images)) for c in seeing] == [
         ("zh", 1),
         ("en", 1),
         ("zh", 0),
         ("en", 0),
     ]
     blind = cases.choose_cases(options(), SimpleNamespace(vision=None, languages=("zh",)))
-    assert [(c.language, c.pictures) for c in blind] == [("zh", []), (None, [])]
+    assert [(c.language, c.images) for c in blind] == [("zh", []), (None, [])]
 
 
 def test_own_questions_and_pictures():
@@ -287,7 +287,7 @@ def test_own_questions_and_pictures():
         "b",
     ]
     mine = cases.choose_cases(options(image=["p.png"], language="en"), family)
-    assert [(c.language, c.pictures) for c in mine] == [("en", ["p.png"])] * 2
+    assert [(c.language, c.images) for c in mine] == [("en", ["p.png"])] * 2
 
 
 # the command

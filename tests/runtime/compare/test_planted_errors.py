@@ -13,8 +13,10 @@ from damaged_checkpoints import edited
 from models import family_of
 from runtime import Engine
 from runtime.common.errors import ToolkitError
-from runtime.compare import __main__ as compare
+from runtime.compare import __main__ as command
 from runtime.compare import layerwise as layers
+from runtime.compare.cases import choose_cases
+from runtime.compare.comparison import compare
 from runtime.compare.options import CompareOptions
 from runtime.engine.options import EngineOptions
 from runtime.ops.cpu.ops import CpuOps
@@ -47,7 +49,7 @@ def compared(
     settings = EngineOptions(
         **{"dtype": "float32", "vision": "torch", "max_model_len": 256} | engine
     )
-    return compare.findings(options, settings, tmp_path)[0]
+    return compare(options, settings, choose_cases(options, family_of(model)), tmp_path)
 
 
 def departed(found):
@@ -325,7 +327,7 @@ def test_search_names_the_layers_that_must_stay_float(family, tmp_path, capsys):
         "0.9999",
         "--search",
     ]
-    assert compare.main(argv) == 1
+    assert command.main(argv) == 1
     culprit = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))["culprit"]
     assert sorted(culprit["stages"]) == ["layers.0.mlp", "layers.1.attention"]
     assert all(
@@ -345,9 +347,8 @@ def test_search_without_a_set_that_helps(tmp_path):
         max_tokens=2,
         search=True,
     )
-    found = compare.findings(
-        options, EngineOptions(dtype="float32", vision="torch", max_model_len=256), tmp_path
-    )[0]
+    settings = EngineOptions(dtype="float32", vision="torch", max_model_len=256)
+    found = compare(options, settings, choose_cases(options, family_of(bad)), tmp_path)
     assert (
         found["culprit"]["stages"] == []
         and "no set of layers helps" in found["culprit"]["sentence"]

@@ -1,0 +1,56 @@
+"""A whole comparison: both sides run, are judged, and what fails is looked into.
+
+Takes the options and the questions, returns the findings of the report.
+"""
+
+import gc
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from runtime.engine.options import EngineOptions
+
+from . import dataset, float_search, vision_nodes
+from .cases import Case
+from .limits import all_limits
+from .options import CompareOptions
+from .runs import is_quantised, run_candidate, run_reference
+from .verdict import judge
+
+
+def compare(
+    options: CompareOptions, engine_options: EngineOptions, cases: list[Case], out: Path
+) -> dict:
+    """What the report says (keys: docs/compare.md); `out` receives work files for the time being."""
+    with TemporaryDirectory(prefix=".streams-", dir=out) as work:
+        reference = run_reference(options, engine_options.max_model_len, cases, Path(work))
+        gc.collect()  # one model in memory at a time
+        candidate = run_candidate(options, engine_options, cases, reference)
+    limits = all_limits(options.threshold, options.limit, _is_rounded(options, engine_options))
+    found = judge(reference, candidate, cases, limits)
+    found |= {"dataset": None, "vision_node": None, "culprit": None}
+    if options.questions:
+        found["dataset"] = dataset.summary(
+            options.dataset, options.questions, reference.answers, candidate.answers
+        )
+    if _fails(found, "vision") and not options.native:
+        vision_nodes.look_into(options, found, out)
+    if _fails(found, "decode") and options.search and found["layers"]:
+        found["culprit"] = float_search.find(
+            options, engine_options, cases, reference.outcomes, found
+        )
+    found["options"] = {"max_tokens": options.max_tokens}
+    return found
+
+
+def _is_rounded(options: CompareOptions, engine_options: EngineOptions) -> bool:
+    """Whether the candidate's weights are rounded to 8 or 4 bits and the reference's are not."""
+    if engine_options.cpu_weights != "float":
+        return True
+    if not is_quantised(options.model):
+        return False
+    return options.native or not is_quantised(options.reference)
+
+
+def _fails(found: dict, stage: str) -> bool:
+    checks = [check for check in found["checks"] if check["stage"] == stage]
+    return not all(check["passed"] for check in checks)

@@ -1,0 +1,45 @@
+"""What an engine answers to the questions of a data set.
+
+Takes an engine and questions (dataset.py), returns one text per question.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from runtime.common.metrics import log_softmax
+from runtime.common.progress import track
+from runtime.engine.options import SamplingParams
+from runtime.predict.questions import chat_messages
+
+
+def answers(
+    engine, questions: list[dict], path: str, language: str | None, max_tokens: int
+) -> list[str]:
+    """Greedy answers; images are looked up beside the file at `path`."""
+    folder = Path(path).parent
+    greedy = SamplingParams(temperature=0, repetition_penalty=1, max_tokens=max_tokens)
+    found = []
+    for question in track(f"{engine.family.name}: questions", questions):
+        messages = chat_messages(question, folder)
+        found.append(_answer(engine, question, messages, language, greedy))
+    return found
+
+
+def _answer(
+    engine, question: dict, messages: list[dict], language: str | None, greedy: SamplingParams
+) -> str:
+    wording = question.get("language") or question.get("lang") or language
+    if wording not in engine.family.languages:
+        wording = None
+    prompt = engine.prompt(messages, language=wording)
+    if "choices" in question:
+        return max(question["choices"], key=lambda choice: _log_probability(engine, prompt, choice))
+    return engine.generate([prompt], greedy)[0].text.strip()
+
+
+def _log_probability(engine, prompt, text: str) -> float:
+    """Of the whole text as the beginning of the answer, in nats."""
+    ids = list(engine.family.tokenizer.encode(text))
+    rows = log_softmax(engine.score(prompt, ids).astype(np.float64))
+    return float(rows[np.arange(len(ids)), ids].sum())
