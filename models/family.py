@@ -89,11 +89,11 @@ class Family:
         """The answer as the release shows it."""
         return answer
 
-    def unsettled(self, answer: str) -> int:
+    def unstable_tail(self, answer: str) -> int:
         """How many characters at the end of an unfinished answer `clean` may still change when more text follows."""
         return 0
 
-    def one_picture_at_most(self, pictures: int):
+    def check_image_count(self, pictures: int):
         if pictures > 1:
             raise ModelError(
                 f"{self.name} takes one picture per conversation, {pictures} given; send one picture"

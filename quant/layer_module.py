@@ -15,14 +15,12 @@ import torch
 from torch import nn
 
 from models.checkpoint.table import Weight, WeightTable
-from models.network.decoder import Layer, LayerArithmetic
+from models.network.decoder import LINEARS, NORMS, Layer, LayerArithmetic
 from models.network.rope import rotary_angles
 from runtime.common.processes import return_freed_memory
 from runtime.ops.cpu.ops import CpuOps, sequence_attention
 from runtime.ops.reference import ReferenceOps
 
-LINEARS = ("qkv", "out", "up", "down")
-NORMS = ("attention_norm", "mlp_norm")
 NO_CACHE = SimpleNamespace(layers=[(None, None)])
 
 

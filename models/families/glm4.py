@@ -16,8 +16,8 @@ from models.family import Prompt, SamplingDefaults
 from models.network.rope import interleaved_order, permute_heads
 from models.prompt.chat_template import ChatTemplate, directory_template
 from models.prompt.messages import split_content
-from models.prompt.streaming import begun
-from models.prompt.tokenizers import JsonText, MissingTokenizer, TiktokenText
+from models.prompt.streaming import partial_match
+from models.prompt.tokenizers import JsonTokenizer, MissingTokenizer, TiktokenTokenizer
 
 from .templated import TemplatedFamily
 from .weight_rows import buffers, decoder_weights
@@ -92,9 +92,9 @@ class Glm4(TemplatedFamily):
         ranks = self.directory / "tokenizer.model"
         json_file = self.directory / "tokenizer.json"
         if ranks.is_file():
-            return TiktokenText(ranks, SPECIAL)
+            return TiktokenTokenizer(ranks, SPECIAL)
         if json_file.is_file():
-            return JsonText(json_file, plain=True)
+            return JsonTokenizer(json_file, plain=True)
         return MissingTokenizer(json_file if self.hf else ranks)
 
     def release_sampling(self, with_picture):
@@ -106,8 +106,8 @@ class Glm4(TemplatedFamily):
         """Without the line break the model begins with. A tool call keeps the tool's name, its first line."""
         return answer.strip().replace(TRAINED, "2023年")
 
-    def unsettled(self, answer):
-        return begun(TRAINED, answer)
+    def unstable_tail(self, answer):
+        return partial_match(TRAINED, answer)
 
     def called(self, answer: str, names) -> tuple[str, str] | None:
         """(function, its arguments) where an answer is a call: one of `names` alone in the first line, then a JSON object."""

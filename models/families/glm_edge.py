@@ -19,7 +19,7 @@ from models.family import SamplingDefaults
 from models.network.rope import interleaved_order
 from models.network.vision_blocks import GluAdapter, Normalize, PreNormBlock, gelu_erf, gelu_tanh
 from models.prompt.images import denormalize, fit_pad, open_image
-from models.prompt.tokenizers import JsonText, MissingTokenizer
+from models.prompt.tokenizers import JsonTokenizer, MissingTokenizer
 
 from .templated import TemplatedFamily
 from .weight_rows import (
@@ -122,9 +122,9 @@ class GlmEdge(TemplatedFamily):
         self.decoder = _decoder(config)
         self.default_template = CHAT
         if "vision_config" in config:
-            self._open_eyes()
+            self._add_vision()
 
-    def _open_eyes(self):
+    def _add_vision(self):
         self.name = "glm-edge-v"
         self.default_template = CHAT_V
         self.siglip = SIGLIP | self.config["vision_config"]
@@ -139,7 +139,7 @@ class GlmEdge(TemplatedFamily):
     @functools.cached_property
     def tokenizer(self):
         file = self.directory / "tokenizer.json"
-        return JsonText(file) if file.is_file() else MissingTokenizer(file)
+        return JsonTokenizer(file) if file.is_file() else MissingTokenizer(file)
 
     def release_sampling(self, with_picture):
         return SamplingDefaults(

@@ -23,7 +23,12 @@ from models.network.vision_blocks import (
     quick_gelu,
 )
 from models.prompt.images import CLIP_MEAN, CLIP_STD, center_crop, denormalize, open_image
-from models.prompt.tokenizers import JsonText, MissingTokenizer, SentencePieceText, added_tokens
+from models.prompt.tokenizers import (
+    JsonTokenizer,
+    MissingTokenizer,
+    SentencePieceTokenizer,
+    added_tokens,
+)
 
 from .templated import TemplatedFamily
 from .weight_rows import buffers, decoder_weights, output_matrix, prefix, tower_block, unused
@@ -168,19 +173,19 @@ class Llava(TemplatedFamily):
         json = self.directory / "tokenizer.json"
         model = self.directory / "tokenizer.model"
         if json.is_file():
-            return JsonText(json, self.text["bos_token_id"])
+            return JsonTokenizer(json, self.text["bos_token_id"])
         if not model.is_file():
             return MissingTokenizer(json)
         file = self.directory / "added_tokens.json"
         added = added_tokens(self.directory / "tokenizer_config.json") | (
             read_json(file) if file.is_file() else {}
         )
-        return SentencePieceText(model, added, self.text["bos_token_id"])
+        return SentencePieceTokenizer(model, added, self.text["bos_token_id"])
 
     def release_sampling(self, with_picture):
         return SamplingDefaults(max_length=self.decoder.max_length, temperature=0.0)
 
-    def one_picture_at_most(self, pictures):
+    def check_image_count(self, pictures):
         """Several pictures are welcome, in the order of the prompt."""
 
     def pixels(self, source) -> np.ndarray:

@@ -85,7 +85,7 @@ class TemplatedFamily(Family):
             raise ModelError(
                 f"{self.name} is a text model and takes no picture; leave the picture out"
             )
-        self.one_picture_at_most(pictures)
+        self.check_image_count(pictures)
 
     def _shows_system(self, turns, text):
         for turn in turns:

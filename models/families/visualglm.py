@@ -16,8 +16,8 @@ from models.network.rope import permute_heads, two_halves_order
 from models.network.vision_blocks import Attention, Dense, Mlp, Normalize, PreNormBlock
 from models.prompt.images import CLIP_MEAN, CLIP_STD, denormalize, open_image, squash
 from models.prompt.messages import split_content
-from models.prompt.streaming import begun
-from models.prompt.tokenizers import IceText
+from models.prompt.streaming import partial_match
+from models.prompt.tokenizers import IceTokenizer
 
 LN_VISION_EPS = 1e-5  # a plain nn.LayerNorm in the release, not the tower's 1e-6
 
@@ -168,7 +168,7 @@ class VisualGLM(Family):
 
     @functools.cached_property
     def tokenizer(self):
-        return IceText(self.directory / "ice_text.model", self.config["bos_token_id"])
+        return IceTokenizer(self.directory / "ice_text.model", self.config["bos_token_id"])
 
     def release_sampling(self, with_picture):
         if with_picture:  # the release also forces 100 tokens at least, which spoils short answers: not taken over
@@ -182,9 +182,9 @@ class VisualGLM(Family):
         beside_chinese = r"(?<=[\u4e00-\u9fff])[,!:;?]|[,!:;?](?=[\u4e00-\u9fff])"
         return re.sub(beside_chinese, lambda mark: mark[0].translate(FULL_WIDTH), answer)
 
-    def unsettled(self, answer):
+    def unstable_tail(self, answer):
         tail = re.match(r"[\s,!:;?]*", answer[::-1])[0]
-        return max(len(tail), begun(TRAINED, answer))
+        return max(len(tail), partial_match(TRAINED, answer))
 
     # pictures and prompt
 
@@ -200,7 +200,7 @@ class VisualGLM(Family):
         if tools:
             raise ModelError(f"{self.name} knows no tools; leave the tools out")
         pictures, text = self._conversation(messages, WORDING[language])
-        self.one_picture_at_most(len(pictures))
+        self.check_image_count(len(pictures))
         if not pictures:
             return self._finish(self.tokenizer.encode(text), [], (), text)
         before = self.tokenizer.encode("<img>")
@@ -216,7 +216,7 @@ class VisualGLM(Family):
         pictures = (
             [] if pixels is None else [self.pixels(np.asarray(p)[None]) for p in np.asarray(pixels)]
         )
-        self.one_picture_at_most(len(pictures))
+        self.check_image_count(len(pictures))
         if pictures and image_starts is None:
             image_starts = (self._find_placeholders(ids),)
         return Prompt(ids, pictures, self._layout(ids, tuple(image_starts or ())))

@@ -1,7 +1,9 @@
-"""The language decoder of every family: embedding -> layers -> final norm -> logits, over packed tokens [T, hidden].
+"""The language decoder of every family: embedding -> layers -> final norm -> logits.
 
-All arithmetic goes through an `ops` object (see runtime/ops): the same layers run on plain torch, the fast CPU kernels or
-the NPU's. Sequences of different lengths lie one after another in T; `Step` says where each begins and what it may see.
+Takes token ids of several sequences, one after another in T, and a `Step` that says where each
+begins and which tokens it may see; returns hidden states [T, hidden] and logits [T, vocab]. All
+arithmetic goes through an `ops` object (see runtime/ops): the same layers run on plain torch, the
+fast CPU kernels or the NPU's.
 """
 
 from dataclasses import dataclass
@@ -10,8 +12,11 @@ import torch
 
 from models.config import DecoderConfig
 
-from .linear import Late, Linear, Norm, Stacked, Wide
+from .linear import Float32Linear, LazyLinear, Linear, Norm, Stacked
 from .rope import rotary_angles
+
+LINEARS = ("qkv", "out", "up", "down")
+NORMS = ("attention_norm", "mlp_norm")
 
 
 @dataclass
@@ -43,33 +48,54 @@ class Layer:
 
 
 class LayerArithmetic:
-    """What one layer computes, whatever its linear layers and norms are made of: `ops` knows."""
+    """What one layer computes, whatever its linear layers and norms are made of: `ops` knows.
+
+    tap: None, or callable(stage, residual stream [T, hidden]) -> the stream to go on with.
+    """
+
+    tap = None
 
     def __init__(self, config: DecoderConfig, ops):
         self.config = config
         self.ops = ops
 
-    def layer(self, x, layer: Layer, index: int, step, cache):
+    def layer(self, residual, layer: Layer, index: int, step, cache):
         """Residual stream [T, hidden] before the layer -> after it."""
-        normed = self._norm(x, layer.attention_norm)
-        if self.config.residual_alpha is None:
-            normed, x = self.ops.add_rms_norm(
-                self.ops.all_reduce(self._attention(normed, layer, index, step, cache)),
-                x,
-                layer.mlp_norm,
-                self.config.eps,
-            )
-            return x + self.ops.all_reduce(self._mlp(normed, layer))
-        alpha = (
-            self.config.residual_alpha
-        )  # ChatGLM-6B: the residual is the norm's output times alpha
-        x = self.ops.scaled_add(
-            self.ops.all_reduce(self._attention(normed, layer, index, step, cache)), normed, alpha
-        )
-        normed = self._norm(x, layer.mlp_norm)
-        return self.ops.scaled_add(self.ops.all_reduce(self._mlp(normed, layer)), normed, alpha)
+        x = self._norm(residual, layer.attention_norm)
+        return self._layer(x, residual, layer, index, step, cache, None)[1]
 
-    def _norm(self, x, norm):
+    def _layer(self, x, residual, layer: Layer, index: int, step, cache, next_norm: Norm | None):
+        """One layer on the residual stream and on `x`, the stream normalised by `attention_norm`.
+
+        -> (the stream normalised by `next_norm`, the stream) behind the layer, both [T, hidden].
+        """
+        attention = self._attention(x, layer, index, step, cache)
+        x, residual = self._add(attention, x, residual, layer.mlp_norm)
+        x, residual = self._tapped(f"layers.{index}.attention", x, residual, layer.mlp_norm)
+        x, residual = self._add(self._mlp(x, layer), x, residual, next_norm)
+        return self._tapped(f"layers.{index}.mlp", x, residual, next_norm)
+
+    def _add(self, branch, x, residual, norm: Norm | None):
+        """Adds a branch's output to the stream -> (the stream normalised, None without `norm`; the stream)."""
+        branch = self.ops.all_reduce(branch)
+        alpha = self.config.residual_alpha
+        if alpha is not None:  # ChatGLM-6B: the residual is the norm's output times alpha
+            residual = self.ops.scaled_add(branch, x, alpha)
+            return self._norm(residual, norm), residual
+        if norm is None:
+            return None, residual + branch
+        return self.ops.add_rms_norm(branch, residual, norm, self.config.eps)
+
+    def _tapped(self, stage: str, x, residual, norm: Norm | None):
+        """(normalised stream, stream); what the tap put in place of the stream is normalised anew."""
+        if self.tap is None:
+            return x, residual
+        residual = self.tap(stage, residual)
+        return self._norm(residual, norm), residual
+
+    def _norm(self, x, norm: Norm | None):
+        if norm is None:
+            return None
         apply = self.ops.layer_norm if self.config.norm == "layer" else self.ops.rms_norm
         return apply(x, norm, self.config.eps)
 
@@ -86,17 +112,18 @@ class LayerArithmetic:
             return self.ops.linear(x, linear)
         if isinstance(linear, Stacked):
             return torch.cat([self._linear(x, part) for part in linear.parts], -1)
-        if isinstance(linear, Wide):
-            return self.ops.linear(x.float(), linear.linear).to(linear.out)
-        if isinstance(linear, Late):
+        if isinstance(linear, Float32Linear):
+            return self.ops.linear(x.float(), linear.linear).to(linear.output_dtype)
+        if isinstance(linear, LazyLinear):
             return self._linear(x, linear.read())
         return self.ops.quantized_linear(x, linear)
 
 
 class Decoder(LayerArithmetic):
-    """Weights by canonical name (see base.py), already in the wanted dtype; 2-D ones are packed by the backend.
+    """Takes weights by canonical name (see models/family.py) in the wanted dtype, 2-D ones packed by the backend.
 
-    A quantised linear layer stands under its name without suffix ("layers.0.qkv"), as the backend's `pack_quantized` made it.
+    A quantised linear layer stands under its name without suffix ("layers.0.qkv"), as the backend's
+    `pack_quantized` made it.
     """
 
     def __init__(self, config: DecoderConfig, weights: dict, ops):
@@ -105,7 +132,6 @@ class Decoder(LayerArithmetic):
         self.layers = [layer_of(weights, f"layers.{i}.") for i in range(config.layers)]
         self.final_norm = norm_of(weights, "final_norm")
         self.lm_head = linear_of(weights, "lm_head")
-        self.tap = None  # callable(stage, residual stream [T, hidden]) -> the stream to go on with
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """ids int64 [T] -> [T, hidden]."""
@@ -118,72 +144,37 @@ class Decoder(LayerArithmetic):
 
     def forward(self, x: torch.Tensor, step: Step, cache) -> torch.Tensor:
         """x [T, hidden] -> normalised hidden states [T, hidden]; writes this step's keys and values into `cache`."""
-        if self.tap is None and (hidden := self.ops.all_layers(self, x, step, cache)) is not None:
-            return hidden
-        run = self._plain_layers if self.config.residual_alpha is None else self._alpha_layers
-        return self._tapped("final_norm", run(self._tapped("embed", x), step, cache))
+        if self.tap is None:
+            hidden = self.ops.all_layers(self, x, step, cache)
+            return self._all_layers(x, step, cache) if hidden is None else hidden
+        hidden = self._all_layers(self.tap("embed", x), step, cache)
+        return self.tap("final_norm", hidden)
+
+    def _all_layers(self, residual, step: Step, cache):
+        """Layer after layer: each branch's output joins the residual inside the next norm."""
+        norms = [layer.attention_norm for layer in self.layers] + [self.final_norm]
+        x = self._norm(residual, norms[0])
+        for i, layer in enumerate(self.layers):
+            x, residual = self._layer(x, residual, layer, i, step, cache, norms[i + 1])
+        return x
 
     def stages(self) -> list[str]:
         """Where `tap` is called, in order."""
-        layers = (
-            f"layers.{i}.{branch}"
-            for i in range(len(self.layers))
-            for branch in ("attention", "mlp")
-        )
-        return ["embed", *layers, "final_norm"]
+        names = ["embed"]
+        for i in range(len(self.layers)):
+            names += [f"layers.{i}.attention", f"layers.{i}.mlp"]
+        return [*names, "final_norm"]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [T, hidden] -> float32 [T, vocab]."""
         return self.ops.gather(self._linear(hidden, self.lm_head)).float()
 
-    def _plain_layers(self, residual, step, cache):
-        """Pre-norm: each branch's output joins the residual inside the next norm."""
-        next_norms = [layer.attention_norm for layer in self.layers[1:]] + [self.final_norm]
-        x = self._norm(residual, self.layers[0].attention_norm)
-        for i, (layer, next_norm) in enumerate(zip(self.layers, next_norms)):
-            x, residual = self.ops.add_rms_norm(
-                self.ops.all_reduce(self._attention(x, layer, i, step, cache)),
-                residual,
-                layer.mlp_norm,
-                self.config.eps,
-            )
-            x, residual = self._tapped_norm(f"layers.{i}.attention", x, residual, layer.mlp_norm)
-            x, residual = self.ops.add_rms_norm(
-                self.ops.all_reduce(self._mlp(x, layer)), residual, next_norm, self.config.eps
-            )
-            x, residual = self._tapped_norm(f"layers.{i}.mlp", x, residual, next_norm)
-        return x
-
-    def _alpha_layers(self, x, step, cache):
-        alpha = self.config.residual_alpha
-        for i, layer in enumerate(self.layers):
-            normed = self._norm(x, layer.attention_norm)
-            x = self.ops.scaled_add(
-                self.ops.all_reduce(self._attention(normed, layer, i, step, cache)), normed, alpha
-            )
-            x = self._tapped(f"layers.{i}.attention", x)
-            normed = self._norm(x, layer.mlp_norm)
-            x = self.ops.scaled_add(self.ops.all_reduce(self._mlp(normed, layer)), normed, alpha)
-            x = self._tapped(f"layers.{i}.mlp", x)
-        return self._norm(x, self.final_norm)
-
-    def _tapped(self, stage, x):
-        return x if self.tap is None else self.tap(stage, x)
-
-    def _tapped_norm(self, stage, x, residual, norm):
-        """(normalised stream, stream); what the tap put in place of the stream is normalised anew."""
-        if self.tap is None:
-            return x, residual
-        residual = self.tap(stage, residual)
-        return self._norm(residual, norm), residual
-
 
 def linear_of(weights: dict, name: str):
-    return (
-        weights[name]
-        if name in weights
-        else Linear(weights[name + ".weight"], weights.get(name + ".bias"))
-    )
+    """The linear layer `name`: as a backend packed it, or made of its float weight and bias."""
+    if name in weights:
+        return weights[name]
+    return Linear(weights[name + ".weight"], weights.get(name + ".bias"))
 
 
 def norm_of(weights: dict, name: str) -> Norm:
@@ -192,9 +183,6 @@ def norm_of(weights: dict, name: str) -> Norm:
 
 def layer_of(weights: dict, prefix: str) -> Layer:
     """The layer whose tensors (or packed layers) have names that begin with `prefix`."""
-    norms = ("attention_norm", "mlp_norm")
-    linears = ("qkv", "out", "up", "down")
-    return Layer(
-        **{name: norm_of(weights, prefix + name) for name in norms},
-        **{name: linear_of(weights, prefix + name) for name in linears},
-    )
+    norms = {name: norm_of(weights, prefix + name) for name in NORMS}
+    linears = {name: linear_of(weights, prefix + name) for name in LINEARS}
+    return Layer(**norms, **linears)

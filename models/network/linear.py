@@ -1,4 +1,4 @@
-"""Decoder pieces that are pure arithmetic: linear weights, rotary angles and the row permutations that unify the ropes."""
+"""Weights of the decoder as the operators take them: linear layers in their several forms, and norms."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,35 +8,41 @@ import torch
 
 @dataclass
 class Linear:
-    """y = x @ weight.T + bias, weight [out, in]. Backends may replace it by a packed form in their `prepare`."""
+    """y = x @ weight.T + bias, weight [out, in]. A backend may put a packed form in place of `weight`."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
 
 
 @dataclass
-class Wide:
-    """A float32 linear layer in a decoder of a narrower dtype: takes its input as float32 and gives `out`."""
+class Float32Linear:
+    """A float32 linear layer in a decoder of a narrower dtype: takes float32, returns `output_dtype`."""
 
     linear: Linear
-    out: torch.dtype
+    output_dtype: torch.dtype
 
 
-def widened(name: str, linear: Linear, dtype: torch.dtype) -> Wide:
-    """name: of the linear layer in its Layer. What lies inside an MLP stays float32, all else goes on in `dtype`."""
-    return Wide(linear, torch.float32 if name == "up" else dtype)
+def as_float32(name: str, linear: Linear, dtype: torch.dtype) -> Float32Linear:
+    """The linear layer `name` (a field of Layer) of a decoder that computes in `dtype`, kept in float32.
+
+    Inside an MLP values stay float32: only `up`, which opens it, returns float32.
+    """
+    return Float32Linear(linear, torch.float32 if name == "up" else dtype)
 
 
 @dataclass
-class Late:
-    """A linear layer that `read()` gives when its turn comes."""
+class LazyLinear:
+    """A linear layer that `read()` returns when it is needed."""
 
     read: Callable[[], Linear]
 
 
 @dataclass
 class Norm:
-    """LayerNorm (with bias) or RMSNorm (a bias only where anti-outlier quantisation gave it one) over the last axis."""
+    """LayerNorm (with bias) or RMSNorm over the last axis.
+
+    An RMSNorm has a bias only where anti-outlier quantisation gave it one.
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
@@ -44,6 +50,6 @@ class Norm:
 
 @dataclass
 class Stacked:
-    """Linear layers of one input whose outputs lie side by side."""
+    """Linear layers of one input; their outputs are concatenated along the last axis."""
 
     parts: list

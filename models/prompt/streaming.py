@@ -1,7 +1,7 @@
 """Text of a growing answer: only what no later token can change."""
 
 
-def begun(mark: str, text: str) -> int:
+def partial_match(mark: str, text: str) -> int:
     """Length of the longest beginning of `mark`, short of all of it, that `text` ends with."""
     return max(n for n in range(len(mark)) if text.endswith(mark[:n]))
 

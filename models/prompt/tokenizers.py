@@ -8,7 +8,7 @@ from models.config import read_json
 from models.errors import ModelError
 
 
-class IceText:
+class IceTokenizer:
     """ChatGLM-6B's sentencepiece file `ice_text.model`, without the remote tokenizer class.
 
     Line breaks, tabs and runs of blanks have pieces of their own. `offset` is added to every piece id (20000 image
@@ -47,7 +47,7 @@ class IceText:
         return re.sub(r"<\|blank_(\d+)\|>", lambda mark: " " * int(mark[1]), text)
 
 
-class TiktokenText:
+class TiktokenTokenizer:
     """GLM-4's `tokenizer.model`: one "base64-bytes rank" line per token, byte-pair encoding by rank.
 
     Special pieces have ids of their own behind the ranks: those of tokenizer_config.json, else `special` in order.
@@ -116,7 +116,7 @@ def added_tokens(path: Path) -> dict[str, int]:
     return {entry["content"]: int(token_id) for token_id, entry in added.items()}
 
 
-class JsonText:
+class JsonTokenizer:
     """A `tokenizer.json` of the tokenizers library. `bos_id` (None: no such token) goes in front of every text, once.
 
     plain: what looks like a special token in a text is spelled out.
@@ -150,7 +150,7 @@ class JsonText:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
 
-class SentencePieceText:
+class SentencePieceTokenizer:
     """LLaMA's `tokenizer.model`, for directories without a tokenizer.json: the same ids.
 
     `added` {token: id} are the tokens beside the sentencepiece file; they and its control pieces (<s>, </s>, <unk>) are

@@ -60,14 +60,14 @@ def json_file_of(pieces: Iterable[bytes], special: Iterable[str]) -> bytes:
     """A `tokenizer.json` with the ids and the splitting of `rank_lines`; the special pieces come last."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    from models.prompt.tokenizers import TiktokenText
+    from models.prompt.tokenizers import TiktokenTokenizer
 
     shown = byte_characters()
     vocabulary = {"".join(shown[byte] for byte in piece): rank for rank, piece in enumerate(pieces)}
     tokenizer = Tokenizer(models.BPE(vocabulary, [], ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(TiktokenText.PATTERN), "isolated"),
+            pre_tokenizers.Split(Regex(TiktokenTokenizer.PATTERN), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

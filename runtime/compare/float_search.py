@@ -13,7 +13,8 @@ from pathlib import Path
 
 from models.checkpoint.table import WeightTable
 from models.family import Family, Prompt
-from models.network.linear import widened
+from models.network.decoder import LINEARS
+from models.network.linear import as_float32
 from runtime.common import metrics
 from runtime.common.progress import spinner
 from runtime.engine.command import open_engine
@@ -26,7 +27,6 @@ from .outcomes import Outcome
 from .runs import dtype_of, encode, load
 
 PARTS = {"attention": ("attention_norm", "qkv", "out"), "mlp": ("mlp_norm", "up", "down")}
-LINEARS = ("qkv", "out", "up", "down")
 
 
 def find(
@@ -124,7 +124,7 @@ class Search:
             return {name: getattr(layer, name) for name in names}
         dtype = self.candidate.plan.dtype
         linears = [name for name in names if name in LINEARS]
-        return {name: widened(name, getattr(layer, name), dtype) for name in linears}
+        return {name: as_float32(name, getattr(layer, name), dtype) for name in linears}
 
 
 def place_of(stage: str) -> tuple[int, str]:

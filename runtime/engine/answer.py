@@ -1,6 +1,6 @@
 """Token ids of an answer -> the text the release shows, in pieces that never have to be taken back."""
 
-from models.prompt.streaming import StreamDecoder, begun
+from models.prompt.streaming import StreamDecoder, partial_match
 
 
 class AnswerText:
@@ -40,5 +40,5 @@ class AnswerText:
 
     def _held(self, raw: str) -> int:
         """How many characters at the end may still change: the family's rule, or the beginning of a stop string."""
-        held = self._family.unsettled(raw)
-        return max(held, *(begun(stop, raw) for stop in self._stop)) if self._stop else held
+        held = self._family.unstable_tail(raw)
+        return max(held, *(partial_match(stop, raw) for stop in self._stop)) if self._stop else held

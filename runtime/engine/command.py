@@ -26,6 +26,6 @@ def check_pictures(family, pictures):
             f"{family.name} is a text model and takes no picture; leave out --image {pictures[0]}"
         )
     if pictures:
-        family.one_picture_at_most(len(pictures))
+        family.check_image_count(len(pictures))
     for picture in pictures:
         family.pixels(picture)

@@ -30,7 +30,7 @@ from models.families.llava import _decoder as llama_decoder
 from models.families.templated import TemplatedFamily
 from models.families.weight_rows import decoder_weights as decoder_rows
 from models.network.linear import Linear, Stacked
-from models.prompt.tokenizers import JsonText
+from models.prompt.tokenizers import JsonTokenizer
 from runtime import Engine
 from runtime.engine.loading.weights import decoder_weights
 from runtime.ops.cpu.ops import CpuOps, PackedInt8
@@ -61,7 +61,7 @@ class Llama(TemplatedFamily):
     def __init__(self, directory, config):
         super().__init__(directory, config)
         self.decoder = llama_decoder(config)
-        self.tokenizer = JsonText(Path(directory) / "tokenizer.json")
+        self.tokenizer = JsonTokenizer(Path(directory) / "tokenizer.json")
 
     def weights(self):
         return list(decoder_rows(self.decoder, "model.", "lm_head.weight"))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from models.network.decoder import linear_of
-from models.network.linear import Late
+from models.network.linear import LazyLinear
 from runtime.common.progress import step_progress
 from runtime.engine.sequence import Chunk
 
@@ -34,10 +34,10 @@ class CurrentLayerWeights:
         self.advance = lambda: None
 
     def weights(self) -> dict:
-        """As loading.decoder_weights, with Late ones in place of the layers' linear layers."""
+        """As loading.decoder_weights, with LazyLinear ones in place of the layers' linear layers."""
         resident = load_rows(self.checkpoint, self.resident, self.dtype, "cpu", self.ops)
         return without_zero_biases(resident, self.family) | {
-            f"layers.{i}.{name}": Late(partial(self._linear, i, name))
+            f"layers.{i}.{name}": LazyLinear(partial(self._linear, i, name))
             for i in self.rows
             for name in BRANCH
         }

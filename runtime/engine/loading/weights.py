@@ -8,7 +8,7 @@ import torch
 from models.checkpoint.quantized import layer_of, stored_weights
 from models.checkpoint.table import Weight, WeightTable
 from models.network.decoder import linear_of
-from models.network.linear import Linear, Stacked, widened
+from models.network.linear import Linear, Stacked, as_float32
 from runtime.common.errors import ToolkitError
 from runtime.common.progress import byte_progress
 
@@ -28,7 +28,7 @@ def decoder_weights(
     as they are complete.
 
     Quantised layers stand under the layer's name, their int8 tensors as stored, packed by `ops` too. keep: the stages
-    (patterns of names as "layers.0.mlp") whose linear layers stay float32; each stands under its name as a Wide.
+    (patterns of names as "layers.0.mlp") whose linear layers stay float32; each stands under its name as a Float32Linear.
     """
     rows = decoder_rows(family, split)
     wide = kept_rows(rows, keep) if dtype != torch.float32 else []
@@ -36,7 +36,7 @@ def decoder_weights(
     if wide:
         floats = load_rows(checkpoint, wide, torch.float32, device, ops)
         for name in dict.fromkeys(target.rpartition(".")[0] for target in floats):
-            weights[name] = widened(name.rpartition(".")[2], linear_of(floats, name), dtype)
+            weights[name] = as_float32(name.rpartition(".")[2], linear_of(floats, name), dtype)
     return without_zero_biases(weights, family)
 
 

@@ -19,7 +19,7 @@ from models.errors import ModelError
 from models.families.glm4 import SPECIAL, Glm4, template_pieces
 from models.prompt.chat_template import ChatTemplate
 from models.prompt.streaming import StreamDecoder
-from models.prompt.tokenizers import JsonText, TiktokenText
+from models.prompt.tokenizers import JsonTokenizer, TiktokenTokenizer
 from models.synthetic.releases import glm4_files
 from models.synthetic.write import RELEASED
 from runtime import Engine, SamplingParams
@@ -299,7 +299,7 @@ def test_sampling_and_answers(family):
     sampling = family.sampling(False)
     assert (sampling.temperature, sampling.top_p, sampling.max_length) == (0.8, 0.8, 512)
     assert family.clean("\n你好 [[训练时间]]\n") == "你好 2023年"
-    assert family.unsettled("今天是[[训练") == 4 and family.unsettled("a[0]") == 0
+    assert family.unstable_tail("今天是[[训练") == 4 and family.unstable_tail("a[0]") == 0
 
 
 def test_ids_run_without_a_tokenizer_text_does_not():
@@ -317,10 +317,10 @@ def test_ids_run_without_a_tokenizer_text_does_not():
 @pytest.fixture(scope="module", params=["tokenizer.model", "tokenizer.json"])
 def tokenizer(request, tmp_path_factory):
     if request.param == "tokenizer.model":
-        return TiktokenText(GOLDEN / request.param, SPECIAL)
+        return TiktokenTokenizer(GOLDEN / request.param, SPECIAL)
     path = tmp_path_factory.mktemp("tokenizer") / request.param
     path.write_bytes(glm4_files({}, full=False, json_file=True)[0]["tokenizer.json"])
-    return JsonText(path, plain=True)
+    return JsonTokenizer(path, plain=True)
 
 
 TEXTS = (
@@ -357,13 +357,15 @@ def test_stream_never_splits_a_character(tokenizer):
 
 def test_special_ids_follow_the_ranks_without_a_tokenizer_config(tmp_path):
     shutil.copy(GOLDEN / "tokenizer.model", tmp_path)
-    assert TiktokenText(tmp_path / "tokenizer.model", SPECIAL).token_id("<|observation|>") == 300
+    assert (
+        TiktokenTokenizer(tmp_path / "tokenizer.model", SPECIAL).token_id("<|observation|>") == 300
+    )
 
 
 def test_damaged_tokenizer_file(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"not base64!\n")
     with pytest.raises(ModelError, match="not a tokenizer file"):
-        TiktokenText(tmp_path / "tokenizer.model", SPECIAL)
+        TiktokenTokenizer(tmp_path / "tokenizer.model", SPECIAL)
 
 
 @pytest.mark.skipif(

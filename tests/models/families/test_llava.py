@@ -20,7 +20,7 @@ from models.errors import ModelError
 from models.families.llava import Llava
 from models.prompt.images import CLIP_MEAN, CLIP_STD
 from models.prompt.streaming import StreamDecoder
-from models.prompt.tokenizers import SentencePieceText
+from models.prompt.tokenizers import SentencePieceTokenizer
 from runtime import Engine, SamplingParams
 
 GOLDEN = paths.GOLDEN / "llava"
@@ -30,7 +30,9 @@ GREEDY = SamplingParams(max_tokens=16, temperature=0, repetition_penalty=1.0, ig
 ATOL = 1e-4
 FAMILY = family_of(GOLDEN)
 TOKENS = json.loads((GOLDEN / "tokens.json").read_text(encoding="utf-8"))
-SENTENCEPIECE = SentencePieceText(GOLDEN / "tokenizer.model", {"<image>": 480, "<pad>": 481}, 1)
+SENTENCEPIECE = SentencePieceTokenizer(
+    GOLDEN / "tokenizer.model", {"<image>": 480, "<pad>": 481}, 1
+)
 
 
 def case(name):

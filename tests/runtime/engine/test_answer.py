@@ -49,7 +49,7 @@ def test_answer_pieces_make_the_cleaned_answer(text):
 )
 def test_stop_strings_cut_and_are_never_shown(stop, expected):
     letters = SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))
-    plain = SimpleNamespace(tokenizer=letters, clean=str, unsettled=lambda text: 0)
+    plain = SimpleNamespace(tokenizer=letters, clean=str, unstable_tail=lambda text: 0)
     answer = AnswerText(plain, stop)
     shown = ""
     for letter in "go on stop it":
