@@ -1,7 +1,8 @@
-"""Time and peak memory of the vision export, next to a plain torch.onnx.export with the weights in memory.
+"""Measures time and peak memory of the vision export, beside a plain torch.onnx.export with the weights in memory.
 
-`python benchmarks/bench_export.py --model DIR --out DIR`: every row is a process of its own, timed from its start. The
-files written are removed again. `--skip-plain` leaves out the second row, which needs memory for the whole tower.
+`python benchmarks/bench_export.py --model DIR --out DIR`: every row of the table is a process of its own, timed from
+its start, so each imports only what it uses. The files written are removed again. `--skip-plain` leaves out the second
+row, which needs memory for the whole tower.
 """
 
 import argparse
@@ -17,8 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def streamed(model: str, out: Path):
-    """Ours, as `python -m convert` does it: identify the checkpoint (hash its vision bytes), trace, stream, check."""
+def export_streamed(model: str, out: Path):
+    """Exports as `python -m convert` does: identify the checkpoint (hash its vision bytes), trace, stream, check."""
     from convert.export.trace import OPSET
     from convert.pipeline import fresh
     from convert.verify.preflight import preflight
@@ -34,8 +35,8 @@ def streamed(model: str, out: Path):
     assert not findings, findings
 
 
-def plain(model: str, out: Path):
-    """The same tower, loaded, through torch.onnx.export with external data."""
+def export_plain(model: str, out: Path):
+    """Loads the same tower and exports it with torch.onnx.export and external data."""
     import torch
 
     from models import family_of
@@ -51,7 +52,7 @@ def plain(model: str, out: Path):
 
 
 def measure(step: str, model: str, out: Path) -> dict:
-    """Run one step in a child with caches of its own: {seconds, cpu, peak, written}, the last two in bytes."""
+    """Runs a step in a child with caches of its own -> {seconds, cpu (s), peak (bytes), written (bytes)}."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "ASCEND_VLM_CACHE": str(out / "cache")}
@@ -71,13 +72,17 @@ def measure(step: str, model: str, out: Path) -> dict:
     return result
 
 
-def child(step: str, model: str, out: Path):
-    {"streamed": streamed, "plain": plain}[step](model, out)
+STEPS = {"streamed": export_streamed, "plain": export_plain}
+
+
+def run_step(step: str, model: str, out: Path):
+    """Runs in the child: does the step and prints its CPU seconds and peak memory as JSON."""
+    STEPS[step](model, out)
     used = resource.getrusage(resource.RUSAGE_SELF)
     print(json.dumps({"cpu": used.ru_utime + used.ru_stime, "peak": used.ru_maxrss * 1024}))
 
 
-def show(rows: dict[str, dict]):
+def print_table(rows: dict[str, dict]):
     from rich.console import Console
     from rich.table import Table
 
@@ -99,27 +104,37 @@ def show(rows: dict[str, dict]):
     Console().print(table)
 
 
-def main():
+def parse():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--model", required=True, help="checkpoint folder, real or written by models.synthetic"
     )
-    parser.add_argument("--out", required=True, type=Path, help="scratch folder, made and removed")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / "out/bench-export",
+        help="scratch folder, made and removed (default: out/bench-export)",
+    )
     parser.add_argument(
         "--skip-plain", action="store_true", help="measure only the streamed export"
     )
     parser.add_argument("--step", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    options = parse()
     if options.step:
-        return child(options.step, options.model, options.out)
-    steps = (
-        {"streamed": "streamed"}
-        if options.skip_plain
-        else {"streamed": "streamed", "torch.onnx.export": "plain"}
-    )
-    show({name: measure(step, options.model, options.out / "work") for name, step in steps.items()})
+        return run_step(options.step, options.model, options.out)
+    steps = {"streamed": "streamed", "torch.onnx.export": "plain"}
+    if options.skip_plain:
+        del steps["torch.onnx.export"]
+    rows = {}
+    for name, step in steps.items():
+        rows[name] = measure(step, options.model, options.out / "work")
+    print_table(rows)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the measurements of the service share: the service as a process on 127.0.0.1, its memory, its gauges."""
+"""The service as a process on 127.0.0.1, with its memory and gauges: shared by the measurements and tests of it."""
 
 import os
 import re
@@ -24,10 +24,10 @@ def free_port() -> int:
 
 
 class Client:
-    """Of the service at self.url."""
+    """A client of the service at `self.url`, which a subclass sets."""
 
     def wait(self, seconds=600):
-        """Until it is ready."""
+        """Waits until the service is ready. RuntimeError if it ends or `seconds` pass."""
         end = time.monotonic() + seconds
         while True:
             if time.monotonic() > end or self.ended():
@@ -40,35 +40,25 @@ class Client:
             time.sleep(0.02)
 
     def ended(self):
-        """Why it will never be ready, or None."""
+        """Why the service will never be ready, as text; None while it may become so."""
 
     def gauge(self, name: str) -> float:
+        """The value of one of the service's metrics."""
         lines = HTTP.get(self.url + "/metrics").text.splitlines()
-        return sum(
-            float(line.split()[-1]) for line in lines if line.startswith(f"ascend_vlm:{name}{{")
-        )
+        own = [line for line in lines if line.startswith(f"ascend_vlm:{name}{{")]
+        return sum(float(line.split()[-1]) for line in own)
 
 
 class Process(Client):
-    """`python -m runtime.serve --port N *argv`; what it prints is kept."""
+    """Runs `python -m runtime.serve --port N *argv`; `printed` holds the lines of its stderr."""
 
     def __init__(self, *argv):
         port = free_port()
         self.printed = []
         self.url = f"http://127.0.0.1:{port}"
+        flags = ["--port", str(port), "--vision", "torch", "--dtype", "float32", *argv]
         self.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "runtime.serve",
-                "--port",
-                str(port),
-                "--vision",
-                "torch",
-                "--dtype",
-                "float32",
-                *argv,
-            ],
+            [sys.executable, "-m", "runtime.serve", *flags],
             cwd=ROOT,
             stderr=subprocess.PIPE,
             text=True,
@@ -84,11 +74,12 @@ class Process(Client):
 
     @property
     def resident(self) -> int:
-        """Bytes of memory."""
+        """Resident memory in bytes."""
         status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="ascii")
         return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) << 10
 
     def stop(self) -> int:
+        """Sends SIGTERM and returns the exit code."""
         self.process.send_signal(signal.SIGTERM)
         code = self.process.wait(60)
         self._reader.join()

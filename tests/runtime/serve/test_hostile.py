@@ -4,7 +4,8 @@ import asyncio
 import itertools
 
 import pytest
-from hostile import BOMBS, Canary, Report, bodies, send
+from hostile import Canary, Report, send
+from hostile_bodies import BOMBS, bodies
 from http_service import Server
 from overload import SEQUENCES, measure
 from service import MODEL
