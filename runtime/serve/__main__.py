@@ -1,6 +1,7 @@
 """`python -m runtime.serve`: one model behind OpenAI's HTTP API, for many clients at once.
 
-Listens on 127.0.0.1, fetches nothing, reads no file and logs no prompt unless told otherwise; see docs/serving.md.
+Takes options, serves until a signal ends it. By default it listens on 127.0.0.1, fetches nothing,
+reads no file and logs no prompt; see docs/serving.md.
 """
 
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from runtime.common.errors import MISSING_COMPONENT, ToolkitError, run_command
 from runtime.common.flags import Parser
+from runtime.common.progress import print_status
 from runtime.engine.command import join_torchrun, open_engine
 from runtime.engine.options import EngineOptions
 
@@ -22,8 +24,8 @@ def main(argv) -> int:
     options, engine_options = Parser(
         "python -m runtime.serve",
         "--model DIR [--port N] [options]",
-        "Serves a model to many clients at once through OpenAI's HTTP API: /v1/chat/completions, /v1/completions, "
-        "/v1/models, and /tokenize, /detokenize, /health, /version, /metrics.",
+        "Serves a model to many clients at once through OpenAI's HTTP API: /v1/chat/completions, "
+        "/v1/completions, /v1/models, and /tokenize, /detokenize, /health, /version, /metrics.",
         {"service": ServeOptions, "model": EngineOptions},
     ).parse(argv)
     join_torchrun(engine_options)
@@ -37,9 +39,8 @@ def main(argv) -> int:
             MISSING_COMPONENT,
         ) from None
     if options.host not in LOCAL and not options.api_key:
-        print(
-            f"warning: anybody who reaches {options.host} may use this server; give --api-key",
-            file=sys.stderr,
+        print_status(
+            f"warning: anybody who reaches {options.host} may use this server; give --api-key"
         )
     serve(uvicorn, options, engine_options)
     return 0
@@ -49,36 +50,35 @@ def serve(uvicorn, options: ServeOptions, engine_options: EngineOptions):
     """Until a signal ends it. Raises what kept the model from loading."""
     from models import family_of
 
-    family_of(options.model)  # a folder that is no checkpoint is told before anything listens
-    server, worker = build(uvicorn, options, engine_options)
+    family_of(options.model)  # a folder that is no checkpoint is refused before anything listens
+    server, engine_thread = build(uvicorn, options, engine_options)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(
-            number, lambda *event: None
-        )  # uvicorn hears it, and raises it again when it has ended
-    worker.start()
+        # uvicorn handles it, and raises it again when it has ended
+        signal.signal(number, lambda *event: None)
+    engine_thread.start()
     try:
         server.run()
     finally:
-        worker.stop()
-    if worker.failure:
-        raise worker.failure
+        engine_thread.stop()
+    if engine_thread.failure:
+        raise engine_thread.failure
 
 
 def build(uvicorn, options: ServeOptions, engine_options: EngineOptions):
+    """(uvicorn's server, the engine's thread), neither of them running."""
     from runtime.engine.loading.memory import SEQUENCES
 
-    from .engine_thread import Worker
-    from .pictures import PictureRules
+    from .engine_thread import EngineThread
+    from .prompts import PromptBuilder
     from .routes import create_app
     from .service import Service
     from .telemetry import Telemetry
 
     def ready_engine():
         engine = open_engine(options.model, engine_options)
-        where = f"http://{options.host}:{options.port}"
-        print(
-            "\n".join([*engine.describe(), f"ready: {options.served_model_name} at {where}/v1"]),
-            file=sys.stderr,
+        url = f"http://{options.host}:{options.port}/v1"
+        print_status(
+            "\n".join([*engine.describe(), f"ready: {options.served_model_name} at {url}"])
         )
         return engine
 
@@ -87,37 +87,41 @@ def build(uvicorn, options: ServeOptions, engine_options: EngineOptions):
 
     engine_options = replace(engine_options, max_num_seqs=engine_options.max_num_seqs or SEQUENCES)
     telemetry = Telemetry(options.served_model_name)
-    worker = Worker(ready_engine, end_server, telemetry.finished)
+    engine_thread = EngineThread(ready_engine, end_server, telemetry.record)
+    prompts = PromptBuilder(engine_thread, image_rules(options), options.language)
+    service = Service(engine_thread, prompts, telemetry, options.served_model_name)
+    max_in_flight = engine_options.max_num_seqs + options.max_queue
+    app = create_app(service, options.max_body_bytes, max_in_flight, options.api_key)
+    server = uvicorn.Server(uvicorn_config(uvicorn, app, options))
+    return server, engine_thread
+
+
+def image_rules(options: ServeOptions):
+    from .images import ImageRules
+
     folder = options.allowed_local_media_path
-    rules = PictureRules(
-        options.limit_images,
-        options.max_image_bytes,
-        options.max_image_pixels,
-        folder and Path(folder),
-        options.allowed_media_domains,
+    return ImageRules(
+        max_images=options.limit_images,
+        max_bytes=options.max_image_bytes,
+        max_pixels=options.max_image_pixels,
+        folder=Path(folder) if folder else None,
+        domains=options.allowed_media_domains,
     )
-    service = Service(worker, options.served_model_name, rules, telemetry, options.language)
-    app = create_app(
-        service,
-        options.max_body_bytes,
-        engine_options.max_num_seqs + options.max_queue,
-        options.api_key,
+
+
+def uvicorn_config(uvicorn, app, options: ServeOptions):
+    return uvicorn.Config(
+        app,
+        host=options.host,
+        port=options.port,
+        log_level="warning",
+        access_log=False,
+        http="h11",
+        ws="none",
+        h11_max_incomplete_event_size=HEADER_BYTES,
+        timeout_graceful_shutdown=options.shutdown_seconds,
+        server_header=False,
     )
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            host=options.host,
-            port=options.port,
-            log_level="warning",
-            access_log=False,
-            http="h11",
-            ws="none",
-            h11_max_incomplete_event_size=HEADER_BYTES,
-            timeout_graceful_shutdown=options.shutdown_seconds,
-            server_header=False,
-        )
-    )
-    return server, worker
 
 
 if __name__ == "__main__":

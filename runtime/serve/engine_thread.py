@@ -1,7 +1,8 @@
-"""The one thread that owns the engine: requests come in from the event loop, their pieces go back to it.
+"""The one thread that owns the engine.
 
-Only this thread touches the scheduler, so that nothing in it needs a lock. Loading happens here too; the server listens
-meanwhile and says 503.
+Takes prompts from the event loop, returns the pieces of their answers to it. Only this thread
+touches the scheduler, so that nothing in it needs a lock. Loading happens here too; the server
+listens meanwhile and responds with 503.
 """
 
 import asyncio
@@ -14,29 +15,33 @@ from dataclasses import dataclass
 
 from .errors import ApiError
 
-PREPARING = 2  # prompts whose pictures are decoded at the same time; bounds the memory they take
+PROMPT_THREADS = 2  # prompts whose images are decoded at the same time; bounds the memory they take
 STOP_SECONDS = 10  # for the step or the loading under way; the thread does not outlive the process
 
 
 @dataclass(frozen=True)
-class Piece:
-    """New text of an answer, with the tokens and log probabilities (where asked for) since the last piece."""
+class AnswerPiece:
+    """New text of an answer, with the tokens and log probabilities (where asked for) since the last
+    piece."""
 
     text: str
     token_ids: list[int]
     logprobs: list[dict]
 
 
-class Answer:
-    """An answer under way: `async for piece in answer`; afterwards `result` is whole. Raises what ended it."""
+class AnswerStream:
+    """An answer while it is computed: `async for piece in stream`; afterwards `result` is whole.
+
+    Iterating raises the error that ended the answer, `await accepted` the one that refused it.
+    """
 
     def __init__(self, prompt, params):
         self.prompt = prompt
         self.params = params
         self.request = None
-        self.begun = time.perf_counter()
-        self.first = None
-        self._told = 0
+        self.started = time.perf_counter()
+        self.first_token = None  # time, like started
+        self._num_delivered = 0
         self._loop = asyncio.get_running_loop()
         self._pieces = asyncio.Queue()
         self.accepted = self._loop.create_future()
@@ -54,134 +59,146 @@ class Answer:
                 return
             yield piece
 
-    # called by the worker
+    # called in the engine's thread
 
     def accept(self, request):
         self.request = request
-        self._call(self._settle, None)
+        self._call_in_loop(self._settle, None)
 
     def refuse(self, error: Exception):
-        self._call(self._settle, error)
+        self._call_in_loop(self._settle, error)
 
-    def tell(self, text: str):
-        """Pass on what a step gave."""
-        result = self.request.result
-        count = len(self.request.result.token_ids)
-        self.first = self.first or time.perf_counter()
-        self._put(
-            Piece(text, result.token_ids[self._told : count], result.logprobs[self._told : count])
-        )
-        self._told = count
+    def deliver(self, text: str):
+        """Pass on the new text of a step, and the tokens since the last call."""
+        if self.first_token is None:
+            self.first_token = time.perf_counter()
+        result = self.result
+        start = self._num_delivered
+        self._num_delivered = len(result.token_ids)
+        piece = AnswerPiece(text, result.token_ids[start:], result.logprobs[start:])
+        self._call_in_loop(self._pieces.put_nowait, piece)
 
     def end(self, error: BaseException | None = None):
-        self._put(error)
-
-    def _put(self, piece):
-        self._call(self._pieces.put_nowait, piece)
+        self._call_in_loop(self._pieces.put_nowait, error)
 
     def _settle(self, error):
-        if not self.accepted.done():
-            self.accepted.set_exception(error) if error else self.accepted.set_result(None)
+        if self.accepted.done():
+            return
+        if error:
+            self.accepted.set_exception(error)
+        else:
+            self.accepted.set_result(None)
 
-    def _call(self, *work):
+    def _call_in_loop(self, *work):
         with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody listens any more
             self._loop.call_soon_threadsafe(*work)
 
 
-class Worker:
-    """open_engine() -> Engine, called in the thread; on_end(error) when the thread ends by an error; `finished(answer)`
-    is told of every answer that ended, in the thread."""
+class EngineThread:
+    """Runs open_engine(), then the engine's steps.
 
-    def __init__(self, open_engine, on_end, finished):
-        self.engine, self.failure = None, None
-        self._open = open_engine
-        self._on_end = on_end
-        self._finished = finished
+    on_failure() is called when an error ends the thread, on_answer_end(stream) when an answer has
+    ended; both in the thread.
+    """
+
+    def __init__(self, open_engine, on_failure, on_answer_end):
+        self.engine = None
+        self.failure = None
+        self.prompt_pool = ThreadPoolExecutor(PROMPT_THREADS, thread_name_prefix="prompt")
+        self.open_engine = open_engine
+        self._on_failure = on_failure
+        self._on_answer_end = on_answer_end
         self._inbox = queue.SimpleQueue()
-        self._answers = {}
+        self._streams = {}
         self._stopping = False
-        self.pool = ThreadPoolExecutor(PREPARING, thread_name_prefix="prompt")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self):
         self._thread.start()
 
     def stop(self):
-        """Cancel what is under way, give the engine's memory back, and wait a little for that."""
+        """Cancel what is under way, free the engine's memory, and wait a little for that."""
         self._inbox.put(self._stop)
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        self.prompt_pool.shutdown(wait=False, cancel_futures=True)
         self._thread.join(STOP_SECONDS)
 
     @contextlib.asynccontextmanager
-    async def answer(self, prompt, params):
-        """The answer to a prompt. Leaving the block, however it happens, gives its blocks back."""
-        answer = Answer(prompt, params)
+    async def submit(self, prompt, params):
+        """The AnswerStream of a prompt that the engine has accepted.
+
+        On exit from the `with` block, for whatever reason, the request is cancelled and its KV
+        blocks are freed.
+        """
+        stream = AnswerStream(prompt, params)
         try:
-            self._inbox.put(lambda: self._add(answer))
-            await answer.accepted
-            yield answer
+            self._inbox.put(lambda: self._add(stream))
+            await stream.accepted
+            yield stream
         finally:
-            self._inbox.put(lambda: self._cancel(answer))
+            self._inbox.put(lambda: self._cancel(stream))
 
     # in the thread
 
     def _run(self):
         try:
-            self.engine = self._open()
+            self.engine = self.open_engine()
             while not self._stopping:
-                self._hear()
+                self._run_inbox()
                 if self.engine.busy and not self._stopping:
                     self._step()
         except BaseException as error:
             self.failure = error
-            self._on_end()
+            self._on_failure()
         finally:
             if self.engine:
                 self.engine.close()
 
-    def _hear(self):
-        """Do what was asked for; wait for it while there is nothing to compute."""
+    def _run_inbox(self):
+        """Run the calls that were put in; wait for one while there is nothing to compute."""
         while not self._stopping and not (self._inbox.empty() and self.engine.busy):
-            self._inbox.get()()
+            call = self._inbox.get()
+            call()
 
     def _step(self):
         try:
             events = self.engine.step()
-        except Exception as error:  # e.g. out of memory: everybody is told, and the server goes on
+        except (
+            Exception
+        ) as error:  # e.g. out of memory: it ends all answers, and the server goes on
             return self._fail_all(error)
         for request, text in events:
-            answer = self._answers.get(request)
-            if answer:
-                answer.tell(text)
+            stream = self._streams.get(request)
+            if stream:
+                stream.deliver(text)
                 if request.finished:
-                    self._end(answer, request.error)
+                    self._end(stream, request.error)
 
-    def _add(self, answer: Answer):
+    def _add(self, stream: AnswerStream):
         try:
-            request = self.engine.add(answer.prompt, answer.params)
+            request = self.engine.add(stream.prompt, stream.params)
         except Exception as error:
-            return answer.refuse(error)
-        self._answers[request] = answer
-        answer.accept(request)
+            return stream.refuse(error)
+        self._streams[request] = stream
+        stream.accept(request)
 
-    def _cancel(self, answer: Answer):
-        if answer.request in self._answers:
-            self.engine.cancel(answer.request)
-            self._end(answer)
+    def _cancel(self, stream: AnswerStream):
+        if stream.request in self._streams:
+            self.engine.cancel(stream.request)
+            self._end(stream)
 
-    def _fail_all(self, error):
-        for answer in list(self._answers.values()):
-            self.engine.cancel(answer.request)
-            answer.request.result.finish_reason = "error"
-            self._end(answer, error)
+    def _fail_all(self, error: Exception):
+        for stream in list(self._streams.values()):
+            self.engine.cancel(stream.request)
+            stream.result.finish_reason = "error"
+            self._end(stream, error)
 
     def _stop(self):
         self._stopping = True
-        for answer in list(self._answers.values()):
-            self.engine.cancel(answer.request)
-            self._end(answer, ApiError("the server is shutting down", 503))
+        for stream in list(self._streams.values()):
+            self.engine.cancel(stream.request)
+            self._end(stream, ApiError("the server is shutting down", 503))
 
-    def _end(self, answer: Answer, error=None):
-        del self._answers[answer.request]
-        answer.end(error)
-        self._finished(answer)
+    def _end(self, stream: AnswerStream, error: Exception | None = None):
+        del self._streams[stream.request]
+        stream.end(error)
+        self._on_answer_end(stream)

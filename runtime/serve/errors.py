@@ -1,6 +1,10 @@
-"""Errors as the OpenAI API gives them."""
+"""Errors of the service as OpenAI's API gives them.
+
+Takes an exception, returns an ApiError or its HTTP response.
+"""
 
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from models.errors import UserError
@@ -14,10 +18,22 @@ KINDS = {
     500: "server_error",
     503: "service_unavailable_error",
 }
+RETRY = {"Retry-After": "1"}  # second
+# The rest of a body is not read; after an unexpected error uvicorn ends the connection.
+CLOSE = {"Connection": "close"}
+HEADERS = {
+    401: {"WWW-Authenticate": "Bearer"},
+    408: CLOSE,
+    413: CLOSE,
+    429: RETRY,
+    500: CLOSE,
+    503: RETRY,
+}
+MOST_CHARACTERS = 500  # of a message that another library worded
 
 
 class ApiError(Exception):
-    """An answer other than 200, in OpenAI's nested form."""
+    """A response with another status than 200, in OpenAI's nested form."""
 
     def __init__(
         self, message: str, status: int = 400, code: str | None = None, param: str | None = None
@@ -28,27 +44,30 @@ class ApiError(Exception):
         self.param = param
 
     def body(self) -> dict:
-        kind = KINDS.get(self.status, "invalid_request_error")
-        return {
-            "error": {
-                "message": str(self),
-                "type": kind,
-                "param": self.param,
-                "code": self.code or str(self.status),
-            }
+        error = {
+            "message": str(self),
+            "type": KINDS.get(self.status, "invalid_request_error"),
+            "param": self.param,
+            "code": self.code or str(self.status),
         }
+        return {"error": error}
+
+
+def error_response(error: ApiError) -> JSONResponse:
+    return JSONResponse(error.body(), error.status, headers=HEADERS.get(error.status))
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """Nothing of a request is repeated but the name of the field that is wrong."""
+    """Of the request itself, only the name of the wrong field is repeated."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"][1:])) or None
-        return ApiError(f"{field or 'body'}: {first['msg']}"[:500], param=field)
+        message = f"{field or 'body'}: {first['msg']}"
+        return ApiError(message[:MOST_CHARACTERS], param=field)
     if isinstance(error, HTTPException):
-        return ApiError(str(error.detail)[:500], error.status_code)
+        return ApiError(str(error.detail)[:MOST_CHARACTERS], error.status_code)
     if isinstance(error, UserError):
         return ApiError(str(error), 400 if error.exit_code == USER_MISTAKE else 500)
     return ApiError("internal error; the server's log says more", 500)

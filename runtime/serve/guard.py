@@ -1,40 +1,33 @@
-"""What stands before the routes: API key, body limits, the bound on requests under way, and clients that go away."""
+"""ASGI middleware before the routes.
+
+Takes every HTTP request; passes on those with the API key, a body within the limits and a free
+place; cancels those whose client goes away.
+"""
 
 import asyncio
 import hmac
 from contextlib import contextmanager
 
-from starlette.responses import JSONResponse
-
-from .errors import ApiError
+from .errors import ApiError, error_response
 
 BODY_SECONDS = 60  # a client that sends its body more slowly is not waited for
-RETRY = {"Retry-After": "1"}  # second, for clients that found the queue full
-CLOSE = {
-    "Connection": "close"
-}  # the rest of a body is not read; after an unexpected error uvicorn ends the connection
-HEADERS = {
-    401: {"WWW-Authenticate": "Bearer"},
-    408: CLOSE,
-    413: CLOSE,
-    429: RETRY,
-    500: CLOSE,
-    503: RETRY,
-}
 OPEN_PATHS = {"/health"}
 
 
 class Guard:
-    """ASGI middleware. A POST is read whole, up to `max_body` bytes, before a route sees it; when its client goes away
-    the route is cancelled. check() raises ApiError while no POST can be served; at most `most` are under way."""
+    """Reads a POST whole, up to `max_body` bytes, before a route sees it, and cancels the route
+    when its client goes away.
 
-    def __init__(self, app, check, most: int, max_body: int, api_key: str | None):
+    check() raises ApiError while no POST can be served. At most `max_in_flight` are served at once.
+    """
+
+    def __init__(self, app, check, max_in_flight: int, max_body: int, api_key: str | None):
         self.app = app
         self._check = check
-        self._most = most
+        self._max_in_flight = max_in_flight
         self._max_body = max_body
         self._key = api_key and api_key.encode()
-        self._under_way = 0
+        self._in_flight = 0
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
@@ -45,27 +38,11 @@ class Guard:
             if scope["method"] != "POST":
                 return await self.app(scope, receive, send)
             self._check()
-            self._admit()
+            self._check_in_flight()
         except ApiError as error:
-            return await as_response(error)(scope, receive, send)
-        with self._place() as leave:
-            await self._serve(scope, receive, before_last(send, leave))
-
-    @contextmanager
-    def _place(self):
-        """Counts a request as under way until the function it gives is called, at the latest until its end."""
-        held = [None]
-        self._under_way += 1
-
-        def leave():
-            if held:
-                held.pop()
-                self._under_way -= 1
-
-        try:
-            yield leave
-        finally:
-            leave()
+            return await error_response(error)(scope, receive, send)
+        with self._count_in_flight() as leave:
+            await self._serve(scope, receive, call_before_end(send, leave))
 
     def _authenticate(self, header: bytes):
         if self._key and not hmac.compare_digest(header, b"Bearer " + self._key):
@@ -75,40 +52,56 @@ class Guard:
                 "invalid_api_key",
             )
 
-    def _admit(self):
-        if self._under_way >= self._most:
+    def _check_in_flight(self):
+        if self._in_flight >= self._max_in_flight:
             raise ApiError(
-                f"{self._most} requests are under way, which is the limit; try again later",
+                f"{self._max_in_flight} requests are under way, which is the limit; "
+                "try again later",
                 429,
                 "queue_full",
             )
 
+    @contextmanager
+    def _count_in_flight(self):
+        """Yields leave(), and counts a request until that is called, or else until its end."""
+        counted = True
+        self._in_flight += 1
+
+        def leave():
+            nonlocal counted
+            if counted:
+                counted = False
+                self._in_flight -= 1
+
+        try:
+            yield leave
+        finally:
+            leave()
+
     async def _serve(self, scope, receive, send):
         try:
-            body = await asyncio.wait_for(self._body(scope, receive), BODY_SECONDS)
+            body = await asyncio.wait_for(self._read_body(scope, receive), BODY_SECONDS)
         except ApiError as error:
-            return await as_response(error)(scope, receive, send)
+            return await error_response(error)(scope, receive, send)
         except asyncio.TimeoutError:
             late = ApiError(f"the body did not arrive within {BODY_SECONDS} seconds", 408)
-            return await as_response(late)(scope, receive, send)
+            return await error_response(late)(scope, receive, send)
         if body is not None:
-            await _while_connected(self.app(scope, Replay(body), send), receive)
+            await run_while_connected(self.app(scope, ReplayBody(body), send), receive)
 
-    async def _body(self, scope, receive) -> bytes | None:
+    async def _read_body(self, scope, receive) -> bytes | None:
         """None when the client went away."""
-        parts = []
-        size = 0
-        more = True
         self._check_size(int(dict(scope["headers"]).get(b"content-length", b"0")))
+        body = bytearray()
+        more = True
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return None
-            parts.append(message.get("body", b""))
-            size = size + len(parts[-1])
+            body += message.get("body", b"")
             more = message.get("more_body", False)
-            self._check_size(size)
-        return b"".join(parts)
+            self._check_size(len(body))
+        return bytes(body)
 
     def _check_size(self, size: int):
         if size > self._max_body:
@@ -117,8 +110,9 @@ class Guard:
             )
 
 
-def before_last(send, leave):
-    """`send` that calls leave() before the end of the answer goes out, because the client may ask again at once."""
+def call_before_end(send, leave):
+    """`send` that calls leave() before the end of the response goes out, because the client may
+    send its next request at once."""
 
     async def sending(message):
         if message["type"] == "http.response.body" and not message.get("more_body"):
@@ -128,8 +122,8 @@ def before_last(send, leave):
     return sending
 
 
-class Replay:
-    """A `receive` that gives the body once; the end of the connection is watched elsewhere."""
+class ReplayBody:
+    """A `receive` that gives the body once; `run_while_connected` watches the connection's end."""
 
     def __init__(self, body: bytes):
         self._body = body
@@ -142,24 +136,20 @@ class Replay:
         return {"type": "http.request", "body": body, "more_body": False}
 
 
-async def _while_connected(work, receive):
-    """Run the coroutine `work` to its end, or cancel it when the client goes away."""
-    route = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnect(receive))
+async def run_while_connected(route, receive):
+    """Run the coroutine `route` to its end, or cancel it when the client goes away."""
+    running = asyncio.ensure_future(route)
+    disconnected = asyncio.ensure_future(wait_for_disconnect(receive))
     try:
-        await asyncio.wait((route, gone), return_when=asyncio.FIRST_COMPLETED)
-        if route.done():
-            await route
+        await asyncio.wait((running, disconnected), return_when=asyncio.FIRST_COMPLETED)
+        if running.done():
+            await running
     finally:
-        for task in (route, gone):
+        for task in (running, disconnected):
             task.cancel()
-        await asyncio.wait((route, gone))
+        await asyncio.wait((running, disconnected))
 
 
-async def _disconnect(receive):
+async def wait_for_disconnect(receive):
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-def as_response(error: ApiError) -> JSONResponse:
-    return JSONResponse(error.body(), error.status, headers=HEADERS.get(error.status))

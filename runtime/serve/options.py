@@ -1,4 +1,4 @@
-"""Options of `runtime.serve`."""
+"""Options of `runtime.serve`, and the flags that `runtime.ui` listens with, too."""
 
 import os
 import re
@@ -13,23 +13,44 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 HOST = re.compile(r"([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:\d{1,5})?")
 
 
+def host_flag():
+    return flag(
+        "address to listen on; 0.0.0.0 for the whole network",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+    )
+
+
+def port_flag(default: int):
+    return flag("port to listen on", default=default, kind=int, metavar="N")
+
+
+def check_port(options, example: int):
+    fits = 0 < options.port < 65536
+    require(options, "port", fits, f"use a port from 1 to 65535, e.g. {example}")
+
+
+def api_key_flag(use: str):
+    return flag(
+        f"{use}; {KEY} in the environment does the same without showing it to other users of the "
+        "machine",
+        default=None,
+        metavar="KEY",
+    )
+
+
+def given_api_key(options) -> str | None:
+    return options.api_key or os.environ.get(KEY)
+
+
 @dataclass(kw_only=True)
 class ServeOptions:
     """What is served, to whom, and how much of it."""
 
     model: str = model_flag()
-    host: str = flag(
-        "address to listen on; 0.0.0.0 for the whole network",
-        default="127.0.0.1",
-        metavar="ADDRESS",
-    )
-    port: int = flag("port to listen on", default=8000, kind=int, metavar="N")
-    api_key: str | None = flag(
-        f"clients must send it; {KEY} in the environment does the same without showing it to other "
-        "users of the machine",
-        default=None,
-        metavar="KEY",
-    )
+    host: str = host_flag()
+    port: int = port_flag(8000)
+    api_key: str | None = api_key_flag("clients must send it")
     served_model_name: str | None = flag(
         "name that clients use (default: the folder's)", default=None, metavar="NAME"
     )
@@ -72,12 +93,13 @@ class ServeOptions:
             self,
             "allowed_media_domains",
             all(map(HOST.fullmatch, self.allowed_media_domains)),
-            "give host names without http:// or path, e.g. images.example.com or images.example.com:8443",
+            "give host names without http:// or path, e.g. images.example.com or "
+            "images.example.com:8443",
         )
-        require(self, "port", 0 < self.port < 65536, "use a port from 1 to 65535, e.g. 8000")
+        check_port(self, 8000)
         for name in ("max_queue", "limit_images", "shutdown_seconds"):
             require(self, name, getattr(self, name) >= 0, "0 or more is needed")
         for name in ("max_body_bytes", "max_image_bytes", "max_image_pixels"):
             require(self, name, getattr(self, name) >= 1, "1 or more is needed")
-        self.api_key = self.api_key or os.environ.get(KEY)
+        self.api_key = given_api_key(self)
         self.served_model_name = self.served_model_name or Path(self.model).resolve().name

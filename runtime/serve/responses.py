@@ -1,117 +1,126 @@
-"""Bodies of answers, whole and streamed."""
+"""Bodies of responses, whole and streamed, as OpenAI's API has them.
+
+Takes results and pieces of an answer, returns dicts that become JSON.
+"""
 
 import time
 import uuid
 from typing import Any
 
-from .tool_calls import Reader
+from .tool_calls import ToolCallParser
 
 
-class Form:
-    """Shapes of one answer: `chat` or plain completion, whole or in chunks. reader: of a chat's calls of functions."""
+class ResponseBuilder:
+    """Bodies of one answer, of a `chat` or a plain completion, whole or in chunks."""
 
-    def __init__(self, chat: bool, model: str, tokenizer, reader: Reader | None = None):
-        self.chat = chat
-        self.tokenizer = tokenizer
-        self._reader = reader or Reader()
-        self.head = {
+    def __init__(self, chat: bool, model: str, tokenizer, parser: ToolCallParser | None = None):
+        self._chat = chat
+        self._tokenizer = tokenizer
+        self._parser = parser or ToolCallParser()
+        self._head = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": model,
         }
 
     def whole(self, result) -> dict:
-        text = (
-            {"message": self._reader.message(result.text)} if self.chat else {"text": result.text}
-        )
-        choice = {
-            "index": 0,
-            **text,
-            "logprobs": self.logprobs(result.token_ids, result.logprobs),
-            "finish_reason": self._reason(result),
-        }
-        kind = "chat.completion" if self.chat else "text_completion"
-        return {**self.head, "object": kind, "choices": [choice], "usage": usage(result.metrics)}
+        """The body of an answer that is not streamed; result: of the engine."""
+        choice = {"index": 0}
+        if self._chat:
+            kind = "chat.completion"
+            choice["message"] = self._parser.message(result.text)
+        else:
+            kind = "text_completion"
+            choice["text"] = result.text
+        choice["logprobs"] = self._logprobs(result.token_ids, result.logprobs)
+        choice["finish_reason"] = self._finish_reason(result)
+        return {**self._head, "object": kind, "choices": [choice], "usage": usage(result.metrics)}
 
-    def first(self) -> list[dict]:
-        return [self._chunk({"role": "assistant", "content": ""})] if self.chat else []
+    def first_chunks(self) -> list[dict]:
+        if not self._chat:
+            return []
+        return [self._chunk({"role": "assistant", "content": ""})]
 
     def chunks(self, piece) -> list[dict]:
-        """A piece of the answer -> chunks; its log probabilities go with the last."""
-        deltas = self._reader.push(piece.text)
-        logprobs = self.logprobs(piece.token_ids, piece.logprobs)
-        deltas = deltas or [{}] * bool(logprobs)
-        return [self._chunk(delta, logprobs if delta is deltas[-1] else None) for delta in deltas]
+        """An AnswerPiece -> chunks; its log probabilities go with the last."""
+        deltas = self._parser.push(piece.text)
+        logprobs = self._logprobs(piece.token_ids, piece.logprobs)
+        if not deltas:
+            return [self._chunk({}, logprobs)] if logprobs else []
+        *others, last = deltas
+        return [*map(self._chunk, others), self._chunk(last, logprobs)]
 
-    def last(self, result) -> list[dict]:
-        return [
-            *map(self._chunk, self._reader.finish()),
-            self._chunk({}, finish_reason=self._reason(result)),
-        ]
-
-    def _chunk(self, delta: dict, logprobs=None, finish_reason=None) -> dict:
-        choice = {
-            "index": 0,
-            **({"delta": delta} if self.chat else {"text": delta.get("content", "")}),
-            "logprobs": logprobs,
-            "finish_reason": finish_reason,
-        }
-        return {**self.head, "object": self._chunk_kind, "choices": [choice]}
-
-    def _reason(self, result) -> str:
-        """A call that ran into max_tokens is not whole, so that stays "length"."""
-        return (
-            "tool_calls"
-            if self._reader.called and result.finish_reason == "stop"
-            else result.finish_reason
-        )
+    def last_chunks(self, result) -> list[dict]:
+        held_back = [self._chunk(delta) for delta in self._parser.finish()]
+        return [*held_back, self._chunk({}, finish_reason=self._finish_reason(result))]
 
     def usage_chunk(self, metrics: dict) -> dict:
-        return {**self.head, "object": self._chunk_kind, "choices": [], "usage": usage(metrics)}
+        return {**self._head, "object": self._chunk_kind, "choices": [], "usage": usage(metrics)}
+
+    def _chunk(self, delta: dict, logprobs=None, finish_reason=None) -> dict:
+        choice = {"index": 0}
+        if self._chat:
+            choice["delta"] = delta
+        else:
+            choice["text"] = delta.get("content", "")
+        choice["logprobs"] = logprobs
+        choice["finish_reason"] = finish_reason
+        return {**self._head, "object": self._chunk_kind, "choices": [choice]}
 
     @property
     def _chunk_kind(self) -> str:
-        return "chat.completion.chunk" if self.chat else "text_completion"
+        return "chat.completion.chunk" if self._chat else "text_completion"
 
-    def logprobs(self, token_ids, table: list[dict[int, float]]) -> dict | None:
-        """table: per token {id: log probability}, as Result.logprobs has it; empty when not asked for."""
+    def _finish_reason(self, result) -> str:
+        """A call that ran into max_tokens is not whole, so that stays "length"."""
+        if self._parser.found_call and result.finish_reason == "stop":
+            return "tool_calls"
+        return result.finish_reason
+
+    def _logprobs(self, token_ids: list[int], table: list[dict[int, float]]) -> dict | None:
+        """table: per token {id: log probability}, as Result.logprobs has it; empty when not asked
+        for."""
         if not table:
             return None
         rows = list(zip(token_ids, table))
-        if self.chat:
-            return {
-                "content": [
-                    {
-                        **self._token(i, row[i]),
-                        "top_logprobs": [self._token(j, row[j]) for j in _ranked(row)],
-                    }
-                    for i, row in rows
-                ]
-            }
-        return {
-            "tokens": [self._text(i) for i, _ in rows],
-            "token_logprobs": [row[i] for i, row in rows],
-            "top_logprobs": [{self._text(j): row[j] for j in _ranked(row)} for _, row in rows],
-        }
+        return self._chat_logprobs(rows) if self._chat else self._completion_logprobs(rows)
 
-    def _token(self, i: int, logprob: float) -> dict:
-        return {"token": self._text(i), "logprob": logprob, "bytes": list(self._text(i).encode())}
+    def _chat_logprobs(self, rows: list[tuple[int, dict[int, float]]]) -> dict:
+        entries = []
+        for chosen, row in rows:
+            top = [self._token(other, row[other]) for other in by_probability(row)]
+            entries.append({**self._token(chosen, row[chosen]), "top_logprobs": top})
+        return {"content": entries}
 
-    def _text(self, i: int) -> str:
-        return self.tokenizer.decode([i])
+    def _completion_logprobs(self, rows: list[tuple[int, dict[int, float]]]) -> dict:
+        found = {"tokens": [], "token_logprobs": [], "top_logprobs": []}
+        for chosen, row in rows:
+            top = {self._text(other): row[other] for other in by_probability(row)}
+            found["tokens"].append(self._text(chosen))
+            found["token_logprobs"].append(row[chosen])
+            found["top_logprobs"].append(top)
+        return found
+
+    def _token(self, token_id: int, logprob: float) -> dict:
+        text = self._text(token_id)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    def _text(self, token_id: int) -> str:
+        return self._tokenizer.decode([token_id])
 
 
-def _ranked(row: dict[int, float]) -> list[int]:
+def by_probability(row: dict[int, float]) -> list[int]:
+    """The token ids of a row of Result.logprobs, the most likely first."""
     return sorted(row, key=row.get, reverse=True)
 
 
 def usage(metrics: dict) -> dict:
-    prompt = metrics["prompt_tokens"]
-    answer = metrics["output_tokens"]
+    prompt_tokens = metrics["prompt_tokens"]
+    output_tokens = metrics["output_tokens"]
     return {
-        "prompt_tokens": prompt,
-        "completion_tokens": answer,
-        "total_tokens": prompt + answer,
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": output_tokens,
+        "total_tokens": prompt_tokens + output_tokens,
         "prompt_tokens_details": {"cached_tokens": metrics["cached_tokens"]},
     }
 

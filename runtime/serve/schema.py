@@ -1,5 +1,10 @@
-"""What the service reads and writes: OpenAI's requests, answers, chunks and errors."""
+"""Bodies of requests: OpenAI's, vLLM's helpers, and the VisualGLM guide's `POST /`.
 
+Takes JSON, returns checked requests, and from them SamplingParams. What pydantic refuses becomes an
+ApiError elsewhere; `check` methods raise ApiError for what this server cannot do.
+"""
+
+import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -7,9 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from runtime.engine.options import SamplingParams
 
 from .errors import ApiError
-from .tool_calls import MAX_TOOLS, Choice, Tool, ToolCall
+from .tool_schema import Tool, ToolCall, ToolChoice
 
-MAX_STOPS, MAX_STOP_LENGTH = 16, 256
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 256
+MAX_TOOLS = 128
+HAN = re.compile(r"[\u4e00-\u9fff]")
 # Fields that are accepted only with the values that change nothing.
 NEUTRAL = {
     "n": (1,),
@@ -53,16 +61,16 @@ class ImagePart(BaseModel):
         return self.image_url if isinstance(self.image_url, str) else self.image_url.url
 
 
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+ContentPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
 class Message(BaseModel):
     role: Annotated[str, Field(max_length=64)]
-    content: Text | list[Part] | None = None  # may be missing beside tool_calls
+    content: Text | list[ContentPart] | None = None  # may be missing beside tool_calls
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
 
     @model_validator(mode="after")
-    def _says_something(self):
+    def _check_fields(self):
         if self.content is None and not self.tool_calls:
             raise ValueError("content is missing")
         if self.tool_calls and self.role != "assistant":
@@ -72,20 +80,16 @@ class Message(BaseModel):
     @property
     def texts(self) -> list[str]:
         """All that becomes tokens."""
-        parts = (
-            [self.content or ""]
-            if not isinstance(self.content, list)
-            else [part.text for part in self.content if part.type == "text"]
-        )
-        return [*parts, *(call.function.arguments for call in self.tool_calls or ())]
+        arguments = [call.function.arguments for call in self.tool_calls or ()]
+        if isinstance(self.content, list):
+            return [part.text for part in self.content if part.type == "text"] + arguments
+        return [self.content or "", *arguments]
 
     @property
-    def pictures(self) -> int:
-        return (
-            sum(part.type == "image_url" for part in self.content)
-            if isinstance(self.content, list)
-            else 0
-        )
+    def num_images(self) -> int:
+        if not isinstance(self.content, list):
+            return 0
+        return sum(part.type == "image_url" for part in self.content)
 
 
 class StreamOptions(BaseModel):
@@ -93,7 +97,8 @@ class StreamOptions(BaseModel):
 
 
 class SamplingRequest(BaseModel):
-    """Fields of chat and plain completions. Unknown ones are ignored, known ones we cannot serve are refused."""
+    """Fields of chat and plain completions. Unknown ones are ignored; known ones that this server
+    does not support are refused."""
 
     model_config = ConfigDict(extra="allow")
     model: str | None = None
@@ -116,17 +121,9 @@ class SamplingRequest(BaseModel):
         """Raises ApiError for what this server cannot do."""
         for name, value in (self.model_extra or {}).items():
             if name in NEUTRAL and value is not None and value not in NEUTRAL[name]:
-                allowed = " or ".join(map(repr, NEUTRAL[name]))
-                hint = f"; leave it out, or give {allowed}" if allowed else "; leave it out"
-                raise ApiError(
-                    f"{name} is not supported by this server{hint}",
-                    400,
-                    "unsupported_parameter",
-                    name,
-                )
-        if len(self.stops) > MAX_STOPS or any(
-            not 0 < len(stop) <= MAX_STOP_LENGTH for stop in self.stops
-        ):
+                raise unsupported(name)
+        fits = all(0 < len(stop) <= MAX_STOP_LENGTH for stop in self.stops)
+        if len(self.stops) > MAX_STOPS or not fits:
             raise ApiError(
                 f"stop takes up to {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters",
                 param="stop",
@@ -134,15 +131,25 @@ class SamplingRequest(BaseModel):
 
     @property
     def stops(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if isinstance(self.stop, str):
+            return [self.stop]
+        return self.stop or []
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with the token counts."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        return self.max_tokens
 
     def sampling(self) -> SamplingParams:
-        top_k = 0 if self.top_k == -1 else self.top_k  # vLLM's spelling of "all"
         return SamplingParams(
-            max_tokens=self.longest,
+            max_tokens=self.max_new_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
-            top_k=top_k,
+            top_k=0 if self.top_k == -1 else self.top_k,  # vLLM's spelling of "all"
             repetition_penalty=self.repetition_penalty,
             seed=self.seed,
             ignore_eos=self.ignore_eos,
@@ -151,12 +158,16 @@ class SamplingRequest(BaseModel):
             frequency_penalty=self.frequency_penalty or 0.0,
             stop=tuple(self.stops),
             stop_token_ids=tuple(self.stop_token_ids or ()),
-            logprobs=self.likeliest,
+            logprobs=self.num_logprobs,
         )
 
-    @property
-    def longest(self) -> int | None:
-        return self.max_tokens
+
+def unsupported(name: str) -> ApiError:
+    """The error about a field of NEUTRAL."""
+    message = f"{name} is not supported by this server; leave it out"
+    if NEUTRAL[name]:
+        message += f", or give {' or '.join(map(repr, NEUTRAL[name]))}"
+    return ApiError(message, 400, "unsupported_parameter", name)
 
 
 class ChatRequest(SamplingRequest):
@@ -165,46 +176,53 @@ class ChatRequest(SamplingRequest):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | Choice | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
 
     def check(self):
         super().check()
-        named = self.tool_choice.function.name if isinstance(self.tool_choice, Choice) else None
-        if named and named not in self.names:
+        names = self.tool_names
+        if isinstance(self.tool_choice, ToolChoice) and self.forced_tool not in names:
             raise ApiError(
-                f"tool_choice names {named!r}, which is none of the tools", param="tool_choice"
+                f"tool_choice names {self.forced_tool!r}, which is none of the tools",
+                param="tool_choice",
             )
-        if self.tool_choice == "required" and len(self.names) != 1:
+        if self.tool_choice == "required" and len(names) != 1:
             raise ApiError(
-                "tool_choice 'required' needs exactly one tool, for nothing here keeps a model to several; name "
-                "the one to call, or use 'auto'",
+                "tool_choice 'required' needs exactly one tool, for nothing here keeps a model to "
+                "several; name the one to call, or use 'auto'",
                 400,
                 "unsupported_parameter",
                 "tool_choice",
             )
 
     @property
-    def offered(self) -> list[dict]:
-        """Tools that the model is told of."""
-        return [] if self.tool_choice == "none" else [tool.told() for tool in self.tools or ()]
+    def offered_tools(self) -> list[dict]:
+        """The tools that stand in the prompt."""
+        if self.tool_choice == "none":
+            return []
+        return [tool.as_prompt_json() for tool in self.tools or ()]
 
     @property
-    def names(self) -> set[str]:
-        return {tool["function"]["name"] for tool in self.offered}
+    def tool_names(self) -> set[str]:
+        return {tool["function"]["name"] for tool in self.offered_tools}
 
     @property
-    def forced(self) -> str | None:
+    def forced_tool(self) -> str | None:
         """The function that the answer has to call."""
-        if isinstance(self.tool_choice, Choice):
+        if isinstance(self.tool_choice, ToolChoice):
             return self.tool_choice.function.name
-        return min(self.names, default=None) if self.tool_choice == "required" else None
+        if self.tool_choice == "required":
+            return min(self.tool_names, default=None)
+        return None
 
     @property
-    def longest(self) -> int | None:
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+    def max_new_tokens(self) -> int | None:
+        if self.max_completion_tokens is None:
+            return self.max_tokens
+        return self.max_completion_tokens
 
     @property
-    def likeliest(self) -> int | None:
+    def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
@@ -214,7 +232,7 @@ class CompletionRequest(SamplingRequest):
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @property
-    def likeliest(self) -> int | None:
+    def num_logprobs(self) -> int | None:
         return self.logprobs
 
 
@@ -223,13 +241,26 @@ class TokenizeRequest(BaseModel):
     messages: list[Message] | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
 
+    def check(self):
+        """Raises ApiError unless either prompt or messages is given."""
+        if (self.prompt is None) == (self.messages is None):
+            raise ApiError("give either prompt or messages", param="prompt")
+
+    @property
+    def offered_tools(self) -> list[dict]:
+        return [tool.as_prompt_json() for tool in self.tools or ()]
+
 
 class DetokenizeRequest(BaseModel):
     tokens: Annotated[list[TokenId], Field(max_length=1_000_000)]
 
 
 class LegacyRequest(BaseModel):
-    """The VisualGLM guide's `POST /`: image is base64 without a prefix, history pairs of question and answer."""
+    """The VisualGLM guide's `POST /`.
+
+    image: base64 without a prefix. history: pairs of question and answer. max_length: tokens of
+    prompt and answer together.
+    """
 
     text: Text
     image: Text | None = None
@@ -239,3 +270,35 @@ class LegacyRequest(BaseModel):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+
+    @property
+    def language(self) -> str:
+        """The guide words the prompt in the language of the question."""
+        return "zh" if HAN.search(self.text) else "en"
+
+    def messages(self) -> list[Message]:
+        """History and question; the image stands before the question."""
+        messages = []
+        for question, answer in self.history:
+            messages.append(Message(role="user", content=question))
+            messages.append(Message(role="assistant", content=answer))
+        parts = [TextPart(type="text", text=self.text)]
+        if self.image:
+            url = f"data:image/any;base64,{self.image}"
+            parts.insert(0, ImagePart(type="image_url", image_url=url))
+        return [*messages, Message(role="user", content=parts)]
+
+    def max_new_tokens(self, prompt_tokens: int) -> int | None:
+        """What max_length leaves for the answer: at least one token."""
+        if self.max_length is None:
+            return None
+        return max(self.max_length - prompt_tokens, 1)
+
+    def sampling(self, max_tokens: int | None) -> SamplingParams:
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            repetition_penalty=self.repetition_penalty,
+        )

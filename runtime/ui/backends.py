@@ -12,14 +12,14 @@ from runtime.common.errors import ToolkitError
 from runtime.engine.command import open_engine
 from runtime.engine.options import EngineOptions, SamplingParams
 
-from .options import MAX_PICTURE, MAX_PIXELS, UiOptions
+from .options import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, UiOptions
 
 
 class Local:
     """An engine of this process; the questions of several visitors are decoded together, as in the service."""
 
     def __init__(self, options: UiOptions, engine_options: EngineOptions):
-        from runtime.serve.engine_thread import Worker
+        from runtime.serve.engine_thread import EngineThread
 
         self.engine = open_engine(options.model, engine_options)
         family = self.engine.family
@@ -29,33 +29,33 @@ class Local:
         self.pictures = family.vision is not None
         self.system = takes_system(family)
         self.released = family.sampling(self.pictures)
-        self._worker = Worker(
+        self._engine_thread = EngineThread(
             lambda: self.engine, lambda: os.kill(os.getpid(), signal.SIGTERM), lambda answer: None
         )
 
     def __enter__(self):
         print("\n".join(self.engine.describe()), file=sys.stderr)
-        self._worker.start()
+        self._engine_thread.start()
         return self
 
     def __exit__(self, *error):
-        self._worker.stop()
-        if self._worker.failure:
-            raise self._worker.failure
+        self._engine_thread.stop()
+        if self._engine_thread.failure:
+            raise self._engine_thread.failure
 
     async def stream(self, messages: list[dict], sampling: SamplingParams):
         """Yields the answer in pieces; messages are as Engine.prompt takes them, with paths of pictures."""
         prompt = await asyncio.get_running_loop().run_in_executor(
-            self._worker.pool, self._prompt, messages
+            self._engine_thread.prompt_pool, self._prompt, messages
         )
-        async with self._worker.answer(prompt, sampling) as answer:
+        async with self._engine_thread.submit(prompt, sampling) as answer:
             async for piece in answer:
                 yield piece.text
 
     def _prompt(self, messages):
-        from runtime.serve.pictures import PictureRules
+        from runtime.serve.images import ImageRules
 
-        rules = PictureRules(count=0, bytes=MAX_PICTURE, pixels=MAX_PIXELS)
+        rules = ImageRules(max_images=0, max_bytes=MAX_IMAGE_BYTES, max_pixels=MAX_IMAGE_PIXELS)
         return self.engine.prompt(
             with_pictures(
                 messages,

@@ -1,15 +1,22 @@
 """Options of `runtime.ui`."""
 
-import os
 from dataclasses import dataclass
 
 from runtime.common.errors import ToolkitError
 from runtime.common.flags import check_choices, check_folder, flag, require
 from runtime.common.shared_flags import language_flag, model_flag
-from runtime.serve.options import KEY, ServeOptions
+from runtime.serve.options import (
+    ServeOptions,
+    api_key_flag,
+    check_port,
+    given_api_key,
+    host_flag,
+    port_flag,
+)
 
-MAX_PICTURE = ServeOptions.max_image_bytes
-MAX_PIXELS = ServeOptions.max_image_pixels  # what the service takes by default
+# what the service takes by default
+MAX_IMAGE_BYTES = ServeOptions.max_image_bytes
+MAX_IMAGE_PIXELS = ServeOptions.max_image_pixels
 
 
 @dataclass(kw_only=True)
@@ -22,18 +29,9 @@ class UiOptions:
         default=None,
         metavar="URL",
     )
-    api_key: str | None = flag(
-        f"the server's key; {KEY} in the environment does the same without showing it to other "
-        "users of the machine",
-        default=None,
-        metavar="KEY",
-    )
-    host: str = flag(
-        "address to listen on; 0.0.0.0 for the whole network",
-        default="127.0.0.1",
-        metavar="ADDRESS",
-    )
-    port: int = flag("port to listen on", default=7860, kind=int, metavar="N")
+    api_key: str | None = api_key_flag("the server's key")
+    host: str = host_flag()
+    port: int = port_flag(7860)
     language: str | None = language_flag()
 
     def __post_init__(self):
@@ -43,14 +41,9 @@ class UiOptions:
         if self.model:
             check_folder("model", self.model)
         else:
-            require(
-                self,
-                "server",
-                self.server.startswith(("http://", "https://")),
-                "use a URL such as http://127.0.0.1:8000",
-            )
-            require(
-                self, "language", self.language is None, "the server words the prompt; leave it out"
-            )
-        require(self, "port", 0 < self.port < 65536, "use a port from 1 to 65535, e.g. 7860")
-        self.api_key = self.api_key or os.environ.get(KEY)
+            is_url = self.server.startswith(("http://", "https://"))
+            require(self, "server", is_url, "use a URL such as http://127.0.0.1:8000")
+            server_alone = self.language is None
+            require(self, "language", server_alone, "the server words the prompt; leave it out")
+        check_port(self, 7860)
+        self.api_key = given_api_key(self)

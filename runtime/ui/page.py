@@ -18,7 +18,7 @@ from runtime.serve.errors import ApiError
 
 from .backends import said
 from .conversation import conversation
-from .options import MAX_PICTURE
+from .options import MAX_IMAGE_BYTES
 from .wording import CHINESE, ENGLISH
 
 PICTURES = Path(__file__).resolve().parents[2] / "examples" / "demo" / "pictures"
@@ -221,7 +221,7 @@ def launch(page, host: str, port: int):
             prevent_thread_lock=True,
             footer_links=["settings"],
             run_history=False,
-            max_file_size=MAX_PICTURE,
+            max_file_size=MAX_IMAGE_BYTES,
             enable_monitoring=False,
             ssr_mode=False,
             pwa=False,

@@ -50,10 +50,10 @@ class Server(Asking):
             ["--port", str(port), *FIXED, *argv]
         )
         self.url = f"http://127.0.0.1:{port}"
-        self._server, self._worker = build(uvicorn, *options)
+        self._server, self._engine_thread = build(uvicorn, *options)
         if open_engine:
-            self._worker._open = open_engine
-        self._worker.start()
+            self._engine_thread.open_engine = open_engine
+        self._engine_thread.start()
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
         while not self._server.started:
@@ -62,16 +62,16 @@ class Server(Asking):
             self.wait()
 
     def ended(self):
-        return self._worker.failure
+        return self._engine_thread.failure
 
     @property
     def engine(self):
-        return self._worker.engine
+        return self._engine_thread.engine
 
     def stop(self):
         self._server.should_exit = True
         self._thread.join(30)
-        self._worker.stop()
+        self._engine_thread.stop()
 
 
 def data_uri(data: bytes) -> str:

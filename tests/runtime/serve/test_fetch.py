@@ -14,8 +14,8 @@ from http_service import png
 from runtime.common.errors import ToolkitError
 from runtime.serve import fetch as media
 from runtime.serve.errors import ApiError
+from runtime.serve.images import ImageRules
 from runtime.serve.options import ServeOptions
-from runtime.serve.pictures import PictureRules
 
 PICTURE = png(30, 20)
 
@@ -94,7 +94,7 @@ def loopback_is_public(monkeypatch):
 
 
 def rules(*domains):
-    return PictureRules(4, 200_000, 1_000_000, None, domains)
+    return ImageRules(4, 200_000, 1_000_000, None, domains)
 
 
 def refusal(url, *domains):

@@ -14,7 +14,7 @@ from http_service import Server
 
 from models import family_of
 from runtime import Engine
-from runtime.serve.tool_calls import Reader
+from runtime.serve.tool_calls import ToolCallParser
 
 GOLDEN = paths.GOLDEN / "glm4"
 WEATHER = {
@@ -319,10 +319,10 @@ def test_a_stream_is_cut_anywhere_the_same():
     family = family_of(GOLDEN)
     for text in (CALL, "get_weather x\n{", "你好"):
         for step in (1, 2, 5, 100):
-            reader = Reader(family, {"get_weather", "get"})
+            parser = ToolCallParser(family, {"get_weather", "get"})
             deltas = [
-                d for i in range(0, len(text), step) for d in reader.push(text[i : i + step])
-            ] + reader.finish()
+                d for i in range(0, len(text), step) for d in parser.push(text[i : i + step])
+            ] + parser.finish()
             content = "".join(delta.get("content", "") for delta in deltas)
             arguments = "".join(
                 call["function"]["arguments"]

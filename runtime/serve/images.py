@@ -1,4 +1,7 @@
-"""Pictures of a request, from a data URI, base64, a file or a host the operator allows: limits come before decoding."""
+"""Images of a request, from a data URI, base64, a file, or a host that the operator allows.
+
+Takes a URL or encoded text, returns a decoded PIL image; the limits are checked before decoding.
+"""
 
 import base64
 import binascii
@@ -19,29 +22,32 @@ DATA_URI = re.compile(r"data:image/[\w.+-]+;base64,")
 
 
 @dataclass(frozen=True)
-class PictureRules:
-    """count per request; bytes of one file; pixels of one picture; folder files may be read from, or None; domains that
-    pictures may be fetched from, as media.fetch takes them."""
+class ImageRules:
+    """What the operator allows.
 
-    count: int
-    bytes: int
-    pixels: int
+    max_images: of one request. max_bytes: of one file. max_pixels: of one image. folder: that files
+    may be read from, or None. domains: that images may be fetched from, as `fetch` takes them.
+    """
+
+    max_images: int
+    max_bytes: int
+    max_pixels: int
     folder: Path | None = None
     domains: tuple[str, ...] = ()
 
     def from_url(self, url: str) -> Image.Image:
-        """data: URI, file: URL below the allowed folder, or URL of an allowed domain -> decoded picture. ApiError for
-        anything else."""
+        """The image of a data: URI, a file: URL below the allowed folder, or a URL of an allowed
+        domain. ApiError for anything else."""
         start = DATA_URI.match(url)
         if start:
             return self.from_base64(url[start.end() :])
         if url.startswith("file://"):
             return self.decode(self._read(url))
         if self.domains and url.startswith(("http://", "https://")):
-            return self.decode(fetch(url, self.domains, self.bytes))
+            return self.decode(fetch(url, self.domains, self.max_bytes))
         raise ApiError(
-            "image_url must be a data URI (data:image/png;base64,...); this server fetches no URL and reads no "
-            "file that its operator did not allow",
+            "image_url must be a data URI (data:image/png;base64,...); this server fetches no URL "
+            "and reads no file that its operator did not allow",
             param="messages",
         )
 
@@ -53,7 +59,7 @@ class PictureRules:
             raise ApiError("the picture is not valid base64", 422, param="messages") from None
 
     def decode(self, data: bytes) -> Image.Image:
-        """The header is read first, and nothing else of a picture that is too large."""
+        """The header is read first, and nothing else of an image that is too large."""
         self._check_size(len(data))
         try:
             with warnings.catch_warnings():
@@ -66,24 +72,26 @@ class PictureRules:
             raise ApiError(
                 f"the picture cannot be read; use {', '.join(FORMATS)}", 422, param="messages"
             ) from None
-        if pixels > self.pixels:
+        if pixels > self.max_pixels:
             raise ApiError(
-                f"the picture has {pixels:,} pixels, the limit is {self.pixels:,}; make it smaller",
+                f"the picture has {pixels:,} pixels, the limit is {self.max_pixels:,}; make it "
+                "smaller",
                 413,
                 param="messages",
             )
-        return _loaded(image)
+        return load(image)
 
     def _check_size(self, size: int):
-        if size > self.bytes:
+        if size > self.max_bytes:
             raise ApiError(
-                f"the picture has {size:,} bytes, the limit is {self.bytes:,}",
+                f"the picture has {size:,} bytes, the limit is {self.max_bytes:,}",
                 413,
                 param="messages",
             )
 
     def _read(self, url: str) -> bytes:
-        """Links are followed before the folder is checked; what is outside looks the same as what is not there."""
+        """The file, up to max_bytes + 1 bytes. Links are followed before the folder is checked; a
+        file outside gives the same error as one that is not there."""
         refused = ApiError("this file is not one that this server may read", param="messages")
         if self.folder is None:
             raise refused
@@ -92,12 +100,12 @@ class PictureRules:
             if not (path.is_relative_to(self.folder.resolve()) and path.is_file()):
                 raise refused
             with path.open("rb") as file:
-                return file.read(self.bytes + 1)
+                return file.read(self.max_bytes + 1)
         except (OSError, ValueError):
             raise refused from None
 
 
-def _loaded(image: Image.Image) -> Image.Image:
+def load(image: Image.Image) -> Image.Image:
     try:
         image.load()
     except Exception:  # PIL's decoders raise whatever their parsers stumble over
