@@ -1,7 +1,8 @@
-"""`python -m quant`: a float checkpoint in, a quantised checkpoint that MindIE and vllm-ascend load out.
+"""`python -m quant`: takes a float checkpoint, writes a quantised one that MindIE and vllm-ascend load.
 
-Steps: measure, quantise layer by layer with msmodelslim, judge, publish. A killed run goes on behind its last layer;
-nothing that looks finished is written unless the quality gate holds. `python -m quant validate DIR` checks a directory.
+Stages: measure, quantise layer by layer with msmodelslim, judge, publish. A killed run resumes after its last finished layer;
+nothing that looks finished is written unless the quality gate holds. `python -m quant validate DIR` checks a folder,
+`python -m quant compress` makes W8A8SC of W8A8S.
 """
 
 import sys
@@ -12,8 +13,16 @@ from runtime.common.flags import Parser
 from .options import CalibrationOptions, CompressOptions, GateOptions, QuantOptions, RecipeOptions
 
 
-def parser() -> Parser:
-    return Parser(
+def main(argv: list[str]) -> int:
+    if argv[:1] == ["validate"]:
+        return validate(argv[1:])
+    if argv[:1] == ["compress"]:
+        return compress(argv[1:])
+    return quantise(argv)
+
+
+def quantise(argv: list[str]) -> int:
+    options = Parser(
         "python -m quant",
         "--model DIR --out DIR [options] | validate DIR | compress --model DIR --out DIR",
         "Quantises the language model of a checkpoint with msmodelslim, layer by layer, proves it against the "
@@ -25,27 +34,19 @@ def parser() -> Parser:
             "recipe": RecipeOptions,
             "quality gate": GateOptions,
         },
-    )
+    ).parse(argv)
+    from . import pipeline
 
-
-def main(argv: list[str]) -> int:
-    if argv[:1] == ["validate"]:
-        return validate(argv[1:])
-    if argv[:1] == ["compress"]:
-        return compress(argv[1:])
-    options = parser().parse(argv)
-    from .pipeline import produce
-
-    return produce(*options)
+    return pipeline.quantise(*options)
 
 
 def validate(argv: list[str]) -> int:
     folders = [argument for argument in argv if not argument.startswith("-")]
     if len(folders) != 1 or set(argv) - {*folders, "--json", "--debug"}:
         raise ToolkitError("give one folder: python -m quant validate DIR [--json]")
-    from .validate import report
+    from .validate.command import print_findings
 
-    return report(folders[0], "--json" in argv)
+    return print_findings(folders[0], "--json" in argv)
 
 
 def compress(argv: list[str]) -> int:
@@ -56,9 +57,9 @@ def compress(argv: list[str]) -> int:
         "msmodelslim's compressor binary, which CANN builds.",
         {"compression": CompressOptions},
     ).parse(argv)
-    from .compress import compress as run
+    from . import compress as command
 
-    return run(options)
+    return command.compress(options)
 
 
 if __name__ == "__main__":

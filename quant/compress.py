@@ -1,7 +1,7 @@
-"""W8A8S -> W8A8SC: msmodelslim's Compressor, once for the share of every rank.
+"""W8A8S -> W8A8SC with msmodelslim's Compressor, once for the share of every rank.
 
-A W8A8S folder flows in; config.json, the small files and a folder partR-of-N for every rank flow out. Compressing is done by
-a program that msmodelslim builds against CANN (`compress_excutor`); nothing here replaces it.
+Takes a W8A8S folder; returns an exit code, with config.json, the small files and a folder partR-of-N for every rank published.
+Compressing is done by a program that msmodelslim builds against CANN (`compress_excutor`); nothing here replaces it.
 """
 
 import os
@@ -20,29 +20,32 @@ from runtime.common.files import locked, write_atomically
 from runtime.common.progress import byte_progress
 from runtime.parallel.split import Split, check_split
 
-from . import msmodelslim_calls as slim
-from . import output as write
-from .rank_shares import Shares, part_folders, part_name
+from .msmodelslim_calls import import_msmodelslim, private_directory
+from .options import CompressOptions
+from .output.files import copy_small_files, write_config, write_description
+from .output.weights import Entry, write_weights
+from .pipeline import prepare_folder
+from .rank_shares import Share, Shares, part_folders, part_name
+from .validate.folder import validate
+from .work_folder import PARTIAL
 
 KIND = "W8A8SC"
 PROCESSES = 8
-WORK = ".partial"
 
 
-def compress(options) -> int:
+def compress(options: CompressOptions) -> int:
     family, checkpoint, description = open_sparse(options.model)
     size = options.tensor_parallel_size
     check_split(family, size)
-    slim.open_slim()
+    import_msmodelslim()
     find_compressor()
-    out = prepare(options.out, options.model)
+    out = prepare_empty_folder(options.out, options.model)
     with locked(out):
-        folder = out / WORK
+        folder = out / PARTIAL
         shutil.rmtree(folder, ignore_errors=True)
         for rank in range(size):
-            ratio = compress_rank(
-                family, checkpoint, description, Split(family.decoder, size, rank), folder
-            )
+            split = Split(family.decoder, size, rank)
+            ratio = compress_rank(family, checkpoint, description, split, folder)
             print(
                 f"{part_name(rank, size)}: compressed weights are {ratio:.1%} of their size",
                 flush=True,
@@ -85,54 +88,52 @@ def find_compressor() -> Path:
     return program
 
 
-def prepare(out: str, model: str) -> Path:
-    """The output folder, empty but for what an earlier run left."""
-    from .pipeline import prepare as made
-
-    out = made(out, model)
-    if find_description(out):
-        raise ToolkitError(f"--out {out} holds quantised weights already; give an empty folder")
-    return out
+def prepare_empty_folder(out: str, model: str) -> Path:
+    """The output folder, empty but for what an earlier run left; ToolkitError if other weights are in it."""
+    folder = prepare_folder(out, model)
+    if find_description(folder):
+        raise ToolkitError(f"--out {folder} holds quantised weights already; give an empty folder")
+    return folder
 
 
 def compress_rank(
     family, checkpoint: Checkpoint, description: Description, split: Split, folder: Path
 ) -> float:
-    """Write the folder of one rank, its description last -> bytes of the compressed weights as a share of the former."""
+    """Write the folder of one rank, its description last -> size of the compressed weights relative to before."""
     shares = Shares(family, split)
     part = folder / part_name(split.rank, split.size)
     part.mkdir(parents=True)
-    names = [
-        name
-        for name, kind in description.kinds.items()
-        if kind == "W8A8S" and name.endswith(".weight")
-    ]
-    tensors = {name: shares.of(name).take(checkpoint.tensor(name)).contiguous() for name in names}
-    before = sum(tensor.numel() for tensor in tensors.values())
-    compressed = run_compressor(tensors)
-    del tensors
-    entries = [
-        _entry(name, description.kinds[name], shares.of(name), checkpoint)
-        for name in description.kinds
-        if name not in compressed
-    ]
-    entries += [
-        write.Entry(name, t.dtype, tuple(t.shape), KIND, partial(compressed.get, name))
-        for name, t in compressed.items()
-    ]
+    weights = {}
+    for name, kind in description.kinds.items():
+        if kind == "W8A8S" and name.endswith(".weight"):
+            weights[name] = shares.of(name).take(checkpoint.tensor(name)).contiguous()
+    bytes_before = total_elements(weights)
+    compressed = run_compressor(weights)
+    del weights
+    entries = []
+    for name, kind in description.kinds.items():
+        if name not in compressed:
+            entries.append(share_entry(name, kind, shares.of(name), checkpoint))
+    for name, tensor in compressed.items():
+        read = partial(compressed.get, name)
+        entries.append(Entry(name, tensor.dtype, tuple(tensor.shape), KIND, read))
     with byte_progress(f"writing {part.name}") as update:
-        write.write_weights(entries, part, KIND, update)
-    write_atomically(part / FILE, write.write_description({e.name: e.kind for e in entries}, KIND))
-    return sum(t.numel() for name, t in compressed.items() if name.endswith(".weight")) / before
+        write_weights(entries, part, KIND, update)
+    kinds = {entry.name: entry.kind for entry in entries}
+    write_atomically(part / FILE, write_description(kinds, KIND))
+    return total_elements(compressed) / bytes_before
 
 
-def _entry(name: str, kind: str, share, checkpoint: Checkpoint) -> write.Entry:
-    return write.Entry(
-        name,
-        checkpoint.dtype(name),
-        share.shape(checkpoint.shapes[name]),
-        kind,
-        lambda: share.take(checkpoint.tensor(name)),
+def total_elements(tensors: dict[str, torch.Tensor]) -> int:
+    """Of the weights, which are int8: also their size in bytes."""
+    return sum(tensor.numel() for name, tensor in tensors.items() if name.endswith(".weight"))
+
+
+def share_entry(name: str, kind: str, share: Share, checkpoint: Checkpoint) -> Entry:
+    """A rank's share of a tensor that is not compressed."""
+    shape = share.shape(checkpoint.shapes[name])
+    return Entry(
+        name, checkpoint.dtype(name), shape, kind, lambda: share.take(checkpoint.tensor(name))
     )
 
 
@@ -145,40 +146,40 @@ def run_compressor(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         "version": "1.0.0",
         **dict.fromkeys(weights, "W8A8S"),
     }
-    with slim.private_directory() as work:
-        config = CompressConfig(
-            record_detail_root=str(work), multiprocess_num=min(PROCESSES, os.cpu_count())
-        )
+    processes = min(PROCESSES, os.cpu_count())
+    with private_directory() as folder:
+        config = CompressConfig(record_detail_root=str(folder), multiprocess_num=processes)
         try:
-            found = Compressor(config, weight=weights, quant_model_description=description).run()
-        except (
-            Exception
-        ) as error:  # it raises that class itself, whatever went wrong in its program
-            said = " ".join(str(error.args[-1] if error.args else error).split())
-            raise ToolkitError(
-                f"msmodelslim's compressor failed ({said[:300]}); source CANN's set_env.sh and see its log in "
-                "~/ascend/log",
-                CHECK_FAILED,
-            ) from error
-    return {
-        name.removesuffix("weight") + end: torch.from_numpy(array[name].astype(dtype))
-        for name in weights
-        for end, array, dtype in zip(("weight", "index", "info"), found, ("int8", "int8", "int64"))
-    }
+            compressor = Compressor(config, weight=weights, quant_model_description=description)
+            arrays, indices, infos = compressor.run()
+        except Exception as error:  # the very class that it raises, whatever went wrong
+            raise compressor_error(error) from error
+    tensors = {}
+    for name in weights:
+        layer = name.removesuffix("weight")
+        tensors[name] = torch.from_numpy(arrays[name].astype("int8"))
+        tensors[layer + "index"] = torch.from_numpy(indices[name].astype("int8"))
+        tensors[layer + "info"] = torch.from_numpy(infos[name].astype("int64"))
+    return tensors
+
+
+def compressor_error(error: Exception) -> ToolkitError:
+    reason = error.args[-1] if error.args else error
+    on_one_line = " ".join(str(reason).split())
+    return ToolkitError(
+        f"msmodelslim's compressor failed ({on_one_line[:300]}); source CANN's set_env.sh and see its log "
+        "in ~/ascend/log",
+        CHECK_FAILED,
+    )
 
 
 def finish(checkpoint: Checkpoint, folder: Path, out: Path, size: int):
-    """Small files, validation, publication: config.json, without which nothing loads, comes last."""
-    from .validate import validate
-
-    small = write.copy_small_files(Path(checkpoint.directory), folder)
+    """Add the small files, validate, and publish: config.json, without which nothing loads, comes last."""
+    source = Path(checkpoint.directory)
+    small = copy_small_files(source, folder)
     (folder / FILE).unlink(missing_ok=True)
-    write_atomically(
-        folder / "config.json",
-        write.write_config(
-            read_json(Path(checkpoint.directory) / "config.json"), KIND, torch.float16
-        ),
-    )
+    config = write_config(read_json(source / "config.json"), KIND, torch.float16)
+    write_atomically(folder / "config.json", config)
     if problems := validate(folder).problems:
         raise ToolkitError(
             f"the result would not load: {problems[0]}; nothing was published", CHECK_FAILED
@@ -186,10 +187,8 @@ def finish(checkpoint: Checkpoint, folder: Path, out: Path, size: int):
     (out / "config.json").unlink(missing_ok=True)
     for old in part_folders(out).values():
         shutil.rmtree(old)
-    for name in [
-        *(part_name(rank, size) for rank in range(size)),
-        *(n for n in small if n != FILE),
-        "config.json",
-    ]:
+    names = [part_name(rank, size) for rank in range(size)]
+    names += [name for name in small if name != FILE]
+    for name in [*names, "config.json"]:
         os.replace(folder / name, out / name)
     shutil.rmtree(folder)

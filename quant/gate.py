@@ -1,93 +1,106 @@
-"""Is the quantised model still the model? Next-token KL and top-1 agreement on held-out samples decide; where they do not
-hold, the linear layers that hurt most go back to float, as few as will do.
+"""Is the quantised model still the model? Next-token KL and top-1 agreement on held-out samples decide. If they do not hold,
+the linear layers with the largest errors go back to float, as few as suffice.
 
-A finished work folder flows in; the groups of linear layers that stay float, and the figures, flow out. The quantised side
-is computed with the engine's integer arithmetic, layer by layer.
+Takes a QuantPlan and a work folder whose layers are all finished, returns a Verdict: the groups of linear layers that go back
+to float, and the figures. The quantised side is computed with the engine's integer arithmetic, layer by layer.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 from models.checkpoint.table import WeightTable
 from models.network.decoder import norm_of
 from runtime.common.errors import CHECK_FAILED, ToolkitError
+from runtime.common.metrics import kl
 from runtime.engine.loading.weights import load_rows
 from runtime.ops.cpu.ops import CpuOps
 
-from .layer_loop import integer_layer, relative_error, run, with_floats
-from .layer_module import release_memory
-from .work_folder import Job, Work
+from .integer_layer import finished_tensors, integer_layer, run_layer
+from .layer_module import relative_error, release_memory
+from .options import GateOptions
+from .plan import QuantPlan
+from .work_folder import FinishedLayer, WorkFolder
 
-ROWS = 1 << 11  # rows of the output matrix multiplied at a time: buffers that malloc keeps
+MATRIX_ROWS = 1 << 11  # of the output matrix, multiplied at a time: buffers that malloc keeps
 TOKENS = 32  # logits compared at a time, in float64
+
+Group = tuple[int, str]  # layer, and the name in the runtime of the linear layers that become one
 
 
 @dataclass
 class Figures:
-    """kl: mean KL(float || quantised) of the next token in nats; top1: share of tokens whose most likely successor is the
-    same; tokens: how many were judged."""
+    """kl: mean KL(float || quantised) of the next token, in nats. top1: share of tokens whose most likely successor is the
+    same. tokens: how many were judged."""
 
     kl: float
     top1: float
     tokens: int
 
-    def hold(self, max_kl: float, min_top1: float) -> bool:
-        return self.kl <= max_kl and self.top1 >= min_top1
+    def hold(self, limits: GateOptions) -> bool:
+        return self.kl <= limits.max_kl and self.top1 >= limits.min_top1
 
 
 @dataclass
 class Verdict:
-    """`kept`: groups (layer, group) that went back to float, worst first; `tried`: {number of groups: figures}."""
+    """float_groups: groups that go back to float, largest error first. tried: {number of such groups: figures}."""
 
-    kept: list[tuple[int, str]]
+    float_groups: list[Group]
     figures: Figures
     tried: dict[int, Figures]
 
     def report(self) -> dict:
         return {
-            "kept_float": [f"layers.{i}.{group}" for i, group in self.kept],
+            "kept_float": [f"layers.{index}.{group}" for index, group in self.float_groups],
             **asdict(self.figures),
-            "tried": {str(n): asdict(f) for n, f in self.tried.items()},
+            "tried": {str(count): asdict(figures) for count, figures in self.tried.items()},
         }
 
 
-def pass_gate(job: Job, work: Work, max_kl: float, min_top1: float, say) -> Verdict:
-    """The smallest number of groups, worst first, with which the figures hold; ToolkitError if none does."""
-    streams = work.load_streams(job.layers)
-    held = range(job.calibrating, len(job.samples))
-    head = Head(job)
-    ranking = Ranking(job, work)
+def pass_gate(
+    plan: QuantPlan,
+    folder: WorkFolder,
+    limits: GateOptions,
+    on_figures: Callable[[int, Figures], None],
+) -> Verdict:
+    """The smallest number of groups, largest error first, with which the figures hold; ToolkitError if none does.
+
+    on_figures(count, figures) is called for every number that is tried.
+    """
+    head = Head(plan)
+    ranking = Ranking(plan, folder)
+    streams = folder.load_streams(plan.num_layers)
+    quantised = [streams.quantised[number] for number in plan.held_out]
+    expected = head.logits([streams.float_model[number] for number in plan.held_out])
     tried = {}
-    expected = head.logits([streams["float"][i] for i in held])
 
     def holds(count: int) -> bool:
-        found = (
-            [streams["quantised"][i] for i in held]
-            if count == 0
-            else replay(job, work, ranking.worst(count))
-        )
+        found = replay(plan, folder, ranking.worst(count)) if count else quantised
         tried[count] = figures(expected, head.logits(found))
-        say(count, tried[count])
-        return tried[count].hold(max_kl, min_top1)
+        on_figures(count, tried[count])
+        return tried[count].hold(limits)
 
     count = fewest(holds, len(ranking.quantised) - 1)  # at least one stays quantised
     if count is None:
-        best = min(tried.values(), key=lambda f: f.kl)
-        raise ToolkitError(
-            f"the quality gate cannot be reached: KL {best.kl:.3g} (limit {max_kl:g}), top-1 {best.top1:.1%} "
-            f"(at least {min_top1:.1%}); calibrate on text like yours with --calib, try --anti m2, or set "
-            "--max-kl and --min-top1 (the layers are kept for that)",
-            CHECK_FAILED,
-        )
+        raise unreachable(min(tried.values(), key=lambda found: found.kl), limits)
     return Verdict(ranking.worst(count), tried[count], tried)
 
 
-def fewest(holds, limit: int) -> int | None:
-    """Smallest count at which `holds`, which is assumed to stay so above it: doubling, then halving."""
+def unreachable(best: Figures, limits: GateOptions) -> ToolkitError:
+    return ToolkitError(
+        f"the quality gate cannot be reached: KL {best.kl:.3g} (limit {limits.max_kl:g}), "
+        f"top-1 {best.top1:.1%} (at least {limits.min_top1:.1%}); calibrate on text like yours with "
+        "--calib, try --anti m2, or set --max-kl and --min-top1 (the layers are kept for that)",
+        CHECK_FAILED,
+    )
+
+
+def fewest(holds: Callable[[int], bool], limit: int) -> int | None:
+    """Smallest count <= limit at which `holds` is true, None if there is none. It is assumed to stay true above that count:
+    found by doubling, then bisecting."""
     low = -1
     high = 0
     while not holds(high):
@@ -97,84 +110,95 @@ def fewest(holds, limit: int) -> int | None:
         high = min(max(1, 2 * high), limit)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if holds(middle) else (middle, high)
+        if holds(middle):
+            high = middle
+        else:
+            low = middle
     return high
 
 
 class Ranking:
-    """Groups of linear layers that are quantised, by the error that each alone causes in its layer; measured when asked."""
+    """Quantised groups, ranked by the error that each alone causes in its layer; measured when first asked for.
 
-    def __init__(self, job: Job, work: Work):
-        self._job = job
-        self._work = work
-        self.quantised = [
-            (index, group)
-            for index in range(job.layers)
-            for group in quantised_groups(work.record(index))
-        ]
+    quantised: all of them, in the order of the layers.
+    """
 
-    def worst(self, count: int) -> list[tuple[int, str]]:
+    def __init__(self, plan: QuantPlan, folder: WorkFolder):
+        self._plan = plan
+        self._folder = folder
+        self.quantised: list[Group] = []
+        for index in range(plan.num_layers):
+            for group in quantised_groups(folder.layer(index)):
+                self.quantised.append((index, group))
+
+    def worst(self, count: int) -> list[Group]:
+        """The `count` groups with the largest errors, largest first."""
         return self._ranked[:count] if count else []
 
     @functools.cached_property
-    def _ranked(self):
+    def _ranked(self) -> list[Group]:
         errors = self._errors()
         return sorted(self.quantised, key=errors.get, reverse=True)
 
-    @torch.inference_mode()
-    def _errors(self) -> dict[tuple[int, str], float]:
+    def _errors(self) -> dict[Group, float]:
         """One pass of the held-out samples over the float model."""
-        job = self._job
         errors = {}
-        numbers = range(job.calibrating, len(job.samples))
-        stream = [job.samples[i].stream for i in numbers]
-
-        def outputs(index, kept):
-            layer = integer_layer(job.family, index, *layer_parts(job, self._work, index, kept))
-            return [run(job, layer, x, i) for x, i in zip(stream, numbers)]
-
-        for index in range(job.layers):
-            groups = [place for place in self.quantised if place[0] == index]
-            after = outputs(index, groups)
-            for place in groups:
-                found = outputs(index, [other for other in groups if other != place])
-                errors[place] = relative_error(*map(torch.cat, (after, found, stream)))
-            stream = after
+        streams = held_out_samples(self._plan)
+        for index in range(self._plan.num_layers):
+            groups = [group for group in self.quantised if group[0] == index]
+            before = torch.cat(list(streams.values()))
+            streams_after = run_finished_layer(self._plan, self._folder, index, groups, streams)
+            expected = torch.cat(list(streams_after.values()))
+            for group in groups:
+                others = [other for other in groups if other != group]
+                outputs = run_finished_layer(self._plan, self._folder, index, others, streams)
+                found = torch.cat(list(outputs.values()))
+                errors[group] = relative_error(expected, found, before)
+            streams = streams_after
             release_memory()
         return errors
 
 
-def quantised_groups(record) -> list[str]:
-    return [
-        group
-        for group, names in record.groups.items()
-        if any(record.kinds[f"{name}.weight"] != "FLOAT" for name in names)
-    ]
+def quantised_groups(layer: FinishedLayer) -> list[str]:
+    """Groups with at least one quantised linear layer."""
+    quantised = []
+    for group, names in layer.groups.items():
+        if any(layer.kinds[f"{name}.weight"] != "FLOAT" for name in names):
+            quantised.append(group)
+    return quantised
 
 
-def replay(job: Job, work: Work, kept: list[tuple[int, str]]) -> list[torch.Tensor]:
-    """Held-out streams behind the last layer, with the groups `kept` in float."""
-    numbers = range(job.calibrating, len(job.samples))
-    streams = [job.samples[i].stream for i in numbers]
-    for index in range(job.layers):
-        layer = integer_layer(job.family, index, *layer_parts(job, work, index, kept))
-        streams = [run(job, layer, x, i) for x, i in zip(streams, numbers)]
-    return streams
+def held_out_samples(plan: QuantPlan) -> dict[int, torch.Tensor]:
+    """Residual streams of the held-out samples before the first layer, by number of the sample."""
+    return {number: plan.samples[number].stream for number in plan.held_out}
 
 
-def layer_parts(job: Job, work: Work, index: int, kept) -> tuple[dict, dict]:
-    """(tensors, kinds) of a finished layer, the groups `kept` in float."""
-    record = work.record(index)
-    names = {name for i, group in kept if i == index for name in record.groups[group]}
-    return with_floats(job, work, index, load_file(work.weights(index)), record.kinds, names)
+def replay(plan: QuantPlan, folder: WorkFolder, float_groups: list[Group]) -> list[torch.Tensor]:
+    """Residual streams of the held-out samples after the last layer, with `float_groups` in float."""
+    streams = held_out_samples(plan)
+    for index in range(plan.num_layers):
+        streams = run_finished_layer(plan, folder, index, float_groups, streams)
+    return list(streams.values())
+
+
+def run_finished_layer(
+    plan: QuantPlan,
+    folder: WorkFolder,
+    index: int,
+    float_groups: list[Group],
+    streams: dict[int, torch.Tensor],
+) -> dict[int, torch.Tensor]:
+    """Residual streams before the layer -> after it, with those of `float_groups` that are of it in float."""
+    tensors, kinds = finished_tensors(plan, folder, index, float_groups)
+    return run_layer(plan, integer_layer(plan.family, index, tensors, kinds), streams)
 
 
 class Head:
-    """Final norm and output matrix, multiplied piece by piece."""
+    """Final norm and output matrix of the float model."""
 
-    def __init__(self, job: Job):
-        family = job.family
-        self.checkpoint = job.checkpoint
+    def __init__(self, plan: QuantPlan):
+        family = plan.family
+        self.checkpoint = plan.checkpoint
         table = WeightTable(family.weights())
         rows = [row for row in table.decoder() if row.target.module == "final_norm"]
         self.norm = norm_of(
@@ -186,32 +210,30 @@ class Head:
 
     @torch.inference_mode()
     def logits(self, streams: list[torch.Tensor]) -> np.ndarray:
-        """float32 [tokens, vocab] of residual streams behind the last layer."""
+        """float32 [tokens, vocab] of residual streams [T, hidden] after the last layer."""
         norm = CpuOps().layer_norm if self.layer_norm else CpuOps().rms_norm
         matrix = self.checkpoint.tensor(self.source)
         x = norm(torch.cat(streams), self.norm, self.eps)
         logits = np.empty((len(x), len(matrix)), np.float32)
-        for start in range(0, len(matrix), ROWS):
-            logits[:, start : start + ROWS] = torch.nn.functional.linear(
-                x, matrix[start : start + ROWS].float()
-            ).numpy()
+        for start in range(0, len(matrix), MATRIX_ROWS):
+            end = start + MATRIX_ROWS
+            part = torch.nn.functional.linear(x, matrix[start:end].float())
+            logits[:, start:end] = part.numpy()
         return logits
 
 
 def figures(expected: np.ndarray, found: np.ndarray) -> Figures:
-    """Of logits [tokens, vocab]."""
-    kl = torch.cat(
-        [
-            _kl(*pair)
-            for pair in zip(*(torch.from_numpy(x).split(TOKENS) for x in (expected, found)))
-        ]
-    )
-    if not kl.isfinite().all():
-        return Figures(float("inf"), 0.0, len(kl))
-    return Figures(kl.mean().item(), float((expected.argmax(1) == found.argmax(1)).mean()), len(kl))
-
-
-def _kl(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
-    """KL(softmax(expected) || softmax(found)) per row, float64."""
-    p, q = (x.double().log_softmax(-1) for x in (expected, found))
-    return torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+    """Of logits [tokens, vocab] of the float and of the quantised model; KL is infinite if a logit is not finite."""
+    divergences = []
+    for start in range(0, len(expected), TOKENS):
+        rows = slice(start, start + TOKENS)
+        with np.errstate(invalid="ignore"):
+            divergences.append(
+                kl(expected[rows].astype(np.float64), found[rows].astype(np.float64))
+            )
+    divergence = np.concatenate(divergences)
+    tokens = len(divergence)
+    if not np.isfinite(divergence).all():
+        return Figures(float("inf"), 0.0, tokens)
+    top1 = (expected.argmax(1) == found.argmax(1)).mean()
+    return Figures(divergence.mean().item(), float(top1), tokens)

@@ -1,174 +1,156 @@
-"""Layer by layer: calibrate, quantise, measure, keep; a killed run goes on behind the last finished layer.
+"""Quantises layer by layer; a killed run resumes after the last finished layer.
 
-A Job flows in; a work folder with one file per layer flows out, and what the float and the quantised model make of the
-held-out samples. At any time one layer is in memory. msmodelslim's whole-model run gives the same numbers: its statistics
-of a layer depend on the samples' residual streams in front of it, and those are handed from layer to layer.
+Takes a QuantPlan and a WorkFolder, returns what became of each layer; the tensors and the residual streams after the layer
+are in the work folder. One layer is in memory at a time. msmodelslim's whole-model run gives the same numbers: its
+statistics of a layer depend only on the samples' residual streams before it, which are handed from layer to layer.
+
+A layer goes one way: LayerModule -> smooth_outliers -> calibrate or keep_float -> judge_layer -> WorkFolder.save_layer.
 """
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import torch
-from safetensors.torch import load_file
 
-from models.checkpoint.quantized import Description, quantized_weights
-from models.checkpoint.reader import Checkpoint
-from models.checkpoint.shards import Entry
-from models.checkpoint.table import WeightTable
-from models.network.decoder import LayerArithmetic, layer_of
-from runtime.engine.loading.weights import load_rows
+from models.network.decoder import Layer
 
-from . import msmodelslim_calls as slim
-from .layer_module import NO_CACHE, LayerModule, LayerOps, release_memory
-from .work_folder import Job, Record, Streams, Work
+from .integer_layer import integer_layer, run_layer
+from .layer_module import LayerModule, relative_error, release_memory
+from .msmodelslim_calls import quant_config, quantise_linears, set_config, suppress_outliers
+from .plan import QuantPlan
+from .work_folder import FinishedLayer, ResidualStreams, WorkFolder
 
 
-class MemoryCheckpoint(Checkpoint):
-    """Tensors at hand, read like a checkpoint's."""
+@dataclass
+class LayerTensors:
+    """A layer as the result stores it. outputs: residual streams after it, of the samples that calibration ran through it."""
 
-    def __init__(self, tensors: dict[str, torch.Tensor]):
-        self._tensors = tensors
-        self._entries = {
-            name: Entry(Path(), t.dtype, tuple(t.shape)) for name, t in tensors.items()
-        }
-
-    def tensor(self, name):
-        return self._tensors[name]
+    tensors: dict[str, torch.Tensor]
+    kinds: dict[str, str]
+    outputs: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
-def quantise_layers(job: Job, work: Work) -> Iterator[tuple[int, Record]]:
-    """Every layer that is not finished yet; afterwards work.load_streams(job.layers) is behind the last."""
-    start = work.finished()
+def quantise_layers(plan: QuantPlan, folder: WorkFolder) -> Iterator[tuple[int, FinishedLayer]]:
+    """Quantise the layers that are not finished yet; yields (index, finished layer).
+
+    Afterwards folder.load_streams(plan.num_layers) gives the residual streams after the last layer.
+    """
+    first = folder.num_finished()
     release_memory()
-    streams = (
-        work.load_streams(start)
-        if start
-        else {
-            "float": {i: job.samples[i].stream for i in job.followed},
-            "quantised": {i: s.stream for i, s in enumerate(job.samples)},
-        }
-    )
-    for index in range(start, job.layers):
-        record, streams = _one_layer(job, work, index, streams)
+    streams = folder.load_streams(first) if first else embedded_samples(plan)
+    for index in range(first, plan.num_layers):
+        finished, streams = quantise_layer(plan, folder, index, streams)
         release_memory()
-        yield index, record
+        yield index, finished
+
+
+def embedded_samples(plan: QuantPlan) -> ResidualStreams:
+    """Residual streams before the first layer."""
+    return ResidualStreams(
+        {number: plan.samples[number].stream for number in plan.followed},
+        {number: sample.stream for number, sample in enumerate(plan.samples)},
+    )
 
 
 @torch.inference_mode()
-def _one_layer(job: Job, work: Work, index: int, streams: Streams) -> tuple[Record, Streams]:
-    n = job.calibrating
-    steps = [sample.step for sample in job.samples]
-    layer = LayerModule(job.family, job.checkpoint, index, steps)
-    slim.configure(layer, job.dtype)
-    with job.spending("judging"):
-        after = layer.float_outputs(streams["float"])
-    floats = {}
-    if job.anti:
-        layer.stream = [streams["float"][i] for i in range(n)]
-        slim.suppress_outliers(layer, job.anti, [after[i] for i in range(n)])
-        floats = {name: tensor.to(job.dtype) for name, tensor in _linear_tensors(layer).items()}
-    keep = job.keep & set(layer.linear_names)
-    groups = dict(layer.groups)
-    names = set(layer.linear_names)
-    if keep == names:
-        tensors = {name: t.to(job.dtype) for name, t in layer.state_dict().items()}
-        kinds = dict.fromkeys(tensors, "FLOAT")
-        outputs = {}
+def quantise_layer(
+    plan: QuantPlan, folder: WorkFolder, index: int, streams: ResidualStreams
+) -> tuple[FinishedLayer, ResidualStreams]:
+    """streams: before the layer -> (finished layer, residual streams after it), both saved in `folder`."""
+    layer = LayerModule(plan.family, plan.checkpoint, index, [s.step for s in plan.samples])
+    set_config(layer, plan.dtype)
+    with plan.timed("judging"):
+        float_outputs = layer.float_outputs(streams.float_model)
+    smoothed = smooth_outliers(plan, layer, streams.float_model, float_outputs)
+    if plan.kept_float.issuperset(layer.linear_names):
+        quantised = keep_float(plan, layer)
     else:
-        float_stream = [x for i, x in streams["float"].items() if i < n]
-        with job.spending("calibrating"):
-            tensors, kinds = slim.quantise(
-                layer,
-                job.scheme,
-                keep,
-                float_stream,
-                [streams["quantised"][i] for i in range(n)],
-                job.act_method,
-                job.fraction,
-                job.ranges,
-            )
-        tensors = {
-            name: t.to(job.dtype)
-            if kinds[name] == "FLOAT" and not name.endswith("norm.bias")
-            else t
-            for name, t in tensors.items()
-        }
-        outputs = layer.outputs
+        quantised = calibrate(plan, layer, streams)
+    groups = dict(layer.groups)
     del layer
     release_memory()
-    with job.spending("judging"):
-        quantised = integer_layer(job.family, index, tensors, kinds)
-        behind = {
-            "float": after,
-            "quantised": {
-                i: outputs[i] if i in outputs else run(job, quantised, x, i)
-                for i, x in streams["quantised"].items()
-            },
-        }
-        record = Record(kinds, groups, *_measure(job, quantised, streams["float"], after))
-    work.keep(index, tensors, floats, record, behind)
-    return record, behind
+    with plan.timed("judging"):
+        engine_layer = integer_layer(plan.family, index, quantised.tensors, quantised.kinds)
+        outputs = all_outputs(plan, engine_layer, streams.quantised, quantised.outputs)
+        cosine, snr = judge_layer(plan, engine_layer, streams.float_model, float_outputs)
+    finished = FinishedLayer(quantised.kinds, groups, cosine, snr)
+    streams_after = ResidualStreams(float_outputs, outputs)
+    folder.save_layer(index, quantised.tensors, smoothed, finished, streams_after)
+    return finished, streams_after
 
 
-def _linear_tensors(layer: LayerModule) -> dict[str, torch.Tensor]:
-    state = layer.state_dict()
-    return {
-        f"{name}.{end}": state[f"{name}.{end}"]
-        for name in layer.linear_names
-        for end in ("weight", "bias")
-        if f"{name}.{end}" in state
-    }
+def smooth_outliers(
+    plan: QuantPlan,
+    layer: LayerModule,
+    inputs: dict[int, torch.Tensor],
+    outputs: dict[int, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """Apply anti-outlier to `layer` -> its rescaled linear layers; {} if the plan has no anti-outlier method.
+
+    inputs, outputs: the float model's residual streams before and after the layer.
+    """
+    if not plan.anti:
+        return {}
+    layer.streams = [inputs[number] for number in plan.calibration]
+    suppress_outliers(layer, plan.anti, [outputs[number] for number in plan.calibration])
+    return {name: tensor.to(plan.dtype) for name, tensor in layer.linear_tensors().items()}
 
 
-def integer_layer(family, index: int, tensors: dict, kinds: dict):
-    """The layer as the runtime computes it, float parts in float32."""
-    rows = WeightTable(family.weights()).layer(index)
-    table = WeightTable(quantized_weights(rows, Description(Path("layer"), "", kinds)))
-    checkpoint = MemoryCheckpoint(tensors)
-    weights = load_rows(checkpoint, table.used(), torch.float32, "cpu", LayerOps())
-    return layer_of(weights, f"layers.{index}.")
+def keep_float(plan: QuantPlan, layer: LayerModule) -> LayerTensors:
+    """A layer of which nothing is quantised, in the result's float type."""
+    tensors = {name: tensor.to(plan.dtype) for name, tensor in layer.state_dict().items()}
+    return LayerTensors(tensors, dict.fromkeys(tensors, "FLOAT"))
 
 
-@torch.inference_mode()
-def run(job: Job, layer, x, number: int):
-    """Residual stream of sample `number` before the layer -> behind it."""
-    return LayerArithmetic(job.family.decoder, LayerOps()).layer(
-        x, layer, 0, job.samples[number].step, NO_CACHE
-    )
+def calibrate(plan: QuantPlan, layer: LayerModule, streams: ResidualStreams) -> LayerTensors:
+    """Quantise the layer with msmodelslim, on what the quantised layers before it make of the samples."""
+    kept_float = plan.kept_float.intersection(layer.linear_names)
+    config = quant_config(plan.scheme, plan.act_method, plan.fraction, kept_float)
+    float_inputs = []
+    quantised_inputs = []
+    for number in plan.calibration:
+        if number in streams.float_model:
+            float_inputs.append(streams.float_model[number])
+        if plan.scheme.calibrated:
+            quantised_inputs.append(streams.quantised[number])
+    with plan.timed("calibrating"):
+        tensors, kinds = quantise_linears(
+            layer, config, float_inputs, quantised_inputs, plan.input_ranges
+        )
+    for name, kind in kinds.items():
+        # norms keep their biases in float32
+        if kind == "FLOAT" and not name.endswith("norm.bias"):
+            tensors[name] = tensors[name].to(plan.dtype)
+    return LayerTensors(tensors, kinds, layer.outputs)
 
 
-def with_floats(
-    job: Job, work: Work, index: int, tensors: dict, kinds: dict, names: set[str]
-) -> tuple[dict, dict]:
-    """(tensors, kinds) of a layer with the linear layers `names` as they were before quantisation."""
-    floats = load_file(work.floats(index)) if names and work.floats(index).is_file() else {}
-    kept = {n: t for n, t in tensors.items() if n.rpartition(".")[0] not in names}
-    for name in names:
-        for tensor in (f"{name}.weight", f"{name}.bias"):
-            if tensor in job.checkpoint.shapes:
-                kept[tensor] = (
-                    floats[tensor]
-                    if tensor in floats
-                    else job.checkpoint.tensor(tensor).to(job.dtype)
-                )
-    return kept, {
-        name: "FLOAT" if name.rpartition(".")[0] in names else kinds[name] for name in kept
-    }
+def all_outputs(
+    plan: QuantPlan,
+    layer: Layer,
+    streams: dict[int, torch.Tensor],
+    computed: dict[int, torch.Tensor],
+) -> dict[int, torch.Tensor]:
+    """Residual streams of all samples after the quantised layer; those that are in `computed` are taken from there."""
+    missing = {number: stream for number, stream in streams.items() if number not in computed}
+    outputs = computed | run_layer(plan, layer, missing)
+    return {number: outputs[number] for number in streams}
 
 
-def _measure(job: Job, quantised, stream, after) -> tuple[float, float]:
-    """(cosine, signal-to-noise ratio in dB) on the held-out samples."""
-    held = range(job.calibrating, len(job.samples))
-    expected, before = (torch.cat([s[i] for i in held]) for s in (after, stream))
-    found = torch.cat([run(job, quantised, stream[i], i) for i in held])
+def judge_layer(
+    plan: QuantPlan,
+    layer: Layer,
+    inputs: dict[int, torch.Tensor],
+    float_outputs: dict[int, torch.Tensor],
+) -> tuple[float, float]:
+    """(cosine, signal-to-noise ratio in dB) of what the quantised layer adds to the held-out samples' residual streams,
+    against what the float layer adds to them. inputs: of the float model."""
+    held_out = {number: inputs[number] for number in plan.held_out}
+    before = torch.cat(list(held_out.values()))
+    expected = torch.cat([float_outputs[number] for number in plan.held_out])
+    found = torch.cat(list(run_layer(plan, layer, held_out).values()))
     noise = max(relative_error(expected, found, before), 1e-9)
     cosine = torch.nn.functional.cosine_similarity(
         (expected - before).flatten(), (found - before).flatten(), 0
     )
     return cosine.item(), -20 * math.log10(noise)
-
-
-def relative_error(expected, found, before) -> float:
-    """Of what the layer adds to the residual stream."""
-    return ((found - expected).norm() / (expected - before).norm().clamp(min=1e-30)).item()

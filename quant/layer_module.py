@@ -1,8 +1,8 @@
-"""One decoder layer as a plain module in float32, whose parts have the names that the checkpoint gives them.
+"""One decoder layer as a plain float32 module, whose submodules have the names that the checkpoint gives them.
 
-A family, its checkpoint and the residual streams of some samples flow in; msmodelslim looks at the module, replaces its
-linear layers, and the residual streams behind the layer flow out. The arithmetic is the runtime's own (network/decoder.py);
-rows stand as in the checkpoint and are brought into the runtime's order behind each linear layer.
+Takes a family, its checkpoint and residual streams before the layer, returns the residual streams after it. msmodelslim
+rescales the module's weights and replaces its linear layers. The arithmetic is the runtime's own (network/decoder.py);
+weight rows are in the checkpoint's order, and the outputs of each linear layer are reordered for the runtime.
 """
 
 import gc
@@ -26,7 +26,8 @@ NO_CACHE = SimpleNamespace(layers=[(None, None)])
 
 @dataclass
 class SampleStep:
-    """Rotary rows [T, head_dim] of one sample; its first `context` tokens see each other both ways."""
+    """cos, sin: rotary rows [T, head_dim] of one sample. Its first `context` tokens attend to each other in both
+    directions, the others causally."""
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -35,12 +36,13 @@ class SampleStep:
 
 
 def sample_step(config, positions, context: int) -> SampleStep:
+    """positions: int64 array [T, channels]."""
     cos, sin = rotary_angles(config.rope, config.head_dim, torch.from_numpy(positions))
     return SampleStep(cos, sin, context)
 
 
 class LayerOps(CpuOps):
-    """The runtime's arithmetic over whole samples, without a cache; norms and linear layers are what the layer says."""
+    """The runtime's arithmetic over whole samples, without a KV cache. Norms may be modules, which are then called."""
 
     def rms_norm(self, x, norm, eps):
         return norm(x) if callable(norm) else super().rms_norm(x, norm, eps)
@@ -55,10 +57,13 @@ class LayerOps(CpuOps):
         pass
 
     def attention(self, q, k, v, keys, values, step):
-        c = step.context
-        spans = [(q[:c], k[:c], v[:c], False)] if c else []
-        spans += [(q[c:], k, v, True)] if c < len(q) else []
-        return torch.cat([sequence_attention(*span) for span in spans])
+        context = step.context
+        outputs = []
+        if context:
+            outputs.append(sequence_attention(q[:context], k[:context], v[:context], False))
+        if context < len(q):
+            outputs.append(sequence_attention(q[context:], k, v, True))
+        return torch.cat(outputs)
 
 
 class RMSNorm(nn.Module):
@@ -76,39 +81,28 @@ class RMSNorm(nn.Module):
 class LayerModule(nn.Module):
     """Layer `index` of `family`. forward(input_ids [1]: number of a sample) -> [1, T, hidden].
 
-    `stream`: residual stream [T, hidden] of every sample before the layer; `outputs`: behind it, as last computed.
-    `groups`: names of the linear layers that become each of LINEARS in the runtime, in the order of its rows.
+    streams: residual stream [T, hidden] of every sample before the layer. outputs: after it, as last computed.
+    groups: names of the linear layers that become each of LINEARS in the runtime, in the order of its rows.
+    norms: names of the norms, by those of NORMS.
     """
 
     def __init__(self, family, checkpoint, index: int, steps: list[SampleStep]):
         super().__init__()
         self.family = family
         self.steps = steps
-        self.stream = []
+        self.streams = []
         self.outputs = {}
         self.groups = defaultdict(list)
-        self._orders = {}
-        norms = {}
+        self.norms = {}
+        self._row_orders = {}
         for row in sorted(WeightTable(family.weights()).layer(index), key=_place):
-            if row.tensor != "weight":
-                continue
-            name = row.module
-            target = row.target.role
-            stored = [name + end for end in (".weight", ".bias") if name + end in checkpoint.shapes]
-            tensors = [checkpoint.tensor(tensor).float() for tensor in stored]
-            if target in NORMS:
-                norms[target] = name
-                self._put(name, self._norm(*tensors))
-            else:
-                self.groups[target].append(name)
-                self._orders[name] = _order(row)
-                self._put(name, _linear(*tensors))
-        self._layer = Layer(
-            **{target: partial(self._call, [name]) for target, name in norms.items()},
-            **{target: partial(self._call, names) for target, names in self.groups.items()},
-        )
+            if row.tensor == "weight":
+                self._add(row, checkpoint)
+        modules = {target: partial(self._call, [name]) for target, name in self.norms.items()}
+        for target, names in self.groups.items():
+            modules[target] = partial(self._call, names)
+        self._layer = Layer(**modules)
         self._arithmetic = LayerArithmetic(family.decoder, LayerOps())
-        self.norms = norms
 
     @property
     def device(self):
@@ -121,27 +115,39 @@ class LayerModule(nn.Module):
     @torch.inference_mode()
     def forward(self, input_ids, attention_mask=None):
         number = int(input_ids[0])
-        self.outputs[number] = self.run(self.stream[number], number)
+        self.outputs[number] = self.run(self.streams[number], number)
         return self.outputs[number][None]
 
     def run(self, x, number: int):
-        """Residual stream of sample `number` before the layer -> behind it."""
+        """Residual stream of sample `number` before the layer -> after it."""
         return self._arithmetic.layer(x, self._layer, 0, self.steps[number], NO_CACHE)
 
-    def float_outputs(self, stream: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
-        with torch.inference_mode():
-            return {number: self.run(x, number) for number, x in stream.items()}
+    @torch.inference_mode()
+    def float_outputs(self, streams: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """Residual streams {number of a sample: [T, hidden]} before the layer -> after it."""
+        return {number: self.run(stream, number) for number, stream in streams.items()}
 
     @property
     def linear_names(self) -> list[str]:
         return [name for group in LINEARS for name in self.groups[group]]
 
+    def linear_tensors(self) -> dict[str, torch.Tensor]:
+        """Weights and biases of the linear layers, by the checkpoint's names."""
+        tensors = {}
+        state = self.state_dict()
+        for linear in self.linear_names:
+            for name in (f"{linear}.weight", f"{linear}.bias"):
+                if name in state:
+                    tensors[name] = state[name]
+        return tensors
+
     def _call(self, names, x):
-        """Outputs [T, n] of the named modules side by side, rows in the runtime's order; msmodelslim wants a batch axis."""
+        """Outputs [T, n] of the named modules side by side, in the runtime's order of rows; the modules get a batch axis,
+        which msmodelslim expects."""
         outputs = []
         for name in names:
             y = self.get_submodule(name)(x[None])[0]
-            order = self._orders.get(name)
+            order = self._row_orders.get(name)
             outputs.append(y if order is None else y[:, order])
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
@@ -154,14 +160,28 @@ class LayerModule(nn.Module):
         norm.bias.data = bias
         return norm
 
-    def _put(self, name, module):
+    def _add(self, row: Weight, checkpoint):
+        """Add the norm or linear layer of which `row` is the weight."""
+        name = row.module
+        target = row.target.role
+        stored = [name + end for end in (".weight", ".bias") if name + end in checkpoint.shapes]
+        tensors = [checkpoint.tensor(tensor).float() for tensor in stored]
+        if target in NORMS:
+            self.norms[target] = name
+            self._add_submodule(name, self._norm(*tensors))
+        else:
+            self.groups[target].append(name)
+            self._row_orders[name] = _row_order(row)
+            self._add_submodule(name, _linear(*tensors))
+
+    def _add_submodule(self, name: str, module: nn.Module):
         parent = self
-        parts = name.split(".")
-        for part in parts[:-1]:
+        *parents, last = name.split(".")
+        for part in parents:
             if part not in parent._modules:
                 parent.add_module(part, nn.Module())
             parent = parent._modules[part]
-        parent.add_module(parts[-1], module)
+        parent.add_module(last, module)
 
 
 def _linear(weight, bias=None) -> nn.Linear:
@@ -173,14 +193,14 @@ def _linear(weight, bias=None) -> nn.Linear:
     return linear
 
 
-def _order(row: Weight) -> torch.Tensor | None:
-    """Which checkpoint row stands at each of the runtime's rows; None: they stand alike."""
+def _row_order(row: Weight) -> torch.Tensor | None:
+    """The checkpoint's row for each of the runtime's rows; None: the order is the same."""
     transform = row.parts[0].transform
     return None if transform is None else transform(torch.arange(row.shape[0]))
 
 
 def linear_groups(family) -> dict[tuple[int, str], list[str]]:
-    """(layer, one of LINEARS) -> the checkpoint's names of the linear layers that become it, in the order of its rows."""
+    """{(layer, one of LINEARS): the checkpoint's names of the linear layers that become it, in the order of its rows}."""
     groups = defaultdict(list)
     for row in sorted(WeightTable(family.weights()).layers(), key=_place):
         target = row.target
@@ -190,11 +210,17 @@ def linear_groups(family) -> dict[tuple[int, str], list[str]]:
 
 
 def _place(row: Weight) -> tuple[int, int]:
-    """(row at which it begins in its target, the target's rows), for sorting; (0, 0): it is the target."""
+    """(row at which it begins in its target, the target's rows), for sorting; (0, 0): it is the whole target."""
     return row.parts[0].at or (0, 0)
 
 
+def relative_error(expected: torch.Tensor, found: torch.Tensor, before: torch.Tensor) -> float:
+    """Norm of the error of what a layer adds to the residual stream `before`, relative to the norm of what it adds."""
+    return ((found - expected).norm() / (expected - before).norm().clamp(min=1e-30)).item()
+
+
 def release_memory():
-    """Modules refer to themselves and wait for the collector; glibc keeps the holes that large tensors leave."""
+    """Free modules now: they refer to themselves and otherwise wait for the collector. glibc keeps the holes that large
+    tensors leave, unless it is asked to return them."""
     gc.collect()
     return_freed_memory()

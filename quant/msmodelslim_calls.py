@@ -1,7 +1,7 @@
-"""The real msmodelslim (classic API), called for one layer, with guards against what it does without a word.
+"""Calls the real msmodelslim (classic API) for one layer, with guards against what it does silently.
 
-A LayerModule and its samples flow in; the tensors and kinds that msmodelslim saves for it flow out. Facts behind the
-guards: docs/quant.md, "Traps".
+Takes a LayerModule and residual streams before it, returns the tensors and kinds that msmodelslim saves for the layer.
+Facts behind the guards: docs/quant.md, "Traps".
 """
 
 import contextlib
@@ -22,18 +22,17 @@ from safetensors.torch import load_file
 
 from runtime.common.errors import CHECK_FAILED, MISSING_COMPONENT, ToolkitError
 
-ANTI_METHODS = ("m1", "m2", "m3", "m4", "m5", "m6")
-PAIRS = ("m4", "m6")  # also scale one linear layer against the next
-IDENTITY = (
-    1e-4  # anti-outlier must leave a float32 layer's output as it was, up to this relative change
-)
+from .layer_module import LayerModule, relative_error
+
+LINEAR_PAIR_METHODS = ("m4", "m6")  # also scale one linear layer against the next
+MAX_CHANGE = 1e-4  # relative change of a float32 layer's output that anti-outlier may cause
 MODEL_TYPE = "ascend_vlm_layer"
 INSTALL = "pip install 'ascend-vlm[quant]'"
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """QuantConfig fields of one --scheme; `calibrated`: activations have stored scales, which samples must give."""
+    """QuantConfig fields of one --scheme. calibrated: activations have stored scales, which are measured on samples."""
 
     kind: str
     settings: dict
@@ -51,8 +50,9 @@ SCHEMES = {
 
 
 @functools.cache
-def open_slim():
-    """Import msmodelslim; ToolkitError with the line that helps. It brings binaries for Python up to 3.12 only."""
+def import_msmodelslim():
+    """Import msmodelslim quietly; ToolkitError with the command that installs it. It has binaries for Python up to 3.12
+    only."""
     if sys.version_info >= (3, 13):
         raise ToolkitError(
             f"msmodelslim has no binaries for Python {sys.version.split()[0]}, only up to 3.12; make the "
@@ -61,6 +61,17 @@ def open_slim():
         )
     if importlib.util.find_spec("msmodelslim") is None:
         raise ToolkitError(f"msmodelslim is not installed; run: {INSTALL}", MISSING_COMPONENT)
+    _import_quietly()
+    from tqdm import tqdm
+
+    for name in ("msmodelslim", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)  # several bars per layer
+    _register_adapter()
+    gc.freeze()  # msmodelslim collects garbage in every layer; a million objects of packages take 2 s
+
+
+def _import_quietly():
     logging.disable(logging.WARNING)  # it complains that there is no NPU
     try:  # llm_ptq_tools first: other parts fail when they are imported before it
         importlib.import_module("msmodelslim.pytorch.llm_ptq.llm_ptq_tools")
@@ -71,18 +82,12 @@ def open_slim():
         ) from None
     finally:
         logging.disable(logging.NOTSET)
-    from tqdm import tqdm
-
-    for name in ("msmodelslim", "transformers"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)  # several bars per layer
-    _register_pairs()
-    gc.freeze()  # msmodelslim collects garbage in every layer, and a million objects of packages take 2 s to look at
 
 
 @contextlib.contextmanager
 def private_directory():
-    """msmodelslim writes features.npy into the working directory, and weights that only their owner may read."""
+    """Work in a temporary directory -> its path: msmodelslim writes features.npy into the working directory, and weights
+    that only their owner may read."""
     before = os.getcwd()
     with tempfile.TemporaryDirectory(prefix="ascend-vlm-quant-") as path:
         os.chdir(path)
@@ -92,130 +97,133 @@ def private_directory():
             os.chdir(before)
 
 
-def configure(layer, dtype: torch.dtype):
-    """The config that msmodelslim reads. `dtype`, of the files, decides the form of deq_scale, whose factors stay float32."""
+def set_config(layer: LayerModule, dtype: torch.dtype):
+    """Give the layer the config that msmodelslim reads. dtype: float type of the result, on which the form of deq_scale
+    depends; its factors stay float32."""
     from transformers import PretrainedConfig
 
-    d = layer.family.decoder
-    layer.config = PretrainedConfig(num_attention_heads=d.heads, num_key_value_heads=d.kv_heads)
+    decoder = layer.family.decoder
+    layer.config = PretrainedConfig(
+        num_attention_heads=decoder.heads, num_key_value_heads=decoder.kv_heads
+    )
     layer.config.model_type = MODEL_TYPE
     layer.config.architectures = ["AscendVlmLayer"]
     layer.config.dtype = dtype
 
 
-def subgraph(layer, method: str) -> dict[str, list[str]]:
-    """Which norm (or linear layer) may be scaled against which linear layers.
+def norm_linear_subgraph(layer: LayerModule, method: str) -> dict[str, list[str]]:
+    """{norm or linear layer: the linear layers after it against which anti-outlier may scale it}, by name.
 
-    Only pairs between which nothing but a product per channel stands: not a fused gate and up, whose halves are
-    multiplied, nor an activation.
+    Only pairs between which nothing but a multiplication per channel stands: not a fused gate and up, whose halves are
+    multiplied with each other, nor pairs with an activation between them.
     """
-    g = layer.groups
-    pairs = {layer.norms["attention_norm"]: g["qkv"], layer.norms["mlp_norm"]: g["up"]}
-    if method in PAIRS and len(g["qkv"]) == 3:
-        pairs[g["qkv"][2]] = g["out"]
-    if method in PAIRS and len(g["up"]) == 2:
-        pairs[g["up"][1]] = g["down"]
+    groups = layer.groups
+    pairs = {
+        layer.norms["attention_norm"]: groups["qkv"],
+        layer.norms["mlp_norm"]: groups["up"],
+    }
+    if method in LINEAR_PAIR_METHODS and len(groups["qkv"]) == 3:
+        value = groups["qkv"][2]
+        pairs[value] = groups["out"]
+    if method in LINEAR_PAIR_METHODS and len(groups["up"]) == 2:
+        up = groups["up"][1]
+        pairs[up] = groups["down"]
     return pairs
 
 
-def _register_pairs():
+def _register_adapter():
     from msmodelslim.pytorch.llm_ptq.model.base import ModelAdapter, ModelAdapterRegistry
 
     @ModelAdapterRegistry.register(MODEL_TYPE)
     class LayerAdapter(ModelAdapter):
         def get_norm_linear_subgraph(self, cfg, dummy_input=None, norm_class=None):
-            return {
-                first: list(rest) for first, rest in subgraph(self.model, cfg.anti_method).items()
-            }
+            pairs = norm_linear_subgraph(self.model, cfg.anti_method)
+            return {first: list(rest) for first, rest in pairs.items()}
 
 
-def numbers(count: int) -> list[list[torch.Tensor]]:
-    return [[torch.tensor([i])] for i in range(count)]
+def sample_numbers(count: int) -> list[list[torch.Tensor]]:
+    """Calibration data for msmodelslim: for each sample the arguments of LayerModule.forward."""
+    return [[torch.tensor([number])] for number in range(count)]
 
 
-def suppress_outliers(layer, method: str, expected: list[torch.Tensor]):
-    """AntiOutlier over the samples in layer.stream; ToolkitError if the layer then computes anything else.
+def suppress_outliers(layer: LayerModule, method: str, expected: list[torch.Tensor]):
+    """AntiOutlier over the samples in layer.streams; ToolkitError if it changes what the layer computes.
 
     expected: the layer's outputs before.
     """
     from msmodelslim.pytorch.llm_ptq.anti_outlier import AntiOutlier, AntiOutlierConfig
 
     config = AntiOutlierConfig(anti_method=method, dev_type="cpu")
-    AntiOutlier(layer, calib_data=numbers(len(layer.stream)), cfg=config).process()
-    found = layer.float_outputs(dict(enumerate(layer.stream)))
+    AntiOutlier(layer, calib_data=sample_numbers(len(layer.streams)), cfg=config).process()
+    found = layer.float_outputs(dict(enumerate(layer.streams)))
     changes = [
-        relative_change(x, before, found[i])
-        for i, (x, before) in enumerate(zip(layer.stream, expected))
+        relative_error(expected[number], found[number], stream)
+        for number, stream in enumerate(layer.streams)
     ]
-    if not max(changes) <= IDENTITY:
+    if not max(changes) <= MAX_CHANGE:
         raise ToolkitError(
             f"--anti {method} changes what the float model computes, by {max(changes):.1e} in the layer of "
-            f"{layer.linear_names[0]} (limit {IDENTITY:g}); use --anti m2 or leave --anti out",
+            f"{layer.linear_names[0]} (limit {MAX_CHANGE:g}); use --anti m2 or leave --anti out",
             CHECK_FAILED,
         )
 
 
-def relative_change(x, before, after) -> float:
-    """Of what the layer adds to the residual stream."""
-    return ((after - before).norm() / (before - x).norm().clamp(min=1e-30)).item()
-
-
-def quantise(
-    layer,
-    scheme: Scheme,
-    keep: set[str],
-    float_stream,
-    stream,
-    act_method: int,
-    fraction: float,
-    ranges=None,
-):
-    """Calibrate and quantise the linear layers that are not in `keep`.
-
-    float_stream: what the float model feeds the layer, for the choice of observers; not needed with `ranges`
-    {linear layer: max |x| / standard deviation of its input}, by which act_method 3 chooses and which the others ignore.
-    stream: what the quantised layers before it feed it. Afterwards layer.outputs are the samples' outputs as computed
-    during calibration.
-    -> ({name: tensor}, {name: kind}) as msmodelslim saves them.
-    """
-    from msmodelslim.pytorch.llm_ptq.llm_ptq_tools import Calibrator, QuantConfig
+def quant_config(scheme: Scheme, act_method: int, fraction: float, kept_float: set[str]):
+    """msmodelslim's QuantConfig. kept_float: names of linear layers that are not quantised."""
+    from msmodelslim.pytorch.llm_ptq.llm_ptq_tools import QuantConfig
 
     settings = dict(scheme.settings)
     if scheme.calibrated:
         settings["act_method"] = act_method
     if settings.get("is_lowbit"):
         settings["fraction"] = fraction
-    config = QuantConfig(
+    return QuantConfig(
         dev_type="cpu",
         mm_tensor=False,
         pr=1.0,
         disable_last_linear=False,
-        disable_names=sorted(keep),
+        disable_names=sorted(kept_float),
         **settings,
     )
-    data = numbers(len(stream)) if scheme.calibrated else None
-    with private_directory() as work, known_ranges(ranges):
-        layer.stream = float_stream
+
+
+def quantise_linears(
+    layer: LayerModule,
+    config,
+    float_streams: list[torch.Tensor],
+    streams: list[torch.Tensor],
+    input_ranges: dict[str, float] | None,
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Calibrate and quantise the linear layers -> (tensors, kinds), by name, as msmodelslim saves them.
+
+    float_streams: the samples' residual streams before the layer in the float model, on which msmodelslim chooses observers;
+    not needed with input_ranges {linear layer: max |x| / standard deviation of its input}, from which act_method 3 chooses
+    and which the other methods ignore. streams: the samples' residual streams after the quantised layers before this one;
+    [] for a scheme that is not calibrated. Afterwards layer.outputs are the samples' outputs as computed during calibration.
+    """
+    from msmodelslim.pytorch.llm_ptq.llm_ptq_tools import Calibrator
+
+    data = sample_numbers(len(streams)) or None
+    with private_directory() as folder, reused_input_ranges(input_ranges):
+        layer.streams = float_streams
         calibrator = Calibrator(layer, config, calib_data=data, disable_level="L0")
-        remember_weights(layer)
-        layer.stream = stream
+        cache_quantised_weights(layer)
+        layer.streams = streams
         layer.outputs = {}
         calibrator.run()
-        calibrator.save(str(work / "out"), save_type=["ascendV1"])
-        return _saved(work / "out")
+        calibrator.save(str(folder / "out"), save_type=["ascendV1"])
+        return _saved(folder / "out")
 
 
 @contextlib.contextmanager
-def known_ranges(ranges: dict[str, float] | None):
-    """msmodelslim takes input ranges that are known, or nobody asks for ({}), instead of running the float layer again."""
+def reused_input_ranges(ranges: dict[str, float] | None):
+    """Make msmodelslim take these input ranges ({} where nothing depends on them) instead of running the float layer again;
+    None: let it measure them."""
     from msmodelslim.pytorch.llm_ptq.llm_ptq_tools import quant_tools
 
     measure = quant_tools.get_features
     if ranges is not None:
-        states = {
-            name: {"t_max": torch.tensor(r), "t_min": torch.tensor(0.0), "std": torch.tensor(1.0)}
-            for name, r in ranges.items()
-        }
+        states = {name: _as_features(ratio) for name, ratio in ranges.items()}
         quant_tools.get_features = lambda *_: states
     try:
         yield
@@ -223,16 +231,23 @@ def known_ranges(ranges: dict[str, float] | None):
         quant_tools.get_features = measure
 
 
-def remember_weights(layer):
-    """Quantise each weight once instead of in every forward pass: scales do not change, so nor do the values."""
+def _as_features(ratio: float) -> dict[str, torch.Tensor]:
+    """Features from which msmodelslim computes max |x| / standard deviation = `ratio`."""
+    return {"t_max": torch.tensor(ratio), "t_min": torch.tensor(0.0), "std": torch.tensor(1.0)}
+
+
+def cache_quantised_weights(layer: LayerModule):
+    """Quantise each weight once instead of in every forward pass: scales do not change, so neither do the values."""
     from msmodelslim.pytorch.llm_ptq.llm_ptq_tools.quant_modules import LinearQuantizer
 
     for module in layer.modules():
         if isinstance(module, LinearQuantizer):
-            module.quant_weight.tensor_forward = _Once(module.quant_weight.tensor_forward)
+            module.quant_weight.tensor_forward = _FirstResult(module.quant_weight.tensor_forward)
 
 
-class _Once:
+class _FirstResult:
+    """A function that computes once and then repeats its first result."""
+
     def __init__(self, compute):
         self.compute = compute
         self.result = None
@@ -248,4 +263,5 @@ def _saved(folder: Path) -> tuple[dict, dict]:
     for file in folder.glob("*.safetensors"):
         tensors |= {name: tensor.clone() for name, tensor in load_file(file).items()}
     description = json.loads((folder / "quant_model_description.json").read_text(encoding="utf-8"))
-    return tensors, {name: description[name] for name in tensors}
+    kinds = {name: description[name] for name in tensors}
+    return tensors, kinds

@@ -1,44 +1,68 @@
 """Which linear layers stay float from the start, and how activations are measured: what Ascend publishes for GLM-4-9B and
 LLaVA, applied to their relatives.
 
-A family, a scheme and the user's wishes flow in; names flow out. Layers that become one in the engines (q, k and v; gate
-and up) stay float together, because vllm-ascend refuses mixed ones.
+Takes a family, a scheme and the user's options, returns a recipe and names of linear layers. Layers that become one in the
+engines (q, k and v; gate and up) stay float together, because vllm-ascend refuses mixed ones.
 """
 
 import fnmatch
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from runtime.common.errors import ToolkitError
 
-from . import msmodelslim_calls as slim
 from .layer_module import LayerModule, linear_groups, release_memory
+from .msmodelslim_calls import private_directory, sample_numbers
+from .options import RecipeOptions
 
 SHARE = 25 / 160  # disable_level L25 of the 160 linear layers of GLM-4-9B
+NUM_MEASURED = 5  # samples on which msmodelslim measures input ranges
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """share: part of the linear layers kept float because their inputs have the widest range; keep: groups kept float."""
+    """share: of the linear layers, how many stay float because their inputs have the widest ranges. float_groups: groups that
+    stay float in every layer. anti: anti-outlier method, None for none."""
 
     act_method: int = 3  # histogram for narrow inputs, min-max for wide ones
     share: float = 0.0
-    keep: tuple[str, ...] = ()
+    float_groups: tuple[str, ...] = ()
     anti: str | None = None
 
 
 RECIPES = {
-    ("llava", "w8a8"): Recipe(act_method=2, keep=("down",), anti="m2"),
+    ("llava", "w8a8"): Recipe(act_method=2, float_groups=("down",), anti="m2"),
     ("any", "w8a8"): Recipe(share=SHARE),
-    ("any", "w8a8s"): Recipe(
-        act_method=1, keep=("qkv", "up", "down")
-    ),  # sparse weights: the attention's output alone
+    # sparse weights: the attention's output alone
+    ("any", "w8a8s"): Recipe(act_method=1, float_groups=("qkv", "up", "down")),
     ("any", "w8a8-dynamic"): Recipe(),
     ("any", "w8a16"): Recipe(),
 }
 
 
 def recipe_for(family, scheme: str) -> Recipe:
+    """The published recipe, that of the family or else the one for all."""
     return RECIPES.get((family.name, scheme)) or RECIPES["any", scheme]
+
+
+def chosen_recipe(family, scheme: str, options: RecipeOptions) -> Recipe:
+    """The published recipe with what the user sets instead; ToolkitError if that is not possible with the scheme."""
+    recipe = recipe_for(family, scheme)
+    if options.act_method:
+        recipe = replace(recipe, act_method=options.act_method)
+    if options.anti == "none":
+        recipe = replace(recipe, anti=None)
+    elif options.anti:
+        recipe = replace(recipe, anti=options.anti)
+    if scheme == "w8a8s" and recipe.act_method == 3:
+        raise ToolkitError("--act-method 3 is not possible with --scheme w8a8s; use 1 or 2")
+    return recipe
+
+
+def num_widest(level: str | None, share: float, family) -> int:
+    """How many linear layers with the widest inputs stay float. level: --disable-level, "L25" for 25; None: by `share`."""
+    if level is not None:
+        return int(level[1:])
+    return round(share * len(linear_groups(family)))
 
 
 def kept_by_name(family, patterns) -> set[str]:
@@ -57,45 +81,50 @@ def kept_by_name(family, patterns) -> set[str]:
 
 
 def kept_by_group(family, groups) -> set[str]:
-    return {
-        name
-        for (_, group), names in linear_groups(family).items()
-        if group in groups
-        for name in names
-    }
+    """Linear layers of `groups`, e.g. ("down",), in every layer."""
+    kept = set()
+    for (_, group), names in linear_groups(family).items():
+        if group in groups:
+            kept.update(names)
+    return kept
 
 
 def whole_groups(family, names: set[str]) -> set[str]:
-    return {
-        name for group in linear_groups(family).values() if names & set(group) for name in group
-    }
+    """The linear layers `names` and those that become one with them."""
+    whole = set()
+    for group in linear_groups(family).values():
+        if not names.isdisjoint(group):
+            whole.update(group)
+    return whole
 
 
-def kept_by_range(family, ranges: dict[str, float], level: int, already: set[str]) -> set[str]:
-    """The `level` layers with the widest inputs, msmodelslim's disable_level, and those that become one with them."""
-    widest = [name for name in sorted(ranges, key=ranges.get, reverse=True) if name not in already][
-        :level
-    ]
+def kept_by_range(family, ranges: dict[str, float], count: int, kept: set[str]) -> set[str]:
+    """The `count` linear layers with the widest inputs (msmodelslim's disable_level) beside those `kept` already, and those
+    that become one with them."""
+    by_range = sorted(ranges, key=ranges.get, reverse=True)
+    widest = [name for name in by_range if name not in kept][:count]
     return whole_groups(family, set(widest))
 
 
 def input_ranges(family, checkpoint, samples, progress) -> dict[str, float]:
-    """max |x| / standard deviation of every linear layer's input, as msmodelslim measures it on the first five samples."""
+    """max |x| / standard deviation of every linear layer's input in the float model, as msmodelslim measures it on the first
+    five samples. progress(done, total) is called with numbers of layers."""
     from msmodelslim.pytorch.llm_ptq.llm_ptq_tools.quant_tools import get_features
 
-    samples = samples[:5]
+    samples = samples[:NUM_MEASURED]
+    data = sample_numbers(len(samples))
+    steps = [sample.step for sample in samples]
+    streams = [sample.stream for sample in samples]
     ranges = {}
-    stream = [sample.stream for sample in samples]
     for index in range(family.decoder.layers):
-        layer = LayerModule(family, checkpoint, index, [sample.step for sample in samples])
-        layer.stream = stream
-        with slim.private_directory():
-            found = get_features(layer, slim.numbers(len(samples)), "features.npy", False)
-        ranges |= {
-            name: (max(abs(f["t_max"]), abs(f["t_min"])) / f["std"]).item()
-            for name, f in found.items()
-        }
-        stream = [layer.outputs[i] for i in range(len(samples))]
+        layer = LayerModule(family, checkpoint, index, steps)
+        layer.streams = streams
+        with private_directory():
+            features = get_features(layer, data, "features.npy", False)
+        for name, found in features.items():
+            largest = max(abs(found["t_max"]), abs(found["t_min"]))
+            ranges[name] = (largest / found["std"]).item()
+        streams = [layer.outputs[number] for number in range(len(samples))]
         del layer
         release_memory()
         progress(index + 1, family.decoder.layers)

@@ -1,5 +1,5 @@
-"""Texts that --calib stands in for: what the activations of a general chat model are measured on, and what the result is
-judged on. Written for this toolkit; half Chinese, half English; questions, prose, lists, numbers and code.
+"""Built-in texts, used when --calib is not given: the activations of a general chat model are measured on CALIBRATION, the
+result is judged on HELD_OUT. Written for this toolkit; half Chinese, half English; questions, prose, lists, numbers and code.
 """
 
 CALIBRATION = (

@@ -1,8 +1,10 @@
-"""Samples: what activations are measured on. Texts, conversations or ids flow in; token ids, rotary rows and the residual
-stream in front of the first layer flow out.
+"""Samples: the token sequences on which activations are measured and the result is judged.
+
+Takes texts, conversations or token ids (`Lines`), returns Samples with token ids, rotary rows and the residual stream before
+the first layer.
 
 A line of a calibration file (jsonl) is one of: {"text": "..."} or {"inputs_pretokenized": "..."} (a question),
-{"messages": [...]} as chat takes them, pictures as {"type": "image", "image": "file beside the jsonl"}, and
+{"messages": [...]} as chat takes them, images as {"type": "image", "image": "file beside the jsonl"}, and
 {"ids": [...]}, already tokenised.
 """
 
@@ -16,38 +18,63 @@ import torch
 
 from models.checkpoint.table import WeightTable
 from models.errors import ModelError
+from models.prompt.messages import content
 from runtime.common.errors import ToolkitError
+from runtime.common.sample_questions import QUESTIONS
 from runtime.engine.sequence import Sequence
+from runtime.vision import open_session
 
 from .layer_module import SampleStep, sample_step
+from .options import CalibrationOptions
 from .sample_texts import CALIBRATION, HELD_OUT
 
-LONGEST = 512  # tokens of a sample; what is behind is cut off
+MAX_TOKENS = 512  # of a sample; the rest is cut off
+
+
+@dataclass
+class Lines:
+    """Lines of a calibration file: to measure activations on, and to judge the result on."""
+
+    calibration: list[dict]
+    held_out: list[dict]
 
 
 @dataclass
 class Sample:
-    """`stream` float32 [T, hidden]: token embeddings and picture rows."""
+    """ids int64 [T]. stream float32 [T, hidden]: token embeddings, with the features of images in their places."""
 
     ids: np.ndarray
     step: SampleStep
     stream: torch.Tensor
 
 
-def default_lines(family, texts) -> list[dict]:
-    """The built-in texts; models with pictures get the built-in pictures too."""
-    from models.prompt.messages import content
-    from runtime.common.sample_questions import QUESTIONS
+def choose_lines(family, options: CalibrationOptions) -> Lines:
+    """Lines of --calib or the built-in ones, at most --samples of them to calibrate on."""
+    if options.calib is None:
+        lines = Lines(text_lines(CALIBRATION), text_lines(HELD_OUT))
+        if family.vision:
+            lines.calibration += image_lines()
+    else:
+        lines = split_lines(read_lines(options.calib))
+    return Lines(draw(lines.calibration, options.samples, options.seed), lines.held_out)
 
-    lines = [{"text": text} for text in texts]
-    scenes = [q for q in QUESTIONS if q.scene] if family.vision and texts is CALIBRATION else []
-    return lines + [
-        {"messages": [{"role": "user", "content": content(q.text, [q.scene()])}]} for q in scenes
-    ]
+
+def text_lines(texts: tuple[str, ...]) -> list[dict]:
+    return [{"text": text} for text in texts]
+
+
+def image_lines() -> list[dict]:
+    """The built-in questions about built-in images."""
+    lines = []
+    for question in QUESTIONS:
+        if question.scene:
+            message = {"role": "user", "content": content(question.text, [question.scene()])}
+            lines.append({"messages": [message]})
+    return lines
 
 
 def read_lines(file: str) -> list[dict]:
-    """Lines of a calibration file; ToolkitError with the number of a line that is none."""
+    """Lines of a calibration file; ToolkitError with the number of the first that is no calibration line."""
     lines = []
     try:
         texts = Path(file).read_text(encoding="utf-8-sig").split("\n")
@@ -59,10 +86,7 @@ def read_lines(file: str) -> list[dict]:
     for number, text in enumerate(texts, 1):
         if not text.strip():
             continue
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            line = None
+        line = _as_json(text)
         if not _is_line(line):
             raise ToolkitError(
                 f'--calib {file}, line {number}, is no calibration line; write {{"text": "..."}} or '
@@ -76,66 +100,82 @@ def read_lines(file: str) -> list[dict]:
     return lines
 
 
+def _as_json(text: str):
+    """The value, or None if `text` is not JSON."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return None
+
+
 def _is_line(line) -> bool:
     if not isinstance(line, dict):
         return False
-    if (ids := line.get("ids")) is not None:
-        return (
-            isinstance(ids, list)
-            and bool(ids)
-            and all(type(i) is int and 0 <= i < 1 << 31 for i in ids)
-        )
-    if (messages := line.get("messages")) is not None:
-        return (
-            isinstance(messages, list)
-            and all(
-                isinstance(m, dict) and isinstance(m.get("content"), (str, list)) for m in messages
-            )
-            and any(m.get("role") == "user" for m in messages)
-        )
+    if line.get("ids") is not None:
+        return _are_ids(line["ids"])
+    if line.get("messages") is not None:
+        return _are_messages(line["messages"])
     return isinstance(line.get("text", line.get("inputs_pretokenized")), str)
 
 
-def choose(lines: list[dict], count: int, seed: int) -> list[dict]:
+def _are_ids(ids) -> bool:
+    if not isinstance(ids, list) or not ids:
+        return False
+    return all(type(token) is int and 0 <= token < 1 << 31 for token in ids)
+
+
+def _are_messages(messages) -> bool:
+    if not isinstance(messages, list):
+        return False
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), (str, list)):
+            return False
+    return any(message.get("role") == "user" for message in messages)
+
+
+def draw(lines: list[dict], count: int, seed: int) -> list[dict]:
     """At most `count` lines, in their order, drawn with `seed`."""
     if count >= len(lines):
         return lines
-    return [lines[i] for i in sorted(random.Random(seed).sample(range(len(lines)), count))]
+    drawn = random.Random(seed).sample(range(len(lines)), count)
+    return [lines[i] for i in sorted(drawn)]
 
 
-def held_out_lines(family, lines: list[dict], calib: str | None) -> tuple[list[dict], list[dict]]:
-    """(lines to calibrate on, lines to judge on). A file's every fourth line is held out, if it has that many."""
-    if calib is None:
-        return lines, default_lines(family, HELD_OUT)
-    return (
-        ([line for i, line in enumerate(lines) if i % 4 != 3], lines[3::4])
-        if len(lines) >= 4
-        else (lines, lines)
-    )
+def split_lines(lines: list[dict]) -> Lines:
+    """Every fourth line is held out; of fewer than four all serve both purposes."""
+    if len(lines) < 4:
+        return Lines(lines, lines)
+    calibration = [line for i, line in enumerate(lines) if i % 4 != 3]
+    return Lines(calibration, lines[3::4])
 
 
 def make_samples(family, checkpoint, lines: list[dict]) -> list[Sample]:
-    """Tokenise and embed; ModelError if a line is nothing the model can be asked."""
+    """Tokenise and embed; ModelError if the model cannot be asked what a line says."""
     prompts = [_tokens(family, line) for line in lines]
     table = _embedding(family, checkpoint)
-    vision = _vision(family, checkpoint) if any(prompt.pixels for prompt, _ in prompts) else None
+    vision = None
+    if any(prompt.pixels for prompt, _ in prompts):
+        vision = open_session("torch", family, checkpoint, None)
     return [_sample(family, prompt, answer, table, vision) for prompt, answer in prompts]
 
 
 def _with_paths(value, folder: Path):
-    """The line with picture files found beside the jsonl file."""
+    """The line with the paths of image files, which are relative to `folder`."""
     if isinstance(value, list):
         return [_with_paths(item, folder) for item in value]
     if not isinstance(value, dict):
         return value
-    return {
-        key: str(folder / item) if key == "image" else _with_paths(item, folder)
-        for key, item in value.items()
-    }
+    found = {}
+    for key, item in value.items():
+        if key == "image":
+            found[key] = str(folder / item)
+        else:
+            found[key] = _with_paths(item, folder)
+    return found
 
 
 def _tokens(family, line: dict):
-    """(prompt, ids of the answer that follows it)."""
+    """(prompt, token ids of the answer that follows it)."""
     if line.get("ids"):
         return family.prompt_from_ids(line["ids"]), []
     text = line.get("text", line.get("inputs_pretokenized"))
@@ -148,26 +188,18 @@ def _tokens(family, line: dict):
 
 
 def _sample(family, prompt, answer, table, vision) -> Sample:
-    ids = np.concatenate((prompt.ids, np.array(answer, dtype=np.int64)))[:LONGEST]
+    ids = np.concatenate((prompt.ids, np.array(answer, dtype=np.int64)))[:MAX_TOKENS]
+    num_tokens = len(ids)
     if ids.max() >= len(table) or ids.min() < 0:
         raise ModelError(f"token id {ids.max()} is outside the vocabulary of {len(table)}")
     stream = table[torch.from_numpy(ids)].float()
     for start, pixels in zip(prompt.layout.image_starts, prompt.pixels):
-        rows = torch.from_numpy(vision.encode(pixels)[0])
-        stream[start : start + len(rows)] = rows[: max(0, len(ids) - start)]
-    positions = Sequence(prompt, None).positions(0, len(ids))[: len(ids)]
-    return Sample(
-        ids,
-        sample_step(family.decoder, positions, min(prompt.layout.bidirectional, len(ids))),
-        stream,
-    )
+        features = torch.from_numpy(vision.encode(pixels)[0])
+        stream[start : start + len(features)] = features[: max(0, num_tokens - start)]
+    positions = Sequence(prompt, None).positions(0, num_tokens)[:num_tokens]
+    context = min(prompt.layout.bidirectional, num_tokens)
+    return Sample(ids, sample_step(family.decoder, positions, context), stream)
 
 
 def _embedding(family, checkpoint) -> torch.Tensor:
     return checkpoint.tensor(WeightTable(family.weights()).source_of("embed.weight"))
-
-
-def _vision(family, checkpoint):
-    from runtime.vision import open_session
-
-    return open_session("torch", family, checkpoint, None)

@@ -1,73 +1,39 @@
-"""A quantisation under way: its job, and the folder that lets it resume."""
+"""The work folder of a quantisation, which lets a killed run resume.
+
+Takes every finished layer with the residual streams after it; returns them to the run that resumes, to the quality gate
+and to the output.
+"""
 
 import json
 import shutil
-import time
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from models.checkpoint.reader import Checkpoint
 from runtime.common.files import write_atomically
 
-from . import msmodelslim_calls as slim
-from .samples import Sample
-
-STREAMS = ("float", "quantised")
-MEASURED = 5  # calibration samples on which msmodelslim measures input ranges
-Streams = dict[
-    str, dict[int, torch.Tensor]
-]  # of each of STREAMS: number of a sample -> its residual stream
+PARTIAL = ".partial"  # folder inside --out that holds everything until it is published
 
 
 @dataclass
-class Job:
-    """What is to be done. samples: the first `calibrating` are measured on, the others judge the result.
+class ResidualStreams:
+    """Residual streams {number of a sample: float32 [T, hidden]} between two layers, as computed by the float model
+    (of the samples that are followed through it) and by the quantised model (of every sample)."""
 
-    keep: linear layers that stay float from the start. ranges: max |x| / standard deviation of the linear layers' inputs,
-    {} where nothing depends on them, None where msmodelslim measures them layer by layer. identity: all that decides the
-    result, as text.
+    float_model: dict[int, torch.Tensor]
+    quantised: dict[int, torch.Tensor]
+
+
+@dataclass
+class FinishedLayer:
+    """kinds: of every tensor. groups: names of the linear layers that become one in the runtime, by its name there.
+
+    cosine, snr (dB): how close what the quantised layer adds to the residual streams of the held-out samples is to what the
+    float layer adds, both fed by the float model.
     """
-
-    family: object
-    checkpoint: Checkpoint
-    scheme: slim.Scheme
-    dtype: torch.dtype
-    samples: list[Sample]
-    calibrating: int
-    keep: set[str]
-    anti: str | None = None
-    act_method: int = 3
-    fraction: float = 0.01
-    ranges: dict[str, float] | None = None
-    identity: dict = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)  # that this run has spent, by what on
-
-    @contextmanager
-    def spending(self, what: str):
-        start = time.perf_counter()
-        yield
-        self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
-
-    @property
-    def layers(self) -> int:
-        return self.family.decoder.layers
-
-    @property
-    def followed(self) -> list[int]:
-        """Samples that are taken through the float model too: those that judge, and those whose float inputs are needed."""
-        used = self.calibrating if self.anti else MEASURED if self.ranges is None else 0
-        return [*range(min(used, self.calibrating)), *range(self.calibrating, len(self.samples))]
-
-
-@dataclass
-class Record:
-    """A finished layer: tensor kinds; linear layers per group; cosine and signal-to-noise ratio (dB) of what it adds to the
-    residual streams of the held-out samples, fed as the float model feeds it."""
 
     kinds: dict[str, str]
     groups: dict[str, list[str]]
@@ -75,69 +41,81 @@ class Record:
     snr: float
 
 
-class Work:
-    """The work folder of one job; a folder of another job is emptied first."""
+class WorkFolder:
+    """The layers of the quantisation with this identity; a folder of another one is emptied first."""
 
-    def __init__(self, folder: Path, job: Job):
+    def __init__(self, folder: Path, identity: dict):
         self.folder = folder
         note = folder / "job.json"
-        wanted = json.dumps(job.identity, sort_keys=True)
+        wanted = json.dumps(identity, sort_keys=True)
         if not note.is_file() or note.read_text(encoding="utf-8") != wanted:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             write_atomically(note, wanted)
 
     def weights(self, index: int) -> Path:
+        """File of the layer's tensors as the result stores them."""
         return self.folder / f"layer-{index:04}.safetensors"
 
-    def floats(self, index: int) -> Path:
-        """Float weights that anti-outlier changed."""
+    def smoothed(self, index: int) -> Path:
+        """File of the float weights that anti-outlier rescaled; absent without anti-outlier."""
         return self.folder / f"layer-{index:04}.float.safetensors"
 
-    def record(self, index: int) -> Record:
-        return Record(**json.loads(self._note(index).read_text(encoding="utf-8")))
+    def layer(self, index: int) -> FinishedLayer:
+        return FinishedLayer(**json.loads(self._note(index).read_text(encoding="utf-8")))
 
-    def finished(self) -> int:
-        """Number of layers that are complete, the streams behind them too."""
-        done = 0
-        while self._note(done).is_file():
-            done += 1
-        return done if self._streams(done).is_file() else 0
+    def num_finished(self) -> int:
+        """Number of layers that are complete; 0 if the residual streams after the last of them are missing."""
+        count = 0
+        while self._note(count).is_file():
+            count += 1
+        return count if self._streams(count).is_file() else 0
 
-    def keep(self, index: int, tensors: dict, floats: dict, record: Record, streams: Streams):
-        """Tensors, streams behind the layer, then the note that says it is finished."""
+    def save_layer(
+        self,
+        index: int,
+        tensors: dict[str, torch.Tensor],
+        smoothed: dict[str, torch.Tensor],
+        finished: FinishedLayer,
+        streams: ResidualStreams,
+    ):
+        """Write tensors, streams after the layer, and last the note that marks the layer as finished."""
         store(tensors, self.weights(index))
-        if floats:
-            store(floats, self.floats(index))
-        self.save_streams(index + 1, streams)
-        write_atomically(self._note(index), json.dumps(vars(record)))
+        if smoothed:
+            store(smoothed, self.smoothed(index))
+        self._save_streams(index + 1, streams)
+        write_atomically(self._note(index), json.dumps(vars(finished)))
         self._streams(index).unlink(missing_ok=True)
 
-    def save_streams(self, index: int, streams: Streams):
+    def load_streams(self, index: int) -> ResidualStreams:
+        """Residual streams before layer `index`, in the order of the samples."""
+        streams = {"float": {}, "quantised": {}}
+        for name, tensor in load_file(self._streams(index)).items():
+            model, number = name.split(".")
+            streams[model][int(number)] = tensor
+        return ResidualStreams(
+            dict(sorted(streams["float"].items())), dict(sorted(streams["quantised"].items()))
+        )
+
+    def _save_streams(self, index: int, streams: ResidualStreams):
+        named = {f"float.{i}": stream for i, stream in streams.float_model.items()}
+        named |= {f"quantised.{i}": stream for i, stream in streams.quantised.items()}
         part = self._streams(index).with_suffix(".part")
-        store({f"{kind}.{i}": t for kind in STREAMS for i, t in streams[kind].items()}, part)
+        store(named, part)
         part.replace(self._streams(index))
 
-    def load_streams(self, index: int) -> Streams:
-        streams = {kind: {} for kind in STREAMS}
-        for name, tensor in load_file(self._streams(index)).items():
-            kind, number = name.split(".")
-            streams[kind][int(number)] = tensor
-        return streams
-
-    def _note(self, index):
+    def _note(self, index: int) -> Path:
         return self.folder / f"layer-{index:04}.json"
 
-    def _streams(self, index):
+    def _streams(self, index: int) -> Path:
         return self.folder / f"streams-{index:04}.safetensors"
 
 
 def store(tensors: dict[str, torch.Tensor], file: Path):
-    """A safetensors file as transformers wants it; OSError where the disk is full or may not be written."""
+    """Write a safetensors file as transformers wants it; OSError if the disk is full or not writable."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"}
-        )
+        save_file(contiguous, file, {"format": "pt"})
     except SafetensorError as error:
         raise OSError(
             f"{file} cannot be written ({error}); free some space, run the same command again to continue"

@@ -17,8 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from models import family_of
 from quant.__main__ import main
+from quant.msmodelslim_calls import import_msmodelslim
 from quant.rank_shares import Shares
-from quant.validate import MINDIE, validate
+from quant.validate.findings import MINDIE
+from quant.validate.folder import validate
 from runtime.common.errors import CHECK_FAILED, MISSING_COMPONENT, ToolkitError
 from runtime.parallel.split import Split
 
@@ -34,9 +36,7 @@ LAYER = "model.layers.0."
 @pytest.fixture(scope="module")
 def stand_in(tmp_path_factory):
     """The stand-in where msmodelslim looks for its own build."""
-    from quant import msmodelslim_calls as slim
-
-    slim.open_slim()
+    import_msmodelslim()
     from msmodelslim.pytorch.weight_compression import compress_utils
 
     home = tmp_path_factory.mktemp("slim")

@@ -9,10 +9,17 @@ import pytest
 
 from models import family_of
 from models.errors import ModelError
-from quant import pipeline as produce
+from quant import pipeline
 from quant.__main__ import main
 from quant.layer_module import linear_groups
-from quant.recipe import kept_by_range, whole_groups
+from quant.recipe import (
+    kept_by_group,
+    kept_by_range,
+    num_widest,
+    recipe_for,
+    whole_groups,
+)
+from quant.samples import read_lines
 from runtime.common.errors import ToolkitError
 
 pytestmark = pytest.mark.skipif(
@@ -52,10 +59,10 @@ def test_widest_inputs_stay_float_with_their_siblings():
 def test_published_recipe_of_glm4():
     """L25 of 160 layers; sparse weights in attention.dense alone."""
     family = family_of(GOLDEN / "glm4")
-    assert produce.wanted_level(None, produce.recipe_for(family, "w8a8").share, family) == round(
+    assert num_widest(None, recipe_for(family, "w8a8").share, family) == round(
         25 / 160 * len(linear_groups(family))
     )
-    kept = produce.kept_by_group(family, produce.recipe_for(family, "w8a8s").keep)
+    kept = kept_by_group(family, recipe_for(family, "w8a8s").float_groups)
     assert {
         n.rpartition(".")[2] for g in linear_groups(family).values() for n in g if n not in kept
     } == {"dense"}
@@ -139,7 +146,7 @@ def test_lines_as_windows_and_databases_write_them(tmp_path):
     file = tmp_path / "lines.jsonl"
     text = '\ufeff{"text": "a\u2028b"}\r\n\r\n{"text": null, "messages": [{"role": "user", "content": "c"}]}'
     file.write_bytes(text.encode())
-    assert len(produce.read_lines(str(file))) == 2
+    assert len(read_lines(str(file))) == 2
 
 
 def test_token_id_outside_the_vocabulary(tmp_path):
@@ -151,7 +158,7 @@ def test_token_id_outside_the_vocabulary(tmp_path):
 
 def test_disk_too_small(calib, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        produce.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 1000)
+        pipeline.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 1000)
     )
     with pytest.raises(ToolkitError, match="needs about 0.0 GB, its disk has 0.0 GB free"):
         quantise(tmp_path, "--calib", calib)

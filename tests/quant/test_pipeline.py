@@ -12,12 +12,10 @@ from safetensors.torch import load_file
 
 from models import family_of
 from models.checkpoint.reader import Checkpoint
-from quant import gate
-from quant import msmodelslim_calls as slim
-from quant import pipeline as produce
+from quant import gate, msmodelslim_calls, pipeline, plan
 from quant.__main__ import main
-from quant.layer_module import linear_groups
-from quant.work_folder import Work
+from quant.layer_module import LayerModule, linear_groups
+from quant.work_folder import WorkFolder
 from runtime import Engine
 from runtime.common.errors import CHECK_FAILED, MISSING_COMPONENT, ToolkitError
 
@@ -91,7 +89,7 @@ def upstream(lines, tmp_path, monkeypatch):
         from msmodelslim.pytorch.llm_ptq.llm_ptq_tools import Calibrator, QuantConfig
         from transformers import AutoModelForCausalLM
 
-        slim.open_slim()
+        msmodelslim_calls.import_msmodelslim()
         monkeypatch.chdir(tmp_path)
         model = AutoModelForCausalLM.from_pretrained(GLM, dtype=torch.float32).eval()
         model.config.dtype = torch.float16
@@ -243,7 +241,7 @@ def test_config_and_small_files(lines, tmp_path):
 
 def test_several_shards(lines, tmp_path, monkeypatch):
     whole, _ = quantise(tmp_path / "one", lines=lines)
-    monkeypatch.setattr("quant.output.SHARD_BYTES", 400_000)
+    monkeypatch.setattr("quant.output.weights.SHARD_BYTES", 400_000)
     split, _ = quantise(tmp_path / "many", lines=lines)
     assert len(list((tmp_path / "many").glob("quant_model_weight_w8a8-0*.safetensors"))) >= 3
     assert whole.keys() == split.keys() and all(torch.equal(whole[n], split[n]) for n in whole)
@@ -264,20 +262,18 @@ def test_scales_are_products_in_float32(lines, tmp_path):
 
 
 def test_fused_gate_and_up_are_not_paired_with_down(lines):
-    from quant.layer_module import LayerModule
-
     layer = LayerModule(family_of(GLM), Checkpoint(GLM), 0, [])
-    pairs = slim.subgraph(layer, "m4")
+    pairs = msmodelslim_calls.norm_linear_subgraph(layer, "m4")
     assert all("down_proj" not in name for names in pairs.values() for name in names)
     assert pairs["model.layers.0.self_attn.v_proj"] == ["model.layers.0.self_attn.o_proj"]
 
 
 def test_anti_outlier_that_changes_the_model_is_refused(lines, tmp_path, monkeypatch):
     """What msmodelslim's own graph does to GLM under m4."""
-    real = slim.subgraph
+    real = msmodelslim_calls.norm_linear_subgraph
     monkeypatch.setattr(
-        slim,
-        "subgraph",
+        msmodelslim_calls,
+        "norm_linear_subgraph",
         lambda layer, method: real(layer, method) | {layer.groups["up"][0]: layer.groups["down"]},
     )
     with pytest.raises(
@@ -291,18 +287,18 @@ def test_anti_outlier_that_changes_the_model_is_refused(lines, tmp_path, monkeyp
 
 
 def test_python_without_binaries(monkeypatch):
-    monkeypatch.setattr(slim.sys, "version_info", (3, 13, 0))
-    slim.open_slim.cache_clear()
+    monkeypatch.setattr(msmodelslim_calls.sys, "version_info", (3, 13, 0))
+    msmodelslim_calls.import_msmodelslim.cache_clear()
     with pytest.raises(ToolkitError, match="no binaries for Python .* only up to 3.12") as caught:
-        slim.open_slim()
+        msmodelslim_calls.import_msmodelslim()
     assert caught.value.exit_code == MISSING_COMPONENT
 
 
 def test_without_msmodelslim(monkeypatch):
-    monkeypatch.setattr(slim.importlib.util, "find_spec", lambda name: None)
-    slim.open_slim.cache_clear()
+    monkeypatch.setattr(msmodelslim_calls.importlib.util, "find_spec", lambda name: None)
+    msmodelslim_calls.import_msmodelslim.cache_clear()
     with pytest.raises(ToolkitError, match="msmodelslim is not installed; run: pip install"):
-        slim.open_slim()
+        msmodelslim_calls.import_msmodelslim()
 
 
 # gate
@@ -331,7 +327,7 @@ def test_gate_puts_the_worst_back_to_float(lines, tmp_path):
     groups = linear_groups(family_of(GLM))
     names = {n for group in kept for n in groups[int(group.split(".")[1]), group.split(".")[2]]}
     assert {n for g in groups.values() for n in g if kinds[n + ".weight"] == "FLOAT"} == names
-    assert slim.SCHEMES["w8a8"].kind in kinds.values()
+    assert msmodelslim_calls.SCHEMES["w8a8"].kind in kinds.values()
 
 
 def test_gate_out_of_reach(lines, tmp_path):
@@ -367,7 +363,7 @@ def test_gate_judges_what_the_engine_computes(lines, tmp_path):
 
 def test_killed_run_goes_on(lines, tmp_path, monkeypatch):
     quantise(tmp_path / "straight", lines=lines)
-    real = Work.keep
+    real = WorkFolder.save_layer
     calls = []
 
     def killed(self, index, *rest):
@@ -377,7 +373,7 @@ def test_killed_run_goes_on(lines, tmp_path, monkeypatch):
         calls.append(index)
         real(self, index, *rest)
 
-    monkeypatch.setattr(Work, "keep", killed)
+    monkeypatch.setattr(WorkFolder, "save_layer", killed)
     with pytest.raises(KeyboardInterrupt):
         quantise(tmp_path / "killed", lines=lines)
     assert not (tmp_path / "killed" / "quant_model_description.json").exists() and calls == [0, 1]
@@ -389,7 +385,7 @@ def test_killed_run_goes_on(lines, tmp_path, monkeypatch):
 
 def test_other_settings_start_afresh(lines, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        produce.gate, "pass_gate", lambda *rest: (_ for _ in ()).throw(KeyboardInterrupt)
+        pipeline, "pass_gate", lambda *rest: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     for method in ("1", "2"):
         with pytest.raises(KeyboardInterrupt):
@@ -402,7 +398,7 @@ def test_other_settings_start_afresh(lines, tmp_path, monkeypatch):
 
 def test_statistics_are_measured_once(lines, tmp_path, monkeypatch):
     first, _ = quantise(tmp_path, "--disable-level", "L2", lines=lines)
-    monkeypatch.setattr(produce, "input_ranges", lambda *rest: pytest.fail("measured again"))
+    monkeypatch.setattr(plan, "input_ranges", lambda *rest: pytest.fail("measured again"))
     second, kinds = quantise(tmp_path, "--disable-level", "L2", "--scheme", "w8a16", lines=lines)
     floats = {n for n in kinds if n.endswith("_proj.weight") and kinds[n] == "FLOAT"}
     assert (

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quant.__main__ import main
-from quant.validate import A2, CONSUMERS, MINDIE, P310, validate
+from quant.validate.findings import A2, CONSUMERS, MINDIE, P310
+from quant.validate.folder import validate
 from runtime.common.errors import ToolkitError
 
 GOLDEN = paths.GOLDEN / "msmodelslim"

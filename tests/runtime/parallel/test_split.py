@@ -16,7 +16,7 @@ from models.checkpoint.reader import Checkpoint
 from models.checkpoint.table import Part, Weight
 from models.network.decoder import Decoder, Step
 from models.network.linear import Stacked
-from quant.layer_loop import MemoryCheckpoint
+from quant.integer_layer import MemoryCheckpoint
 from runtime.ascend.socs import A2, P310
 from runtime.common.errors import ToolkitError
 from runtime.engine.kv_cache import KVCache

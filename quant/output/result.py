@@ -1,0 +1,120 @@
+"""Writes, validates and publishes the quantised folder.
+
+Takes a QuantPlan, its finished work folder and the gate's Verdict; returns nothing: the folder `out` then holds what engines
+load, and quant_report.json.
+"""
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+from models.checkpoint.quantized import FILE
+from models.checkpoint.table import WeightTable
+from models.config import read_json
+from runtime.common.errors import CHECK_FAILED, ToolkitError
+from runtime.common.files import write_atomically
+from runtime.common.progress import byte_progress
+
+from ..gate import Group, Verdict
+from ..integer_layer import finished_tensors
+from ..plan import REPORT, QuantPlan
+from ..validate.folder import validate
+from ..work_folder import PARTIAL, WorkFolder, store
+from .files import copy_small_files, publish, write_config, write_description
+from .weights import Entry, write_weights
+
+
+def write_result(plan: QuantPlan, work: WorkFolder, verdict: Verdict, out: Path):
+    """Write everything into a folder inside `out`, validate and publish it, then remove the work folder; ToolkitError if it
+    would not load."""
+    folder = out / PARTIAL / "result"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    names = write_files(plan, work, verdict, folder)
+    problems = validate(folder).problems
+    if problems:
+        raise ToolkitError(
+            f"the result would not load: {problems[0]}; nothing was published", CHECK_FAILED
+        )
+    for old in set(out.glob("quant_model*")):
+        old.unlink()
+    publish(folder, out, names)
+    shutil.rmtree(out / PARTIAL)
+
+
+def write_files(plan: QuantPlan, work: WorkFolder, verdict: Verdict, folder: Path) -> list[str]:
+    """The files of the result in `folder` -> their names."""
+    source = Path(plan.checkpoint.directory)
+    kind = plan.scheme.kind
+    entries = entries_outside(plan)
+    kinds = {entry.name: entry.kind for entry in entries}
+    kinds_in_layers, layers = layer_files(
+        plan, work, verdict.float_groups, folder.with_name("kept")
+    )
+    kinds |= kinds_in_layers
+    with byte_progress("writing") as update:
+        names = write_weights(entries, folder, kind, update, layers)
+    texts = {
+        FILE: write_description(kinds, kind),
+        REPORT: report(plan, work, verdict),
+        "config.json": write_config(read_json(source / "config.json"), kind, plan.dtype),
+    }
+    names += copy_small_files(source, folder)
+    for name, text in texts.items():
+        write_atomically(folder / name, text)
+    return [*names, *texts]
+
+
+def entries_outside(plan: QuantPlan) -> list[Entry]:
+    """The tensors outside the layers, as stored but in the result's float type."""
+    inside = {row.source for row in WeightTable(plan.family.weights()).layers()}
+    entries = []
+    for name in plan.checkpoint.names:
+        if name in inside:
+            continue
+        dtype = plan.checkpoint.dtype(name)
+        if dtype.is_floating_point:
+            dtype = plan.dtype
+        read = partial(plan.checkpoint.tensor, name)
+        entries.append(Entry(name, dtype, plan.checkpoint.shapes[name], "FLOAT", read))
+    return entries
+
+
+def layer_files(
+    plan: QuantPlan, work: WorkFolder, float_groups: list[Group], folder: Path
+) -> tuple[dict[str, str], list[Path]]:
+    """(kinds of the tensors in all layers, a file for every layer): the work folder's file, or one written into `folder`
+    where groups went back to float."""
+    kinds = {}
+    files = []
+    changed = {index for index, _ in float_groups}
+    folder.mkdir(exist_ok=True)
+    for index in range(plan.num_layers):
+        file = work.weights(index)
+        if index in changed:
+            file = folder / file.name
+            tensors, layer_kinds = finished_tensors(plan, work, index, float_groups)
+            store(tensors, file)
+        else:
+            layer_kinds = work.layer(index).kinds
+        kinds |= layer_kinds
+        files.append(file)
+    return kinds, files
+
+
+def report(plan: QuantPlan, work: WorkFolder, verdict: Verdict) -> str:
+    """quant_report.json: settings, every decision, every layer's figures."""
+    layers = []
+    for index in range(plan.num_layers):
+        layer = work.layer(index)
+        layers.append({"cosine": layer.cosine, "snr_db": layer.snr})
+    content = {
+        "settings": plan.identity | {"model": str(plan.checkpoint.directory)},
+        "gate": verdict.report(),
+        "kept_float_by_recipe": sorted(plan.kept_float),
+        "layers": layers,
+        "seconds": plan.seconds,
+        "statistics": plan.statistics,
+    }
+    return json.dumps(content, indent=2) + "\n"

@@ -1,0 +1,190 @@
+"""The plan of a quantisation: everything that decides its result.
+
+Takes a family with its float checkpoint, the options and the calibration lines; returns a QuantPlan, for which the input
+ranges of the float model are measured where the plan depends on them.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from models.checkpoint.reader import Checkpoint
+from models.checkpoint.table import WeightTable
+from models.config import read_json
+from runtime.common.files import write_atomically
+from runtime.common.progress import byte_progress
+
+from .msmodelslim_calls import SCHEMES, Scheme
+from .options import QuantOptions, RecipeOptions
+from .recipe import (
+    NUM_MEASURED,
+    chosen_recipe,
+    input_ranges,
+    kept_by_group,
+    kept_by_name,
+    kept_by_range,
+    num_widest,
+)
+from .samples import Lines, Sample, make_samples
+
+REPORT = "quant_report.json"
+
+
+@dataclass
+class QuantPlan:
+    """samples: on the first num_calibration activations are measured, on the others the result is judged.
+
+    dtype: float type of the result. kept_float: linear layers that stay float from the start. anti: anti-outlier method.
+    input_ranges: {linear layer: max |x| / standard deviation of its input}, {} where nothing depends on them, None where
+    msmodelslim measures them layer by layer. statistics: what was measured for the plan, {} for nothing. identity: everything
+    that decides the result, as JSON values. seconds: time that this run has spent, by purpose.
+    """
+
+    family: object
+    checkpoint: Checkpoint
+    scheme: Scheme
+    dtype: torch.dtype
+    samples: list[Sample]
+    num_calibration: int
+    kept_float: set[str]
+    anti: str | None
+    act_method: int
+    fraction: float
+    input_ranges: dict[str, float] | None
+    statistics: dict
+    identity: dict = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, purpose: str):
+        """Add the time in the block to `seconds`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[purpose] = self.seconds.get(purpose, 0.0) + time.perf_counter() - start
+
+    @property
+    def num_layers(self) -> int:
+        return self.family.decoder.layers
+
+    @property
+    def calibration(self) -> range:
+        """Numbers of the samples on which activations are measured."""
+        return range(self.num_calibration)
+
+    @property
+    def held_out(self) -> range:
+        """Numbers of the samples on which the result is judged."""
+        return range(self.num_calibration, len(self.samples))
+
+    @property
+    def followed(self) -> list[int]:
+        """Numbers of the samples that go through the float model too: the held-out ones, and those whose float inputs
+        are needed."""
+        needed = 0
+        if self.anti:
+            needed = self.num_calibration
+        elif self.input_ranges is None:
+            needed = NUM_MEASURED
+        return [*self.calibration[:needed], *self.held_out]
+
+
+def make_plan(
+    family,
+    checkpoint: Checkpoint,
+    options: QuantOptions,
+    recipe_options: RecipeOptions,
+    lines: Lines,
+    work: Path,
+) -> QuantPlan:
+    """work: folder in which the measured input ranges are kept."""
+    recipe = chosen_recipe(family, options.scheme, recipe_options)
+    scheme = SCHEMES[options.scheme]
+    samples = make_samples(family, checkpoint, lines.calibration + lines.held_out)
+    kept_float = kept_by_group(family, recipe.float_groups)
+    kept_float |= kept_by_name(family, recipe_options.keep_float)
+    count = num_widest(recipe_options.disable_level, recipe.share, family)
+    observers_by_range = scheme.calibrated and recipe.act_method == 3
+    statistics = {}
+    if count or (observers_by_range and not recipe.anti):
+        calibration_samples = samples[: len(lines.calibration)]
+        statistics = measured(family, checkpoint, lines.calibration, calibration_samples, work)
+    kept_float |= kept_by_range(family, statistics.get("ranges", {}), count, kept_float)
+    ranges = {}
+    if observers_by_range:
+        # anti-outlier changes the inputs, layer by layer
+        ranges = None if recipe.anti else statistics["ranges"]
+    plan = QuantPlan(
+        family,
+        checkpoint,
+        scheme,
+        target_dtype(family, checkpoint, options.dtype),
+        samples,
+        len(lines.calibration),
+        kept_float,
+        recipe.anti,
+        recipe.act_method,
+        recipe_options.fraction,
+        ranges,
+        statistics,
+    )
+    plan.identity = identity(plan, lines)
+    return plan
+
+
+def measured(family, checkpoint: Checkpoint, lines: list[dict], samples, work: Path) -> dict:
+    """{"key": which checkpoint and lines, "ranges": input ranges of the float model}; from an earlier run into the same
+    folder if it was on the same checkpoint and lines."""
+    file = work / "statistics.json"
+    key = digest([str(lines), stamp(checkpoint)])
+    for earlier in (file, work.parent / REPORT):
+        if not earlier.is_file():
+            continue
+        stored = read_json(earlier).get("statistics", {})
+        if stored.get("key") == key:
+            return stored
+    with byte_progress("measuring inputs") as update:
+        ranges = input_ranges(family, checkpoint, samples, update)
+    work.mkdir(parents=True, exist_ok=True)
+    statistics = {"key": key, "ranges": ranges}
+    write_atomically(file, json.dumps({"statistics": statistics}))
+    return statistics
+
+
+def target_dtype(family, checkpoint: Checkpoint, wanted: str) -> torch.dtype:
+    """Float type of the result. wanted: --dtype; "auto" is the checkpoint's if it has 16 bits, else float16."""
+    if wanted != "auto":
+        return getattr(torch, wanted)
+    used = WeightTable(family.weights()).used()
+    stored = checkpoint.dtype(next(row.source for row in used if row.source in checkpoint.shapes))
+    return stored if stored in (torch.float16, torch.bfloat16) else torch.float16
+
+
+def identity(plan: QuantPlan, lines: Lines) -> dict:
+    """Everything that decides what the layers become."""
+    return {
+        "model": stamp(plan.checkpoint),
+        "kind": plan.scheme.kind,
+        "dtype": str(plan.dtype),
+        "anti": plan.anti,
+        "act_method": plan.act_method,
+        "fraction": plan.fraction,
+        "keep": sorted(plan.kept_float),
+        "lines": digest(str(lines.calibration + lines.held_out)),
+        "calibrating": plan.num_calibration,
+        "msmodelslim": importlib.metadata.version("msmodelslim"),
+    }
+
+
+def stamp(checkpoint: Checkpoint) -> list:
+    """Path, size and time of change of the files: tells checkpoints apart without reading 19 GB."""
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in checkpoint.files]
+
+
+def digest(value) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Who can load a quantised folder? `python -m quant validate DIR`."""
