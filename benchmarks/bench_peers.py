@@ -1,11 +1,11 @@
-"""One random model in transformers, OpenVINO GenAI, llama.cpp, ONNX Runtime and here, on this CPU: medians and ratios.
+"""Times one random model in transformers, OpenVINO GenAI, llama.cpp, ONNX Runtime and here, on this CPU.
 
     python benchmarks/bench_peers.py --model glm-edge-1.5b [--rounds 3] [--only ours,openvino] [--work FOLDER] [--fresh]
 
 Every measurement is a process of its own that loads, warms up and is timed, on pinned threads; a round runs all
-configurations one after another, with the memory bandwidth read in between. Each is kept in FOLDER/runs.jsonl as it
-comes: a run that was stopped goes on, a configuration that fails is named with its reason and the others go on.
-FOLDER/peers.md and peers.json hold the tables. --rounds 0 only makes environments and models.
+configurations one after another and measures the memory bandwidth in between. FOLDER/runs.jsonl keeps each measurement
+as soon as it is made, so that a stopped run continues; a configuration that fails is reported with its reason and the
+others go on. FOLDER/peers.md and peers.json hold the medians and ratios. --rounds 0 only makes environments and models.
 """
 
 import argparse
@@ -39,22 +39,29 @@ def main(argv: list[str]) -> int:
     work = (options.work or ROOT / "out/peers" / options.model).resolve()
     work.mkdir(parents=True, exist_ok=True)
     runs = Runs(work / "runs.jsonl", options.fresh)
-    wanted = [e for e in case.entries if not options.only or {e.name, e.peer} & set(options.only)]
-    told = (
-        prepare(case, work)
-        | {"threads": options.threads}
-        | ({"repeats": REPEATS} if case.onnx else {"prompt": options.prompt, "new": options.new})
-    )
-    ready = [entry for entry in wanted if built(entry, told, runs)]
+    job = prepare(case, work) | {"threads": options.threads} | job_size(case, options)
+    ready = [entry for entry in chosen(case, options) if make_ready(entry, job, runs)]
     probe = Probe(work, options.threads)
     for number in range(options.rounds):
         for entry in ready:
             if not runs.has(entry, number):
-                runs.add(
-                    measured(entry, told, number, probe, streamed_bytes(case, work, entry.variant))
-                )
-    report(options, case, runs.rows, work)
+                weight_bytes = streamed_bytes(case, work, entry.variant)
+                runs.add(measure(entry, job, number, probe, weight_bytes))
+    write_report(options, case, runs.rows, work)
     return 0
+
+
+def chosen(case, options) -> list[Entry]:
+    """The configurations that --only names, by peer or by row name."""
+    if not options.only:
+        return list(case.entries)
+    return [entry for entry in case.entries if {entry.name, entry.peer} & set(options.only)]
+
+
+def job_size(case, options) -> dict:
+    if case.onnx:
+        return {"repeats": REPEATS}
+    return {"prompt": options.prompt, "new": options.new}
 
 
 def parse(argv):
@@ -79,15 +86,15 @@ def parse(argv):
 
 
 class Runs:
-    """The measurements, one line each in a file."""
+    """The measurements (dicts) in `rows`, and one line each in `file`."""
 
     def __init__(self, file: Path, fresh: bool):
         self.file = file
         if fresh:
             file.unlink(missing_ok=True)
-        self.rows = (
-            [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-        )
+        self.rows = []
+        if file.is_file():
+            self.rows = [json.loads(line) for line in file.read_text().splitlines()]
 
     def add(self, row: dict):
         self.rows.append(row)
@@ -96,32 +103,29 @@ class Runs:
         print(f"{row['name']}: {row.get('error') or summary(row)}", file=sys.stderr)
 
     def has(self, entry, number: int) -> bool:
-        return any(
-            row["name"] == entry.name and row["round"] == number and "error" not in row
-            for row in self.rows
-        )
+        """Whether round `number` of this configuration was measured without an error."""
+        rows = [row for row in self.rows if row["name"] == entry.name and row["round"] == number]
+        return any("error" not in row for row in rows)
 
 
 def summary(row: dict) -> str:
-    return ", ".join(
-        f"{key} {row[key]:.4g}"
-        for key in ("first_s", "token_s", "encode_s", "bandwidth", "roofline", "others")
-        if row.get(key) is not None
-    )
+    """The main figures of a measurement on one line."""
+    keys = ("first_s", "token_s", "encode_s", "bandwidth", "roofline", "others")
+    return ", ".join(f"{key} {row[key]:.4g}" for key in keys if row.get(key) is not None)
 
 
-def built(entry: Entry, told: dict, runs: Runs) -> bool:
-    """The peer's environment and the variant's files are there; if not, the reason is in `runs`."""
-    error = environment.ensure(entry.peer)
+def make_ready(entry: Entry, job: dict, runs: Runs) -> bool:
+    """Makes the peer's environment and the variant's files; if that fails, adds the reason to `runs`."""
+    error = environment.install(entry.peer)
     if error is None:
-        _, error = worker(entry, told | {"task": "build"})
+        _, error = run_worker(entry, job | {"task": "build"})
     if error:
         runs.add({"name": entry.name, "round": -1, "batch": entry.batch, "error": error})
     return error is None
 
 
-def worker(entry, job: dict) -> tuple[dict, str | None]:
-    """Run a job in the peer's environment -> (figures, None) or ({}, what went wrong)."""
+def run_worker(entry, job: dict) -> tuple[dict, str | None]:
+    """Runs a job (see peers/job.py) in the peer's environment -> (figures, None) or ({}, reason of the failure)."""
     job = {"seed": 0, **job, "variant": entry.variant, "batch": entry.batch, **dict(entry.extra)}
     command = [environment.python_of(entry.peer), WORKERS / f"run_{entry.peer}.py", json.dumps(job)]
     try:
@@ -131,70 +135,84 @@ def worker(entry, job: dict) -> tuple[dict, str | None]:
             text=True,
             timeout=TIMEOUT,
             cwd=job["work"],
-            env=threaded(job["threads"], bind=entry.peer in OPENMP and "new" in job),
+            env=thread_environment(job["threads"], bind=entry.peer in OPENMP and "new" in job),
         )
     except subprocess.TimeoutExpired:
         return {}, f"took longer than {TIMEOUT} s"
     if done.returncode:
-        return {}, f"failed (exit status {done.returncode}): {environment.last_line(done.stderr)}"
-    said = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    return (json.loads(said[-1]), None) if said else ({}, "printed no figures")
+        return {}, f"failed (exit status {done.returncode}): {environment.error_line(done.stderr)}"
+    objects = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if not objects:
+        return {}, "printed no figures"
+    return json.loads(objects[-1]), None
 
 
-def threaded(threads: int, bind: bool) -> dict:
-    """Environment with so many OpenMP threads, `bind`: each on a core of its own (which other thread pools of the process
-    would inherit); nothing is looked up on a hub."""
-    places = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"} if bind else {}
-    return (
-        os.environ
-        | places
-        | {
-            "OMP_NUM_THREADS": str(threads),
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-    )
+def thread_environment(threads: int, bind: bool) -> dict:
+    """The environment variables of a worker: number of OpenMP threads, no look-ups on a hub.
+
+    bind: each thread stays on a core of its own (other thread pools of the process would inherit this).
+    """
+    variables = {
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if bind:
+        variables |= {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
+    return os.environ | variables
 
 
-def measured(entry, told, number: int, probe, weights: int | None) -> dict:
+def measure(entry, job, number: int, probe, weight_bytes: int | None) -> dict:
+    """One measurement as a row: figures, mean bandwidth (bytes/s) before and after, share of the roofline."""
     before = probe.read()
     clock = Clock()
-    found, error = worker(entry, told | {"task": "run", "seed": number})
+    figures, error = run_worker(entry, job | {"task": "run", "seed": number})
     row = {
         "name": entry.name,
         "round": number,
         "batch": entry.batch,
         "when": time.strftime("%F %T"),
-        **found,
+        **figures,
     }
     if error:
         return row | {"error": error}
-    row |= {"others": clock.others(), "bandwidth": (before + probe.read()) / 2}
-    share = weights and entry.peer == "ours" and weights / row["bandwidth"] / row["token_s"]
-    return row | {"roofline": share or None}
+    row |= {"others": clock.others(), "bandwidth": (before + probe.read()) / 2, "roofline": None}
+    if weight_bytes and entry.peer == "ours":
+        row["roofline"] = weight_bytes / row["bandwidth"] / row["token_s"]
+    return row
 
 
 class Clock:
-    """How busy the rest of the machine is while a child runs: share of all cores, 0 to 1."""
+    """Measures how busy other processes keep the machine while a child runs, from construction to `others()`."""
 
     def __init__(self):
-        self.start, self.before = time.perf_counter(), self._busy()
+        self.start = time.perf_counter()
+        self.machine = machine_seconds()
+        self.children = children_seconds()
 
     def others(self) -> float:
+        """Share of all cores, 0 to 1."""
         wall = (time.perf_counter() - self.start) * os.cpu_count()
-        machine, own = (b - a for a, b in zip(self.before, self._busy()))
-        return max(0.0, machine - own) / wall
+        machine = machine_seconds() - self.machine
+        children = children_seconds() - self.children
+        return max(0.0, machine - children) / wall
 
-    def _busy(self) -> tuple[float, float]:
-        fields = [int(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return (sum(fields[:3]) + sum(fields[5:7])) / os.sysconf(
-            "SC_CLK_TCK"
-        ), used.ru_utime + used.ru_stime
+
+def machine_seconds() -> float:
+    """CPU seconds of all processes since the start of the machine: user, nice, system, irq and softirq."""
+    first_line = Path("/proc/stat").read_text().split("\n", 1)[0]
+    ticks = [int(field) for field in first_line.split()[1:]]
+    return (sum(ticks[:3]) + sum(ticks[5:7])) / os.sysconf("SC_CLK_TCK")
+
+
+def children_seconds() -> float:
+    """CPU seconds of this process's finished children."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 class Probe:
-    """Read bandwidth of the memory in bytes/s; of plain and huge pages the faster."""
+    """Measures the memory's read bandwidth with plain and with huge pages; the faster counts."""
 
     def __init__(self, work: Path, threads: int):
         if shutil.which("gcc") is None:
@@ -204,45 +222,38 @@ class Probe:
             )
         self.program = work / "bandwidth"
         self.threads = threads
-        subprocess.run(
-            [
-                "gcc",
-                "-O3",
-                "-march=native",
-                "-fopenmp",
-                WORKERS / "bandwidth.c",
-                "-o",
-                self.program,
-            ],
-            check=True,
-        )
+        flags = ["-O3", "-march=native", "-fopenmp"]
+        source = WORKERS / "bandwidth.c"
+        subprocess.run(["gcc", *flags, source, "-o", self.program], check=True)
 
     def read(self) -> float:
-        said = subprocess.run(
+        """Bytes per second."""
+        done = subprocess.run(
             [self.program, *PROBE],
             capture_output=True,
             text=True,
             check=True,
-            env=threaded(self.threads, bind=True),
+            env=thread_environment(self.threads, bind=True),
         )
-        return max(map(float, said.stdout.split())) * 1e9
+        return max(map(float, done.stdout.split())) * 1e9
 
 
-def report(options, case, runs: list[dict], work: Path):
+def write_report(options, case, runs: list[dict], work: Path):
+    """Writes peers.json and peers.md, and prints the page."""
     rows = table.medians(runs)
     length = "one picture" if case.onnx else f"{options.prompt} tokens in, {options.new} out"
-    found = {
+    report = {
         "model": options.model,
         "case": f"{length}, {options.threads} threads",
         "date": time.strftime("%F"),
         "machine": cpu(),
         "rows": rows,
-        "targets": table.judged(case.targets, rows),
+        "targets": table.judge(case.targets, rows),
         "runs": runs,
         "missing": table.missing([entry.name for entry in case.entries], case.absent, runs, rows),
     }
-    (work / "peers.json").write_text(json.dumps(found, indent=1) + "\n")
-    page = table.markdown(found)
+    (work / "peers.json").write_text(json.dumps(report, indent=1) + "\n")
+    page = table.markdown(report)
     (work / "peers.md").write_text(page)
     print(page)
 

@@ -1,8 +1,8 @@
-"""What every worker does: take a job from the command line, do it, print one line of JSON. Standard library only.
+"""Every worker takes a job from the command line, does it and prints one line of JSON. Standard library only.
 
 A job has "task" ("build" or "run"), "variant", "checkpoint" and "work" (folders), "threads", "seed", and for a language
 model "prompt" (tokens), "new" (tokens) and "batch". `build` makes what the variant needs, once; `run` gives
-{"load_s", "first_s", "token_s": mean of the tokens behind the first, "version", "settings"} or {"encode_s"}.
+{"load_s", "first_s", "token_s": mean of the tokens after the first, "version", "settings"} or {"encode_s"}.
 """
 
 import json
@@ -24,28 +24,29 @@ def main(build, run):
             part.mkdir(parents=True, exist_ok=True)
             build(job, part)
             part.rename(folder)
-        found = {}
+        figures = {}
     else:
-        found = run(job, folder)
-    print("\n" + json.dumps(found | {"peak_bytes": peak_bytes()}), flush=True)
+        figures = run(job, folder)
+    print("\n" + json.dumps(figures | {"peak_bytes": peak_bytes()}), flush=True)
 
 
 def peak_bytes() -> int:
-    """Of this process alone: getrusage counts what it was before it became this program, too."""
+    """Peak memory of this process. (getrusage would include the process that it was forked from.)"""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 
 
 def prompts(job, turn: int) -> list[list[int]]:
-    """Random token ids, others in every turn: a repeated prompt might be found in a cache."""
-    dice = random.Random(1000 * job["seed"] + turn)
-    return [
-        [dice.randrange(1000, 59000) for _ in range(job["prompt"])] for _ in range(job["batch"])
-    ]
+    """Random token ids, different in every turn: a repeated prompt might be found in a cache."""
+    rng = random.Random(1000 * job["seed"] + turn)
+    ids = []
+    for _ in range(job["batch"]):
+        ids.append([rng.randrange(1000, 59000) for _ in range(job["prompt"])])
+    return ids
 
 
 def median_time(encode, job) -> float:
-    """Median seconds of `encode()`; once before the clock starts."""
+    """Median seconds of `encode()` over job["repeats"] calls, after one that is not counted."""
     times = []
     for _ in range(1 + job["repeats"]):
         start = time.perf_counter()
@@ -55,5 +56,5 @@ def median_time(encode, job) -> float:
 
 
 def means(stamps: list[float], start: float) -> dict:
-    """Moments at which the tokens were there -> figures."""
+    """The times at which the tokens were ready -> figures in seconds."""
     return {"first_s": stamps[0] - start, "token_s": (stamps[-1] - stamps[0]) / (len(stamps) - 1)}

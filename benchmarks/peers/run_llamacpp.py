@@ -1,5 +1,8 @@
-"""llama.cpp through llama-cpp-python's C interface. The checkpoint becomes an F16 GGUF of the architecture `llama`, whose
-rotary (pairs side by side, over the full head) is GLM-Edge's; llama.cpp makes the other types from it."""
+"""Measures llama.cpp through llama-cpp-python's C interface.
+
+The checkpoint becomes an F16 GGUF of the architecture `llama`, whose rotary embedding (adjacent pairs, over the full
+head) is GLM-Edge's; llama.cpp makes the other types from it.
+"""
 
 import ctypes
 import json
@@ -68,7 +71,7 @@ def write_f16(checkpoint, file):
 
 
 def tensors(checkpoint):
-    """(name, float32) of every tensor of bfloat16 safetensors."""
+    """Yields (name, float32 array) of every tensor in the checkpoint's bfloat16 safetensors."""
     import numpy as np
 
     for file in sorted(checkpoint.glob("*.safetensors")):
@@ -76,19 +79,15 @@ def tensors(checkpoint):
             size = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(size))
         data = np.memmap(file, dtype=np.uint16, mode="r", offset=8 + size)
+        header.pop("__metadata__", None)
         for name, entry in header.items():
-            if name != "__metadata__":
-                first, last = (n // 2 for n in entry["data_offsets"])
-                yield (
-                    name,
-                    (data[first:last].astype(np.uint32) << 16)
-                    .view(np.float32)
-                    .reshape(entry["shape"]),
-                )
+            first, last = entry["data_offsets"]
+            bits = data[first // 2 : last // 2].astype(np.uint32) << 16
+            yield name, bits.view(np.float32).reshape(entry["shape"])
 
 
 def renamed(name, values, ffn):
-    """[(GGUF's name, tensor)] of one tensor of the checkpoint."""
+    """[(GGUF's name, tensor)] for one tensor of the checkpoint; ffn: rows of the gate in a fused gate_up."""
     ends = {
         "model.embed_tokens.weight": "token_embd.weight",
         "model.norm.weight": "output_norm.weight",
@@ -98,10 +97,9 @@ def renamed(name, values, ffn):
         return [(ends[name], values)]
     layer, kind = name.removeprefix("model.layers.").removesuffix(".weight").split(".", 1)
     if kind == "mlp.gate_up_proj":
-        return [
-            (f"blk.{layer}.ffn_gate.weight", values[:ffn]),
-            (f"blk.{layer}.ffn_up.weight", values[ffn:]),
-        ]
+        gate = f"blk.{layer}.ffn_gate.weight"
+        up = f"blk.{layer}.ffn_up.weight"
+        return [(gate, values[:ffn]), (up, values[ffn:])]
     return [(f"blk.{layer}.{NAMES[kind]}.weight", values)]
 
 
@@ -113,79 +111,77 @@ def run(work, folder):
     model = llama_cpp.llama_model_load_from_file(
         str(folder / "model.gguf").encode(), llama_cpp.llama_model_default_params()
     )
-    params = llama_cpp.llama_context_default_params()
+    context = llama_cpp.llama_init_from_model(model, context_params(llama_cpp, work))
+    decoder = GreedyDecoder(llama_cpp, model, context, work)
+    loaded = time.perf_counter() - start
+    decoder.answer(0, job.WARM_UP)
+    return {
+        "load_s": loaded,
+        "version": f"llama-cpp-python {llama_cpp.__version__}",
+        "settings": llama_cpp.llama_print_system_info().decode().strip(),
+        **decoder.answer(1, work["new"]),
+    }
+
+
+def context_params(library, work):
+    params = library.llama_context_default_params()
     batch = work["batch"]
     length = work["prompt"]
     params.n_ctx = batch * (length + work["new"] + 64)
     params.n_batch = batch * length
     params.n_ubatch = length
-    params.n_threads = params.n_threads_batch = work["threads"]
+    params.n_threads = work["threads"]
+    params.n_threads_batch = work["threads"]
     params.n_seq_max = batch
-    context = llama_cpp.llama_init_from_model(model, params)
-    talk = Talk(llama_cpp, model, context, work)
-    loaded = time.perf_counter() - start
-    talk.answer(0, job.WARM_UP)
-    return {
-        "load_s": loaded,
-        "version": f"llama-cpp-python {llama_cpp.__version__}",
-        "settings": llama_cpp.llama_print_system_info().decode().strip(),
-        **talk.answer(1, work["new"]),
-    }
+    return params
 
 
-class Talk:
-    """Greedy answers of `work["batch"]` sequences, decoded together."""
+class GreedyDecoder:
+    """Decodes answers of `work["batch"]` sequences together, greedily."""
 
     def __init__(self, library, model, context, work):
         self.library = library
         self.context = context
         self.work = work
         self.memory = library.llama_get_memory(context)
-        self.words = library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
+        self.vocab_size = library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
         self.batch = library.llama_batch_init(work["batch"] * work["prompt"], 0, work["batch"])
 
     def answer(self, turn, new):
+        """Decodes `new` tokens after the prompts of a turn -> figures in seconds."""
         self.library.llama_memory_clear(self.memory, True)
         prompts = job.prompts(self.work, turn)
         start = time.perf_counter()
         last = len(prompts[0]) - 1
-        tokens = self._decode(
-            [
-                (token, place, sequence, place == last)
-                for sequence, prompt in enumerate(prompts)
-                for place, token in enumerate(prompt)
-            ]
-        )
+        rows = []
+        for sequence, prompt in enumerate(prompts):
+            rows += [(token, at, sequence, at == last) for at, token in enumerate(prompt)]
+        tokens = self._decode(rows)
         stamps = [time.perf_counter()]
-        for place in range(last + 1, last + new):
-            tokens = self._decode(
-                [(token, place, sequence, True) for sequence, token in enumerate(tokens)]
-            )
+        for position in range(last + 1, last + new):
+            rows = [(token, position, sequence, True) for sequence, token in enumerate(tokens)]
+            tokens = self._decode(rows)
             stamps.append(time.perf_counter())
         return job.means(stamps, start)
 
-    def _decode(self, rows):
-        """rows (token, position, sequence, wanted) -> the likeliest next token behind each wanted row."""
-        import numpy as np
-
-        for i, (token, place, sequence, wanted) in enumerate(rows):
+    def _decode(self, rows) -> list[int]:
+        """rows of (token, position, sequence, sampled?) -> the most likely next token of each row to sample."""
+        for i, (token, position, sequence, sampled) in enumerate(rows):
             self.batch.token[i] = token
-            self.batch.pos[i] = place
+            self.batch.pos[i] = position
             self.batch.n_seq_id[i] = 1
             self.batch.seq_id[i][0] = sequence
-            self.batch.logits[i] = wanted
+            self.batch.logits[i] = sampled
         self.batch.n_tokens = len(rows)
         if self.library.llama_decode(self.context, self.batch):
             raise SystemExit("llama_decode failed")
-        return [
-            int(
-                np.ctypeslib.as_array(
-                    self.library.llama_get_logits_ith(self.context, i), (self.words,)
-                ).argmax()
-            )
-            for i, row in enumerate(rows)
-            if row[3]
-        ]
+        return [self._most_likely(i) for i, row in enumerate(rows) if row[3]]
+
+    def _most_likely(self, row: int) -> int:
+        import numpy as np
+
+        logits = self.library.llama_get_logits_ith(self.context, row)
+        return int(np.ctypeslib.as_array(logits, (self.vocab_size,)).argmax())
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""ONNX Runtime on our exported encoder, in float32."""
+"""Measures ONNX Runtime on our exported encoder, in float32."""
 
 import job
 
 
 def build(work, folder):
-    """Reads our ONNX as it is."""
+    """Nothing to build: our ONNX is read as it is."""
 
 
 def run(work, folder):

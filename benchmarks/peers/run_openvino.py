@@ -1,4 +1,7 @@
-"""OpenVINO GenAI on optimum-intel's export (int8 per channel, int4 in groups of 128); for encoders, OpenVINO on our ONNX."""
+"""Measures OpenVINO GenAI on optimum-intel's export (int8 per channel, int4 in groups of 128).
+
+Encoders: OpenVINO on our ONNX.
+"""
 
 import time
 from pathlib import Path
@@ -19,11 +22,11 @@ def build(work, folder):
         work["checkpoint"], export=True, compile=False, stateful=True, quantization_config=wanted
     )
     model.save_pretrained(folder)
-    tokenizer(folder, work["checkpoint"])
+    save_tokenizer(folder, work["checkpoint"])
 
 
-def tokenizer(folder, checkpoint):
-    """GenAI opens no model without one; prompts are given as ids."""
+def save_tokenizer(folder, checkpoint):
+    """GenAI opens no model without a tokenizer, although prompts are given as ids."""
     import openvino
     from openvino_tokenizers import convert_tokenizer
     from transformers import AutoTokenizer
@@ -68,8 +71,10 @@ def generate(work, folder, openvino, settings):
         inputs = openvino_genai.TokenizedInputs(
             openvino.Tensor(ids), openvino.Tensor(np.ones_like(ids))
         )
-        found = pipe.generate(inputs, config).perf_metrics
-        return {"first_s": found.get_ttft().mean / 1000, "token_s": found.get_tpot().mean / 1000}
+        metrics = pipe.generate(inputs, config).perf_metrics
+        first_ms = metrics.get_ttft().mean
+        token_ms = metrics.get_tpot().mean
+        return {"first_s": first_ms / 1000, "token_s": token_ms / 1000}
 
     answer(0, job.WARM_UP)
     return {"load_s": loaded, **answer(1, work["new"])}

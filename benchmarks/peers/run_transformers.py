@@ -1,4 +1,7 @@
-"""transformers: generate() of the checkpoint as its users run it (sdpa attention), in the variant's dtype; CLIP's tower."""
+"""Measures transformers: generate() as its users run it (sdpa attention), in the variant's dtype.
+
+Encoders: CLIP's tower.
+"""
 
 import json
 import time
@@ -8,7 +11,7 @@ import job
 
 
 def build(work, folder):
-    """Reads the checkpoint as it is."""
+    """Nothing to build: the checkpoint is read as it is."""
 
 
 def run(work, folder):
@@ -57,7 +60,7 @@ def generate(work, torch, transformers):
 
 
 def tower(work, torch, transformers):
-    """CLIP's tower without the projector; random weights of its own, whose values do not matter to the time."""
+    """Times CLIP's tower without the projector, with random weights: their values do not matter to the time."""
     stored = json.loads((Path(work["checkpoint"]) / "config.json").read_text())
     config = transformers.CLIPVisionConfig.from_dict(stored["vision_config"])
     model = transformers.CLIPVisionModel(config).to(getattr(torch, work["variant"])).eval()

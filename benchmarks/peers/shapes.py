@@ -1,14 +1,21 @@
-"""What is measured per MODEL: variants of peers, those that cannot take part and why, targets, and the checkpoint."""
+"""Defines what is measured for each MODEL: configurations, peers that cannot take part and why, targets, checkpoint."""
 
 from dataclasses import dataclass
 from pathlib import Path
+
+from convert.__main__ import main as convert
+from models import family_of
+from models.synthetic.write import write_checkpoint
+from runtime.engine.loading.memory import choose_dtype, decoder_bytes
+from runtime.parallel.split import Split
+from runtime.vision.artifact import ONNX
 
 from .table import Target
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One configuration; `name` is its row. extra: what only this job is told."""
+    """One configuration; `name` is its row. extra: (key, value) pairs that only its jobs get."""
 
     peer: str
     variant: str
@@ -17,12 +24,17 @@ class Entry:
 
     @property
     def name(self) -> str:
-        return f"{self.peer} {self.variant}" + (f", batch {self.batch}" if self.batch > 1 else "")
+        name = f"{self.peer} {self.variant}"
+        return f"{name}, batch {self.batch}" if self.batch > 1 else name
 
 
 @dataclass(frozen=True)
 class Case:
-    """release: whose shapes. changes: of its config, to leave out what is not measured. onnx: encoders are exported."""
+    """One MODEL of the command.
+
+    release: the model whose shapes are used; changes: of its config, to leave out what is not measured; absent: peer ->
+    why it cannot take part; onnx: vision encoders are exported and measured instead of the language model.
+    """
 
     release: str
     entries: tuple[Entry, ...]
@@ -140,7 +152,8 @@ NARROW_CLIP = {
     },
 }
 
-CASES = {  # the tiny ones show in minutes that every peer works; their figures mean nothing, so they have no targets
+# The tiny ones show in minutes that every peer works; their figures mean nothing, so they have no targets.
+CASES = {
     "glm-edge-1.5b": Case("glm-edge-1.5b-chat", LANGUAGE, LANGUAGE_TARGETS, {}, {}),
     "visualglm-vision": Case(
         "visualglm-6b",
@@ -164,33 +177,25 @@ CASES = {  # the tiny ones show in minutes that every peer works; their figures 
 
 
 def prepare(case: Case, work: Path) -> dict:
-    """Write the checkpoint and, for encoders, the ONNX, each once -> what every job is told."""
-    from models.synthetic.write import write_checkpoint
-
+    """Writes the checkpoint and, for encoders, the ONNX file, each once -> the fields that every job has."""
     checkpoint = work / "checkpoint"
     write_checkpoint(case.release, checkpoint, changes=case.changes)
-    told = {"checkpoint": str(checkpoint), "work": str(work)}
+    job = {"checkpoint": str(checkpoint), "work": str(work)}
     if case.onnx:
-        from convert.__main__ import main as convert
-        from runtime.vision.artifact import ONNX
-
         artifact = work / "artifact"
         if status := convert(["--model", str(checkpoint), "--out", str(artifact), "--onnx-only"]):
             raise SystemExit(status)
-        told |= {"artifact": str(artifact), "onnx": str(artifact / ONNX)}
-    return told
+        job |= {"artifact": str(artifact), "onnx": str(artifact / ONNX)}
+    return job
 
 
 def streamed_bytes(case: Case, work: Path, variant: str) -> int | None:
-    """Weights of ours that one decoded token reads: all but the embedding, of which it reads one row."""
-    from models import family_of
-    from runtime.engine.loading.memory import choose_dtype, decoder_bytes
-    from runtime.parallel.split import Split
-
+    """Bytes of our weights that one decoded token reads: all but the embedding, of which it reads one row."""
     if case.onnx:
         return None
     family = family_of(work / "checkpoint")
     d = family.decoder
     dtype = choose_dtype("bfloat16", family)
     kind = "float" if variant == "bfloat16" else variant
-    return decoder_bytes(family, dtype, Split(d), kind) - d.vocab_size * d.hidden * dtype.itemsize
+    embedding = d.vocab_size * d.hidden * dtype.itemsize
+    return decoder_bytes(family, dtype, Split(d), kind) - embedding

@@ -1,4 +1,4 @@
-"""Runs flow in (dicts, one per measured process), medians and ratios flow out, as a dict and as a markdown page."""
+"""Takes runs (dicts, one per measured process), returns medians and ratios, as a dict and as a markdown page."""
 
 from dataclasses import dataclass
 from statistics import median
@@ -17,8 +17,11 @@ FIGURES = (
 
 @dataclass(frozen=True)
 class Target:
-    """Row of the targets. kind: the figure whose ratio (fastest of `peers` / ours) counts; "roofline": our share of the
-    bandwidth; "throughput": tokens per second of `ours` over that of the peer."""
+    """A row of the targets: `ours` should be at least `least` times as good as the fastest of `peers`.
+
+    kind: the figure in seconds whose ratio (fastest of `peers` / ours) counts; "roofline": our share of the bandwidth,
+    without peers; "throughput": tokens per second of `ours` divided by those of the first peer.
+    """
 
     text: str
     least: float
@@ -29,18 +32,26 @@ class Target:
 
 def medians(runs: list[dict]) -> dict[str, dict]:
     """Name -> median of each figure over the rounds that worked, number of rounds, and the text of the last one."""
-    found = {}
-    for name in dict.fromkeys(run["name"] for run in runs if "error" not in run):
-        mine = [run for run in runs if run["name"] == name and "error" not in run]
-        values = {key: [run[key] for run in mine if run.get(key) is not None] for key in FIGURES}
-        found[name] = (
-            {key: median(v) for key, v in values.items() if v}
-            | {key: mine[-1].get(key, "") for key in ("version", "settings")}
-            | {"rounds": len(mine), "batch": mine[-1]["batch"]}
-        )
-        if "token_s" in found[name]:
-            found[name]["tokens_per_s"] = found[name]["batch"] / found[name]["token_s"]
-    return found
+    by_name = {}
+    for run in runs:
+        if "error" not in run:
+            by_name.setdefault(run["name"], []).append(run)
+    return {name: _median_row(rounds) for name, rounds in by_name.items()}
+
+
+def _median_row(rounds: list[dict]) -> dict:
+    last = rounds[-1]
+    row = {}
+    for key in FIGURES:
+        values = [run[key] for run in rounds if run.get(key) is not None]
+        if values:
+            row[key] = median(values)
+    for key in ("version", "settings"):
+        row[key] = last.get(key, "")
+    row |= {"rounds": len(rounds), "batch": last["batch"]}
+    if "token_s" in row:
+        row["tokens_per_s"] = row["batch"] / row["token_s"]
+    return row
 
 
 def missing(
@@ -48,16 +59,17 @@ def missing(
 ) -> dict[str, str]:
     """Name -> why it has no row: every configuration that was planned, and the peers that cannot take part."""
     errors = {run["name"]: run["error"] for run in runs if "error" in run}
-    return {
-        **absent,
-        **{name: errors.get(name, "was not run") for name in names if name not in rows},
-    }
+    reasons = dict(absent)
+    for name in names:
+        if name not in rows:
+            reasons[name] = errors.get(name, "was not run")
+    return reasons
 
 
 def ratio(target: Target, rows: dict) -> float | None:
-    """What the target asks for, None where a row of it is missing."""
+    """The value that the target is about; None if our row or all rows of its peers are missing."""
     peers = [rows[name] for name in target.peers if name in rows]
-    if target.ours not in rows or bool(target.peers) > bool(peers):
+    if target.ours not in rows or (target.peers and not peers):
         return None
     ours = rows[target.ours]
     if target.kind == "roofline":
@@ -67,56 +79,57 @@ def ratio(target: Target, rows: dict) -> float | None:
     return min(peer[target.kind] for peer in peers) / ours[target.kind]
 
 
-def judged(targets, rows: dict) -> list[dict]:
-    """One dict per target: ratio, "met" | "not met" | "not measured", and the peers that were missing."""
-    found = []
+def judge(targets, rows: dict) -> list[dict]:
+    """One dict per target: its value, "met" | "not met" | "not measured", and the rows that were missing."""
+    judged = []
     for target in targets:
         value = ratio(target, rows)
-        verdict = "not measured" if value is None else "met" if value >= target.least else "not met"
-        lacking = [name for name in (target.ours, *target.peers) if name not in rows]
-        found.append(
-            {
-                "target": target.text,
-                "at least": target.least,
-                "measured": value,
-                "verdict": verdict,
-                "without": lacking,
-            }
-        )
-    return found
+        row = {
+            "target": target.text,
+            "at least": target.least,
+            "measured": value,
+            "verdict": _verdict(value, target.least),
+            "without": [name for name in (target.ours, *target.peers) if name not in rows],
+        }
+        judged.append(row)
+    return judged
 
 
-def markdown(found: dict) -> str:
+def _verdict(value: float | None, least: float) -> str:
+    if value is None:
+        return "not measured"
+    return "met" if value >= least else "not met"
+
+
+def markdown(report: dict) -> str:
     """The page: machine, a row per configuration, what is missing, the targets."""
     lines = [
-        f"# {found['model']}: {found['case']}",
+        f"# {report['model']}: {report['case']}",
         "",
-        f"{found['date']}, {found['machine']}. Medians of the rounds; "
+        f"{report['date']}, {report['machine']}. Medians of the rounds; "
         "bandwidth is the mean of what was read before and after.",
         "",
-        *_figures(found["rows"]),
+        *_figure_table(report["rows"]),
         "",
     ]
-    if found["missing"]:
-        lines += [
-            "| missing | why |",
-            "|---|---|",
-            *(f"| {n} | {_cell(why)} |" for n, why in found["missing"].items()),
-            "",
-        ]
-    if found["targets"]:
+    if report["missing"]:
+        lines += ["| missing | why |", "|---|---|"]
+        lines += [f"| {name} | {_cell(why)} |" for name, why in report["missing"].items()]
+        lines.append("")
+    if report["targets"]:
         lines += ["| target | at least | measured | |", "|---|---|---|---|"]
-    for row in found["targets"]:
-        value = "-" if row["measured"] is None else f"{row['measured']:.2f}"
-        note = f" (without {', '.join(row['without'])})" if row["without"] else ""
-        lines.append(
-            f"| {row['target']} | {row['at least']:g} | {value} | {row['verdict']}{note} |"
-        )
-    versions = dict.fromkeys(row["version"] for row in found["rows"].values())
+        lines += [_target_line(row) for row in report["targets"]]
+    versions = dict.fromkeys(row["version"] for row in report["rows"].values())
     return "\n".join([*lines, "", "Versions: " + "; ".join(versions) + ".", ""])
 
 
-COLUMNS = {
+def _target_line(row: dict) -> str:
+    value = "-" if row["measured"] is None else f"{row['measured']:.2f}"
+    note = f" (without {', '.join(row['without'])})" if row["without"] else ""
+    return f"| {row['target']} | {row['at least']:g} | {value} | {row['verdict']}{note} |"
+
+
+COLUMNS = {  # title -> (figure, factor, decimal places)
     "first token s": ("first_s", 1, 3),
     "per token ms": ("token_s", 1e3, 1),
     "tokens/s": ("tokens_per_s", 1, 1),
@@ -130,20 +143,19 @@ COLUMNS = {
 }
 
 
-def _figures(rows: dict) -> list[str]:
-    shown = {
-        title: spec
-        for title, spec in COLUMNS.items()
-        if any(spec[0] in row for row in rows.values())
-    }
+def _figure_table(rows: dict) -> list[str]:
+    """A line per configuration, with the columns that at least one of them has."""
+    keys = set().union(*rows.values())
+    shown = {title: column for title, column in COLUMNS.items() if column[0] in keys}
     lines = [f"| configuration | {' | '.join(shown)} |", "|---" * (1 + len(shown)) + "|"]
     for name, row in rows.items():
-        cells = [
-            f"{row[key] * scale:.{places}f}" if key in row else "-"
-            for key, scale, places in shown.values()
-        ]
+        cells = [_figure(row, *column) for column in shown.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
+
+
+def _figure(row: dict, key: str, factor: float, places: int) -> str:
+    return f"{row[key] * factor:.{places}f}" if key in row else "-"
 
 
 def _cell(text: str) -> str:

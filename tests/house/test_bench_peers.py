@@ -49,7 +49,7 @@ def test_medians_and_targets(bench):
     assert rows["ours bfloat16"]["token_s"] == 0.1 and rows["ours bfloat16"]["rounds"] == 3
     assert rows["ours int8, batch 8"]["tokens_per_s"] == pytest.approx(100)
     found = {
-        row["target"]: row for row in bench.table.judged(bench.CASES["glm-edge-1.5b"].targets, rows)
+        row["target"]: row for row in bench.table.judge(bench.CASES["glm-edge-1.5b"].targets, rows)
     }
     values = [row["measured"] for row in found.values()]
     assert values == pytest.approx([3.0, 1.0, 1.25, None, 1.5, 0.8, None, 4.0])
@@ -104,13 +104,13 @@ def stand_in(bench, monkeypatch):
         def read(self):
             return 50e9
 
-    monkeypatch.setattr(bench, "worker", worker)
+    monkeypatch.setattr(bench, "run_worker", worker)
     monkeypatch.setattr(bench, "Probe", Probe)
     monkeypatch.setattr(bench, "prepare", lambda case, work: {"work": str(work)})
     monkeypatch.setattr(bench, "streamed_bytes", lambda *args: 2e9)
     monkeypatch.setattr(
         bench.environment,
-        "ensure",
+        "install",
         lambda peer: "could not be installed: no cmake" * (peer == "llamacpp") or None,
     )
     return jobs
@@ -133,7 +133,7 @@ def test_peers_that_fail_are_named_and_the_others_go_on(bench, stand_in, tmp_pat
 
 
 def test_a_stopped_run_goes_on(bench, stand_in, tmp_path, monkeypatch):
-    working = bench.worker
+    working = bench.run_worker
     seen = []
 
     def interrupted(entry, job):
@@ -142,10 +142,10 @@ def test_a_stopped_run_goes_on(bench, stand_in, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return working(entry, job)
 
-    monkeypatch.setattr(bench, "worker", interrupted)
+    monkeypatch.setattr(bench, "run_worker", interrupted)
     with pytest.raises(KeyboardInterrupt):
         bench.main(options(bench, tmp_path, "--rounds", "2", "--only", "ours"))
-    monkeypatch.setattr(bench, "worker", working)
+    monkeypatch.setattr(bench, "run_worker", working)
     stand_in.clear()
     assert bench.main(options(bench, tmp_path, "--rounds", "2", "--only", "ours")) == 0
     assert {seed for _, task, seed in stand_in if task == "run"} == {1}
@@ -169,7 +169,7 @@ def test_a_worker_that_dies_gives_its_last_words(bench, tmp_path, monkeypatch):
         "prompt": 4,
         "new": 2,
     }
-    found, error = bench.worker(entry, job)
+    found, error = bench.run_worker(entry, job)
     assert (
         found == {}
         and "failed (exit status 1): ModuleNotFoundError: No module named 'openvino'" in error
@@ -190,7 +190,7 @@ def test_our_own_worker_on_a_small_model(bench, tmp_path):
         "prompt": 24,
         "new": 4,
     }
-    found, error = bench.worker(entry, told | {"task": "run"})
+    found, error = bench.run_worker(entry, told | {"task": "run"})
     assert (
         error is None
         and found["first_s"] > 0
@@ -212,5 +212,5 @@ def test_the_plain_encoder_is_measured_without_the_engine(bench, tmp_path):
         "repeats": 1,
         "task": "run",
     }
-    found, error = bench.worker(bench.Entry("ours", "eager"), told)
+    found, error = bench.run_worker(bench.Entry("ours", "eager"), told)
     assert error is None and found["encode_s"] > 0
