@@ -36,14 +36,14 @@ WEIGHTS = "weight"  # where atc puts --external_weight, and where the runtime lo
 RUNS = 5  # timed, after one that is not
 
 
-def check(family: Family, request: Request, toolkit: atc_run.Toolkit | None):
+def check(family: Family, request: Request, toolkit: atc_run.InstalledAtc | None):
     """ToolkitError, before anything slow begins, for what atc (without one: of any CANN version) would refuse."""
     atc.check(request, family, toolkit and toolkit.cann)
     if request.aipp:
         variant.normalization(family)
 
 
-def plan(family: Family, out: Path, request: Request, toolkit: atc_run.Toolkit | None) -> str:
+def plan(family: Family, out: Path, request: Request, toolkit: atc_run.InstalledAtc | None) -> str:
     """What --dry-run prints: which atc would run where, on which files."""
     who = (
         f"{toolkit.atc}, CANN {toolkit.cann or 'of unknown version'}"
@@ -110,7 +110,7 @@ class Build:
     family: Family
     out: Path
     request: Request
-    toolkit: atc_run.Toolkit
+    toolkit: atc_run.InstalledAtc
     attempts: list[dict] = field(default_factory=list)
 
     def run(self):

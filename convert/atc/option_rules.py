@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 
+from runtime.ascend.cann import numbers
 from runtime.common.errors import ToolkitError
 
 OLDEST = (7, 0)  # reads our graphs' opset 17
@@ -26,12 +27,6 @@ MIXED = ("mixed_", "allow_mix_precision")
 @cache
 def table() -> dict:
     return json.loads(Path(__file__).with_name("option_rules.json").read_text(encoding="utf-8"))
-
-
-def parse_version(text: str) -> tuple[int, int]:
-    """ "8.0.RC2" -> (8, 0)"""
-    major, minor = re.match(r"(\d+)\.(\d+)", text).groups()
-    return int(major), int(minor)
 
 
 def parse_extra(arguments) -> dict[str, str]:
@@ -128,7 +123,7 @@ def check_soc(name: str):
 
 def check(options: dict[str, str], cann: str | None):
     """ToolkitError for a value, a combination or an option that atc of this CANN ("8.0.RC2"; None = any) refuses."""
-    version = parse_version(cann) if cann else None
+    version = numbers(cann)[:2] if cann else None
     if version and version < OLDEST:
         raise ToolkitError(f"CANN {cann} does not read opset 17 graphs; install CANN 7.0 or newer")
     for name, value in options.items():
@@ -154,7 +149,7 @@ def _check_value(name, value):
 def _check_since(name, value, cann, version):
     entry = table()["options"][name]
     since = entry.get("value_since", {}).get(value) or entry.get("since")
-    if version and since and version < parse_version(since):
+    if version and since and version < numbers(since):
         raise ToolkitError(
             f"atc option {name}={value} needs CANN {since}, installed is {cann}; leave it out"
         )

@@ -14,6 +14,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from runtime.ascend.cann import HOMES, installed_version
 from runtime.common.errors import CHECK_FAILED, ToolkitError
 from runtime.common.progress import spinner
 
@@ -21,43 +22,31 @@ from .command import NAME
 
 SUCCESS = "ATC run success"
 CODE = re.compile(r"\b[EWI][0-9A-Z]\d{4}\b")
-HOMES = ("ASCEND_TOOLKIT_HOME", "ASCEND_HOME_PATH")
 SHOWN = 3  # causes named in the message; the log has all
 KILLED = 128  # a shell reports a process ended by signal n as 128 + n
 
 
 @dataclass(frozen=True)
-class Toolkit:
+class InstalledAtc:
     """An installed atc and the CANN version it belongs to, e.g. "8.0.RC2" (None where no version file is found)."""
 
     atc: Path
     cann: str | None
 
 
-def find() -> Toolkit | None:
+def find() -> InstalledAtc | None:
     """atc of PATH, else of the CANN folder that set_env.sh names; None without one."""
-    homes = [Path(os.environ[name]) for name in HOMES if os.environ.get(name)]
+    homes = [Path(os.environ[name]) for name in reversed(HOMES) if os.environ.get(name)]
     places = os.pathsep.join([os.environ.get("PATH", ""), *(str(home / "bin") for home in homes)])
     found = shutil.which("atc", path=places)
     if not found:
         return None
     atc = Path(found).absolute()
-    return Toolkit(atc, next(filter(None, map(_version, [*atc.resolve().parents, *homes])), None))
+    versions = map(installed_version, [*atc.resolve().parents, *homes])
+    return InstalledAtc(atc, next(filter(None, versions), None))
 
 
-def _version(root: Path) -> str | None:
-    """`version=` of the file that CANN's installer writes into <root>/<arch>-linux."""
-    for file in sorted(root.glob("*-linux/ascend_toolkit_install.info")):
-        found = re.search(
-            r"^version=(\d+\.\d\S*)",
-            file.read_text(encoding="utf-8", errors="replace"),
-            re.MULTILINE,
-        )
-        if found:
-            return found[1]
-
-
-def run(toolkit: Toolkit, arguments: list[str], work: Path, log: Path) -> Path:
+def run(toolkit: InstalledAtc, arguments: list[str], work: Path, log: Path) -> Path:
     """Path in `work` (emptied first) of the .om that `arguments` make; what atc says is kept in `log`.
 
     ToolkitError (exit 1) when atc fails, is killed, or does not leave exactly one .om.

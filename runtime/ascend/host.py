@@ -1,6 +1,7 @@
-"""What of Ascend this machine has, as its files and `npu-smi` tell it. Reads only; nothing is imported or loaded.
+"""What this machine has of Ascend: takes its files and the output of `npu-smi`, returns facts.
 
-Paths, environment and commands go through a Host, so that a test can stand a directory tree in for a machine.
+Reads only; nothing is imported or loaded. Paths, environment and commands go through a Host, so
+that a test can stand a directory tree in for a machine.
 """
 
 import glob
@@ -11,11 +12,15 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
+
+from runtime.common import machine
+
+from .cann import HOMES, Toolkit, read_info, toolkit_in
 
 DEVICE = re.compile(r"(\d+)\s+([A-Za-z]*\d\S*)")
 BUS = re.compile(r"[\dA-Fa-fx]{4}:[\dA-Fa-fx]{2}:[\dA-Fa-fx]{2}\.\w|NA")
+USED_OF_TOTAL = re.compile(r"(\d+)\s*/\s*(\d+)")
 HUAWEI, ACCELERATOR = "0x19e5", "0x1200"  # PCI vendor; class of processing accelerators
 TOOLKITS = (
     "usr/local/Ascend/ascend-toolkit/latest",
@@ -23,7 +28,6 @@ TOOLKITS = (
     "usr/local/Ascend/cann",
     "usr/local/Ascend/cann-*",
 )
-HOMES = ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME")
 
 WHEELS = "https://aisbench.obs.myhuaweicloud.com/packet/ais_bench_infer/0.0.2/ait/"
 SOURCES = (
@@ -34,9 +38,8 @@ NEWEST_WHEEL = (3, 10)
 
 def npu_nodes(root: str | Path = "/") -> list[str]:
     """Device files of the NPUs this process may see: ["/dev/davinci0", ...]."""
-    return sorted(
-        node for node in glob.glob(f"{root}/dev/davinci*".replace("//", "/")) if node[-1].isdigit()
-    )
+    nodes = glob.glob(f"{root}/dev/davinci*".replace("//", "/"))
+    return sorted(node for node in nodes if node[-1].isdigit())
 
 
 @dataclass(frozen=True)
@@ -52,52 +55,35 @@ class Device:
 
     @property
     def soc(self) -> str:
-        """Name that atc takes; "Ascend910" alone hides which A3 it is (`npu-smi info -t board` tells)."""
+        """Name that atc takes; "Ascend910" alone hides which A3 it is (`npu-smi info -t board`
+        shows it)."""
         return "Ascend" + self.name.removeprefix("Ascend")
 
 
 def parse_npu_smi(text: str) -> list[Device]:
     """Devices in the table of `npu-smi info`: two rows each, in the layouts of 21.0 to 26.0."""
     devices = []
-    head = None
+    head = None  # (npu, name, health) of a first row that waits for its second
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
         if len(cells) != 3:
             continue
         named = DEVICE.fullmatch(cells[0])
         if named and not BUS.fullmatch(cells[1]):
-            head = int(named[1]), named[2], cells[1]
+            head = (int(named[1]), named[2], cells[1])
         elif head and BUS.fullmatch(cells[1]):
-            memory = [
-                (int(total), int(used))
-                for used, total in re.findall(r"(\d+)\s*/\s*(\d+)", cells[2])
-            ]
-            total, used = max(memory[-2:], default=(0, 0))
-            devices.append(Device(head[0], int(cells[0].split()[0]), head[1], head[2], used, total))
+            npu, name, health = head
+            used, total = _memory(cells[2])
+            devices.append(Device(npu, int(cells[0].split()[0]), name, health, used, total))
             head = None
     return devices
 
 
-@dataclass(frozen=True)
-class Toolkit:
-    """One installed CANN toolkit. `info`: its ascend_toolkit_install.info."""
-
-    path: Path
-    info: Mapping[str, str]
-
-    @property
-    def version(self) -> str:
-        return self.info.get("version", "")
-
-    @property
-    def set_env(self) -> Path:
-        """set_env.sh lies inside a `cann` folder, and beside the version folders of an `ascend-toolkit`."""
-        inside = self.path / "set_env.sh"
-        return (
-            inside
-            if inside.is_file() or self.path.parent.name != "ascend-toolkit"
-            else self.path.parent / "set_env.sh"
-        )
+def _memory(cell: str) -> tuple[int, int]:
+    """(used, total) MB in a cell of "used / total" pairs: of the last two the one with the larger
+    total, for HBM stands behind a memory of 0."""
+    pairs = [(int(used), int(total)) for used, total in USED_OF_TOTAL.findall(cell)]
+    return max(pairs[-2:], key=lambda pair: (pair[1], pair[0]), default=(0, 0))
 
 
 @dataclass
@@ -112,15 +98,13 @@ class Host:
 
     def info(self, absolute: str) -> dict[str, str]:
         """Pairs of a version.info file ("key=value" or "key : value"), {} without it."""
-        try:
-            lines = self.path(absolute).read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError:
-            return {}
-        pairs = (re.split(r"\s*[=:]\s*", line.strip(), maxsplit=1) for line in lines)
-        return {pair[0]: pair[1].strip() for pair in pairs if len(pair) == 2}
+        return read_info(self.path(absolute))
 
     def run(self, *command: str, timeout: float = 60) -> tuple[int, str]:
-        """(exit status, output) of a command; 127 when there is none of that name, 124 when it takes too long."""
+        """(exit status, output) of a command, ended after `timeout` seconds.
+
+        127 when there is none of that name, 126 when it cannot be run, 124 when it takes too long.
+        """
         try:
             done = subprocess.run(
                 command,
@@ -140,10 +124,7 @@ class Host:
 
     def version(self, package: str) -> str | None:
         """Version of an installed Python package, None without it."""
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            return None
+        return machine.version(package)
 
     @property
     def python(self) -> str:
@@ -151,47 +132,39 @@ class Host:
 
     def memory(self) -> tuple[int, int]:
         """(free, total) bytes of the host."""
-        info = self.info("/proc/meminfo")
-        return tuple(int(info[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
+        return machine.memory(self.root)
 
     def cards(self) -> int:
         """Ascend cards on the PCI bus, with or without a driver."""
         found = 0
         for vendor in self.root.glob("sys/bus/pci/devices/*/vendor"):
             kind = vendor.with_name("class")
-            found += (
-                vendor.read_text().strip() == HUAWEI
-                and kind.is_file()
-                and kind.read_text().startswith(ACCELERATOR)
-            )
+            if vendor.read_text().strip() != HUAWEI or not kind.is_file():
+                continue
+            if kind.read_text().startswith(ACCELERATOR):
+                found += 1
         return found
 
     def toolkits(self) -> list[Toolkit]:
         """Installed CANN toolkits, each once, the one the environment points to first."""
-        named = [self.path(self.environ[name]) for name in HOMES if self.environ.get(name)]
+        folders = [self.path(self.environ[name]) for name in HOMES if self.environ.get(name)]
+        for pattern in TOOLKITS:
+            folders += sorted(self.root.glob(pattern))
         found = {}
-        for path in (
-            *named,
-            *(path for pattern in TOOLKITS for path in sorted(self.root.glob(pattern))),
-        ):
-            infos = sorted(path.glob("*-linux/ascend_toolkit_install.info"))
-            if infos:
-                found.setdefault(
-                    path.resolve(), Toolkit(path, self.info(str(infos[0].relative_to(self.root))))
-                )
+        for folder in folders:
+            toolkit = toolkit_in(folder)
+            if toolkit:
+                found.setdefault(folder.resolve(), toolkit)
         return list(found.values())
 
 
-def numbers(version: str) -> tuple[int, ...]:
-    """ "8.3.RC1" -> (8, 3), "7.7.0.1.231" -> (7, 7, 0, 1, 231): the leading numbers, to compare versions."""
-    leading = re.match(r"\d+(\.\d+)*", version or "")
-    return tuple(map(int, leading[0].split("."))) if leading else ()
-
-
 def install_ais_bench() -> str:
-    """The pip line for this Python and machine: Huawei's wheels, or the sources where there is none."""
+    """The pip line for this Python and machine: Huawei's wheels, or the sources where there is
+    none."""
     if sys.version_info[:2] > NEWEST_WHEEL:
-        return f"pip install '{SOURCES.format('aclruntime', '/backend')}' '{SOURCES.format('ais_bench', '')}'"
+        aclruntime = SOURCES.format("aclruntime", "/backend")
+        ais_bench = SOURCES.format("ais_bench", "")
+        return f"pip install '{aclruntime}' '{ais_bench}'"
     tag = "cp{}{}".format(*sys.version_info[:2])
     return (
         f"pip install {WHEELS}aclruntime-0.0.2-{tag}-{tag}-linux_{platform.machine()}.whl "

@@ -1,6 +1,8 @@
-"""What differs between Ascend chips, as data: one row per generation, looked up by the number torch_npu gives the chip.
+"""What differs between Ascend chips, as data: takes the number that torch_npu gives a chip, returns
+the row of its generation.
 
-`npu.py` reads these rows and has no chip's name in it. Kernel names are keys of the tables in `npu.py`.
+runtime/ops/npu reads these rows and has no chip's name in it. Kernel names are keys of the tables
+in its kernels.py.
 """
 
 from dataclasses import dataclass, replace
@@ -16,13 +18,17 @@ class Soc:
 
     dtypes: what its attention kernels compute in.  weight_format, cache_format: ND or NZ.
     block_sizes: tokens per cache block its attention kernels take, the default first.
-    fused_bias: one kernel does x @ w + b with weights in `weight_format` (else torch_npu launches three).
-    swiglu_multiple: width that npu_swiglu needs.  token_multiple: attention over whole prompts pads tokens to it.
-    cache_write, attention: kernels; attention has one for each phase of `npu.phase`.
-    lens_on_device: paged attention reads the lengths from device memory, so that a graph can be replayed after changing
-    them there; else they are host arguments, which torch_npu must update inside the graph.
-    token_scales: the int8 matmul takes one activation scale per token.  int64_scales: its output scales are int64 (float32
-    bits in the low half) whatever the dtype; else only for float16.
+    fused_bias: one kernel does x @ w + b with weights in `weight_format` (else torch_npu launches
+    three).
+    swiglu_multiple: its width must be a multiple for npu_swiglu.
+    token_multiple: attention over whole prompts pads tokens to a multiple of it.
+    cache_write, attention: kernels; attention has one for each phase of `ops.npu.ops.phase`.
+    lens_on_device: paged attention reads the lengths from device memory, so that a graph can be
+    replayed after changing them there; else they are host arguments, which torch_npu must update
+    inside the graph.
+    token_scales: the int8 matmul takes one activation scale per token.
+    int64_scales: its output scales are int64 (float32 bits in the low half) whatever the dtype;
+    else only for float16.
     """
 
     name: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
+from pathlib import Path
 
 PACKAGES = (
     "ascend-vlm",
@@ -52,6 +53,14 @@ def gib(size: int) -> str:
 
 
 def available_memory() -> int:
-    with open("/proc/meminfo", encoding="ascii") as lines:
-        fields = dict(line.split(":", 1) for line in lines)
-    return int(fields["MemAvailable"].split()[0]) * 1024
+    """Bytes of main memory that can be had without swapping."""
+    available, _ = memory()
+    return available
+
+
+def memory(root: Path = Path("/")) -> tuple[int, int]:
+    """(available, total) bytes of main memory, from the proc/meminfo in `root`."""
+    text = (root / "proc/meminfo").read_text(encoding="ascii")
+    fields = dict(line.split(":", 1) for line in text.splitlines())
+    available, total = (int(fields[name].split()[0]) for name in ("MemAvailable", "MemTotal"))
+    return available * 1024, total * 1024

@@ -12,15 +12,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.ascend.host import (
-    Device,
-    Host,
-    Toolkit,
-    install_ais_bench,
-    npu_nodes,
-    numbers,
-    parse_npu_smi,
-)
+from runtime.ascend.cann import Toolkit, numbers
+from runtime.ascend.host import Device, Host, install_ais_bench, npu_nodes, parse_npu_smi
 
 OK = "ok"
 NOTE = "note"

@@ -238,7 +238,7 @@ def test_the_toolkit_is_found_by_the_variables_of_set_env(tmp_path, monkeypatch)
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     assert atc_run.find() is None
     monkeypatch.setenv("ASCEND_HOME_PATH", str(tmp_path / "cann"))
-    assert atc_run.find() == atc_run.Toolkit(tool, "7.0.1")
+    assert atc_run.find() == atc_run.InstalledAtc(tool, "7.0.1")
 
 
 def test_an_unknown_cann_version_is_said(tmp_path, monkeypatch):

@@ -10,7 +10,8 @@ import paths
 import pytest
 
 from runtime.ascend import host
-from runtime.ascend.host import Host, numbers, parse_npu_smi
+from runtime.ascend.cann import numbers
+from runtime.ascend.host import Host, parse_npu_smi
 from runtime.common.errors import run_command
 from runtime.doctor import __main__ as doctor
 from runtime.doctor import checks
