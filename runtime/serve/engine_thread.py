@@ -104,8 +104,8 @@ class EngineThread:
     def __init__(self, open_engine, on_failure, on_answer_end):
         self.engine = None
         self.failure = None
-        self.prompt_pool = ThreadPoolExecutor(PROMPT_THREADS, thread_name_prefix="prompt")
         self.open_engine = open_engine
+        self._prompt_pool = ThreadPoolExecutor(PROMPT_THREADS, thread_name_prefix="prompt")
         self._on_failure = on_failure
         self._on_answer_end = on_answer_end
         self._inbox = queue.SimpleQueue()
@@ -119,8 +119,13 @@ class EngineThread:
     def stop(self):
         """Cancel what is under way, free the engine's memory, and wait a little for that."""
         self._inbox.put(self._stop)
-        self.prompt_pool.shutdown(wait=False, cancel_futures=True)
+        self._prompt_pool.shutdown(wait=False, cancel_futures=True)
         self._thread.join(STOP_SECONDS)
+
+    async def run_in_pool(self, function, *arguments):
+        """Call `function` in one of the few threads that read prompts and images."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._prompt_pool, function, *arguments)
 
     @contextlib.asynccontextmanager
     async def submit(self, prompt, params):

@@ -3,7 +3,6 @@
 Takes checked requests, returns response bodies, or streams of server-sent events.
 """
 
-import asyncio
 import json
 import logging
 import time
@@ -55,9 +54,7 @@ class Service:
         return ResponseBuilder(chat, self.name, self.engine.family.tokenizer, parser)
 
     async def run_in_pool(self, function, *arguments):
-        """Call `function` in one of the few threads that read prompts and images."""
-        pool = self._engine_thread.prompt_pool
-        return await asyncio.get_running_loop().run_in_executor(pool, function, *arguments)
+        return await self._engine_thread.run_in_pool(function, *arguments)
 
     async def complete(self, request: SamplingRequest, build_prompt, responses: ResponseBuilder):
         """The response of a completion request: a dict, or the events of a stream.

@@ -1,40 +1,48 @@
-"""Who answers the page: an engine of this process, or a server."""
+"""What answers the page: an engine of this process, or a server.
 
-import asyncio
+Takes chat messages with paths of images, yields the answer in pieces.
+"""
+
 import base64
 import mimetypes
 import os
 import signal
-import sys
 from pathlib import Path
 
+import openai
+
+from models.errors import ModelError
 from runtime.common.errors import ToolkitError
+from runtime.common.progress import print_status
 from runtime.engine.command import open_engine
 from runtime.engine.options import EngineOptions, SamplingParams
+from runtime.serve.engine_thread import EngineThread
+from runtime.serve.images import ImageRules
 
 from .options import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, UiOptions
 
+DEFAULT_MAX_MODEL_LEN = 4096  # of a server that does not name its model's
+CONNECT_SECONDS = 10
+
 
 class Local:
-    """An engine of this process; the questions of several visitors are decoded together, as in the service."""
+    """An engine of this process; the questions of several visitors are decoded together, as in the
+    service."""
 
     def __init__(self, options: UiOptions, engine_options: EngineOptions):
-        from runtime.serve.engine_thread import EngineThread
-
         self.engine = open_engine(options.model, engine_options)
         family = self.engine.family
         self.name = family.name
-        self.longest = self.engine.max_model_len
+        self.max_model_len = self.engine.max_model_len
+        self.takes_images = family.vision is not None
+        self.takes_system = takes_system(family)
+        self.released_sampling = family.sampling(self.takes_images)
         self._language = options.language
-        self.pictures = family.vision is not None
-        self.system = takes_system(family)
-        self.released = family.sampling(self.pictures)
-        self._engine_thread = EngineThread(
-            lambda: self.engine, lambda: os.kill(os.getpid(), signal.SIGTERM), lambda answer: None
-        )
+        self._rules = ImageRules(0, MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS)
+        self._engine_thread = EngineThread(lambda: self.engine, end_process, lambda stream: None)
 
     def __enter__(self):
-        print("\n".join(self.engine.describe()), file=sys.stderr)
+        print_status("\n".join(self.engine.describe()))
         self._engine_thread.start()
         return self
 
@@ -44,47 +52,53 @@ class Local:
             raise self._engine_thread.failure
 
     async def stream(self, messages: list[dict], sampling: SamplingParams):
-        """Yields the answer in pieces; messages are as Engine.prompt takes them, with paths of pictures."""
-        prompt = await asyncio.get_running_loop().run_in_executor(
-            self._engine_thread.prompt_pool, self._prompt, messages
-        )
+        """Yields the answer in pieces. messages: of Engine.prompt, with paths of images."""
+        prompt = await self._engine_thread.run_in_pool(self._prompt, messages)
         async with self._engine_thread.submit(prompt, sampling) as answer:
             async for piece in answer:
                 yield piece.text
 
-    def _prompt(self, messages):
-        from runtime.serve.images import ImageRules
+    def _prompt(self, messages: list[dict]):
+        return self.engine.prompt(replace_images(messages, self._decoded), language=self._language)
 
-        rules = ImageRules(max_images=0, max_bytes=MAX_IMAGE_BYTES, max_pixels=MAX_IMAGE_PIXELS)
-        return self.engine.prompt(
-            with_pictures(
-                messages,
-                lambda path: {"type": "image", "image": rules.decode(Path(path).read_bytes())},
-            ),
-            language=self._language,
-        )
+    def _decoded(self, path: str) -> dict:
+        return {"type": "image", "image": self._rules.decode(Path(path).read_bytes())}
+
+
+def end_process():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def takes_system(family) -> bool:
+    """Whether this family's prompts have a place for a system message."""
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "?"}]
+    try:
+        family.prompt(messages, family.languages[0])
+    except ModelError:
+        return False
+    return True
 
 
 class Remote:
-    """A server with OpenAI's API. Which sampling its model was released with, it does not tell."""
+    """A server with OpenAI's API. It does not tell with which sampling its model was released."""
 
-    pictures = system = True
-    released = None
+    takes_images = True
+    takes_system = True
+    released_sampling = None
 
     def __init__(self, options: UiOptions):
-        import openai
-
         url = options.server.rstrip("/").removesuffix("/v1") + "/v1"
         known = {"base_url": url, "api_key": options.api_key or "none", "max_retries": 0}
         try:
-            card = openai.OpenAI(**known, timeout=10).models.list().data[0]
+            models = openai.OpenAI(**known, timeout=CONNECT_SECONDS).models.list()
+            card = models.data[0]
         except (openai.OpenAIError, IndexError, AttributeError) as error:
             raise ToolkitError(
-                f"--server {options.server} does not list a model: {said(error)}; is the URL that of an OpenAI-"
-                "compatible server, and --api-key its key?"
+                f"--server {options.server} does not list a model: {user_message(error)}; is the "
+                "URL that of an OpenAI-compatible server, and --api-key its key?"
             ) from None
         self.name = card.id
-        self.longest = getattr(card, "max_model_len", None) or 4096
+        self.max_model_len = getattr(card, "max_model_len", None) or DEFAULT_MAX_MODEL_LEN
         self._client = openai.AsyncOpenAI(**known)
 
     def __enter__(self):
@@ -95,24 +109,12 @@ class Remote:
 
     async def stream(self, messages: list[dict], sampling: SamplingParams):
         """Yields the answer in pieces, as Local.stream."""
-        from openai import omit
-
-        given = {
-            name: omit if value is None else value
-            for name, value in vars(sampling).items()
-            if name in ("temperature", "top_p", "max_tokens")
-        }
-        more = {
-            name: getattr(sampling, name)
-            for name in ("top_k", "repetition_penalty")
-            if getattr(sampling, name) is not None
-        }
         answer = await self._client.chat.completions.create(
             model=self.name,
-            messages=with_pictures(messages, as_data_uri),
+            messages=replace_images(messages, as_data_uri),
             stream=True,
-            extra_body=more,
-            **given,
+            extra_body=given_fields(sampling, "top_k", "repetition_penalty"),
+            **given_fields(sampling, "temperature", "top_p", "max_tokens"),
         )
         async with answer:
             async for chunk in answer:
@@ -120,33 +122,20 @@ class Remote:
                     yield chunk.choices[0].delta.content or ""
 
 
-def takes_system(family) -> bool:
-    """Do this family's prompts have a place for a system message?"""
-    from models.errors import ModelError
-
-    try:
-        family.prompt(
-            [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "?"}],
-            family.languages[0],
-        )
-    except ModelError:
-        return False
-    return True
+def given_fields(sampling: SamplingParams, *names) -> dict:
+    values = {name: getattr(sampling, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
 
 
-def with_pictures(messages: list[dict], part) -> list[dict]:
-    """The messages with part(path) in place of every picture."""
-    return [
-        message
-        if isinstance(message["content"], str)
-        else {
-            **message,
-            "content": [
-                part(p["image"]) if p["type"] == "image" else p for p in message["content"]
-            ],
-        }
-        for message in messages
-    ]
+def replace_images(messages: list[dict], as_part) -> list[dict]:
+    """The messages with as_part(path) in place of every image part."""
+    replaced = []
+    for message in messages:
+        content = message["content"]
+        if not isinstance(content, str):
+            content = [as_part(p["image"]) if p["type"] == "image" else p for p in content]
+        replaced.append({**message, "content": content})
+    return replaced
 
 
 def as_data_uri(path: str) -> dict:
@@ -155,7 +144,8 @@ def as_data_uri(path: str) -> dict:
     return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}}
 
 
-def said(error: Exception) -> str:
+def user_message(error: Exception) -> str:
     """One sentence for the visitor; of a server's error only its message."""
     body = getattr(error, "body", None)
-    return (isinstance(body, dict) and body.get("message")) or str(error)
+    message = body.get("message") if isinstance(body, dict) else None
+    return message or str(error)

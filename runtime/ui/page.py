@@ -1,4 +1,7 @@
-"""The page of `python -m runtime.ui`: Gradio's chat with our settings, in two languages, cut off from every other site."""
+"""The page: Gradio's chat with our settings, in two languages, cut off from every other site.
+
+Takes a backend and the first values of the sliders, returns the running page.
+"""
 
 import json
 import traceback
@@ -16,12 +19,12 @@ from runtime.common.sample_questions import QUESTIONS
 from runtime.engine.options import SamplingParams
 from runtime.serve.errors import ApiError
 
-from .backends import said
-from .conversation import conversation
+from .backends import user_message
+from .conversation import chat_messages
 from .options import MAX_IMAGE_BYTES
 from .wording import CHINESE, ENGLISH
 
-PICTURES = Path(__file__).resolve().parents[2] / "examples" / "demo" / "pictures"
+DEMO_IMAGES = Path(__file__).resolve().parents[2] / "examples" / "demo" / "pictures"
 EXAMPLES = (
     ("scene10000.png", "describe", "en"),
     ("scene10000.png", "describe", "zh"),
@@ -36,7 +39,12 @@ HEADERS = [
     ),
     (b"referrer-policy", b"no-referrer"),
 ]
-OWN = ("temperature", "top_p", "top_k", "repetition_penalty")
+SLIDERS = {  # field of SamplingParams: least, most, step
+    "temperature": (0, 2, 0.05),
+    "top_p": (0.05, 1, 0.05),
+    "top_k": (0, 200, 1),
+    "repetition_penalty": (1, 2, 0.05),
+}
 CSS = """
 .example { border: 1px solid var(--border-color-primary) !important; border-radius: 12px; padding: 12px }
 /* the layer that says "busy" would lie over the stop button and take its clicks */
@@ -48,47 +56,18 @@ footer .divider { display: none }
 I18N = gr.I18n(en=ENGLISH, zh=CHINESE, **{"zh-CN": CHINESE})
 
 
-def build(backend, given: SamplingParams) -> gr.ChatInterface:
-    """backend: ui.Local or ui.Remote; given: how the sliders begin. The conversation lives in the browser's session."""
-    controls = settings(backend, given)
-
-    async def answer(message, history, *values):
-        """Yields what is known of the answer so far. Stop closes it, and with it the request."""
-        text, files = (
-            (message, [])
-            if isinstance(message, str)
-            else (message["text"], [*map(path_of, message["files"])])
-        )
-        system, sampling = chosen(*values)
-        told = ""
-        try:
-            async with aclosing(
-                backend.stream(conversation(history, text, files, system), sampling)
-            ) as pieces:
-                async for piece in pieces:
-                    told += piece
-                    yield told
-        except (
-            Exception
-        ) as error:  # raised, it would leave the page with a closed box and no conversation
-            gr.Warning(sentence(error), duration=None)
-            yield told
-
+def build_page(backend, given: SamplingParams) -> gr.ChatInterface:
+    """backend: backends.Local or backends.Remote. given: how the sliders begin. The conversation
+    lives in the browser's session."""
+    controls = make_controls(backend, given)
     page = gr.ChatInterface(
-        answer,
-        multimodal=backend.pictures,
+        answer_function(backend),
+        multimodal=backend.takes_images,
         title=backend.name,
         additional_inputs=controls,
-        chatbot=gr.Chatbot(
-            show_label=False,
-            scale=1,
-            height="68vh",
-            buttons=["copy"],
-            allow_tags=False,
-            feedback_options=None,
-        ),
-        textbox=textbox(backend.pictures),
-        examples=[[example] for example in examples(backend.pictures)],
+        chatbot=chatbot(),
+        textbox=textbox(backend.takes_images),
+        examples=[[example] for example in examples(backend.takes_images)],
         additional_inputs_accordion=gr.Accordion(I18N("settings"), open=False),
         analytics_enabled=False,
         concurrency_limit=None,
@@ -96,76 +75,115 @@ def build(backend, given: SamplingParams) -> gr.ChatInterface:
         api_visibility="private",
         cache_examples=False,
     )
+    released = controls[1]
+    sliders = controls[2 : 2 + len(SLIDERS)]
     with page:
-        controls[1].change(
-            lambda released: [gr.update(interactive=not released)] * 4,
-            controls[1],
-            controls[2:6],
+        released.change(
+            lambda ticked: [gr.update(interactive=not ticked)] * len(SLIDERS),
+            released,
+            sliders,
             api_visibility="private",
             queue=False,
         )
     return page
 
 
+def answer_function(backend):
+    """What Gradio calls for a question, with the values of `make_controls`."""
+
+    async def answer(message, history, *values):
+        """Yields what is known of the answer so far. Stop closes it, and with it the request."""
+        text, files = split_message(message)
+        system, sampling = read_controls(*values)
+        messages = chat_messages(history, text, files, system)
+        answered = ""
+        try:
+            async with aclosing(backend.stream(messages, sampling)) as pieces:
+                async for piece in pieces:
+                    answered += piece
+                    yield answered
+        except Exception as error:
+            # raised, it would leave the page with a closed box and no conversation
+            gr.Warning(visitor_message(error), duration=None)
+            yield answered
+
+    return answer
+
+
+def split_message(message: str | dict) -> tuple[str, list[str]]:
+    """Text and paths of what the visitor sent."""
+    if isinstance(message, str):
+        return message, []
+    return message["text"], [path_of(file) for file in message["files"]]
+
+
 def path_of(file: str | dict) -> str:
-    """A question that is asked again names its pictures as the conversation does."""
+    """On retry Gradio passes files as dicts with a path."""
     return file if isinstance(file, str) else file["path"]
 
 
-def sentence(error: Exception) -> str:
-    """What the visitor is told; the traceback of an error that nobody foresaw is for the command's own output."""
+def visitor_message(error: Exception) -> str:
+    """One sentence; the traceback of an error that nobody foresaw goes to the command's output."""
     if isinstance(error, (UserError, ApiError, OpenAIError)):
-        return said(error)
+        return user_message(error)
     traceback.print_exception(error)
     return "internal error; what the command printed says more"
 
 
-def settings(backend, given: SamplingParams) -> list:
-    """System prompt, "as released", temperature, top_p, top_k, repetition_penalty, max_tokens; first as `given`."""
-    known = backend.released or SamplingDefaults(backend.longest, 0.8, 0.8, 50, 1.0)
-    released = all(getattr(given, name) is None for name in OWN)
-
-    def slider(name, least, most, step):
-        value = getattr(known if getattr(given, name) is None else given, name)
-        return gr.Slider(
-            least,
-            most,
-            value,
-            step=step,
-            label=I18N(name),
-            info=I18N(name + "_info"),
-            interactive=not released,
-        )
-
-    return [
+def make_controls(backend, given: SamplingParams) -> list:
+    """System prompt, "as released", the SLIDERS, max_tokens; with the values of `given` first."""
+    defaults = backend.released_sampling
+    if defaults is None:
+        defaults = SamplingDefaults(backend.max_model_len, 0.8, 0.8, 50, 1.0)
+    released = all(getattr(given, name) is None for name in SLIDERS)
+    controls = [
         gr.Textbox(
-            "", label=I18N("system"), info=I18N("system_info"), lines=2, visible=backend.system
+            "",
+            label=I18N("system"),
+            info=I18N("system_info"),
+            lines=2,
+            visible=backend.takes_system,
         ),
         gr.Checkbox(released, label=I18N("released"), info=I18N("released_info")),
-        slider("temperature", 0, 2, 0.05),
-        slider("top_p", 0.05, 1, 0.05),
-        slider("top_k", 0, 200, 1),
-        slider("repetition_penalty", 1, 2, 0.05),
-        gr.Slider(
-            1,
-            backend.longest,
-            given.max_tokens or min(512, backend.longest),
-            step=1,
-            label=I18N("max_tokens"),
-            info=I18N("max_tokens_info"),
-        ),
     ]
+    for name, (least, most, step) in SLIDERS.items():
+        value = getattr(given, name)
+        if value is None:
+            value = getattr(defaults, name)
+        controls.append(slider(name, least, most, value, step, interactive=not released))
+    longest = backend.max_model_len
+    max_tokens = given.max_tokens or min(512, longest)
+    return [*controls, slider("max_tokens", 1, longest, max_tokens, 1)]
 
 
-def chosen(system, released, *values) -> tuple[str, SamplingParams]:
-    """The values of `settings` -> the system prompt and how to sample."""
-    *own, max_tokens = values
-    own = {} if released else {**dict(zip(OWN, own)), "top_k": int(own[2])}
-    return system or "", SamplingParams(max_tokens=int(max_tokens), **own)
+def slider(name: str, least, most, value, step, **more) -> gr.Slider:
+    label = I18N(name)
+    info = I18N(name + "_info")
+    return gr.Slider(least, most, value, step=step, label=label, info=info, **more)
 
 
-def textbox(pictures: bool):
-    if not pictures:
+def read_controls(system, released, *values) -> tuple[str, SamplingParams]:
+    """The values of `make_controls` -> the system prompt and how to sample."""
+    *of_sliders, max_tokens = values
+    given = {} if released else dict(zip(SLIDERS, of_sliders))
+    if given:
+        given["top_k"] = int(given["top_k"])
+    return system or "", SamplingParams(max_tokens=int(max_tokens), **given)
+
+
+def chatbot() -> gr.Chatbot:
+    return gr.Chatbot(
+        show_label=False,
+        scale=1,
+        height="68vh",
+        buttons=["copy"],
+        allow_tags=False,
+        feedback_options=None,
+    )
+
+
+def textbox(takes_images: bool):
+    if not takes_images:
         return gr.Textbox(
             placeholder=I18N("ask_text"), submit_btn=True, stop_btn=True, autofocus=True, scale=7
         )
@@ -181,32 +199,34 @@ def textbox(pictures: bool):
     )
 
 
-def examples(pictures: bool) -> list:
-    """Questions in both languages: about the demo's pictures, or the built-in ones without a picture."""
-    file = PICTURES / "questions.jsonl"
-    if not pictures or not file.exists():  # an installed package has no demo
+def examples(takes_images: bool) -> list:
+    """Questions in both languages: about the demo's images, or the built-in ones without one."""
+    file = DEMO_IMAGES / "questions.jsonl"
+    if not takes_images or not file.exists():  # an installed package has no demo
         return [question.text for question in QUESTIONS if not question.scene]
-    known = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return [
-        {"text": q["prompt"], "files": [str(PICTURES / q["image"])]}
-        for q in known
-        if (q["image"], q["kind"], q["lang"]) in EXAMPLES
-    ]
+    found = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        question = json.loads(line)
+        image = question["image"]
+        if (image, question["kind"], question["lang"]) in EXAMPLES:
+            found.append({"text": question["prompt"], "files": [str(DEMO_IMAGES / image)]})
+    return found
 
 
-class Secluded:
-    """ASGI middleware: the browser loads nothing from elsewhere, not even a picture that an answer's Markdown names."""
+class ContentPolicy:
+    """ASGI middleware: the browser loads nothing from elsewhere, not even an image that an answer's
+    Markdown names."""
 
     def __init__(self, app):
         self.app = app
 
     async def __call__(self, scope, receive, send):
-        async def guarded(message):
+        async def send_with_policy(message):
             if message["type"] == "http.response.start":
                 message = {**message, "headers": [*message["headers"], *HEADERS]}
             await send(message)
 
-        await self.app(scope, receive, guarded)
+        await self.app(scope, receive, send_with_policy)
 
 
 def launch(page, host: str, port: int):
@@ -229,7 +249,7 @@ def launch(page, host: str, port: int):
             i18n=I18N,
             theme=theme(),
             css=CSS,
-            app_kwargs={"middleware": [Middleware(Secluded)]},
+            app_kwargs={"middleware": [Middleware(ContentPolicy)]},
         )
     except OSError as error:
         raise ToolkitError(

@@ -1,4 +1,4 @@
-"""Every word of the page, English and Chinese."""
+"""Every word of the page, English and Chinese, by the key that page.py looks up."""
 
 ENGLISH = {
     "ask": "Ask, and add pictures",

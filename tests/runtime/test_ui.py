@@ -21,7 +21,7 @@ from runtime.common.errors import run_command
 from runtime.engine.options import EngineOptions
 from runtime.ui import __main__ as ui
 from runtime.ui import backends
-from runtime.ui.conversation import conversation
+from runtime.ui.conversation import chat_messages
 from runtime.ui.options import UiOptions
 
 ROOT = paths.ROOT
@@ -51,7 +51,7 @@ def test_a_conversation_becomes_messages():
         turn("assistant"),
         turn("user", "failed"),
     ]
-    assert conversation(history, "And?", ["b.png"], " Be brief. ") == [
+    assert chat_messages(history, "And?", ["b.png"], " Be brief. ") == [
         {"role": "system", "content": "Be brief."},
         {
             "role": "user",
@@ -63,7 +63,7 @@ def test_a_conversation_becomes_messages():
             "content": [{"type": "image", "image": "b.png"}, {"type": "text", "text": "And?"}],
         },
     ]
-    assert conversation([], "Hi", [], "  ")[0]["role"] == "user"
+    assert chat_messages([], "Hi", [], "  ")[0]["role"] == "user"
 
 
 @pytest.mark.parametrize("name, takes", [("visualglm", False), ("glm4", True)])
@@ -84,7 +84,7 @@ def local():
 
 
 def asked(text="Describe the picture."):
-    return conversation([], text, [str(PICTURE)], "")
+    return chat_messages([], text, [str(PICTURE)], "")
 
 
 def test_an_engine_of_its_own_answers(local):
@@ -119,7 +119,7 @@ def test_a_picture_that_is_none_is_refused_in_a_sentence(local, tmp_path):
     (tmp_path / "a.png").write_text("no picture")
 
     async def ask():
-        async for _ in local.stream(conversation([], "?", [str(tmp_path / "a.png")], ""), GREEDY):
+        async for _ in local.stream(chat_messages([], "?", [str(tmp_path / "a.png")], ""), GREEDY):
             pass
 
     with pytest.raises(Exception, match="the picture cannot be read; use PNG"):
@@ -158,13 +158,13 @@ def test_a_server_that_is_not_there():
 
 def test_settings_become_sampling():
     pytest.importorskip("gradio", reason="run: make test-ui")
-    from runtime.ui.page import chosen, examples
+    from runtime.ui.page import examples, read_controls
 
-    assert chosen("Be brief.", True, 0.5, 0.9, 40.0, 1.1, 64.0) == (
+    assert read_controls("Be brief.", True, 0.5, 0.9, 40.0, 1.1, 64.0) == (
         "Be brief.",
         SamplingParams(max_tokens=64),
     )
-    assert chosen("", False, 0, 0.9, 40.0, 1.1, 64.0) == (
+    assert read_controls("", False, 0, 0.9, 40.0, 1.1, 64.0) == (
         "",
         SamplingParams(max_tokens=64, temperature=0, top_p=0.9, top_k=40, repetition_penalty=1.1),
     )
