@@ -1,4 +1,4 @@
-"""Fixtures of the ATC tests: a converted checkpoint, alone or with the files its atc command names, and an installed atc."""
+"""Fixtures of the ATC tests: a converted checkpoint, the files that its atc command names, and an installed atc."""
 
 import shutil
 
@@ -16,7 +16,7 @@ from models import family_of
 
 @pytest.fixture(scope="module")
 def surroundings(tmp_path_factory):
-    """No CANN but what a test installs, an own cache, English, and no child process for ONNX Runtime."""
+    """An environment without CANN, in English, with a cache of its own and ONNX Runtime in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ASCEND_VLM_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(reference, "features", in_process)
@@ -40,7 +40,7 @@ def converted(surroundings, tmp_path_factory):
 
 @pytest.fixture
 def out(converted, tmp_path):
-    """A verified ONNX artifact of one's own."""
+    """A verified ONNX artifact that the test may change."""
     return shutil.copytree(converted, tmp_path / "out")
 
 
@@ -51,16 +51,13 @@ def cann(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def prepared(converted, tmp_path_factory):
-    """Folders with the files that the command lines name, one for each kind of graph."""
+    """{(aipp?, gears?): artifact with the files that its atc command names}."""
     family = family_of(MODEL)
     folders = {}
     for aipp in (False, True):
         for gears in ((), (1, 2)):
-            folders[aipp, bool(gears)] = shutil.copytree(
-                converted, tmp_path_factory.mktemp("prepared") / "out"
-            )
-            om.prepare(
-                family, folders[aipp, bool(gears)], Request("Ascend910B3", aipp=aipp, gears=gears)
-            )
-            (folders[aipp, bool(gears)] / atc.WORK).mkdir()
+            folder = shutil.copytree(converted, tmp_path_factory.mktemp("prepared") / "out")
+            om.prepare(family, folder, Request("Ascend910B3", aipp=aipp, gears=gears))
+            (folder / atc.WORK).mkdir()
+            folders[aipp, bool(gears)] = folder
     return folders

@@ -1,4 +1,4 @@
-"""What the ATC tests share: `convert` as a function, and the stand-in `atc` as an installed tool."""
+"""Tools of the ATC tests: `convert` as a function, and the stand-in `atc` as an installed tool."""
 
 import contextlib
 import io
@@ -25,11 +25,12 @@ def convert(out, *more, model=MODEL) -> tuple[int, str]:
 
 
 def in_process(family, graph, aipp=None):
+    """Takes the place of golden_features.features, which starts a child process."""
     return reference.compute(str(family.directory), str(graph), aipp and str(aipp))
 
 
 def install(root: Path, monkeypatch, version: str | None = "8.0.RC2") -> Path:
-    """The stand-in as <root>/bin/atc on PATH, with CANN's version file."""
+    """Installs the stand-in as <root>/bin/atc on PATH, with CANN's version file; version None: without it."""
     (root / "bin").mkdir(parents=True)
     tool = root / "bin" / "atc"
     tool.write_text(

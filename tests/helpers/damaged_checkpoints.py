@@ -1,4 +1,4 @@
-"""What the tests that plant errors share."""
+"""Copies of checkpoints with planted errors."""
 
 import json
 import shutil
@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 
 def edited(model, tmp_path, edit, config=None):
-    """A copy of the checkpoint with edit(tensors), its config.json with config(config)."""
+    """Copies the checkpoint; edit(tensors) changes every shard in place, config(values) its config.json."""
     copy = tmp_path / "edited"
     shutil.copytree(model, copy, ignore=shutil.ignore_patterns("hf", "*.npz"))
     for path in copy.glob("*.safetensors"):

@@ -1,4 +1,4 @@
-"""The demo model and how the tests ask it."""
+"""The demo model's folder, and questions to it."""
 
 import paths
 
@@ -9,20 +9,10 @@ GREEDY = SamplingParams(max_tokens=48, temperature=0)
 
 
 def answers(engine, asked, wrapper=None):
-    """Texts for [(picture, question)] in one batch."""
-    prompts = [
-        engine.prompt(
-            [
-                {
-                    "role": "user",
-                    "content": [
-                        {"type": "image", "image": picture},
-                        {"type": "text", "text": question},
-                    ],
-                }
-            ],
-            language=wrapper,
-        )
-        for picture, question in asked
-    ]
+    """Greedy answers to [(picture, question)] in one batch; wrapper: language of the prompt's wording."""
+    prompts = []
+    for picture, question in asked:
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+        message = {"role": "user", "content": content}
+        prompts.append(engine.prompt([message], language=wrapper))
     return [result.text for result in engine.generate(prompts, GREEDY)]

@@ -1,4 +1,4 @@
-"""Where things lie: said here once for all tests."""
+"""Folders of the repository, for all tests."""
 
 from pathlib import Path
 

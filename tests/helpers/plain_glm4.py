@@ -1,6 +1,7 @@
-"""GLM-4 and GLM-4V written down once more in plain torch, and random checkpoints in their released layouts.
+"""GLM-4 and GLM-4V a second time in plain torch, and random checkpoints in their released layouts.
 
-Nothing is shared with `models/` but the names and shapes of the weight table, which have a test of their own.
+The tests compare our models with it. It shares nothing with `models/` but the names and shapes of the weight table,
+which have a test of their own.
 """
 
 import json
@@ -12,35 +13,36 @@ from torch.nn import functional as F
 
 
 def random_checkpoint(directory, config, family, storage="one", seed=0):
-    """config.json and every tensor of the family's table, N(0, 0.1), norms around 1. Returns {name: tensor}."""
+    """Writes config.json and every tensor of the family's table, N(0, 0.1), norms around 1 -> {name: tensor}."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for weight in family(directory, config).weights():
         values = torch.randn(weight.shape, generator=generator) * 0.1
-        tensors[weight.source] = (
-            values + 1 if "norm" in weight.source and weight.source.endswith("weight") else values
-        )
+        if "norm" in weight.source and weight.source.endswith("weight"):
+            values += 1
+        tensors[weight.source] = values
     (directory / "config.json").write_text(json.dumps(config))
     save(directory, tensors, storage)
     return tensors
 
 
 def save(directory, tensors, storage):
-    shards = 3 if "sharded" in storage else 1
-    suffix = "bin" if "bin" in storage else "safetensors"
-    stem = "pytorch_model" if suffix == "bin" else "model"
-    files = [
-        f"{stem}-{k + 1:05}-of-{shards:05}.{suffix}" if shards > 1 else f"{stem}.{suffix}"
-        for k in range(shards)
-    ]
-    index = {name: files[i % shards] for i, name in enumerate(tensors)}
+    """Writes the tensors; storage: a phrase with "bin" or not, and "sharded" (three files) or not."""
+    whole = "pytorch_model.bin" if "bin" in storage else "model.safetensors"
+    files = [whole]
+    if "sharded" in storage:
+        stem, _, suffix = whole.partition(".")
+        files = [f"{stem}-{number:05}-of-00003.{suffix}" for number in (1, 2, 3)]
+    index = {name: files[i % len(files)] for i, name in enumerate(tensors)}
     for file in files:
         part = {name: tensor.clone() for name, tensor in tensors.items() if index[name] == file}
-        torch.save(part, directory / file) if suffix == "bin" else save_file(part, directory / file)
-    if shards > 1:
-        (directory / f"{stem}.{suffix}.index.json").write_text(
-            json.dumps({"metadata": {}, "weight_map": index})
-        )
+        if "bin" in storage:
+            torch.save(part, directory / file)
+        else:
+            save_file(part, directory / file)
+    if len(files) > 1:
+        text = json.dumps({"metadata": {}, "weight_map": index})
+        (directory / f"{whole}.index.json").write_text(text)
 
 
 def chatglm_names(tensors, config):
@@ -78,48 +80,43 @@ def text_logits(tensors, config, sizes, x, positions):
     t = chatglm_names(tensors, config)
     hidden_from = torch.ones(len(x), len(x)).triu(1).bool()
     for i in range(sizes["layers"]):
-        get = {
-            k.split(f"layers.{i}.")[1]: v
-            for k, v in t.items()
-            if f"encoder.layers.{i}." in k and "vision" not in k
-        }
-        x = x + attention(
-            rms(x, get["input_layernorm.weight"], sizes["eps"]), get, sizes, positions, hidden_from
-        )
-        h = (
-            rms(x, get["post_attention_layernorm.weight"], sizes["eps"])
-            @ get["mlp.dense_h_to_4h.weight"].T
-        )
-        gate, up = h.chunk(2, -1)
+        get = layer_tensors(t, i)
+        normed = rms(x, get["input_layernorm.weight"], sizes["eps"])
+        x = x + attention(normed, get, sizes, positions, hidden_from)
+        normed = rms(x, get["post_attention_layernorm.weight"], sizes["eps"])
+        gate, up = (normed @ get["mlp.dense_h_to_4h.weight"].T).chunk(2, -1)
         x = x + (F.silu(gate) * up) @ get["mlp.dense_4h_to_h.weight"].T
     x = rms(x, t["transformer.encoder.final_layernorm.weight"], sizes["eps"])
     return x @ t["transformer.output_layer.weight"].T
 
 
+def layer_tensors(tensors, index):
+    """{name inside the layer: tensor} of a decoder layer."""
+    found = {}
+    for name, tensor in tensors.items():
+        if f"encoder.layers.{index}." in name and "vision" not in name:
+            found[name.split(f"layers.{index}.")[1]] = tensor
+    return found
+
+
 def attention(x, get, s, positions, hidden_from):
-    qkv = F.linear(
-        x,
-        get["self_attention.query_key_value.weight"],
-        get.get("self_attention.query_key_value.bias"),
-    )
-    q, k, v = qkv.split(
-        [s["heads"] * s["head_dim"], s["kv"] * s["head_dim"], s["kv"] * s["head_dim"]], -1
-    )
-    q, k, v = (part.view(len(x), -1, s["head_dim"]) for part in (q, k, v))
+    name = "self_attention.query_key_value"
+    qkv = F.linear(x, get[f"{name}.weight"], get.get(f"{name}.bias"))
+    heads = qkv.view(len(x), -1, s["head_dim"])
+    q, k, v = heads.split([s["heads"], s["kv"], s["kv"]], 1)
     q = rotate(q, s, positions)
     k = rotate(k, s, positions)
     out = []
     for head in range(s["heads"]):
         group = head // (s["heads"] // s["kv"])
-        scores = (q[:, head] @ k[:, group].T / s["head_dim"] ** 0.5).masked_fill(
-            hidden_from, -torch.inf
-        )
-        out.append(scores.softmax(-1) @ v[:, group])
+        scores = q[:, head] @ k[:, group].T / s["head_dim"] ** 0.5
+        weights = scores.masked_fill(hidden_from, -torch.inf).softmax(-1)
+        out.append(weights @ v[:, group])
     return torch.cat(out, -1) @ get["self_attention.dense.weight"].T
 
 
 def rotate(x, s, positions):
-    """Adjacent pairs of the first channels, as complex numbers."""
+    """Rotary embedding of adjacent pairs in the first channels, as complex numbers."""
     rotary = s["rotary"]
     angles = positions[:, None] / s["theta"] ** (
         torch.arange(0, rotary, 2, dtype=torch.float64) / rotary
@@ -134,7 +131,7 @@ def rms(x, weight, eps):
 
 
 def picture_rows(tensors, config, pixels):
-    """pixels float [1, 3, S, S], normalised -> [rows, hidden] as they are spliced in."""
+    """pixels float [1, 3, S, S], normalised -> [rows, hidden], the rows that replace the image's tokens."""
     t = {k.removeprefix("transformer.vision."): v for k, v in tensors.items() if "vision" in k}
     c = config["vision_config"]
     width = c["hidden_size"]
@@ -153,21 +150,15 @@ def picture_rows(tensors, config, pixels):
     x = x + t["patch_embedding.position_embedding.weight"]
     for i in range(c["num_hidden_layers"]):
         name = f"transformer.layers.{i}."
-        q, k, v = (
-            layer(x, name + "attention.query_key_value")
-            .view(len(x), 3, c["num_heads"], -1)
-            .permute(1, 2, 0, 3)
-        )
+        qkv = layer(x, name + "attention.query_key_value")
+        q, k, v = qkv.view(len(x), 3, c["num_heads"], -1).permute(1, 2, 0, 3)
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(0, 1).flatten(1)
         x = x + norm(layer(mixed, name + "attention.dense"), name + "input_layernorm", eps)
         inner = F.gelu(layer(x, name + "mlp.fc1"))
         x = x + norm(layer(inner, name + "mlp.fc2"), name + "post_attention_layernorm", eps)
     grid = int((len(x) - 1) ** 0.5)
-    x = (
-        F.conv2d(x[1:].T.view(1, width, grid, grid), t["conv.weight"], t["conv.bias"], 2)[0]
-        .flatten(1)
-        .T
-    )
+    patches = x[1:].T.view(1, width, grid, grid)
+    x = F.conv2d(patches, t["conv.weight"], t["conv.bias"], 2)[0].flatten(1).T
     x = F.gelu(norm(layer(x, "linear_proj.linear_proj"), "linear_proj.norm1", 1e-5))
     gated = F.silu(layer(x, "linear_proj.gate_proj")) * layer(x, "linear_proj.dense_h_to_4h")
     x = layer(gated, "linear_proj.dense_4h_to_h")
@@ -216,7 +207,7 @@ def hf_config(**changes) -> dict:
 
 
 def sizes_of(config) -> dict:
-    """What the specification says the fields mean, for `text_logits`."""
+    """The sizes that `text_logits` takes, read from the fields of either layout as specified."""
     if config["model_type"] == "glm":
         rope = {"partial_rotary_factor": 0.5, **config, **config.get("rope_parameters", {})}
         return {

@@ -1,9 +1,9 @@
-"""A stand-in for CANN's `atc`: the documented option grammar and exit protocol; it compiles nothing.
+"""A stand-in for CANN's `atc`, with the documented option grammar and exit protocol; it compiles nothing.
 
-Success: the success line, status 0, and an .om-like file: the ONNX with its weights inside, input and output of the types
-that the options ask for (AIPP's arithmetic included), and the options in its metadata. Failure: status 255 always, error
-codes on stdout; wrong flag syntax on stderr. Written from the documentation of ATC, not from convert's tables.
-STAND_IN_ATC in the environment makes it misbehave (see `MISBEHAVE`).
+On success it prints the success line, exits with 0 and writes an .om-like file: the ONNX with its weights inside, input
+and output of the types that the options ask for (AIPP's arithmetic included), and the options in its metadata. On
+failure it always exits with 255 and prints error codes on stdout, or wrong flag syntax on stderr. It was written from
+the documentation of ATC, not from convert's tables. STAND_IN_ATC in the environment makes it misbehave (see `MISBEHAVE`).
 """
 
 import json
@@ -56,24 +56,24 @@ NEW = {
     "oo_level": words("O1 O3"),
     "is_weight_clip": words("0 1"),
 }  # 9.0
+FILES = ("model", "insert_op_conf", "keep_dtype", "modify_mixlist", "op_precision_mode")
 GEARS = ("dynamic_batch_size", "dynamic_image_size", "dynamic_dims", "input_shape_range")
 AIPP_KEYS = re.compile(
     r"aipp_mode|related_input_rank|input_format|src_image_size_[wh]|crop|padding|csc_switch|"
     r"rbuv_swap_switch|mean_chn_[0-3]|min_chn_[0-3]|var_reci_chn_[0-3]"
 )
-MISBEHAVE = {
-    "killed",
-    "wrapper killed",
-    "silent",
-    "no file",
-    "suffix",
-    "two files",
-    "disk full",
-    "no permission",
-    "library",
-    "weights",
-    "slow",
-}  # or an error code and its text
+# behaviour -> suffixes of the .om files that it writes
+SUFFIXES = {
+    "no file": [],
+    "suffix": ["_linux_x86_64"],
+    "two files": ["", "_linux_aarch64"],
+}
+# fmt: off
+MISBEHAVE = {  # or an error code and its text
+    "killed", "wrapper killed", "silent", "no file", "suffix", "two files", "disk full", "no permission", "library",
+    "weights", "slow",
+}
+# fmt: on
 
 
 class Refused(Exception):
@@ -109,48 +109,53 @@ def syntax(text):
 
 def check(options, version):
     for name in ("model", "output", "soc_version"):
-        options.get(name) or refuse(
-            "E10054", f"Parameter [{name}] is required and cannot be empty."
-        )
-    "framework" in options or refuse("E10007", "Parameter [--framework] is required.")
+        if not options.get(name):
+            refuse("E10054", f"Parameter [{name}] is required and cannot be empty.")
+    if "framework" not in options:
+        refuse("E10007", "Parameter [--framework] is required.")
     for name, value in options.items():
         allowed = CHOICES.get(name) or NEW.get(name) or [value]
-        value in allowed or refuse(
-            "E10001", f"Value [{value}] for parameter [--{name}] is invalid. Reason: not supported."
-        )
+        if value not in allowed:
+            reason = "is invalid. Reason: not supported."
+            refuse("E10001", f"Value [{value}] for parameter [--{name}] {reason}")
     check_precision(options, version)
-    if options["soc_version"].removeprefix("Ascend") not in CHIPS:
-        refuse(
-            "E10001", f"Value [{options['soc_version']}] for parameter [--soc_version] is invalid."
-        )
-    for name in ("model", "insert_op_conf", "keep_dtype", "modify_mixlist", "op_precision_mode"):
+    chip = options["soc_version"]
+    if chip.removeprefix("Ascend") not in CHIPS:
+        refuse("E10001", f"Value [{chip}] for parameter [--soc_version] is invalid.")
+    check_files(options)
+
+
+def check_files(options):
+    for name in FILES:
         if name in options:
             path = Path(options[name]).resolve()
-            path.is_file() or refuse("E10410", f"File [{path}] for [--{name}] does not exist.")
+            if not path.is_file():
+                refuse("E10410", f"File [{path}] for [--{name}] does not exist.")
             check_path(path)
-    options["output"].endswith("/") and refuse(
-        "E10022", "Parameter [--output] is invalid, no file name."
-    )
+    if options["output"].endswith("/"):
+        refuse("E10022", "Parameter [--output] is invalid, no file name.")
     check_path(Path(options["output"]).resolve())
 
 
 def check_path(path):
     if not re.fullmatch("[\u4e00-\u9fa5A-Za-z0-9./_-]+", str(path)):
         refuse("E10001", f"Value [{path}] is an invalid path.")
-    len(str(path)) > 4096 and refuse("E10021", "Path too long.")
+    if len(str(path)) > 4096:
+        refuse("E10021", "Path too long.")
 
 
 def check_precision(options, version):
     if "precision_mode" in options and "precision_mode_v2" in options:
         refuse("E10056", "[--precision_mode] and [--precision_mode_v2] are mutually exclusive.")
     mode = options.get("precision_mode_v2", "fp16")
-    if mode not in PRECISION_2 + (PRECISION_2_NEW if version >= 9 else []):
+    old_mode = options.get("precision_mode", "")
+    known = PRECISION_2 + PRECISION_2_NEW if version >= 9 else PRECISION_2
+    if mode not in known:
         refuse("E10001", f"Value [{mode}] for parameter [--precision_mode_v2] is invalid.")
-    mixed = mode.startswith("mixed_") or options.get("precision_mode", "").startswith(
-        "allow_mix_precision"
-    )
+    mixed = mode.startswith("mixed_") or old_mode.startswith("allow_mix_precision")
     if "modify_mixlist" in options:
-        mixed or refuse("E10001", "[--modify_mixlist] needs a mix precision mode.")
+        if not mixed:
+            refuse("E10001", "[--modify_mixlist] needs a mix precision mode.")
         lists = json.loads(Path(options["modify_mixlist"]).read_text())
         if not set(lists) <= {"black-list", "white-list", "gray-list"}:
             refuse("E10032", "Failed to parse json file.")
@@ -174,27 +179,32 @@ def check_graph(options):
             refuse("E10410", f"File [{place['location']}] does not exist.")
     opset = [entry.version for entry in model.opset_import if entry.domain == ""][-1]
     if not 8 <= opset <= 18:
-        refuse(
-            "E16002",
-            f"No parser is registered for Op [ai.onnx::{opset}::{model.graph.node[0].op_type}].",
-        )
-    names = [value.name for value in model.graph.input]
-    shapes = parse_shapes(options.get("input_shape", ""), names)
-    declared = {
-        v.name: [d.dim_value or -1 for d in v.type.tensor_type.shape.dim] for v in model.graph.input
-    }
+        op = model.graph.node[0].op_type
+        refuse("E16002", f"No parser is registered for Op [ai.onnx::{opset}::{op}].")
+    check_inputs(options, model.graph.input)
+    return path
+
+
+def check_inputs(options, inputs):
+    declared = {value.name: declared_shape(value) for value in inputs}
+    shapes = parse_shapes(options.get("input_shape", ""), declared)
     for name, shape in shapes.items():
-        len(shape) == len(declared[name]) or refuse(
-            "E10049", f"Dim count of [{name}] does not match."
-        )
+        if len(shape) != len(declared[name]):
+            refuse("E10049", f"Dim count of [{name}] does not match.")
         if any(a not in (-1, b) and b != -1 for a, b in zip(shape, declared[name])):
             refuse("E10050", f"Shape {shape} of [{name}] is out of the range {declared[name]}.")
     check_gears(options, shapes, declared)
     if "insert_op_conf" in options:
         check_aipp(options, shapes)
-    unknown = set(options.get("input_fp16_nodes", names[0]).split(";")) - set(names)
-    unknown and refuse("E10016", f"Opname {sorted(unknown)} is not found in the model.")
-    return path
+    half_inputs = options.get("input_fp16_nodes", inputs[0].name).split(";")
+    unknown = set(half_inputs) - set(declared)
+    if unknown:
+        refuse("E10016", f"Opname {sorted(unknown)} is not found in the model.")
+
+
+def declared_shape(value) -> list[int]:
+    """Dimensions of a graph input; -1 for a free one."""
+    return [dim.dim_value or -1 for dim in value.type.tensor_type.shape.dim]
 
 
 def parse_shapes(text, names):
@@ -203,101 +213,112 @@ def parse_shapes(text, names):
         name, colon, dims = part.rpartition(":")
         if not re.fullmatch(r"-?\d+(,-?\d+)*", dims) or not colon:
             refuse("E10002", f"Value [{text}] of [--input_shape] is invalid.")
-        name in names or refuse("E10016", f"Opname [{name}] is not found in the model.")
+        if name not in names:
+            refuse("E10016", f"Opname [{name}] is not found in the model.")
         shapes[name] = list(map(int, dims.split(",")))
     return shapes
 
 
 def check_gears(options, shapes, declared):
     given = [name for name in GEARS if name in options]
-    len(given) > 1 and refuse("E10009", f"{given} are mutually exclusive.")
+    if len(given) > 1:
+        refuse("E10009", f"{given} are mutually exclusive.")
     free = [name for name, shape in shapes.items() if -1 in shape]
     if not given:
         return
-    shapes or refuse("E10004", "Value for [--input_shape] is empty.")
-    free or refuse("E10040", "[--input_shape] needs -1 with a dynamic option.")
+    if not shapes:
+        refuse("E10004", "Value for [--input_shape] is empty.")
+    if not free:
+        refuse("E10040", "[--input_shape] needs -1 with a dynamic option.")
     if given != ["dynamic_batch_size"]:
         refuse("E10003", "the stand-in knows gears of the batch only")
     for name in free:
         if shapes[name][0] != -1 or -1 in shapes[name][1:] or declared[name][0] != -1:
-            refuse(
-                "E10018",
-                f"Shape {shapes[name]} of [{name}]: only the first dim may be -1, and must be in the model.",
-            )
-    sizes = options["dynamic_batch_size"].split(",")
-    all(size.isdigit() for size in sizes) or refuse("E10033", "gears hold more than digits")
-    len(sizes) < 2 and refuse("E10035", "At least 2 gears are needed.")
-    len(sizes) > 100 and refuse("E10036", "More than 100 gears.")
-    len(set(sizes)) < len(sizes) and refuse("E10039", "Gears repeat.")
-    "0" in sizes and refuse("E10038", "Gears must be positive.")
+            rule = "only the first dim may be -1, and must be in the model."
+            refuse("E10018", f"Shape {shapes[name]} of [{name}]: {rule}")
+    check_batch_sizes(options["dynamic_batch_size"].split(","))
+
+
+def check_batch_sizes(sizes):
+    if not all(size.isdigit() for size in sizes):
+        refuse("E10033", "gears hold more than digits")
+    if len(sizes) < 2:
+        refuse("E10035", "At least 2 gears are needed.")
+    if len(sizes) > 100:
+        refuse("E10036", "More than 100 gears.")
+    if len(set(sizes)) < len(sizes):
+        refuse("E10039", "Gears repeat.")
+    if "0" in sizes:
+        refuse("E10038", "Gears must be positive.")
 
 
 def aipp_values(options):
     text = Path(options["insert_op_conf"]).read_text()
-    body = re.fullmatch(r"\s*aipp_op\s*\{(.*)\}\s*", text, re.DOTALL) or refuse(
-        "E10052", "AIPP config cannot be parsed."
-    )
+    body = re.fullmatch(r"\s*aipp_op\s*\{(.*)\}\s*", text, re.DOTALL)
+    if body is None:
+        refuse("E10052", "AIPP config cannot be parsed.")
     return dict(line.strip().split(": ") for line in body[1].strip().splitlines())
 
 
 def check_aipp(options, shapes):
-    options.get("input_format", "NCHW") == "NCHW" or refuse(
-        "E10001", "AIPP needs [--input_format] NCHW."
-    )
-    "input_fp16_nodes" in options and refuse(
-        "E10034", "An AIPP input cannot be in [--input_fp16_nodes]."
-    )
-    "dynamic_dims" in options and refuse("E10001", "[--insert_op_conf] with [--dynamic_dims].")
+    if options.get("input_format", "NCHW") != "NCHW":
+        refuse("E10001", "AIPP needs [--input_format] NCHW.")
+    if "input_fp16_nodes" in options:
+        refuse("E10034", "An AIPP input cannot be in [--input_fp16_nodes].")
+    if "dynamic_dims" in options:
+        refuse("E10001", "[--insert_op_conf] with [--dynamic_dims].")
     values = aipp_values(options)
     [shape] = shapes.values()
-    wrong = [key for key in values if not AIPP_KEYS.fullmatch(key)]
-    wrong += [
-        key
-        for key in values
-        if key.startswith("mean") and not re.fullmatch(r"\d{1,3}", values[key])
-    ]
+    wrong = []
+    for key, value in values.items():
+        whole_mean = not key.startswith("mean") or re.fullmatch(r"\d{1,3}", value)
+        if not AIPP_KEYS.fullmatch(key) or not whole_mean:
+            wrong.append(key)
     if wrong or values["aipp_mode"] != "static" or "input_format" not in values:
         refuse("E10052", f"AIPP config is invalid: {wrong}")
     if shape[1:] != [3, int(values["src_image_size_h"]), int(values["src_image_size_w"])]:
         refuse("E10052", f"AIPP picture does not fit the NCHW input {shape}.")
 
 
-def dress(model, options):
-    """The .om's own input and output types around the ONNX graph."""
-    import numpy as np
-    from onnx import TensorProto, helper, numpy_helper
+def add_casts(model, options):
+    """Puts the .om's input and output types, and AIPP's arithmetic, around the ONNX graph."""
+    from onnx import TensorProto, helper
 
     graph = model.graph
-    picture = model.graph.input[0]
+    image = model.graph.input[0]
     result = model.graph.output[0]
-    rename(graph, picture.name, "inner_input")
+    rename(graph, image.name, "inner_input")
     rename(graph, result.name, "inner_output")
     if "insert_op_conf" in options:
-        dims = picture.type.tensor_type.shape.dim
-        batch = dims[0].dim_value or "batch"
-        picture.CopyFrom(
-            helper.make_tensor_value_info(
-                picture.name, TensorProto.UINT8, [batch, dims[2].dim_value, dims[3].dim_value, 3]
-            )
-        )
-        values = aipp_values(options)
-        steps = [helper.make_node("Cast", [picture.name], ["aipp"], to=TensorProto.FLOAT)]
-        for op, key in (("Sub", "mean_chn"), ("Sub", "min_chn"), ("Mul", "var_reci_chn")):
-            table = [float(values[f"{key}_{c}"]) for c in range(3)]
-            graph.initializer.append(numpy_helper.from_array(np.array(table, np.float32), key))
-            steps.append(helper.make_node(op, [steps[-1].output[0], key], [f"aipp_{key}"]))
-        steps.append(
-            helper.make_node("Transpose", [steps[-1].output[0]], ["inner_input"], perm=[0, 3, 1, 2])
-        )
+        nodes = aipp_nodes(graph, image, aipp_values(options))
     else:
         half = "input_fp16_nodes" in options
-        picture.type.tensor_type.elem_type = TensorProto.FLOAT16 if half else TensorProto.FLOAT
-        steps = [helper.make_node("Cast", [picture.name], ["inner_input"], to=TensorProto.FLOAT)]
-    for step in reversed(steps):
-        graph.node.insert(0, step)
+        image.type.tensor_type.elem_type = TensorProto.FLOAT16 if half else TensorProto.FLOAT
+        nodes = [helper.make_node("Cast", [image.name], ["inner_input"], to=TensorProto.FLOAT)]
+    for node in reversed(nodes):
+        graph.node.insert(0, node)
     kind = TensorProto.FLOAT16 if options.get("output_type") == "FP16" else TensorProto.FLOAT
     result.type.tensor_type.elem_type = kind
     graph.node.append(helper.make_node("Cast", ["inner_output"], [result.name], to=kind))
+
+
+def aipp_nodes(graph, image, values):
+    """Makes the input uint8 NHWC; returns nodes that compute (x - mean - min) * var_reci and transpose to NCHW."""
+    import numpy as np
+    from onnx import TensorProto, helper, numpy_helper
+
+    batch, _, height, width = image.type.tensor_type.shape.dim
+    shape = [batch.dim_value or "batch", height.dim_value, width.dim_value, 3]
+    image.CopyFrom(helper.make_tensor_value_info(image.name, TensorProto.UINT8, shape))
+    nodes = [helper.make_node("Cast", [image.name], ["aipp"], to=TensorProto.FLOAT)]
+    last = "aipp"
+    for op, key in (("Sub", "mean_chn"), ("Sub", "min_chn"), ("Mul", "var_reci_chn")):
+        table = [float(values[f"{key}_{c}"]) for c in range(3)]
+        graph.initializer.append(numpy_helper.from_array(np.array(table, np.float32), key))
+        nodes.append(helper.make_node(op, [last, key], [f"aipp_{key}"]))
+        last = f"aipp_{key}"
+    nodes.append(helper.make_node("Transpose", [last], ["inner_input"], perm=[0, 3, 1, 2]))
+    return nodes
 
 
 def rename(graph, old, new):
@@ -317,18 +338,11 @@ def compile_(options, path, behaviour):
         raise PermissionError(13, "Permission denied", options["output"])
     model = onnx.load(path)
     onnx.external_data_helper.convert_model_from_external_data(model)
-    dress(model, options)
+    add_casts(model, options)
     onnx.helper.set_model_props(model, options)
-    suffix = "_linux_x86_64" if behaviour == "suffix" else ""
     Path("fusion_result.json").write_text("{}")
-    for name in (
-        []
-        if behaviour == "no file"
-        else [suffix, "_linux_aarch64"]
-        if behaviour == "two files"
-        else [suffix]
-    ):
-        onnx.save(model, f"{options['output']}{name}.om")
+    for suffix in SUFFIXES.get(behaviour, [""]):
+        onnx.save(model, f"{options['output']}{suffix}.om")
     if behaviour == "weights" or options.get("external_weight") == "1":
         Path(options["output"]).parent.joinpath("weight").mkdir()
         Path(options["output"]).parent.joinpath("weight", "weight_0").write_bytes(b"w" * 64)

@@ -1,5 +1,8 @@
-"""A stand-in for `compress_excutor`, the program that msmodelslim builds against CANN: its arguments and its files, as the
-sources in msmodelslim's wheel read and write them. What it writes as the compressed weight is zlib's, not the NPU's."""
+"""A stand-in for `compress_excutor`, the program that msmodelslim builds against CANN.
+
+It takes the arguments and writes the files that the sources in msmodelslim's wheel pass and read. The compressed weight is
+zlib's, not the NPU's.
+"""
 
 import os
 import struct
@@ -14,12 +17,11 @@ def main(arguments: list[str]) -> int:
         return 255
     dim_k, dim_n, tight, *_ = map(int, arguments[:7])
     source, compressed, index, info = map(Path, arguments[7:])
-    if os.environ.get("STAND_IN_COMPRESSOR") == "broken":
+    behaviour = os.environ.get("STAND_IN_COMPRESSOR")
+    if behaviour == "broken":
         print("GE initialize failed.", file=sys.stderr)
         return 255
-    if (
-        os.environ.get("STAND_IN_COMPRESSOR") == "silent"
-    ):  # the real one returns 0 when its graph fails
+    if behaviour == "silent":  # the real one returns 0 when its graph fails
         return 0
     data = source.read_bytes()
     if len(data) != dim_k * dim_n * 16 * 32:
