@@ -1,19 +1,35 @@
-"""Numbers as a comparison shows them."""
+"""Numbers as a comparison shows them.
+
+Takes measures (None or NaN where there is no number), returns text.
+"""
 
 import math
+from collections.abc import Callable
 
 
 def cosine(value: float | None) -> str:
     """Eight decimals, cut and not rounded: what is below a limit never looks like the limit."""
-    return "NaN" if value is None or math.isnan(value) else f"{math.floor(value * 1e8) / 1e8:.8f}"
+    if _is_missing(value):
+        return "NaN"
+    return f"{math.floor(value * 1e8) / 1e8:.8f}"
 
 
 def number(value: float | None) -> str:
-    return "NaN" if value is None or math.isnan(value) else "0" if value == 0 else f"{value:.2e}"
+    """Three digits."""
+    if _is_missing(value):
+        return "NaN"
+    if value == 0:
+        return "0"
+    return f"{value:.2e}"
 
 
-def decimals(form: str):
-    return lambda value: "NaN" if value is None else format(value, form)
+def decimals(form: str) -> Callable[[float | None], str]:
+    """A function that formats by `form`, e.g. ".4f"."""
+
+    def show(value: float | None) -> str:
+        return "NaN" if value is None else format(value, form)
+
+    return show
 
 
 def percent(value: float) -> str:
@@ -22,12 +38,12 @@ def percent(value: float) -> str:
 
 
 def cosine_limit(found: dict) -> float | None:
-    """Of the logits."""
-    return next(
-        (
-            c["limit"]
-            for c in found["checks"]
-            if (c["stage"], c["measure"]) == ("decode", "cosine_min")
-        ),
-        None,
-    )
+    """The smallest cosine of the logits that passes, in the findings of a comparison."""
+    for check in found["checks"]:
+        if check["stage"] == "decode" and check["measure"] == "cosine_min":
+            return check["limit"]
+    return None
+
+
+def _is_missing(value: float | None) -> bool:
+    return value is None or math.isnan(value)

@@ -1,8 +1,8 @@
-"""The precision report: a dict of findings flows in; report.json, layers.csv, one self-contained report.html and a table
-flow out.
+"""The files of a precision report.
 
-SCHEMA names the JSON layout (docs/compare.md); its version grows when a key changes meaning or goes. NaN is written as
-null. Headings of the page are in labels.json, in every language.
+Takes the findings (a dict), returns report.json, layers.csv and one self-contained report.html. SCHEMA names the JSON layout
+(docs/compare.md); its version grows when a key changes meaning or goes. NaN is written as null. Headings of the page are in
+labels.json, in every language.
 """
 
 import base64
@@ -15,7 +15,9 @@ from datetime import datetime, timezone
 from importlib import resources
 from pathlib import Path
 
+from models.prompt.images import open_image
 from runtime.common.errors import ToolkitError
+from runtime.common.files import write_atomically
 from runtime.common.msit import MSIT_COLUMNS
 
 from .formats import cosine, cosine_limit, decimals, number, percent
@@ -23,48 +25,56 @@ from .plots import COLOURS, plots
 
 SCHEMA = {"name": "ascend-vlm/compare", "version": 2}
 WORST = 12
-THUMBNAIL = 360  # pixels of a picture's longer edge in the page
+THUMBNAIL = 360  # pixels of an image's longer edge in the page
+SPAN = '<span class="en">{}</span><span class="zh" lang="zh">{}</span>'
 
 
-def write(found: dict, pictures: list[list], out: Path):
-    """Complete `found` and write report.html, then report.json. pictures: those of every case, path or PIL image."""
+def write(found: dict, images: list[list], out: Path):
+    """Completes `found` and writes layers.csv, report.html, then report.json. images: of every case, paths or PIL images.
+
+    ToolkitError if a file cannot be written.
+    """
     found["created"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
     found = plain(found)
-    replace(out / "layers.csv", layers_csv(found))
-    replace(out / "report.html", html(found, pictures))
-    replace(
-        out / "report.json", json.dumps(found, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
-    )
+    stored = json.dumps(found, ensure_ascii=False, indent=1, allow_nan=False)
+    _write_file(out / "layers.csv", layers_csv(found))
+    _write_file(out / "report.html", html(found, images))
+    _write_file(out / "report.json", stored + "\n")
 
 
 def layers_csv(found: dict) -> str:
-    """Every stage under the columns that msit's compare writes; NPUDump is the candidate, GroundTruth the reference. The
-    cosine is the smallest of a token; what is not measured here stays empty."""
+    """Every stage as a row of msit's comparison table (common/msit.py); what is not measured here stays empty."""
     stored = io.StringIO()
     rows = csv.DictWriter(stored, MSIT_COLUMNS, restval="", lineterminator="\n")
     rows.writeheader()
-    for index, s in enumerate(found["layers"]):
-        rows.writerow(
-            {
-                "Index": index,
-                "OpType": s["stage"].rpartition(".")[2],
-                "NPUDump": s["stage"],
-                "GroundTruth": s["stage"],
-                "Overflow": "YES" if s["nonfinite"] else "NO",
-                "CosineSimilarity": s["cosine_min"],
-                "MaxAbsoluteError": s["max_abs"],
-                "RelativeEuclideanDistance": s["relative_euclidean"],
-                "MeanAbsoluteError": s["mean_abs"],
-                "RootMeanSquareError": s["rmse"],
-                "MaxRelativeError": s["max_relative"],
-                "MeanRelativeError": s["mean_relative"],
-                "CompareFailReason": "",
-                "IsNpuOps": "NO",
-                "IsOutputNode": "YES" if index == len(found["layers"]) - 1 else "NO",
-                "IsPrecisionError": "NO" if s["passed"] else "YES",
-            }
-        )
+    last = len(found["layers"]) - 1
+    for index, stage in enumerate(found["layers"]):
+        rows.writerow({"Index": index, **_msit_row(stage), "IsOutputNode": _yes_no(index == last)})
     return stored.getvalue()
+
+
+def _msit_row(stage: dict) -> dict:
+    """NPUDump is the candidate, GroundTruth the reference; the cosine is the smallest of a token."""
+    return {
+        "OpType": stage["stage"].rpartition(".")[2],
+        "NPUDump": stage["stage"],
+        "GroundTruth": stage["stage"],
+        "Overflow": _yes_no(stage["nonfinite"]),
+        "CosineSimilarity": stage["cosine_min"],
+        "MaxAbsoluteError": stage["max_abs"],
+        "RelativeEuclideanDistance": stage["relative_euclidean"],
+        "MeanAbsoluteError": stage["mean_abs"],
+        "RootMeanSquareError": stage["rmse"],
+        "MaxRelativeError": stage["max_relative"],
+        "MeanRelativeError": stage["mean_relative"],
+        "CompareFailReason": "",
+        "IsNpuOps": "NO",
+        "IsPrecisionError": _yes_no(not stage["passed"]),
+    }
+
+
+def _yes_no(value) -> str:
+    return "YES" if value else "NO"
 
 
 def plain(value):
@@ -73,12 +83,12 @@ def plain(value):
         return {name: plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
-def replace(path: Path, text: str):
-    from runtime.common.files import write_atomically
-
+def _write_file(path: Path, text: str):
     try:
         write_atomically(path, text)
     except OSError as error:
@@ -88,16 +98,35 @@ def replace(path: Path, text: str):
         ) from None
 
 
-# the terminal
+def html(found: dict, images: list[list]) -> str:
+    """The page; images as of `write`."""
+    templates = resources.files(__package__) / "templates"
+    template = _environment().from_string((templates / "compare.html").read_text(encoding="utf-8"))
+    labels = json.loads((templates / "labels.json").read_text(encoding="utf-8"))
+    english = labels["en"]
+    chinese = labels["zh"]
+    how = []
+    for paragraph in zip(english.pop("how_text"), chinese.pop("how_text")):
+        how.append(in_both(*paragraph))
+    both = {name: in_both(text, chinese[name]) for name, text in english.items()}
+    thumbnails = []
+    for some in images:
+        thumbnails.append([thumbnail(image) for image in some])
+    return template.render(
+        report=found,
+        t=both,
+        how=how,
+        limit=cosine_limit(found) or 0,
+        colours=COLOURS,
+        worst=worst_tokens(found),
+        plots=plots(found, both),
+        pictures=thumbnails,
+    )
 
 
-# the page
-
-
-def html(found: dict, pictures: list[list]) -> str:
+def _environment():
     import jinja2
 
-    templates = resources.files(__package__) / "templates"
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -110,55 +139,39 @@ def html(found: dict, pictures: list[list]) -> str:
         "limit": decimals(".4g"),
         "round4": decimals(".4f"),
     }
-    page = environment.from_string((templates / "compare.html").read_text(encoding="utf-8"))
-    labels = json.loads((templates / "labels.json").read_text(encoding="utf-8"))
-    both = {name: in_both(labels, name) for name in labels["en"] if name != "how_text"}
-    how = [
-        in_both({"en": {0: en}, "zh": {0: zh}}, 0)
-        for en, zh in zip(labels["en"]["how_text"], labels["zh"]["how_text"])
-    ]
-    return page.render(
-        report=found,
-        t=both,
-        how=how,
-        limit=cosine_limit(found) or 0,
-        colours=COLOURS,
-        worst=worst_tokens(found),
-        plots=plots(found, both),
-        pictures=[[thumbnail(p) for p in some] for some in pictures],
-    )
+    return environment
 
 
-def in_both(labels: dict, name):
-    """The label in both languages; the page shows one of them."""
+def in_both(english: str, chinese: str):
+    """A label in both languages; the page shows one of them."""
     from markupsafe import Markup
 
-    both = Markup('<span class="en">{}</span><span class="zh" lang="zh">{}</span>')
-    return both.format(labels["en"][name], labels["zh"][name])
+    return Markup(SPAN).format(english, chinese)
 
 
 def worst_tokens(found: dict) -> list[dict]:
     """Tokens of the smallest cosines (NaN first), with their place."""
-    tokens = [
-        {**token, "case": index, "row": row, "question": case["question"]}
-        for index, case in enumerate(found["cases"])
-        for row, token in enumerate(case["tokens"])
-    ]
-    return sorted(tokens, key=lambda t: -2 if t["cosine"] is None else t["cosine"])[:WORST]
+    tokens = []
+    for index, case in enumerate(found["cases"]):
+        for row, token in enumerate(case["tokens"]):
+            tokens.append({**token, "case": index, "row": row, "question": case["question"]})
+    return sorted(tokens, key=_cosine_or_nan_first)[:WORST]
+
+
+def _cosine_or_nan_first(token: dict) -> float:
+    return -2 if token["cosine"] is None else token["cosine"]
 
 
 def visible(text: str) -> str:
     """Token text with its blanks and control characters made visible."""
-    shown = re.sub(" {4,}", lambda blanks: f"␣×{len(blanks[0])}", text).translate(
-        {32: "␣", 10: "⏎", 9: "⇥"}
-    )
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in shown) or "∅"
+    shown = re.sub(" {4,}", lambda blanks: f"␣×{len(blanks[0])}", text)
+    shown = shown.translate({32: "␣", 10: "⏎", 9: "⇥"})
+    shown = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in shown)
+    return shown or "∅"
 
 
 def thumbnail(picture) -> str:
-    """data: URI of a small JPEG."""
-    from models.prompt.images import open_image
-
+    """data: URI of a small JPEG of an image (path or PIL image)."""
     image = open_image(picture).copy()
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     stored = io.BytesIO()
