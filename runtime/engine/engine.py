@@ -55,7 +55,7 @@ class Engine:
         if description := find_description(self.family.directory):
             check_stored(description, self.checkpoint)
         if self.options.vision == "om" and self.family.vision:
-            from runtime.vision import check_om
+            from runtime.vision.om_file import check_om
 
             check_om(
                 self.family, self.checkpoint, self.options.artifact

@@ -1,7 +1,8 @@
-"""The artifact directory: one verified vision encoder, with a manifest that says what it was made from.
+"""The artifact directory: one verified vision encoder, with a manifest of what it was made from.
 
-Takes a Source, returns a directory that fits it: vision.onnx, vision.onnx.data, manifest.json, and the .om where there
-is one. The manifest is written last and atomically, so a directory without one holds nothing usable.
+Takes a Source, returns a directory that fits it: vision.onnx, vision.onnx.data, manifest.json, and
+the .om where there is one. The manifest is written last and atomically, so a directory without one
+holds nothing usable.
 """
 
 import hashlib
@@ -29,12 +30,14 @@ OM_VERIFIED = "om verified"
 
 @dataclass
 class Manifest:
-    """manifest.json. `source` is the hash of a Source; `input` and `output` are {name, shape, dtype}; `files` is
-    {name: {bytes, sha256}}; `errors` maps each verification image to what was measured against torch in fp32.
+    """manifest.json. `source` is the hash of a Source; `input` and `output` are {name, shape,
+    dtype}; `files` is {name: {bytes, sha256}}; `errors` maps each verification image to what was
+    measured against torch in fp32.
 
-    With an .om, `soc_version` and `precision_mode` are the .om's, and `om` holds the rest: files {name: {bytes, sha256}}
-    (the .om first), input {dtype, shape}, gears (batch sizes), command, cann (version), log, attempts (precision mode,
-    cosine, distance, latency_ms of each .om measured on a device, the kept one last).
+    With an .om, `soc_version` and `precision_mode` are the .om's, and `om` holds the rest: files
+    {name: {bytes, sha256}} (the .om first), input {dtype, shape}, gears (batch sizes), command,
+    cann (version), log, attempts (precision mode, cosine, distance, latency_ms of each .om measured
+    on a device, the kept one last).
     """
 
     source: str
@@ -53,7 +56,8 @@ class Manifest:
 
 
 def load(artifact_dir: str | Path) -> Manifest:
-    """Manifest of a complete artifact; ToolkitError if the directory, the manifest or a file is missing or damaged."""
+    """Manifest of a complete artifact; ToolkitError if the directory, the manifest or a file is
+    missing or damaged."""
     artifact_dir = Path(artifact_dir)
     path = artifact_dir / MANIFEST
     if not path.is_file():
@@ -118,7 +122,8 @@ def save(artifact_dir: Path, manifest: Manifest):
 
 
 def om_file(manifest: Manifest, artifact_dir: str | Path) -> Path | None:
-    """The .om of the manifest; None when there is none, or when it or its weights are no longer as recorded."""
+    """The .om of the manifest; None when there is none, or when it or its weights are no longer as
+    recorded."""
     files = (manifest.om or {}).get("files", {})
     for name, entry in files.items():
         path = Path(artifact_dir) / name
@@ -150,7 +155,8 @@ def cache_directory(source: Source) -> Path:
 
 
 def find_or_convert(source: Source, artifact: str | Path | None = None) -> Path:
-    """Directory of an artifact that fits `source`: `artifact` itself, else the cached one, converted now if missing.
+    """Directory of an artifact that fits `source`: `artifact` itself, else the cached one, converted
+    now if missing.
 
     ToolkitError if `artifact` does not fit, or if the conversion fails.
     """
@@ -171,7 +177,8 @@ def find_or_convert(source: Source, artifact: str | Path | None = None) -> Path:
 
 
 def _convert(model_dir: Path, artifact_dir: Path):
-    """Run the converter in a process of its own: its memory is given back, and the runtime never imports it."""
+    """Run the converter in a process of its own: its memory is given back, and the runtime never
+    imports it."""
     with start_module(
         "convert",
         "--model",

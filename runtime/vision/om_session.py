@@ -1,44 +1,21 @@
-"""The vision encoder as an .om on the NPU, and which .om that is.
+"""The vision encoder as an .om on the NPU.
 
-Pictures flow in as raw float32 NHWC, features flow out as float32; the file itself may take float32, float16 or uint8
-(raw 0..255 is exact in all three) and give float32 or float16, one picture at a time or in batch gears.
+Takes images as raw float32 NHWC, returns features as float32. The file itself may take float32,
+float16 or uint8 (raw 0..255 is exact in all three) and give float32 or float16, one image at a time
+or in batch gears.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from models.config import VisionSpec
 from runtime.ascend.aclruntime import OmModel
-from runtime.ascend.host import Host, parse_npu_smi
 from runtime.common.errors import ToolkitError
 
-from . import artifact
 from .session import VisionSession
-from .source import Source
 
 LARGEST_HALF = 65504.0
-
-
-@dataclass(frozen=True)
-class OmFile:
-    """An .om; whether a manifest of this very checkpoint says that it was verified, and the chip it was built for."""
-
-    path: Path
-    verified: bool = False
-    soc: str | None = None
-
-    @property
-    def note(self) -> str:
-        return (
-            ""
-            if self.verified
-            else (
-                f"note: {self.path} is not verified against this checkpoint; only its shapes are "
-                "checked. `python -m runtime.compare` measures it"
-            )
-        )
 
 
 class OmVision(VisionSession):
@@ -49,6 +26,7 @@ class OmVision(VisionSession):
     def __init__(
         self, path: str | Path, spec: VisionSpec, device_id: int = 0, verified: bool = False
     ):
+        """ToolkitError when the file cannot be loaded or its interface is not `spec`'s."""
         super().__init__(spec)
         self.model = OmModel(path, device_id, spec.output_name)
         self.verified = verified
@@ -67,85 +45,46 @@ class OmVision(VisionSession):
         self.model.close()
 
     def _encode(self, pixels):
-        gear = next(gear for gear in self.model.gears if gear >= len(pixels))
+        """In the smallest gear that holds them, filled up with zeros, in the file's own dtypes."""
+        count = len(pixels)
+        gear = next(gear for gear in self.model.gears if gear >= count)
         filled = np.zeros((gear, *pixels.shape[1:]), self.model.input_dtype)
-        filled[: len(pixels)] = pixels
-        if not np.array_equal(filled[: len(pixels)], pixels):
+        filled[:count] = pixels
+        if not np.array_equal(filled[:count], pixels):
             raise ToolkitError(
-                f"{self.model.path} takes {filled.dtype}, which cannot hold these pixels; prepare pictures "
-                "with the family's `pixels`"
+                f"{self.model.path} takes {filled.dtype}, which cannot hold these pixels; prepare "
+                "pictures with the family's `pixels`"
             )
-        features = self.model.run(filled)[: len(pixels)].astype(np.float32)
-        if (
-            self.model.output_dtype == np.float16
-        ):  # aclruntime lets the NPU saturate: an overflow looks finite
+        features = self.model.run(filled)[:count].astype(np.float32)
+        if self.model.output_dtype == np.float16:
+            # aclruntime lets the NPU saturate: an overflow looks finite
             features[np.abs(features) >= LARGEST_HALF] = np.inf
         return features
 
     def describe(self):
         model = self.model
-        gears = f", gears {', '.join(map(str, model.gears))}" if len(model.gears) > 1 else ""
-        return (
-            f"vision: om {model.path} on npu:{model.device_id}, {model.input_dtype} in, {model.output_dtype} out{gears}"
-            + ("" if self.verified else ", not verified against this checkpoint")
-        )
+        text = f"vision: om {model.path} on npu:{model.device_id}"
+        text += f", {model.input_dtype} in, {model.output_dtype} out"
+        if len(model.gears) > 1:
+            text += f", gears {', '.join(map(str, model.gears))}"
+        if not self.verified:
+            text += ", not verified against this checkpoint"
+        return text
 
 
 def open_om(path: str | Path, spec: VisionSpec, device_id: int = 0) -> OmVision:
-    """Session of the .om at `path` if its interface is `spec`'s; `encode`, `npu_seconds`, `close`. ToolkitError if not."""
+    """Session of the .om at `path`. ToolkitError when its interface is not `spec`'s."""
     return OmVision(path, spec, device_id)
 
 
-def find_om(source: Source, given: str | Path | None = None) -> OmFile | None:
-    """The .om to use: `given` or the one in that directory, else the cached artifact's, else the one beside the
-    checkpoint, where the blip2.om of older guides lies. ToolkitError when `given` does not fit or there are several.
-    """
-    if given is not None:
-        return _om_of(Path(given), source)
-    cached = _om_of(artifact.cache_directory(source), source)
-    return cached or _om_of(source.checkpoint.directory, source)
-
-
-def _om_of(path: Path, source: Source) -> OmFile | None:
-    """`path` itself if it is an .om, else the one of the artifact there, else the only one in that directory."""
-    if path.suffix == ".om":
-        return OmFile(path)
-    if (path / artifact.MANIFEST).is_file():
-        manifest = artifact.load(path)
-        artifact.check_fits(manifest, source, path)
-        om = artifact.om_file(manifest, path)
-        if om is not None:
-            return OmFile(om, manifest.status == artifact.OM_VERIFIED, manifest.soc_version)
-    files = sorted(path.glob("*.om"))
-    if len(files) > 1:
-        raise ToolkitError(
-            f"{path} holds {len(files)} .om files ({', '.join(file.name for file in files)}); name one with "
-            "--artifact"
-        )
-    return OmFile(files[0]) if files else None
-
-
-def check_chip(om: OmFile):
-    """ToolkitError when the manifest says another chip than all that `npu-smi` lists; what it does not list is not known."""
-    if om.soc is None:
-        return
-    here = {
-        device.soc for device in parse_npu_smi(Host().run("npu-smi", "info", timeout=10)[1])
-    } - {"Ascend910"}
-    if here and om.soc not in here:
-        raise ToolkitError(
-            f"{om.path} was built for {om.soc}, this machine has {', '.join(sorted(here))}; run `python -m "
-            f"convert` again with --soc-version {min(here)}"
-        )
-
-
 def _check_interface(model: OmModel, spec: VisionSpec):
-    for what, shape, wanted in (
-        ("input", model.input_shape, spec.input_shape),
-        ("output", model.output_shape, spec.output_shape),
-    ):
-        if shape[1:] != wanted[1:]:
-            raise ToolkitError(
-                f"{model.path} has {what} shape {list(shape)}, this model needs [batch, "
-                f"{', '.join(map(str, wanted[1:]))}]; convert it with `python -m convert`"
-            )
+    _check_shape(model, "input", model.input_shape, spec.input_shape)
+    _check_shape(model, "output", model.output_shape, spec.output_shape)
+
+
+def _check_shape(model: OmModel, tensor: str, shape: tuple, wanted: tuple):
+    if shape[1:] != wanted[1:]:
+        raise ToolkitError(
+            f"{model.path} has {tensor} shape {list(shape)}, this model needs [batch, "
+            f"{', '.join(map(str, wanted[1:]))}]; convert it with `python -m convert`"
+        )

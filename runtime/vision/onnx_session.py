@@ -1,4 +1,4 @@
-"""The exported vision encoder in ONNX Runtime."""
+"""The exported vision encoder in ONNX Runtime: takes images as float32, returns features as float32."""
 
 from models.config import VisionSpec
 from runtime.common.errors import ToolkitError
@@ -8,11 +8,13 @@ from .session import VisionSession
 
 
 class OnnxVision(VisionSession):
-    """The exported graph in ONNX Runtime on the CPU. `threads`: None = one per core."""
+    """The exported graph in ONNX Runtime on the CPU, in fp32."""
 
     stage = "ONNX vision encoder"
 
     def __init__(self, directory, spec: VisionSpec, threads: int | None = None):
+        """directory: an artifact's. threads: None = one per core. ToolkitError when the graph cannot
+        be loaded."""
         import onnxruntime
 
         super().__init__(spec)

@@ -1,4 +1,4 @@
-"""What a vision session is: images in, feature rows out."""
+"""What a vision session is: takes images in the family's input layout, returns feature rows."""
 
 import numpy as np
 
@@ -7,16 +7,20 @@ from runtime.common.errors import CHECK_FAILED, ToolkitError
 
 
 class VisionSession:
-    """What every session does around `_encode`: check the pictures going in and the features coming out."""
+    """What every session does around `_encode`: check the pixels going in and the features coming
+    out."""
 
     stage: str
-    batch = 1  # pictures `_encode` takes at most
+    batch = 1  # images `_encode` takes at most
 
     def __init__(self, spec: VisionSpec):
         self.spec = spec
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
-        """float32 [n, *input_shape[1:]] -> float32 [n, rows, hidden]. ToolkitError on a wrong input, NaN or Inf."""
+        """Pixels float32 [n, *input_shape[1:]] -> features float32 [n, rows, hidden], for any n.
+
+        ToolkitError on another dtype or shape, and for features that are NaN or Inf.
+        """
         wanted = self.spec.input_shape[1:]
         if pixels.dtype != np.float32 or pixels.shape[1:] != wanted:
             raise ToolkitError(
@@ -26,7 +30,8 @@ class VisionSession:
         features = np.empty((len(pixels), *self.spec.output_shape[1:]), np.float32)
         pixels = np.ascontiguousarray(pixels)
         for start in range(0, len(pixels), self.batch):
-            features[start : start + self.batch] = self._encode(pixels[start : start + self.batch])
+            part = slice(start, start + self.batch)
+            features[part] = self._encode(pixels[part])
         if not np.isfinite(features).all():
             raise ToolkitError(
                 f"{self.stage} gave NaN or Inf; check the checkpoint's vision weights with "
@@ -39,7 +44,9 @@ class VisionSession:
         """Give back what the session holds outside this process."""
 
     def _encode(self, pixels: np.ndarray) -> np.ndarray:
+        """Contiguous pixels of 1 to `batch` images -> their features, both as `encode` has them."""
         raise NotImplementedError
 
     def describe(self) -> str:
+        """One line for the user: "vision: ...", what computes, and from which weights."""
         raise NotImplementedError

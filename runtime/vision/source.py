@@ -1,4 +1,7 @@
-"""What a vision encoder is made from. Takes a family and its checkpoint, returns the hash that identifies the encoder."""
+"""What a vision encoder is made from.
+
+Takes a family and its checkpoint, returns the hash that identifies the encoder.
+"""
 
 import hashlib
 import json
@@ -13,15 +16,16 @@ from models.checkpoint.table import Weight, WeightTable
 from models.family import Family
 from runtime.common.files import tensors_digest
 
-EXPORTER = (
-    1  # raise it when the exported graph changes: artifacts of older exporters are made again
-)
+# raise it when the exported graph changes: artifacts of older exporters are made again
+EXPORTER = 1
 
 
 class Source:
-    """A vision encoder's family and checkpoint. Both digests are computed when first asked for, and once.
+    """A vision encoder's family and checkpoint. Both digests are computed when first asked for, and
+    once.
 
-    The slow one reads all vision tensors; the cache remembers it while the weight files are untouched.
+    The slow one reads all vision tensors; the cache remembers it while the weight files are
+    untouched.
     """
 
     def __init__(self, family: Family, checkpoint: Checkpoint):
@@ -30,7 +34,8 @@ class Source:
 
     @cached_property
     def hash(self) -> str:
-        """sha256 (hex) of all that decides what the encoder computes: vision tensors, their table, the tower's settings."""
+        """sha256 (hex) of all that decides what the encoder computes: vision tensors, their table,
+        the tower's settings."""
         rows = []
         for weight in self._vision_weights:
             rows.append([weight.source, [[str(p.target), p.take, p.at] for p in weight.parts]])

@@ -1,58 +1,51 @@
-"""The vision encoder in torch."""
+"""The vision encoder in torch: takes images as float32, returns features as float32."""
+
+import torch
+from torch import nn
 
 from models.checkpoint.reader import Checkpoint
 from models.family import Family
+from runtime.common.progress import byte_progress
 
+from .packed_tower import pack, pack_checked
 from .session import VisionSession
 
 
 class TorchVision(VisionSession):
-    """The family's own module on the CPU, its layers packed for products in `precision`: fp32, bf16 or int8. The last two
-    are checked against float32 on a test picture."""
+    """The family's own module on the CPU, its layers packed for matmuls in `precision`: fp32, bf16
+    or int8. The last two are checked against float32 on a test image."""
 
     stage = "torch vision encoder"
 
     def __init__(self, family: Family, checkpoint: Checkpoint, precision: str = "fp32"):
-        import torch
-
-        from .packed_tower import pack, pack_checked
-
+        """ToolkitError when bf16 or int8 changes the features too much."""
         super().__init__(family.vision)
-        self.torch = torch
         self.precision = precision
         self.source = checkpoint.directory
         with torch.inference_mode():
             tower = plain_tower(family, checkpoint)
-            self.tower = (
-                pack(tower, "fp32")
-                if precision == "fp32"
-                else pack_checked(tower, precision, self.spec.input_shape)
-            )
+            if precision == "fp32":
+                self.tower = pack(tower, precision)
+            else:
+                self.tower = pack_checked(tower, precision, self.spec.input_shape)
 
     def _encode(self, pixels):
-        with self.torch.inference_mode():
-            return self.tower(self.torch.from_numpy(pixels)).float().numpy()
+        with torch.inference_mode():
+            return self.tower(torch.from_numpy(pixels)).float().numpy()
 
     def describe(self):
-        return f"vision: torch {self.torch.__version__} CPU, {self.precision}, weights of {self.source}"
+        return f"vision: torch {torch.__version__} CPU, {self.precision}, weights of {self.source}"
 
 
-def plain_tower(family: Family, checkpoint: Checkpoint, dtype=None):
+def plain_tower(family: Family, checkpoint: Checkpoint, dtype=None) -> nn.Module:
     """The family's module with the checkpoint's weights, as stored or as `dtype`."""
-    import torch
-
-    from runtime.common.progress import byte_progress
-
     with torch.device("meta"):
         tower = family.vision_encoder().eval().requires_grad_(False)
+    weights = {}
     with byte_progress("loading vision weights") as update:
-        tower.load_state_dict(
-            {
-                name.removeprefix("vision."): tensor
-                for name, tensor in checkpoint.assemble(
-                    family.weights(), prefix="vision.", dtype=dtype, progress=update
-                )
-            },
-            assign=True,
-        )
+        for name, tensor in checkpoint.assemble(
+            family.weights(), prefix="vision.", dtype=dtype, progress=update
+        ):
+            weights[name.removeprefix("vision.")] = tensor
+    tower.load_state_dict(weights, assign=True)
     return tower

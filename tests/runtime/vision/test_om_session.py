@@ -18,13 +18,14 @@ from onnx import TensorProto, helper, numpy_helper
 from models import family_of
 from models.checkpoint.reader import Checkpoint
 from models.config import VisionSpec
-from runtime import chat, vision
+from runtime import chat
 from runtime.ascend.aclruntime import OmModel
 from runtime.ascend.host import Host, install_ais_bench
 from runtime.common.errors import ToolkitError, run_command
 from runtime.engine.engine import Engine
-from runtime.vision import artifact, open_session
-from runtime.vision.om_session import check_chip, find_om, open_om
+from runtime.vision import artifact, om_file, open_session
+from runtime.vision.om_file import check_chip, find_om
+from runtime.vision.om_session import open_om
 from runtime.vision.source import Source
 
 HERE = paths.TESTS
@@ -443,13 +444,13 @@ def test_an_om_of_another_checkpoint_and_two_oms(checkpoint, tmp_path):
 
 
 def wanted(kind, checkpoint, given=None):
-    return vision._wanted_om(kind, Source(family_of(checkpoint.directory), checkpoint), given)
+    return om_file.OM_FOR[kind](Source(family_of(checkpoint.directory), checkpoint), given)
 
 
 def test_auto_takes_a_verified_om_where_an_npu_is(checkpoint, tmp_path, monkeypatch):
     folder = manifest(tmp_path / "a", checkpoint, artifact.OM_VERIFIED)
     assert wanted("auto", checkpoint, folder) is None  # no NPU here
-    monkeypatch.setattr(vision, "npu_nodes", lambda: ["/dev/davinci0"])
+    monkeypatch.setattr(om_file, "npu_nodes", lambda: ["/dev/davinci0"])
     assert (
         wanted("auto", checkpoint, folder).verified and wanted("onnx", checkpoint, folder) is None
     )

@@ -1,0 +1,135 @@
+"""Which .om runs: takes a Source and what the user named, returns an OmFile, or None for the ONNX."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from models.checkpoint.reader import Checkpoint
+from models.family import Family
+from runtime.ascend.aclruntime import infer_session
+from runtime.ascend.host import Host, npu_nodes, parse_npu_smi
+from runtime.common.errors import ToolkitError
+
+from .artifact import MANIFEST, OM_VERIFIED, cache_directory, check_fits, load, om_file
+from .source import Source
+
+UNNAMED_A3 = "Ascend910"  # what npu-smi calls every A3: it hides which one it is
+
+
+@dataclass(frozen=True)
+class OmFile:
+    """An .om; whether a manifest of this very checkpoint says that it was verified, and the chip
+    it was built for."""
+
+    path: Path
+    verified: bool = False
+    soc: str | None = None
+
+    @property
+    def note(self) -> str:
+        """What a user should know before it runs; empty for a verified one."""
+        if self.verified:
+            return ""
+        return (
+            f"note: {self.path} is not verified against this checkpoint; only its shapes are "
+            "checked. `python -m runtime.compare` measures it"
+        )
+
+
+def om_for_auto(source: Source, artifact: str | Path | None) -> OmFile | None:
+    """--vision auto: the .om that the user named; else a verified one, where an NPU is."""
+    if _is_om(artifact):
+        return OmFile(Path(artifact))
+    om = find_om(source, artifact) if npu_nodes() else None
+    return om if om and om.verified else None
+
+
+def om_for_onnx(source: Source, artifact: str | Path | None) -> None:
+    """--vision onnx: none. ToolkitError when the user named an .om."""
+    if _is_om(artifact):
+        raise ToolkitError(
+            f"--artifact {artifact} is an .om, which --vision onnx cannot run; use --vision om"
+        )
+
+
+def om_for_om(source: Source, artifact: str | Path | None) -> OmFile:
+    """--vision om: the .om that `find_om` finds, verified or not. ToolkitError without one."""
+    om = find_om(source, artifact)
+    if om is None:
+        place = artifact or f"the cache, nor in {source.checkpoint.directory}"
+        raise ToolkitError(
+            f"no .om in {place}; give one with --artifact FILE.om, or make one with "
+            "`python -m convert`"
+        )
+    return om
+
+
+OM_FOR: dict[str, Callable] = {"auto": om_for_auto, "onnx": om_for_onnx, "om": om_for_om}
+
+
+def check_om(family: Family, checkpoint: Checkpoint, artifact: str | Path | None = None):
+    """ToolkitError for what `--vision om` lacks: the package (exit 3), the file, a manifest that
+    fits."""
+    infer_session()
+    om_for_om(Source(family, checkpoint), artifact)
+
+
+def find_om(source: Source, given: str | Path | None = None) -> OmFile | None:
+    """The .om at `given`, else the cached artifact's, else the one beside the checkpoint, where the
+    blip2.om of older guides lies; None without any.
+
+    ToolkitError when `given` or the cached one does not fit the source, or there are several.
+    """
+    if given is not None:
+        return _om_at(Path(given), source)
+    return _om_at(cache_directory(source), source) or _om_at(source.checkpoint.directory, source)
+
+
+def check_chip(om: OmFile):
+    """ToolkitError when the manifest names another chip than all that `npu-smi` lists.
+
+    Without a list nothing is known, and nothing refused.
+    """
+    if om.soc is None:
+        return
+    _, table = Host().run("npu-smi", "info", timeout=10)
+    here = {device.soc for device in parse_npu_smi(table)} - {UNNAMED_A3}
+    if here and om.soc not in here:
+        raise ToolkitError(
+            f"{om.path} was built for {om.soc}, this machine has {', '.join(sorted(here))}; run "
+            f"`python -m convert` again with --soc-version {min(here)}"
+        )
+
+
+def _is_om(artifact: str | Path | None) -> bool:
+    return str(artifact or "").endswith(".om")
+
+
+def _om_at(path: Path, source: Source) -> OmFile | None:
+    """`path` itself if it is an .om, else the one of the artifact there, else the only one there."""
+    if path.suffix == ".om":
+        return OmFile(path)
+    return _om_of_artifact(path, source) or _only_om(path)
+
+
+def _om_of_artifact(folder: Path, source: Source) -> OmFile | None:
+    """The .om that the folder's manifest records, if it still lies there. ToolkitError when the
+    artifact does not fit the source."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    manifest = load(folder)
+    check_fits(manifest, source, folder)
+    path = om_file(manifest, folder)
+    if path is None:
+        return None
+    return OmFile(path, manifest.status == OM_VERIFIED, manifest.soc_version)
+
+
+def _only_om(folder: Path) -> OmFile | None:
+    files = sorted(folder.glob("*.om"))
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise ToolkitError(
+            f"{folder} holds {len(files)} .om files ({names}); name one with --artifact"
+        )
+    return OmFile(files[0]) if files else None
