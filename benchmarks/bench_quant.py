@@ -1,11 +1,13 @@
-"""Quantising against msmodelslim's own whole-model run on the same samples, and W8A8 against bfloat16 on this CPU.
+"""Quantising against msmodelslim's own whole-model run on the same samples, and W8A8 against
+bfloat16 on this CPU.
 
-    python benchmarks/bench_quant.py [--layers 20] [--work FOLDER]
+python benchmarks/bench_quant.py [--layers 20] [--work FOLDER]
 
-A random GLM (286 M parameters with 20 layers) is made in FOLDER, and one as wide as GLM-Edge-1.5B with 4 layers for the
-second part. Prints seconds, CPU seconds (what is left of a time on a busy machine), peak memory and ratios, measured in one
-run, each quantisation in a process of its own. Times include loading Python packages on both sides (byte-compiled before, as
-pip leaves them), and on ours the quality gate, which msmodelslim has none of; ratios are printed with and without it.
+A random GLM (286 M parameters with 20 layers) is made in FOLDER, and one as wide as GLM-Edge-1.5B
+with 4 layers for the second part. Prints seconds, CPU seconds (what is left of a time on a busy
+machine), peak memory and ratios, measured in one run, each quantisation in a process of its own.
+Times include loading Python packages on both sides (byte-compiled before, as pip leaves them), and
+on ours the quality gate, which msmodelslim has none of; ratios are printed with and without it.
 """
 
 import argparse
@@ -143,7 +145,8 @@ def our_command(model: Path, out: Path, lines: Path) -> list[str]:
 
 
 def quantisation(work: Path):
-    """msmodelslim's float32 run gives the numbers that ours gives; its bfloat16 run is the quicker one."""
+    """msmodelslim's float32 run gives the numbers that ours gives; its bfloat16 run is the quicker
+    one."""
     model = work / "float"
     lines = work / "lines.jsonl"
     ours = measured(our_command(model, work / "ours", lines), work)
@@ -165,7 +168,8 @@ def show(figures: tuple[float, float, float]) -> str:
 
 
 def speed(engine, clock) -> tuple[float, float]:
-    """Best of ROUNDS by `clock`: (seconds of a prompt of PREFILL tokens, seconds per decoded token)."""
+    """Best of ROUNDS by `clock`: (seconds of a prompt of PREFILL tokens, seconds per decoded
+    token)."""
     ids = np.random.default_rng(1).integers(3, VOCAB, PREFILL)
     long = engine.prompt_from_ids(ids)
     short = engine.prompt_from_ids(ids[:16])

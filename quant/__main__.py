@@ -1,8 +1,9 @@
-"""`python -m quant`: takes a float checkpoint, writes a quantised one that MindIE and vllm-ascend load.
+"""`python -m quant`: takes a float checkpoint, writes a quantised one that MindIE and vllm-ascend
+load.
 
-Stages: measure, quantise layer by layer with msmodelslim, judge, publish. A killed run resumes after its last finished layer;
-nothing that looks finished is written unless the quality gate holds. `python -m quant validate DIR` checks a folder,
-`python -m quant compress` makes W8A8SC of W8A8S.
+Stages: measure, quantise layer by layer with msmodelslim, judge, publish. A killed run resumes
+after its last finished layer; nothing that looks finished is written unless the quality gate holds.
+`python -m quant validate DIR` checks a folder, `python -m quant compress` makes W8A8SC of W8A8S.
 """
 
 import sys

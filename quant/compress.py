@@ -1,7 +1,8 @@
 """W8A8S -> W8A8SC with msmodelslim's Compressor, once for the share of every rank.
 
-Takes a W8A8S folder; returns an exit code, with config.json, the small files and a folder partR-of-N for every rank published.
-Compressing is done by a program that msmodelslim builds against CANN (`compress_excutor`); nothing here replaces it.
+Takes a W8A8S folder; returns an exit code, with config.json, the small files and a folder
+partR-of-N for every rank published. Compressing is done by a program that msmodelslim builds
+against CANN (`compress_excutor`); nothing here replaces it.
 """
 
 import os
@@ -56,7 +57,8 @@ def compress(options: CompressOptions) -> int:
 
 
 def open_sparse(model: str) -> tuple:
-    """(family, checkpoint, description) of a W8A8S folder in float16; ToolkitError for another one."""
+    """(family, checkpoint, description) of a W8A8S folder in float16; ToolkitError for another
+    one."""
     description = find_description(model)
     kind = description.type if description else "float"
     if kind != "W8A8S":
@@ -74,7 +76,8 @@ def open_sparse(model: str) -> tuple:
 
 
 def find_compressor() -> Path:
-    """The program that msmodelslim's Compressor runs; ToolkitError with the command that builds it."""
+    """The program that msmodelslim's Compressor runs; ToolkitError with the command that builds
+    it."""
     from msmodelslim.pytorch.weight_compression import compress_utils
 
     folder = Path(compress_utils.__file__).parent / "compress_graph"
@@ -89,7 +92,8 @@ def find_compressor() -> Path:
 
 
 def prepare_empty_folder(out: str, model: str) -> Path:
-    """The output folder, empty but for what an earlier run left; ToolkitError if other weights are in it."""
+    """The output folder, empty but for what an earlier run left; ToolkitError if other weights are
+    in it."""
     folder = prepare_folder(out, model)
     if find_description(folder):
         raise ToolkitError(f"--out {folder} holds quantised weights already; give an empty folder")
@@ -99,17 +103,42 @@ def prepare_empty_folder(out: str, model: str) -> Path:
 def compress_rank(
     family, checkpoint: Checkpoint, description: Description, split: Split, folder: Path
 ) -> float:
-    """Write the folder of one rank, its description last -> size of the compressed weights relative to before."""
+    """Write the folder of one rank, its description last -> size of the compressed weights relative
+    to before."""
     shares = Shares(family, split)
     part = folder / part_name(split.rank, split.size)
     part.mkdir(parents=True)
+    weights = sparse_weights(description, checkpoint, shares)
+    bytes_before = total_elements(weights)
+    compressed = run_compressor(weights)
+    del weights
+    entries = rank_entries(description, checkpoint, shares, compressed)
+    with byte_progress(f"writing {part.name}") as update:
+        write_weights(entries, part, KIND, update)
+    kinds = {entry.name: entry.kind for entry in entries}
+    write_atomically(part / FILE, write_description(kinds, KIND))
+    return total_elements(compressed) / bytes_before
+
+
+def sparse_weights(
+    description: Description, checkpoint: Checkpoint, shares: Shares
+) -> dict[str, torch.Tensor]:
+    """The rank's shares of the weights to compress, int8 [n, k]."""
     weights = {}
     for name, kind in description.kinds.items():
         if kind == "W8A8S" and name.endswith(".weight"):
             weights[name] = shares.of(name).take(checkpoint.tensor(name)).contiguous()
-    bytes_before = total_elements(weights)
-    compressed = run_compressor(weights)
-    del weights
+    return weights
+
+
+def rank_entries(
+    description: Description,
+    checkpoint: Checkpoint,
+    shares: Shares,
+    compressed: dict[str, torch.Tensor],
+) -> list[Entry]:
+    """What to write for the rank: its shares of the tensors that are not compressed, and the
+    compressed ones."""
     entries = []
     for name, kind in description.kinds.items():
         if name not in compressed:
@@ -117,11 +146,7 @@ def compress_rank(
     for name, tensor in compressed.items():
         read = partial(compressed.get, name)
         entries.append(Entry(name, tensor.dtype, tuple(tensor.shape), KIND, read))
-    with byte_progress(f"writing {part.name}") as update:
-        write_weights(entries, part, KIND, update)
-    kinds = {entry.name: entry.kind for entry in entries}
-    write_atomically(part / FILE, write_description(kinds, KIND))
-    return total_elements(compressed) / bytes_before
+    return entries
 
 
 def total_elements(tensors: dict[str, torch.Tensor]) -> int:
@@ -138,14 +163,13 @@ def share_entry(name: str, kind: str, share: Share, checkpoint: Checkpoint) -> E
 
 
 def run_compressor(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """{X.weight: int8 [n, k]} -> {X.weight: int8 [c], X.index: int8 [...], X.info: int64 [5]}, computed by msmodelslim."""
+    """{X.weight: int8 [n, k]} -> {X.weight: int8 [c], X.index: int8 [...], X.info: int64 [5]},
+    computed by msmodelslim."""
     from msmodelslim.pytorch.weight_compression import CompressConfig, Compressor
 
-    description = {
-        "model_quant_type": "W8A8S",
-        "version": "1.0.0",
-        **dict.fromkeys(weights, "W8A8S"),
-    }
+    description = {"model_quant_type": "W8A8S", "version": "1.0.0"} | dict.fromkeys(
+        weights, "W8A8S"
+    )
     processes = min(PROCESSES, os.cpu_count())
     with private_directory() as folder:
         config = CompressConfig(record_detail_root=str(folder), multiprocess_num=processes)
@@ -154,8 +178,13 @@ def run_compressor(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             arrays, indices, infos = compressor.run()
         except Exception as error:  # the very class that it raises, whatever went wrong
             raise compressor_error(error) from error
+    return compressed_tensors(arrays, indices, infos)
+
+
+def compressed_tensors(arrays: dict, indices: dict, infos: dict) -> dict[str, torch.Tensor]:
+    """Each: {X.weight: array}."""
     tensors = {}
-    for name in weights:
+    for name in arrays:
         layer = name.removesuffix("weight")
         tensors[name] = torch.from_numpy(arrays[name].astype("int8"))
         tensors[layer + "index"] = torch.from_numpy(indices[name].astype("int8"))
@@ -174,7 +203,8 @@ def compressor_error(error: Exception) -> ToolkitError:
 
 
 def finish(checkpoint: Checkpoint, folder: Path, out: Path, size: int):
-    """Add the small files, validate, and publish: config.json, without which nothing loads, comes last."""
+    """Add the small files, validate, and publish: config.json, without which nothing loads, comes
+    last."""
     source = Path(checkpoint.directory)
     small = copy_small_files(source, folder)
     (folder / FILE).unlink(missing_ok=True)
@@ -184,11 +214,16 @@ def finish(checkpoint: Checkpoint, folder: Path, out: Path, size: int):
         raise ToolkitError(
             f"the result would not load: {problems[0]}; nothing was published", CHECK_FAILED
         )
+    names = [part_name(rank, size) for rank in range(size)]
+    names += [name for name in small if name != FILE]
+    publish_parts(folder, out, [*names, "config.json"])
+
+
+def publish_parts(folder: Path, out: Path, names: list[str]):
+    """Replace the parts in `out` by what is called `names` in `folder`, in this order."""
     (out / "config.json").unlink(missing_ok=True)
     for old in part_folders(out).values():
         shutil.rmtree(old)
-    names = [part_name(rank, size) for rank in range(size)]
-    names += [name for name in small if name != FILE]
-    for name in [*names, "config.json"]:
+    for name in names:
         os.replace(folder / name, out / name)
     shutil.rmtree(folder)

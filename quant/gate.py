@@ -1,8 +1,10 @@
-"""Is the quantised model still the model? Next-token KL and top-1 agreement on held-out samples decide. If they do not hold,
-the linear layers with the largest errors go back to float, as few as suffice.
+"""Is the quantised model still the model? Next-token KL and top-1 agreement on held-out samples
+decide. If they do not hold, the linear layers with the largest errors go back to float, as few as
+suffice.
 
-Takes a QuantPlan and a work folder whose layers are all finished, returns a Verdict: the groups of linear layers that go back
-to float, and the figures. The quantised side is computed with the engine's integer arithmetic, layer by layer.
+Takes a QuantPlan and a work folder whose layers are all finished, returns a Verdict: the groups of
+linear layers that go back to float, and the figures. The quantised side is computed with the
+engine's integer arithmetic, layer by layer.
 """
 
 import functools
@@ -23,7 +25,7 @@ from .integer_layer import finished_tensors, integer_layer, run_layer
 from .layer_module import relative_error, release_memory
 from .options import GateOptions
 from .plan import QuantPlan
-from .work_folder import FinishedLayer, WorkFolder
+from .work_folder import FinishedLayer, WorkFolder, packed, select
 
 MATRIX_ROWS = 1 << 11  # of the output matrix, multiplied at a time: buffers that malloc keeps
 TOKENS = 32  # logits compared at a time, in float64
@@ -33,8 +35,8 @@ Group = tuple[int, str]  # layer, and the name in the runtime of the linear laye
 
 @dataclass
 class Figures:
-    """kl: mean KL(float || quantised) of the next token, in nats. top1: share of tokens whose most likely successor is the
-    same. tokens: how many were judged."""
+    """kl: mean KL(float || quantised) of the next token, in nats. top1: share of tokens whose most
+    likely successor is the same. tokens: how many were judged."""
 
     kl: float
     top1: float
@@ -46,7 +48,8 @@ class Figures:
 
 @dataclass
 class Verdict:
-    """float_groups: groups that go back to float, largest error first. tried: {number of such groups: figures}."""
+    """float_groups: groups that go back to float, largest error first. tried: {number of such
+    groups: figures}."""
 
     float_groups: list[Group]
     figures: Figures
@@ -66,15 +69,16 @@ def pass_gate(
     limits: GateOptions,
     on_figures: Callable[[int, Figures], None],
 ) -> Verdict:
-    """The smallest number of groups, largest error first, with which the figures hold; ToolkitError if none does.
+    """The smallest number of groups, largest error first, with which the figures hold; ToolkitError
+    if none does.
 
     on_figures(count, figures) is called for every number that is tried.
     """
     head = Head(plan)
     ranking = Ranking(plan, folder)
     streams = folder.load_streams(plan.num_layers)
-    quantised = [streams.quantised[number] for number in plan.held_out]
-    expected = head.logits([streams.float_model[number] for number in plan.held_out])
+    quantised = packed(select(streams.quantised, plan.held_out))
+    expected = head.logits(packed(select(streams.float_model, plan.held_out)))
     tried = {}
 
     def holds(count: int) -> bool:
@@ -99,8 +103,8 @@ def unreachable(best: Figures, limits: GateOptions) -> ToolkitError:
 
 
 def fewest(holds: Callable[[int], bool], limit: int) -> int | None:
-    """Smallest count <= limit at which `holds` is true, None if there is none. It is assumed to stay true above that count:
-    found by doubling, then bisecting."""
+    """Smallest count <= limit at which `holds` is true, None if there is none. It is assumed to
+    stay true above that count: found by doubling, then bisecting."""
     low = -1
     high = 0
     while not holds(high):
@@ -118,7 +122,8 @@ def fewest(holds: Callable[[int], bool], limit: int) -> int | None:
 
 
 class Ranking:
-    """Quantised groups, ranked by the error that each alone causes in its layer; measured when first asked for.
+    """Quantised groups, ranked by the error that each alone causes in its layer; measured when
+    first asked for.
 
     quantised: all of them, in the order of the layers.
     """
@@ -146,15 +151,12 @@ class Ranking:
         streams = held_out_samples(self._plan)
         for index in range(self._plan.num_layers):
             groups = [group for group in self.quantised if group[0] == index]
-            before = torch.cat(list(streams.values()))
-            streams_after = run_finished_layer(self._plan, self._folder, index, groups, streams)
-            expected = torch.cat(list(streams_after.values()))
+            float_outputs = run_finished_layer(self._plan, self._folder, index, groups, streams)
             for group in groups:
                 others = [other for other in groups if other != group]
                 outputs = run_finished_layer(self._plan, self._folder, index, others, streams)
-                found = torch.cat(list(outputs.values()))
-                errors[group] = relative_error(expected, found, before)
-            streams = streams_after
+                errors[group] = relative_error(*map(packed, (float_outputs, outputs, streams)))
+            streams = float_outputs
             release_memory()
         return errors
 
@@ -173,12 +175,13 @@ def held_out_samples(plan: QuantPlan) -> dict[int, torch.Tensor]:
     return {number: plan.samples[number].stream for number in plan.held_out}
 
 
-def replay(plan: QuantPlan, folder: WorkFolder, float_groups: list[Group]) -> list[torch.Tensor]:
-    """Residual streams of the held-out samples after the last layer, with `float_groups` in float."""
+def replay(plan: QuantPlan, folder: WorkFolder, float_groups: list[Group]) -> torch.Tensor:
+    """Residual streams of the held-out samples after the last layer, with `float_groups` in
+    float."""
     streams = held_out_samples(plan)
     for index in range(plan.num_layers):
         streams = run_finished_layer(plan, folder, index, float_groups, streams)
-    return list(streams.values())
+    return packed(streams)
 
 
 def run_finished_layer(
@@ -188,7 +191,8 @@ def run_finished_layer(
     float_groups: list[Group],
     streams: dict[int, torch.Tensor],
 ) -> dict[int, torch.Tensor]:
-    """Residual streams before the layer -> after it, with those of `float_groups` that are of it in float."""
+    """Residual streams before the layer -> after it, with those of `float_groups` that are of it in
+    float."""
     tensors, kinds = finished_tensors(plan, folder, index, float_groups)
     return run_layer(plan, integer_layer(plan.family, index, tensors, kinds), streams)
 
@@ -209,11 +213,11 @@ class Head:
         self.source = table.source_of("lm_head.weight")
 
     @torch.inference_mode()
-    def logits(self, streams: list[torch.Tensor]) -> np.ndarray:
-        """float32 [tokens, vocab] of residual streams [T, hidden] after the last layer."""
+    def logits(self, stream: torch.Tensor) -> np.ndarray:
+        """Residual stream [tokens, hidden] after the last layer -> float32 [tokens, vocab]."""
         norm = CpuOps().layer_norm if self.layer_norm else CpuOps().rms_norm
         matrix = self.checkpoint.tensor(self.source)
-        x = norm(torch.cat(streams), self.norm, self.eps)
+        x = norm(stream, self.norm, self.eps)
         logits = np.empty((len(x), len(matrix)), np.float32)
         for start in range(0, len(matrix), MATRIX_ROWS):
             end = start + MATRIX_ROWS
@@ -223,7 +227,8 @@ class Head:
 
 
 def figures(expected: np.ndarray, found: np.ndarray) -> Figures:
-    """Of logits [tokens, vocab] of the float and of the quantised model; KL is infinite if a logit is not finite."""
+    """Of logits [tokens, vocab] of the float and of the quantised model; KL is infinite if a logit
+    is not finite."""
     divergences = []
     for start in range(0, len(expected), TOKENS):
         rows = slice(start, start + TOKENS)

@@ -1,7 +1,9 @@
-"""A finished layer, computed as the engine computes it: integer arithmetic where it is quantised, float32 elsewhere.
+"""A finished layer, computed as the engine computes it: integer arithmetic where it is quantised,
+float32 elsewhere.
 
-Takes the tensors of a finished layer (`finished_tensors`, some of its groups put back to float if asked), returns the layer
-(`integer_layer`) and, from residual streams before it, those after it (`run_layer`).
+Takes the tensors of a finished layer (`finished_tensors`, some of its groups put back to float if
+asked), returns the layer (`integer_layer`) and, from residual streams before it, those after it
+(`run_layer`).
 """
 
 from collections.abc import Iterable
@@ -59,38 +61,35 @@ def run_layer(
 def finished_tensors(
     plan: QuantPlan, folder: WorkFolder, index: int, float_groups: Iterable[tuple[int, str]]
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """(tensors, kinds) of a finished layer, those of `float_groups` (layer, group) that are of it back in float."""
+    """(tensors, kinds) of a finished layer, those of `float_groups` (layer, group) that are of it
+    back in float."""
     finished = folder.layer(index)
     back_to_float = set()
     for layer, group in float_groups:
         if layer == index:
             back_to_float.update(finished.groups[group])
-    tensors = {}
-    kinds = {}
-    for name, tensor in load_file(folder.weights(index)).items():
-        if name.rpartition(".")[0] not in back_to_float:
-            tensors[name] = tensor
-            kinds[name] = finished.kinds[name]
-    for name, tensor in float_tensors(plan, folder, index, back_to_float).items():
-        tensors[name] = tensor
-        kinds[name] = "FLOAT"
-    return tensors, kinds
+    stored = load_file(folder.weights(index))
+    tensors = {
+        name: t for name, t in stored.items() if name.rpartition(".")[0] not in back_to_float
+    }
+    kinds = {name: finished.kinds[name] for name in tensors}
+    floats = float_tensors(plan, folder, index, back_to_float)
+    return tensors | floats, kinds | dict.fromkeys(floats, "FLOAT")
 
 
 def float_tensors(
     plan: QuantPlan, folder: WorkFolder, index: int, linear_names: set[str]
 ) -> dict[str, torch.Tensor]:
-    """Weights and biases of the linear layers as they were before quantisation, rescaled if anti-outlier did so."""
+    """Weights and biases of the linear layers as they were before quantisation, rescaled if
+    anti-outlier did so."""
     smoothed = {}
     if linear_names and folder.smoothed(index).is_file():
         smoothed = load_file(folder.smoothed(index))
     tensors = {}
     for linear in sorted(linear_names):
         for name in (f"{linear}.weight", f"{linear}.bias"):
-            if name not in plan.checkpoint.shapes:
-                continue
-            if name in smoothed:
+            if name in plan.checkpoint.shapes and name in smoothed:
                 tensors[name] = smoothed[name]
-            else:
+            elif name in plan.checkpoint.shapes:
                 tensors[name] = plan.checkpoint.tensor(name).to(plan.dtype)
     return tensors

@@ -1,10 +1,12 @@
 """Quantises layer by layer; a killed run resumes after the last finished layer.
 
-Takes a QuantPlan and a WorkFolder, returns what became of each layer; the tensors and the residual streams after the layer
-are in the work folder. One layer is in memory at a time. msmodelslim's whole-model run gives the same numbers: its
-statistics of a layer depend only on the samples' residual streams before it, which are handed from layer to layer.
+Takes a QuantPlan and a WorkFolder, returns what became of each layer; the tensors and the residual
+streams after the layer are in the work folder. One layer is in memory at a time. msmodelslim's
+whole-model run gives the same numbers: its statistics of a layer depend only on the samples'
+residual streams before it, which are handed from layer to layer.
 
-A layer goes one way: LayerModule -> smooth_outliers -> calibrate or keep_float -> judge_layer -> WorkFolder.save_layer.
+A layer goes one way: LayerModule -> smooth_outliers -> calibrate or keep_float -> judge_layer ->
+WorkFolder.save_layer.
 """
 
 import math
@@ -19,12 +21,13 @@ from .integer_layer import integer_layer, run_layer
 from .layer_module import LayerModule, relative_error, release_memory
 from .msmodelslim_calls import quant_config, quantise_linears, set_config, suppress_outliers
 from .plan import QuantPlan
-from .work_folder import FinishedLayer, ResidualStreams, WorkFolder
+from .work_folder import FinishedLayer, ResidualStreams, WorkFolder, packed, select
 
 
 @dataclass
 class LayerTensors:
-    """A layer as the result stores it. outputs: residual streams after it, of the samples that calibration ran through it."""
+    """A layer as the result stores it. outputs: residual streams after it, of the samples that
+    calibration ran through it."""
 
     tensors: dict[str, torch.Tensor]
     kinds: dict[str, str]
@@ -47,17 +50,16 @@ def quantise_layers(plan: QuantPlan, folder: WorkFolder) -> Iterator[tuple[int, 
 
 def embedded_samples(plan: QuantPlan) -> ResidualStreams:
     """Residual streams before the first layer."""
-    return ResidualStreams(
-        {number: plan.samples[number].stream for number in plan.followed},
-        {number: sample.stream for number, sample in enumerate(plan.samples)},
-    )
+    streams = {number: sample.stream for number, sample in enumerate(plan.samples)}
+    return ResidualStreams(select(streams, plan.followed), streams)
 
 
 @torch.inference_mode()
 def quantise_layer(
     plan: QuantPlan, folder: WorkFolder, index: int, streams: ResidualStreams
 ) -> tuple[FinishedLayer, ResidualStreams]:
-    """streams: before the layer -> (finished layer, residual streams after it), both saved in `folder`."""
+    """streams: before the layer -> (finished layer, residual streams after it), both saved in
+    `folder`."""
     layer = LayerModule(plan.family, plan.checkpoint, index, [s.step for s in plan.samples])
     set_config(layer, plan.dtype)
     with plan.timed("judging"):
@@ -86,7 +88,8 @@ def smooth_outliers(
     inputs: dict[int, torch.Tensor],
     outputs: dict[int, torch.Tensor],
 ) -> dict[str, torch.Tensor]:
-    """Apply anti-outlier to `layer` -> its rescaled linear layers; {} if the plan has no anti-outlier method.
+    """Apply anti-outlier to `layer` -> its rescaled linear layers; {} if the plan has no
+    anti-outlier method.
 
     inputs, outputs: the float model's residual streams before and after the layer.
     """
@@ -104,20 +107,19 @@ def keep_float(plan: QuantPlan, layer: LayerModule) -> LayerTensors:
 
 
 def calibrate(plan: QuantPlan, layer: LayerModule, streams: ResidualStreams) -> LayerTensors:
-    """Quantise the layer with msmodelslim, on what the quantised layers before it make of the samples."""
+    """Quantise the layer with msmodelslim, on what the quantised layers before it make of the
+    samples."""
     kept_float = plan.kept_float.intersection(layer.linear_names)
     config = quant_config(plan.scheme, plan.act_method, plan.fraction, kept_float)
     float_inputs = []
-    quantised_inputs = []
-    for number in plan.calibration:
-        if number in streams.float_model:
-            float_inputs.append(streams.float_model[number])
-        if plan.scheme.calibrated:
-            quantised_inputs.append(streams.quantised[number])
+    for number, stream in streams.float_model.items():
+        if number in plan.calibration:
+            float_inputs.append(stream)
+    inputs = []
+    if plan.scheme.calibrated:
+        inputs = [streams.quantised[number] for number in plan.calibration]
     with plan.timed("calibrating"):
-        tensors, kinds = quantise_linears(
-            layer, config, float_inputs, quantised_inputs, plan.input_ranges
-        )
+        tensors, kinds = quantise_linears(layer, config, float_inputs, inputs, plan.input_ranges)
     for name, kind in kinds.items():
         # norms keep their biases in float32
         if kind == "FLOAT" and not name.endswith("norm.bias"):
@@ -131,10 +133,11 @@ def all_outputs(
     streams: dict[int, torch.Tensor],
     computed: dict[int, torch.Tensor],
 ) -> dict[int, torch.Tensor]:
-    """Residual streams of all samples after the quantised layer; those that are in `computed` are taken from there."""
+    """Residual streams of all samples after the quantised layer; those that are in `computed` are
+    taken from there."""
     missing = {number: stream for number, stream in streams.items() if number not in computed}
     outputs = computed | run_layer(plan, layer, missing)
-    return {number: outputs[number] for number in streams}
+    return select(outputs, streams)
 
 
 def judge_layer(
@@ -143,12 +146,13 @@ def judge_layer(
     inputs: dict[int, torch.Tensor],
     float_outputs: dict[int, torch.Tensor],
 ) -> tuple[float, float]:
-    """(cosine, signal-to-noise ratio in dB) of what the quantised layer adds to the held-out samples' residual streams,
-    against what the float layer adds to them. inputs: of the float model."""
-    held_out = {number: inputs[number] for number in plan.held_out}
-    before = torch.cat(list(held_out.values()))
-    expected = torch.cat([float_outputs[number] for number in plan.held_out])
-    found = torch.cat(list(run_layer(plan, layer, held_out).values()))
+    """(cosine, signal-to-noise ratio in dB) of what the quantised layer adds to the held-out
+    samples' residual streams, against what the float layer adds to them. inputs: of the float
+    model."""
+    held_out = select(inputs, plan.held_out)
+    before = packed(held_out)
+    expected = packed(select(float_outputs, plan.held_out))
+    found = packed(run_layer(plan, layer, held_out))
     noise = max(relative_error(expected, found, before), 1e-9)
     cosine = torch.nn.functional.cosine_similarity(
         (expected - before).flatten(), (found - before).flatten(), 0

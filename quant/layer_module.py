@@ -1,8 +1,10 @@
-"""One decoder layer as a plain float32 module, whose submodules have the names that the checkpoint gives them.
+"""One decoder layer as a plain float32 module, whose submodules have the names that the checkpoint
+gives them.
 
-Takes a family, its checkpoint and residual streams before the layer, returns the residual streams after it. msmodelslim
-rescales the module's weights and replaces its linear layers. The arithmetic is the runtime's own (network/decoder.py);
-weight rows are in the checkpoint's order, and the outputs of each linear layer are reordered for the runtime.
+Takes a family, its checkpoint and residual streams before the layer, returns the residual streams
+after it. msmodelslim rescales the module's weights and replaces its linear layers. The arithmetic
+is the runtime's own (network/decoder.py); weight rows are in the checkpoint's order, and the
+outputs of each linear layer are reordered for the runtime.
 """
 
 import gc
@@ -26,8 +28,8 @@ NO_CACHE = SimpleNamespace(layers=[(None, None)])
 
 @dataclass
 class SampleStep:
-    """cos, sin: rotary rows [T, head_dim] of one sample. Its first `context` tokens attend to each other in both
-    directions, the others causally."""
+    """cos, sin: rotary rows [T, head_dim] of one sample. Its first `context` tokens attend to each
+    other in both directions, the others causally."""
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -42,7 +44,8 @@ def sample_step(config, positions, context: int) -> SampleStep:
 
 
 class LayerOps(CpuOps):
-    """The runtime's arithmetic over whole samples, without a KV cache. Norms may be modules, which are then called."""
+    """The runtime's arithmetic over whole samples, without a KV cache. Norms may be modules, which
+    are then called."""
 
     def rms_norm(self, x, norm, eps):
         return norm(x) if callable(norm) else super().rms_norm(x, norm, eps)
@@ -81,9 +84,9 @@ class RMSNorm(nn.Module):
 class LayerModule(nn.Module):
     """Layer `index` of `family`. forward(input_ids [1]: number of a sample) -> [1, T, hidden].
 
-    streams: residual stream [T, hidden] of every sample before the layer. outputs: after it, as last computed.
-    groups: names of the linear layers that become each of LINEARS in the runtime, in the order of its rows.
-    norms: names of the norms, by those of NORMS.
+    streams: residual stream [T, hidden] of every sample before the layer. outputs: after it, as
+    last computed. groups: names of the linear layers that become each of LINEARS in the runtime, in
+    the order of its rows. norms: names of the norms, by those of NORMS.
     """
 
     def __init__(self, family, checkpoint, index: int, steps: list[SampleStep]):
@@ -129,7 +132,10 @@ class LayerModule(nn.Module):
 
     @property
     def linear_names(self) -> list[str]:
-        return [name for group in LINEARS for name in self.groups[group]]
+        names = []
+        for group in LINEARS:
+            names += self.groups[group]
+        return names
 
     def linear_tensors(self) -> dict[str, torch.Tensor]:
         """Weights and biases of the linear layers, by the checkpoint's names."""
@@ -142,8 +148,8 @@ class LayerModule(nn.Module):
         return tensors
 
     def _call(self, names, x):
-        """Outputs [T, n] of the named modules side by side, in the runtime's order of rows; the modules get a batch axis,
-        which msmodelslim expects."""
+        """Outputs [T, n] of the named modules side by side, in the runtime's order of rows; the
+        modules get a batch axis, which msmodelslim expects."""
         outputs = []
         for name in names:
             y = self.get_submodule(name)(x[None])[0]
@@ -200,7 +206,8 @@ def _row_order(row: Weight) -> torch.Tensor | None:
 
 
 def linear_groups(family) -> dict[tuple[int, str], list[str]]:
-    """{(layer, one of LINEARS): the checkpoint's names of the linear layers that become it, in the order of its rows}."""
+    """{(layer, one of LINEARS): the checkpoint's names of the linear layers that become it, in the
+    order of its rows}."""
     groups = defaultdict(list)
     for row in sorted(WeightTable(family.weights()).layers(), key=_place):
         target = row.target
@@ -210,17 +217,19 @@ def linear_groups(family) -> dict[tuple[int, str], list[str]]:
 
 
 def _place(row: Weight) -> tuple[int, int]:
-    """(row at which it begins in its target, the target's rows), for sorting; (0, 0): it is the whole target."""
+    """(row at which it begins in its target, the target's rows), for sorting; (0, 0): it is the
+    whole target."""
     return row.parts[0].at or (0, 0)
 
 
 def relative_error(expected: torch.Tensor, found: torch.Tensor, before: torch.Tensor) -> float:
-    """Norm of the error of what a layer adds to the residual stream `before`, relative to the norm of what it adds."""
+    """Norm of the error of what a layer adds to the residual stream `before`, relative to the norm
+    of what it adds."""
     return ((found - expected).norm() / (expected - before).norm().clamp(min=1e-30)).item()
 
 
 def release_memory():
-    """Free modules now: they refer to themselves and otherwise wait for the collector. glibc keeps the holes that large
-    tensors leave, unless it is asked to return them."""
+    """Free modules now: they refer to themselves and otherwise wait for the collector. glibc keeps
+    the holes that large tensors leave, unless it is asked to return them."""
     gc.collect()
     return_freed_memory()

@@ -1,7 +1,8 @@
-"""Calls the real msmodelslim (classic API) for one layer, with guards against what it does silently.
+"""Calls the real msmodelslim (classic API) for one layer, with guards against what it does
+silently.
 
-Takes a LayerModule and residual streams before it, returns the tensors and kinds that msmodelslim saves for the layer.
-Facts behind the guards: docs/quant.md, "Traps".
+Takes a LayerModule and residual streams before it, returns the tensors and kinds that msmodelslim
+saves for the layer. Facts behind the guards: docs/quant.md, "Traps".
 """
 
 import contextlib
@@ -32,7 +33,8 @@ INSTALL = "pip install 'ascend-vlm[quant]'"
 
 @dataclass(frozen=True)
 class Scheme:
-    """QuantConfig fields of one --scheme. calibrated: activations have stored scales, which are measured on samples."""
+    """QuantConfig fields of one --scheme. calibrated: activations have stored scales, which are
+    measured on samples."""
 
     kind: str
     settings: dict
@@ -51,8 +53,8 @@ SCHEMES = {
 
 @functools.cache
 def import_msmodelslim():
-    """Import msmodelslim quietly; ToolkitError with the command that installs it. It has binaries for Python up to 3.12
-    only."""
+    """Import msmodelslim quietly; ToolkitError with the command that installs it. It has binaries
+    for Python up to 3.12 only."""
     if sys.version_info >= (3, 13):
         raise ToolkitError(
             f"msmodelslim has no binaries for Python {sys.version.split()[0]}, only up to 3.12; make the "
@@ -86,8 +88,8 @@ def _import_quietly():
 
 @contextlib.contextmanager
 def private_directory():
-    """Work in a temporary directory -> its path: msmodelslim writes features.npy into the working directory, and weights
-    that only their owner may read."""
+    """Work in a temporary directory -> its path: msmodelslim writes features.npy into the working
+    directory, and weights that only their owner may read."""
     before = os.getcwd()
     with tempfile.TemporaryDirectory(prefix="ascend-vlm-quant-") as path:
         os.chdir(path)
@@ -98,8 +100,8 @@ def private_directory():
 
 
 def set_config(layer: LayerModule, dtype: torch.dtype):
-    """Give the layer the config that msmodelslim reads. dtype: float type of the result, on which the form of deq_scale
-    depends; its factors stay float32."""
+    """Give the layer the config that msmodelslim reads. dtype: float type of the result, on which
+    the form of deq_scale depends; its factors stay float32."""
     from transformers import PretrainedConfig
 
     decoder = layer.family.decoder
@@ -112,10 +114,11 @@ def set_config(layer: LayerModule, dtype: torch.dtype):
 
 
 def norm_linear_subgraph(layer: LayerModule, method: str) -> dict[str, list[str]]:
-    """{norm or linear layer: the linear layers after it against which anti-outlier may scale it}, by name.
+    """{norm or linear layer: the linear layers after it against which anti-outlier may scale it},
+    by name.
 
-    Only pairs between which nothing but a multiplication per channel stands: not a fused gate and up, whose halves are
-    multiplied with each other, nor pairs with an activation between them.
+    Only pairs between which nothing but a multiplication per channel stands: not a fused gate and
+    up, whose halves are multiplied with each other, nor pairs with an activation between them.
     """
     groups = layer.groups
     pairs = {
@@ -147,7 +150,8 @@ def sample_numbers(count: int) -> list[list[torch.Tensor]]:
 
 
 def suppress_outliers(layer: LayerModule, method: str, expected: list[torch.Tensor]):
-    """AntiOutlier over the samples in layer.streams; ToolkitError if it changes what the layer computes.
+    """AntiOutlier over the samples in layer.streams; ToolkitError if it changes what the layer
+    computes.
 
     expected: the layer's outputs before.
     """
@@ -194,12 +198,15 @@ def quantise_linears(
     streams: list[torch.Tensor],
     input_ranges: dict[str, float] | None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Calibrate and quantise the linear layers -> (tensors, kinds), by name, as msmodelslim saves them.
+    """Calibrate and quantise the linear layers -> (tensors, kinds), by name, as msmodelslim saves
+    them.
 
-    float_streams: the samples' residual streams before the layer in the float model, on which msmodelslim chooses observers;
-    not needed with input_ranges {linear layer: max |x| / standard deviation of its input}, from which act_method 3 chooses
-    and which the other methods ignore. streams: the samples' residual streams after the quantised layers before this one;
-    [] for a scheme that is not calibrated. Afterwards layer.outputs are the samples' outputs as computed during calibration.
+    float_streams: the samples' residual streams before the layer in the float model, on which
+    msmodelslim chooses observers; not needed with input_ranges {linear layer: max |x| / standard
+    deviation of its input}, from which act_method 3 chooses and which the other methods ignore.
+    streams: the samples' residual streams after the quantised layers before this one; [] for a
+    scheme that is not calibrated. Afterwards layer.outputs are the samples' outputs as computed
+    during calibration.
     """
     from msmodelslim.pytorch.llm_ptq.llm_ptq_tools import Calibrator
 
@@ -217,8 +224,8 @@ def quantise_linears(
 
 @contextlib.contextmanager
 def reused_input_ranges(ranges: dict[str, float] | None):
-    """Make msmodelslim take these input ranges ({} where nothing depends on them) instead of running the float layer again;
-    None: let it measure them."""
+    """Make msmodelslim take these input ranges ({} where nothing depends on them) instead of
+    running the float layer again; None: let it measure them."""
     from msmodelslim.pytorch.llm_ptq.llm_ptq_tools import quant_tools
 
     measure = quant_tools.get_features
@@ -237,7 +244,8 @@ def _as_features(ratio: float) -> dict[str, torch.Tensor]:
 
 
 def cache_quantised_weights(layer: LayerModule):
-    """Quantise each weight once instead of in every forward pass: scales do not change, so neither do the values."""
+    """Quantise each weight once instead of in every forward pass: scales do not change, so neither
+    do the values."""
     from msmodelslim.pytorch.llm_ptq.llm_ptq_tools.quant_modules import LinearQuantizer
 
     for module in layer.modules():
@@ -261,7 +269,8 @@ class _FirstResult:
 def _saved(folder: Path) -> tuple[dict, dict]:
     tensors = {}
     for file in folder.glob("*.safetensors"):
-        tensors |= {name: tensor.clone() for name, tensor in load_file(file).items()}
+        for name, tensor in load_file(file).items():
+            tensors[name] = tensor.clone()  # not a view of the file, which is removed
     description = json.loads((folder / "quant_model_description.json").read_text(encoding="utf-8"))
     kinds = {name: description[name] for name in tensors}
     return tensors, kinds

@@ -1,7 +1,8 @@
 """The command behind `python -m quant`.
 
-Takes options; returns an exit code, with the quantised folder published. The stages, each of which hands its result to the
-next: open_model -> choose_lines -> make_plan -> quantise_layers -> pass_gate -> write_result.
+Takes options; returns an exit code, with the quantised folder published. The stages, each of which
+hands its result to the next: open_model -> choose_lines -> make_plan -> quantise_layers ->
+pass_gate -> write_result.
 """
 
 import shutil
@@ -15,7 +16,7 @@ from models.checkpoint.reader import Checkpoint
 from runtime.common.errors import ToolkitError
 from runtime.common.files import locked
 
-from .gate import Figures, pass_gate
+from .gate import Figures, Verdict, pass_gate
 from .layer_loop import quantise_layers
 from .layer_module import linear_groups
 from .msmodelslim_calls import import_msmodelslim
@@ -49,17 +50,13 @@ def quantise(
         with plan.timed("judging"):
             verdict = pass_gate(plan, work, gate_options, print_figures)
         write_result(plan, work, verdict, out)
-    figures = verdict.figures
-    print(
-        f"{out}: {plan.scheme.kind}, KL {figures.kl:.3g}, top-1 {figures.top1:.1%} on {figures.tokens} "
-        f"held-out tokens, {len(verdict.float_groups)} layer groups put back to float"
-    )
-    print(f"next: python -m runtime.chat --model {out}")
+    print_summary(out, plan, verdict)
     return 0
 
 
 def open_model(model: str) -> tuple:
-    """(family, checkpoint) of a float checkpoint; ToolkitError for a quantised one or one in the SAT layout."""
+    """(family, checkpoint) of a float checkpoint; ToolkitError for a quantised one or one in the
+    SAT layout."""
     family = family_of(model)
     checkpoint = Checkpoint(model)
     if find_description(model):
@@ -75,15 +72,13 @@ def open_model(model: str) -> tuple:
 
 
 def prepare_folder(out: str, model: str) -> Path:
-    """The output folder, made if missing; ToolkitError if float weights are in it, because engines load every
-    *.safetensors."""
+    """The output folder, made if missing; ToolkitError if float weights are in it, because engines
+    load every *.safetensors."""
     folder = Path(out).resolve()
     if folder.is_file():
         raise ToolkitError(f"--out {folder} is a file; give a folder")
-    foreign = []
-    for file in folder.glob("*"):
-        if file.name.endswith(WEIGHTS) and not file.name.startswith("quant_model"):
-            foreign.append(file.name)
+    names = [file.name for file in folder.glob("*") if file.name.endswith(WEIGHTS)]
+    foreign = [name for name in names if not name.startswith("quant_model")]
     if not foreign and folder == Path(model).resolve():
         foreign = ["the model itself"]
     if foreign:
@@ -99,6 +94,15 @@ def print_figures(count: int, figures: Figures):
         f"gate: {count} layer groups put back to float: KL {figures.kl:.3g}, top-1 {figures.top1:.1%}",
         flush=True,
     )
+
+
+def print_summary(out: Path, plan: QuantPlan, verdict: Verdict):
+    figures = verdict.figures
+    print(
+        f"{out}: {plan.scheme.kind}, KL {figures.kl:.3g}, top-1 {figures.top1:.1%} on {figures.tokens} "
+        f"held-out tokens, {len(verdict.float_groups)} layer groups put back to float"
+    )
+    print(f"next: python -m runtime.chat --model {out}")
 
 
 def check_disk(plan: QuantPlan, out: Path):
@@ -120,18 +124,24 @@ def check_disk(plan: QuantPlan, out: Path):
 
 
 def bytes_needed(plan: QuantPlan) -> int:
-    """Size of the result, the layers of which are written once. With anti-outlier the float weights of quantised layers are
-    kept besides. Groups that the gate puts back to float come on top and are not counted."""
-    checkpoint = plan.checkpoint
-    quantised = set()
-    for names in linear_groups(plan.family).values():
-        quantised.update(f"{name}.weight" for name in names if name not in plan.kept_float)
+    """Size of the result, the layers of which are written once. With anti-outlier the float weights
+    of quantised layers are kept besides. Groups that the gate puts back to float come on top and
+    are not counted."""
+    quantised = quantised_weights(plan)
     needed = 0
-    for name, shape in checkpoint.shapes.items():
+    for name, shape in plan.checkpoint.shapes.items():
         if name in quantised:
-            needed += torch.Size(shape).numel()
+            needed += torch.Size(shape).numel()  # int8
         else:
-            needed += checkpoint.nbytes(name)
+            needed += plan.checkpoint.nbytes(name)
     if plan.anti:
-        needed += sum(checkpoint.nbytes(name) for name in quantised)
+        needed += sum(map(plan.checkpoint.nbytes, quantised))
     return needed
+
+
+def quantised_weights(plan: QuantPlan) -> set[str]:
+    """Names of the weights that become int8."""
+    weights = set()
+    for names in linear_groups(plan.family).values():
+        weights.update(f"{name}.weight" for name in names if name not in plan.kept_float)
+    return weights

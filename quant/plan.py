@@ -1,7 +1,8 @@
 """The plan of a quantisation: everything that decides its result.
 
-Takes a family with its float checkpoint, the options and the calibration lines; returns a QuantPlan, for which the input
-ranges of the float model are measured where the plan depends on them.
+Takes a family with its float checkpoint, the options and the calibration lines; returns a
+QuantPlan, for which the input ranges of the float model are measured where the plan depends on
+them.
 """
 
 import hashlib
@@ -38,12 +39,14 @@ REPORT = "quant_report.json"
 
 @dataclass
 class QuantPlan:
-    """samples: on the first num_calibration activations are measured, on the others the result is judged.
+    """samples: on the first num_calibration activations are measured, on the others the result is
+    judged.
 
-    dtype: float type of the result. kept_float: linear layers that stay float from the start. anti: anti-outlier method.
-    input_ranges: {linear layer: max |x| / standard deviation of its input}, {} where nothing depends on them, None where
-    msmodelslim measures them layer by layer. statistics: what was measured for the plan, {} for nothing. identity: everything
-    that decides the result, as JSON values. seconds: time that this run has spent, by purpose.
+    dtype: float type of the result. kept_float: linear layers that stay float from the start. anti:
+    anti-outlier method. input_ranges: {linear layer: max |x| / standard deviation of its input}, {}
+    where nothing depends on them, None where msmodelslim measures them layer by layer. statistics:
+    what was measured for the plan, {} for nothing. identity: everything that decides the result, as
+    JSON values. seconds: time that this run has spent, by purpose.
     """
 
     family: object
@@ -84,8 +87,8 @@ class QuantPlan:
 
     @property
     def followed(self) -> list[int]:
-        """Numbers of the samples that go through the float model too: the held-out ones, and those whose float inputs
-        are needed."""
+        """Numbers of the samples that go through the float model too: the held-out ones, and those
+        whose float inputs are needed."""
         needed = 0
         if self.anti:
             needed = self.num_calibration
@@ -138,13 +141,11 @@ def make_plan(
 
 
 def measured(family, checkpoint: Checkpoint, lines: list[dict], samples, work: Path) -> dict:
-    """{"key": which checkpoint and lines, "ranges": input ranges of the float model}; from an earlier run into the same
-    folder if it was on the same checkpoint and lines."""
+    """{"key": which checkpoint and lines, "ranges": input ranges of the float model}; from an
+    earlier run into the same folder if it was on the same checkpoint and lines."""
     file = work / "statistics.json"
     key = digest([str(lines), stamp(checkpoint)])
-    for earlier in (file, work.parent / REPORT):
-        if not earlier.is_file():
-            continue
+    for earlier in filter(Path.is_file, (file, work.parent / REPORT)):
         stored = read_json(earlier).get("statistics", {})
         if stored.get("key") == key:
             return stored
@@ -157,7 +158,8 @@ def measured(family, checkpoint: Checkpoint, lines: list[dict], samples, work: P
 
 
 def target_dtype(family, checkpoint: Checkpoint, wanted: str) -> torch.dtype:
-    """Float type of the result. wanted: --dtype; "auto" is the checkpoint's if it has 16 bits, else float16."""
+    """Float type of the result. wanted: --dtype; "auto" is the checkpoint's if it has 16 bits, else
+    float16."""
     if wanted != "auto":
         return getattr(torch, wanted)
     used = WeightTable(family.weights()).used()

@@ -1,10 +1,14 @@
-"""The part of a checkpoint that each rank of a tensor-parallel run holds, under the checkpoint's own names and in its order
-of rows: what MindIE reads compressed (W8A8SC) weights from, one folder partR-of-N per rank.
+"""The share of a checkpoint that each rank of a tensor-parallel run holds, under the checkpoint's
+own names and in its order of rows. MindIE reads compressed (W8A8SC) weights so, from one folder
+partR-of-N per rank.
 
-Which rows and columns those are is the runtime's rule (runtime/parallel/split.py); here it is applied to stored tensors.
+Takes a family, a split and the name of a stored tensor; returns the rank's Share of it. Which rows
+and columns those are is the runtime's rule (runtime/parallel/split.py); here it is applied to
+stored tensors.
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,15 +29,16 @@ def part_name(rank: int, size: int) -> str:
 
 def part_folders(folder: Path) -> dict[tuple[int, int], Path]:
     """{(rank, size): folder} in `folder`, of however many splits."""
-    return {
-        (int(match[1]), int(match[2])): file
-        for file in folder.glob("part*")
-        if (match := NAME.fullmatch(file.name))
-    }
+    found = {}
+    for file in folder.glob("part*"):
+        if match := NAME.fullmatch(file.name):
+            found[int(match[1]), int(match[2])] = file
+    return found
 
 
 def find_parts(folder: Path) -> list[Path]:
-    """The folders part0-of-N ... of `folder`, by rank; ModelError if one is missing or they are of two splits."""
+    """The folders part0-of-N ... in `folder`, by rank, [] if there are none; ModelError if one is
+    missing or they are of several splits."""
     found = part_folders(folder).keys()
     if not found:
         return []
@@ -48,7 +53,8 @@ def find_parts(folder: Path) -> list[Path]:
 
 @dataclass
 class Share:
-    """rows, columns: those of the whole tensor that the rank holds, None for all. zero: another rank's sum has it."""
+    """rows, columns: those of the whole tensor that the rank holds, None for all. zero: the rank
+    holds zeros, because another rank adds the tensor to the sum over the ranks."""
 
     rows: torch.Tensor | None = None
     columns: slice | None = None
@@ -63,8 +69,10 @@ class Share:
         return tuple(shape)
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
-        tensor = tensor if self.rows is None else tensor[self.rows]
-        tensor = tensor if self.columns is None else tensor[:, self.columns]
+        if self.rows is not None:
+            tensor = tensor[self.rows]
+        if self.columns is not None:
+            tensor = tensor[:, self.columns]
         return torch.zeros_like(tensor) if self.zero else tensor
 
 
@@ -85,67 +93,87 @@ class Shares:
         if roles <= set(ROWS):
             return Share(rows=_held_rows(row, self._split))
         if roles <= set(COLUMNS):
-            return (
-                Share(columns=slice(*self._split.span(row.shape[1])))
-                if tensor == "weight"
-                else Share(zero=self._split.rank > 0 and tensor in ("bias", "quant_bias"))
-            )
+            if tensor == "weight":
+                return Share(columns=slice(*self._split.span(row.shape[1])))
+            return Share(zero=self._split.rank > 0 and tensor in ("bias", "quant_bias"))
         return Share()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """{name: shape} of the float checkpoint's tensors that must be there."""
-        return {
-            name: self.of(name).shape(row.shape)
-            for name, row in self._rows.items()
-            if not row.optional
-        }
+        shapes = {}
+        for name, row in self._rows.items():
+            if not row.optional:
+                shapes[name] = self.of(name).shape(row.shape)
+        return shapes
 
 
 def check_parts(family, description: Description, checkpoint: Checkpoint, split: Split):
-    """ModelError unless `checkpoint` holds every tensor of the rank under its name, and in its shape where it has one."""
+    """ModelError unless `checkpoint` holds every tensor of the rank under its name, and in its
+    shape where it has one."""
     expected = Shares(family, split).shapes()
+    layers = {_layer(name) for name in expected}
     compressed = _layers_of_kind(description, "W8A8SC")
-    in_quant_bias = {
-        f"{layer}.bias"
-        for kind in ("W8A8SC", *STATIC)
-        for layer in _layers_of_kind(description, kind)
-    }
-    layers = {name.rpartition(".")[0] for name in expected}
     wrong = [
-        f"{name} is missing"
-        for name in sorted(expected.keys() - set(checkpoint.names) - in_quant_bias)
+        *_missing(expected, compressed, description, checkpoint),
+        *_foreign(layers, checkpoint),
+        *_misshapen(expected, compressed, checkpoint),
+        *_of_other_weights(expected, compressed & layers, checkpoint),
     ]
-    wrong += [
-        f"{name} belongs to no layer"
-        for name in checkpoint.names
-        if name.rpartition(".")[0].removesuffix(".module") not in layers
-    ]
-    wrong += [
-        f"{name} is {list(shape)}, not {list(expected[name])}"
-        for name, shape in checkpoint.shapes.items()
-        if name in expected
-        and shape != expected[name]
-        and name.removesuffix(".weight") not in compressed
-    ]
-    for layer in sorted(compressed & layers):
-        if f"{layer}.info" in checkpoint.names and (
-            found := checkpoint.tensor(f"{layer}.info").tolist()[3:1:-1]
-        ) != list(expected[f"{layer}.weight"]):
-            wrong.append(
-                f"{layer}.info is of a weight {found}, not {list(expected[layer + '.weight'])}"
-            )
     if wrong:
         raise ModelError(
             f"{len(wrong)} tensors of {checkpoint.directory} do not fit config.json: {'; '.join(wrong[:SHOWN])}"
         )
 
 
+def _missing(expected, compressed, description, checkpoint) -> Iterator[str]:
+    """Tensors that are not stored; the bias of a static layer is in its quant_bias."""
+    static = set(compressed)
+    for kind in STATIC:
+        static |= _layers_of_kind(description, kind)
+    for name in sorted(expected.keys() - set(checkpoint.names)):
+        in_quant_bias = name.endswith(".bias") and name.removesuffix(".bias") in static
+        if not in_quant_bias:
+            yield f"{name} is missing"
+
+
+def _foreign(layers, checkpoint) -> Iterator[str]:
+    """Tensors of no layer of the family."""
+    for name in checkpoint.names:
+        if _layer(name).removesuffix(".module") not in layers:
+            yield f"{name} belongs to no layer"
+
+
+def _misshapen(expected, compressed, checkpoint) -> Iterator[str]:
+    for name, shape in checkpoint.shapes.items():
+        if name not in expected or name.removesuffix(".weight") in compressed:
+            continue
+        if shape != expected[name]:
+            yield f"{name} is {list(shape)}, not {list(expected[name])}"
+
+
+def _of_other_weights(expected, compressed, checkpoint) -> Iterator[str]:
+    """Compressed layers whose info = (..., ..., k, n, 1) is not of the rank's weight [n, k]."""
+    for layer in sorted(compressed):
+        if f"{layer}.info" not in checkpoint.names:
+            continue
+        info = checkpoint.tensor(f"{layer}.info").tolist()
+        found = info[3:1:-1]
+        wanted = list(expected[f"{layer}.weight"])
+        if found != wanted:
+            yield f"{layer}.info is of a weight {found}, not {wanted}"
+
+
+def _layer(name: str) -> str:
+    """The linear layer or norm to which the tensor belongs."""
+    return name.rpartition(".")[0]
+
+
 def _layers_of_kind(description: Description, kind: str) -> set[str]:
-    return {
-        name.removesuffix(".weight")
-        for name, found in description.kinds.items()
-        if found == kind and name.endswith(".weight")
-    }
+    layers = set()
+    for name, found in description.kinds.items():
+        if found == kind and name.endswith(".weight"):
+            layers.add(name.removesuffix(".weight"))
+    return layers
 
 
 def _role(part: Part) -> str:
@@ -153,15 +181,18 @@ def _role(part: Part) -> str:
 
 
 def _held_rows(row: Weight, split: Split) -> torch.Tensor:
-    """Of the stored weight: rows may go to q, k and v, and stand there in another order."""
-    held = []
-    for part in row.parts:
-        order = torch.arange(*(part.take or (0, row.shape[0])))
-        order = order if part.transform is None else part.transform(order)
-        first = part.at[0] if part.at else 0
-        places = torch.arange(first, first + len(order))
-        wanted = torch.zeros(len(order), dtype=torch.bool)
-        for start, end in split.row_blocks(_role(part)):
-            wanted |= (places >= start) & (places < end)
-        held.append(order[wanted])
-    return torch.cat(held).sort().values
+    """Rows of the stored weight that the rank holds, ascending."""
+    return torch.cat([_held_rows_of(part, row, split) for part in row.parts]).sort().values
+
+
+def _held_rows_of(part: Part, row: Weight, split: Split) -> torch.Tensor:
+    """Of a part, which is in q, k or v, say; its rows may be in another order there."""
+    order = torch.arange(*(part.take or (0, row.shape[0])))
+    if part.transform is not None:
+        order = part.transform(order)
+    first = part.at[0] if part.at else 0
+    places = torch.arange(first, first + len(order))
+    held = torch.zeros(len(order), dtype=torch.bool)
+    for start, end in split.row_blocks(_role(part)):
+        held |= (places >= start) & (places < end)
+    return order[held]

@@ -1,12 +1,14 @@
-"""Which linear layers stay float from the start, and how activations are measured: what Ascend publishes for GLM-4-9B and
-LLaVA, applied to their relatives.
+"""Which linear layers stay float from the start, and how activations are measured: what Ascend
+publishes for GLM-4-9B and LLaVA, applied to their relatives.
 
-Takes a family, a scheme and the user's options, returns a recipe and names of linear layers. Layers that become one in the
-engines (q, k and v; gate and up) stay float together, because vllm-ascend refuses mixed ones.
+Takes a family, a scheme and the user's options, returns a recipe and names of linear layers. Layers
+that become one in the engines (q, k and v; gate and up) stay float together, because vllm-ascend
+refuses mixed ones.
 """
 
 import fnmatch
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from runtime.common.errors import ToolkitError
 
@@ -20,8 +22,9 @@ NUM_MEASURED = 5  # samples on which msmodelslim measures input ranges
 
 @dataclass(frozen=True)
 class Recipe:
-    """share: of the linear layers, how many stay float because their inputs have the widest ranges. float_groups: groups that
-    stay float in every layer. anti: anti-outlier method, None for none."""
+    """share: of the linear layers, how many stay float because their inputs have the widest ranges.
+    float_groups: groups that stay float in every layer. anti: anti-outlier method, None for
+    none."""
 
     act_method: int = 3  # histogram for narrow inputs, min-max for wide ones
     share: float = 0.0
@@ -45,7 +48,8 @@ def recipe_for(family, scheme: str) -> Recipe:
 
 
 def chosen_recipe(family, scheme: str, options: RecipeOptions) -> Recipe:
-    """The published recipe with what the user sets instead; ToolkitError if that is not possible with the scheme."""
+    """The published recipe with what the user sets instead; ToolkitError if that is not possible
+    with the scheme."""
     recipe = recipe_for(family, scheme)
     if options.act_method:
         recipe = replace(recipe, act_method=options.act_method)
@@ -59,15 +63,17 @@ def chosen_recipe(family, scheme: str, options: RecipeOptions) -> Recipe:
 
 
 def num_widest(level: str | None, share: float, family) -> int:
-    """How many linear layers with the widest inputs stay float. level: --disable-level, "L25" for 25; None: by `share`."""
+    """How many linear layers with the widest inputs stay float. level: --disable-level, "L25" for
+    25; None: by `share`."""
     if level is not None:
         return int(level[1:])
     return round(share * len(linear_groups(family)))
 
 
 def kept_by_name(family, patterns) -> set[str]:
-    """Linear layers whose checkpoint name matches one of `patterns`; ToolkitError for a pattern that matches none."""
-    names = [name for group in linear_groups(family).values() for name in group]
+    """Linear layers whose checkpoint name matches one of `patterns`; ToolkitError for a pattern
+    that matches none."""
+    names = list(chain.from_iterable(linear_groups(family).values()))
     kept = set()
     for pattern in patterns:
         found = fnmatch.filter(names, pattern)
@@ -99,33 +105,41 @@ def whole_groups(family, names: set[str]) -> set[str]:
 
 
 def kept_by_range(family, ranges: dict[str, float], count: int, kept: set[str]) -> set[str]:
-    """The `count` linear layers with the widest inputs (msmodelslim's disable_level) beside those `kept` already, and those
-    that become one with them."""
+    """The `count` linear layers with the widest inputs (msmodelslim's disable_level) beside those
+    `kept` already, and those that become one with them."""
     by_range = sorted(ranges, key=ranges.get, reverse=True)
     widest = [name for name in by_range if name not in kept][:count]
     return whole_groups(family, set(widest))
 
 
 def input_ranges(family, checkpoint, samples, progress) -> dict[str, float]:
-    """max |x| / standard deviation of every linear layer's input in the float model, as msmodelslim measures it on the first
-    five samples. progress(done, total) is called with numbers of layers."""
-    from msmodelslim.pytorch.llm_ptq.llm_ptq_tools.quant_tools import get_features
-
+    """max |x| / standard deviation of every linear layer's input in the float model, as msmodelslim
+    measures it on the first five samples. progress(done, total) is called with numbers of
+    layers."""
     samples = samples[:NUM_MEASURED]
-    data = sample_numbers(len(samples))
     steps = [sample.step for sample in samples]
     streams = [sample.stream for sample in samples]
     ranges = {}
     for index in range(family.decoder.layers):
         layer = LayerModule(family, checkpoint, index, steps)
         layer.streams = streams
-        with private_directory():
-            features = get_features(layer, data, "features.npy", False)
-        for name, found in features.items():
-            largest = max(abs(found["t_max"]), abs(found["t_min"]))
-            ranges[name] = (largest / found["std"]).item()
+        ranges |= layer_input_ranges(layer)
         streams = [layer.outputs[number] for number in range(len(samples))]
         del layer
         release_memory()
         progress(index + 1, family.decoder.layers)
+    return ranges
+
+
+def layer_input_ranges(layer: LayerModule) -> dict[str, float]:
+    """input_ranges of one layer, on the samples in layer.streams; fills layer.outputs."""
+    from msmodelslim.pytorch.llm_ptq.llm_ptq_tools.quant_tools import get_features
+
+    data = sample_numbers(len(layer.streams))
+    with private_directory():
+        features = get_features(layer, data, "features.npy", False)
+    ranges = {}
+    for name, found in features.items():
+        largest = max(abs(found["t_max"]), abs(found["t_min"]))
+        ranges[name] = (largest / found["std"]).item()
     return ranges

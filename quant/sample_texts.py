@@ -1,5 +1,6 @@
-"""Built-in texts, used when --calib is not given: the activations of a general chat model are measured on CALIBRATION, the
-result is judged on HELD_OUT. Written for this toolkit; half Chinese, half English; questions, prose, lists, numbers and code.
+"""Built-in texts, used when --calib is not given: the activations of a general chat model are
+measured on CALIBRATION, the result is judged on HELD_OUT. Written for this toolkit; half Chinese,
+half English; questions, prose, lists, numbers and code.
 """
 
 CALIBRATION = (

@@ -1,11 +1,11 @@
 """Samples: the token sequences on which activations are measured and the result is judged.
 
-Takes texts, conversations or token ids (`Lines`), returns Samples with token ids, rotary rows and the residual stream before
-the first layer.
+Takes texts, conversations or token ids (`Lines`), returns Samples with token ids, rotary rows and
+the residual stream before the first layer.
 
-A line of a calibration file (jsonl) is one of: {"text": "..."} or {"inputs_pretokenized": "..."} (a question),
-{"messages": [...]} as chat takes them, images as {"type": "image", "image": "file beside the jsonl"}, and
-{"ids": [...]}, already tokenised.
+A line of a calibration file (jsonl) is one of: {"text": "..."} or {"inputs_pretokenized": "..."} (a
+question), {"messages": [...]} as chat takes them, images as {"type": "image", "image": "file beside
+the jsonl"}, and {"ids": [...]}, already tokenised.
 """
 
 import json
@@ -41,7 +41,8 @@ class Lines:
 
 @dataclass
 class Sample:
-    """ids int64 [T]. stream float32 [T, hidden]: token embeddings, with the features of images in their places."""
+    """ids int64 [T]. stream float32 [T, hidden]: token embeddings, with the features of images in
+    their places."""
 
     ids: np.ndarray
     step: SampleStep
@@ -74,16 +75,10 @@ def image_lines() -> list[dict]:
 
 
 def read_lines(file: str) -> list[dict]:
-    """Lines of a calibration file; ToolkitError with the number of the first that is no calibration line."""
+    """Lines of a calibration file; ToolkitError with the number of the first that is no calibration
+    line."""
     lines = []
-    try:
-        texts = Path(file).read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ToolkitError(
-            f"--calib {file} is not UTF-8 (byte {error.start}); convert it first, e.g. with iconv -f GBK -t "
-            "UTF-8"
-        ) from None
-    for number, text in enumerate(texts, 1):
+    for number, text in enumerate(_read_text(file).split("\n"), 1):
         if not text.strip():
             continue
         line = _as_json(text)
@@ -98,6 +93,16 @@ def read_lines(file: str) -> list[dict]:
             f"--calib {file} is empty; give a jsonl file with one text or conversation per line"
         )
     return lines
+
+
+def _read_text(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ToolkitError(
+            f"--calib {file} is not UTF-8 (byte {error.start}); convert it first, e.g. with iconv "
+            "-f GBK -t UTF-8"
+        ) from None
 
 
 def _as_json(text: str):
@@ -145,7 +150,8 @@ def split_lines(lines: list[dict]) -> Lines:
     """Every fourth line is held out; of fewer than four all serve both purposes."""
     if len(lines) < 4:
         return Lines(lines, lines)
-    calibration = [line for i, line in enumerate(lines) if i % 4 != 3]
+    calibration = list(lines)
+    del calibration[3::4]
     return Lines(calibration, lines[3::4])
 
 

@@ -1,11 +1,12 @@
 """The work folder of a quantisation, which lets a killed run resume.
 
-Takes every finished layer with the residual streams after it; returns them to the run that resumes, to the quality gate
-and to the output.
+Takes every finished layer with the residual streams after it; returns them to the run that resumes,
+to the quality gate and to the output.
 """
 
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,19 +21,31 @@ PARTIAL = ".partial"  # folder inside --out that holds everything until it is pu
 
 @dataclass
 class ResidualStreams:
-    """Residual streams {number of a sample: float32 [T, hidden]} between two layers, as computed by the float model
-    (of the samples that are followed through it) and by the quantised model (of every sample)."""
+    """Residual streams {number of a sample: float32 [T, hidden]} between two layers, as computed by
+    the float model (of the samples that are followed through it) and by the quantised model (of
+    every sample)."""
 
     float_model: dict[int, torch.Tensor]
     quantised: dict[int, torch.Tensor]
 
 
+def select(streams: dict[int, torch.Tensor], numbers: Iterable[int]) -> dict[int, torch.Tensor]:
+    """The residual streams of some samples, in the order of `numbers`."""
+    return {number: streams[number] for number in numbers}
+
+
+def packed(streams: dict[int, torch.Tensor]) -> torch.Tensor:
+    """All residual streams, one after another: float32 [sum of T, hidden]."""
+    return torch.cat(list(streams.values()))
+
+
 @dataclass
 class FinishedLayer:
-    """kinds: of every tensor. groups: names of the linear layers that become one in the runtime, by its name there.
+    """kinds: of every tensor. groups: names of the linear layers that become one in the runtime, by
+    its name there.
 
-    cosine, snr (dB): how close what the quantised layer adds to the residual streams of the held-out samples is to what the
-    float layer adds, both fed by the float model.
+    cosine, snr (dB): how close what the quantised layer adds to the residual streams of the
+    held-out samples is to what the float layer adds, both fed by the float model.
     """
 
     kinds: dict[str, str]
@@ -42,7 +55,8 @@ class FinishedLayer:
 
 
 class WorkFolder:
-    """The layers of the quantisation with this identity; a folder of another one is emptied first."""
+    """The layers of the quantisation with this identity; a folder of another one is emptied
+    first."""
 
     def __init__(self, folder: Path, identity: dict):
         self.folder = folder
@@ -65,7 +79,8 @@ class WorkFolder:
         return FinishedLayer(**json.loads(self._note(index).read_text(encoding="utf-8")))
 
     def num_finished(self) -> int:
-        """Number of layers that are complete; 0 if the residual streams after the last of them are missing."""
+        """Number of layers that are complete; 0 if the residual streams after the last of them are
+        missing."""
         count = 0
         while self._note(count).is_file():
             count += 1
@@ -79,7 +94,8 @@ class WorkFolder:
         finished: FinishedLayer,
         streams: ResidualStreams,
     ):
-        """Write tensors, streams after the layer, and last the note that marks the layer as finished."""
+        """Write tensors, streams after the layer, and last the note that marks the layer as
+        finished."""
         store(tensors, self.weights(index))
         if smoothed:
             store(smoothed, self.smoothed(index))
@@ -98,8 +114,11 @@ class WorkFolder:
         )
 
     def _save_streams(self, index: int, streams: ResidualStreams):
-        named = {f"float.{i}": stream for i, stream in streams.float_model.items()}
-        named |= {f"quantised.{i}": stream for i, stream in streams.quantised.items()}
+        named = {}
+        for number, stream in streams.float_model.items():
+            named[f"float.{number}"] = stream
+        for number, stream in streams.quantised.items():
+            named[f"quantised.{number}"] = stream
         part = self._streams(index).with_suffix(".part")
         store(named, part)
         part.replace(self._streams(index))
@@ -112,7 +131,8 @@ class WorkFolder:
 
 
 def store(tensors: dict[str, torch.Tensor], file: Path):
-    """Write a safetensors file as transformers wants it; OSError if the disk is full or not writable."""
+    """Write a safetensors file as transformers wants it; OSError if the disk is full or not
+    writable."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
         save_file(contiguous, file, {"format": "pt"})

@@ -1,7 +1,7 @@
 """The files of a quantised folder beside its weights, and the folder's publication.
 
-Takes what the folder is about, returns the texts of its description and config.json, or the names of copied files. `publish`
-puts the description, without which nothing loads, in place last.
+Takes what the folder is about, returns the texts of its description and config.json, or the names
+of copied files. `publish` puts the description, without which nothing loads, in place last.
 """
 
 import json
@@ -32,14 +32,16 @@ def write_description(kinds: dict[str, str], kind: str) -> str:
 
 
 def write_config(config: dict, kind: str, dtype: torch.dtype) -> str:
-    """config.json with what the engines look for: `quantize` (MindIE), `torch_dtype` and `dtype` (old and new spelling)."""
+    """config.json with what the engines look for: `quantize` (MindIE), `torch_dtype` and `dtype`
+    (old and new spelling)."""
     name = str(dtype).removeprefix("torch.")
     changed = config | {"quantize": kind.lower(), "torch_dtype": name, "dtype": name}
     return json.dumps(changed, indent=2, ensure_ascii=False) + "\n"
 
 
 def copy_small_files(source: Path, folder: Path) -> list[str]:
-    """Copy tokenizer, processor, generation_config, the release's code: everything but weights and config.json."""
+    """Copy tokenizer, processor, generation_config, the release's code: everything but weights and
+    config.json."""
     names = []
     for file in sorted(source.iterdir()):
         left_out = file.name.startswith(".") or file.name.endswith(WEIGHTS)

@@ -1,7 +1,7 @@
 """Writes, validates and publishes the quantised folder.
 
-Takes a QuantPlan, its finished work folder and the gate's Verdict; returns nothing: the folder `out` then holds what engines
-load, and quant_report.json.
+Takes a QuantPlan, its finished work folder and the gate's Verdict; returns nothing: the folder
+`out` then holds what engines load, and quant_report.json.
 """
 
 import json
@@ -26,8 +26,8 @@ from .weights import Entry, write_weights
 
 
 def write_result(plan: QuantPlan, work: WorkFolder, verdict: Verdict, out: Path):
-    """Write everything into a folder inside `out`, validate and publish it, then remove the work folder; ToolkitError if it
-    would not load."""
+    """Write everything into a folder inside `out`, validate and publish it, then remove the work
+    folder; ToolkitError if it would not load."""
     folder = out / PARTIAL / "result"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -84,20 +84,19 @@ def entries_outside(plan: QuantPlan) -> list[Entry]:
 def layer_files(
     plan: QuantPlan, work: WorkFolder, float_groups: list[Group], folder: Path
 ) -> tuple[dict[str, str], list[Path]]:
-    """(kinds of the tensors in all layers, a file for every layer): the work folder's file, or one written into `folder`
-    where groups went back to float."""
+    """(kinds of the tensors in all layers, a file for every layer): the work folder's file, or one
+    written into `folder` where groups went back to float."""
     kinds = {}
     files = []
     changed = {index for index, _ in float_groups}
     folder.mkdir(exist_ok=True)
     for index in range(plan.num_layers):
         file = work.weights(index)
+        layer_kinds = work.layer(index).kinds
         if index in changed:
             file = folder / file.name
             tensors, layer_kinds = finished_tensors(plan, work, index, float_groups)
             store(tensors, file)
-        else:
-            layer_kinds = work.layer(index).kinds
         kinds |= layer_kinds
         files.append(file)
     return kinds, files

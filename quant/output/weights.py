@@ -1,6 +1,7 @@
 """Weight files of a quantised folder: safetensors shards and their index.
 
-Takes entries, whose tensors are read and written one at a time, and complete shards; returns the names of the files.
+Takes entries, whose tensors are read and written one at a time, and complete shards; returns the
+names of the files.
 """
 
 import json
@@ -21,7 +22,8 @@ SHARD_BYTES = 4 << 30
 
 @dataclass
 class Entry:
-    """A tensor to write, which `read` returns when its turn comes. kind: as the description calls it."""
+    """A tensor to write, which `read` returns when its turn comes. kind: as the description calls
+    it."""
 
     name: str
     dtype: torch.dtype
@@ -37,16 +39,17 @@ class Entry:
 def write_weights(
     entries: list[Entry], folder: Path, kind: str, progress, layers: Sequence[Path] = ()
 ) -> list[str]:
-    """Write shards named as msmodelslim names them, and an index if there are several -> names of the files.
+    """Write shards named as msmodelslim names them, and an index if there are several -> names of
+    the files.
 
-    layers: complete shards that come after those of `entries`, which have at most SHARD_BYTES each; they are linked.
-    progress(done, total) is called with bytes.
+    layers: complete shards that come after those of `entries`, which have at most SHARD_BYTES each;
+    they are linked. progress(done, total) is called with bytes.
     """
     shards = _split(entries)
     stem = f"quant_model_weight_{kind.lower()}"
     names = _shard_names(stem, len(shards) + len(layers))
-    total = sum(entry.nbytes for entry in entries)
     done = 0
+    total = sum(entry.nbytes for entry in entries)
     for name, shard in zip(names, shards):
         for written in _write_shard(folder / name, shard):
             done += written
@@ -85,7 +88,8 @@ def _index(folder: Path, names: list[str]) -> dict:
 
 
 def _split(entries: list[Entry]) -> list[list[Entry]]:
-    """Entries of each shard, at least one shard of at most SHARD_BYTES (or a single larger tensor)."""
+    """Entries of each shard, at least one shard of at most SHARD_BYTES (or a single larger
+    tensor)."""
     shards = [[]]
     size = 0
     for entry in entries:

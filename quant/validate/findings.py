@@ -1,6 +1,7 @@
 """What validation finds, and which engines it stops.
 
-Takes findings one by one; returns which consumers load the folder, and what is wrong for all of them.
+Takes findings one by one; returns which consumers load the folder, and what is wrong for all of
+them.
 """
 
 from dataclasses import dataclass, field
@@ -28,8 +29,8 @@ class Findings:
 
     @property
     def problems(self) -> list[str]:
-        """What stops every consumer at once, or, if each is stopped by something else, all findings: a folder that no
-        consumer loads is damaged too."""
+        """What stops every consumer at once, or, if each is stopped by something else, all
+        findings: a folder that no consumer loads is damaged too."""
         damage = [finding.text for finding in self.found if finding.stops == CONSUMERS]
         if damage or any(self.loads(consumer) for consumer in CONSUMERS):
             return damage

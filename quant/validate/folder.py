@@ -1,7 +1,8 @@
-"""Every check that MindIE-LLM and vllm-ascend (910B and 310P) make on their own, or fail to make and then compute nonsense.
+"""Every check that MindIE-LLM and vllm-ascend (910B and 310P) make on their own, or fail to make
+and then compute nonsense.
 
-Takes a quantised folder, returns findings, each with the consumers it stops. Headers are read first, then one tensor at a
-time.
+Takes a quantised folder, returns findings, each with the consumers it stops. Headers are read
+first, then one tensor at a time.
 """
 
 import os
@@ -65,9 +66,11 @@ def _findings_of(folder: Path, top: Path, size: int, rank: int) -> Iterator[Find
     config = read_json(top / "config.json")
     dtype = _dtype(config)
     yield from _file_findings(folder, description)
-    yield from _config_findings(config, description, dtype)
+    yield from _quantize_findings(config, description)
+    yield from _dtype_findings(config, dtype)
     checkpoint = Checkpoint(folder)
-    yield from _name_findings(description, checkpoint, top, size, rank)
+    yield from _name_findings(description, checkpoint)
+    yield from _table_findings(description, checkpoint, top, size, rank)
     yield from _kind_findings(description, dtype)
     yield from _fused_findings(description)
     for layer in _quantised_layers(description):
@@ -75,7 +78,8 @@ def _findings_of(folder: Path, top: Path, size: int, rank: int) -> Iterator[Find
 
 
 def _dtype(config: dict) -> str | None:
-    """Float type in config.json, under its old or new name, of the model or of its language model."""
+    """Float type in config.json, under its old or new name, of the model or of its language
+    model."""
     for settings in (config, config.get("text_config") or {}):
         if found := settings.get("torch_dtype") or settings.get("dtype"):
             return found
@@ -102,7 +106,7 @@ def _file_findings(folder: Path, description: Description) -> Iterator[Finding]:
         )
 
 
-def _config_findings(config: dict, description: Description, dtype) -> Iterator[Finding]:
+def _quantize_findings(config: dict, description: Description) -> Iterator[Finding]:
     quantize = config.get("quantize")
     kind = description.type.lower()
     if quantize is None and description.file.name != FILE:
@@ -116,6 +120,9 @@ def _config_findings(config: dict, description: Description, dtype) -> Iterator[
         yield Finding(
             f"config.json says quantize {quantize!r}, the description {kind!r}", (MINDIE,)
         )
+
+
+def _dtype_findings(config: dict, dtype: str | None) -> Iterator[Finding]:
     if dtype not in ("float16", "bfloat16"):
         yield Finding(
             f"config.json gives {dtype} as torch_dtype; int8 layers are defined for float16 and bfloat16"
@@ -131,15 +138,19 @@ def _config_findings(config: dict, description: Description, dtype) -> Iterator[
         )
 
 
-def _name_findings(
-    description: Description, checkpoint: Checkpoint, top: Path, size: int, rank: int
-) -> Iterator[Finding]:
+def _name_findings(description: Description, checkpoint: Checkpoint) -> Iterator[Finding]:
     described = set(description.kinds)
     stored = set(checkpoint.names)
     if names := described - stored:
         yield Finding(f"{len(names)} tensors are described but not stored, e.g. {min(names)}")
     if names := stored - described:
         yield Finding(f"{len(names)} tensors are stored but not described, e.g. {min(names)}")
+
+
+def _table_findings(
+    description: Description, checkpoint: Checkpoint, top: Path, size: int, rank: int
+) -> Iterator[Finding]:
+    """Do names and shapes fit the model that config.json describes?"""
     try:
         family = family_of(top)
         if size > 1 or "W8A8SC" in description.kinds.values():

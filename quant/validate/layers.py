@@ -36,9 +36,15 @@ def layer_findings(
         return
     if "weight_scale" in needed:
         yield from _weight_scales(layer, kind, checkpoint)
-    if kind not in (*STATIC, "W8A8SC", "W8A8_MIX"):
-        return
-    tensors = {tensor: checkpoint.tensor(f"{layer}.{tensor}") for tensor in needed}
+    if kind in (*STATIC, "W8A8SC", "W8A8_MIX"):
+        tensors = {tensor: checkpoint.tensor(f"{layer}.{tensor}") for tensor in needed}
+        yield from _static_findings(layer, kind, tensors, dtype)
+
+
+def _static_findings(
+    layer: str, kind: str, tensors: dict[str, torch.Tensor], dtype: str | None
+) -> Iterator[Finding]:
+    """Of a layer whose activations are quantised with stored scales."""
     if kind == "W8A8SC":
         yield from _compressed(layer, tensors)
     yield from _deq_scales(layer, tensors, dtype)

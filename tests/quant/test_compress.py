@@ -1,4 +1,5 @@
-"""`python -m quant compress`: msmodelslim's real Compressor around a stand-in for the program that CANN builds."""
+"""`python -m quant compress`: msmodelslim's real Compressor around a stand-in for the program that
+CANN builds."""
 
 import json
 import re
@@ -158,7 +159,8 @@ def test_again_with_more_ranks(two_ranks, tmp_path):
 
 @pytest.mark.parametrize("family", ["visualglm", "glm4", "glm4v", "glm_edge_v", "llava"])
 def test_ranks_share_every_row_and_column(family):
-    """Fused and interleaved layouts: every row of a split tensor is on one rank, or a shared key/value head's on several."""
+    """Fused and interleaved layouts: every row of a split tensor is on one rank, or a shared
+    key/value head's on several."""
     family = family_of(GOLDEN / family)
     shares = [Shares(family, Split(family.decoder, 2, rank)) for rank in range(2)]
     split = 0

@@ -1,4 +1,5 @@
-"""What `python -m quant` keeps in float by itself, and what a tired engineer gets wrong on its command line."""
+"""What `python -m quant` keeps in float by itself, and what a tired engineer gets wrong on its
+command line."""
 
 import json
 import shutil

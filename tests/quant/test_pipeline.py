@@ -1,4 +1,5 @@
-"""`python -m quant` with the real msmodelslim: its numbers, its guards, its gate, and what a tired engineer gets wrong."""
+"""`python -m quant` with the real msmodelslim: its numbers, its guards, its gate, and what a tired
+engineer gets wrong."""
 
 import json
 from importlib.util import find_spec
@@ -32,7 +33,8 @@ LAST_BIT = 2e-6  # of a float32 scale: msmodelslim's run adds up in another orde
 
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory):
-    """Token ids for the golden GLM, whose tokenizer knows no chat: two thirds to calibrate on, the rest to judge."""
+    """Token ids for the golden GLM, whose tokenizer knows no chat: two thirds to calibrate on, the
+    rest to judge."""
     torch.manual_seed(1)
     ids = [torch.randint(3, 256, (48,)).tolist() for _ in range(8)]
     file = tmp_path_factory.mktemp("calib") / "ids.jsonl"
@@ -82,7 +84,8 @@ def relative(a, b):
 
 @pytest.fixture
 def upstream(lines, tmp_path, monkeypatch):
-    """upstream(anti, **QuantConfig fields) -> tensors that msmodelslim's whole-model run on transformers' model saves."""
+    """upstream(anti, **QuantConfig fields) -> tensors that msmodelslim's whole-model run on
+    transformers' model saves."""
 
     def run(anti=None, **settings):
         from msmodelslim.pytorch.llm_ptq.anti_outlier import AntiOutlier, AntiOutlierConfig
@@ -305,7 +308,8 @@ def test_without_msmodelslim(monkeypatch):
 
 
 def test_gate_puts_the_worst_back_to_float(lines, tmp_path):
-    """A limit between all quantised and nothing quantised: some groups go back, the fewest that do."""
+    """A limit between all quantised and nothing quantised: some groups go back, the fewest that
+    do."""
     quantise(tmp_path / "all", "--disable-level", "L0", "--act-method", "1", lines=lines)
     figures = json.loads((tmp_path / "all" / "quant_report.json").read_text())["gate"]
     assert figures["kept_float"] == [] and figures["kl"] > 0

@@ -1,4 +1,5 @@
-"""`python -m quant validate`: good directories, each loaded by whom it should be, and damaged ones, each with its reason."""
+"""`python -m quant validate`: good directories, each loaded by whom it should be, and damaged ones,
+each with its reason."""
 
 import json
 import os
