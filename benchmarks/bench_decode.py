@@ -61,7 +61,7 @@ def step_bytes(engine, kind: str) -> float:
 
     return sum(
         np.prod(row.shape) * bits(str(part.target), kind, engine.plan.dtype) / 8
-        for row in decoder_rows(engine.family, engine._split)
+        for row in decoder_rows(engine.family, engine.split)
         for part in row.parts
         if part.target.role != "embed"
     )
@@ -72,7 +72,7 @@ def case(engine, clock, batch: int, rng) -> dict:
     run(engine, prompts[:1], 4)  # warm
     prompts = text_prompts(engine, batch, PROMPT, rng)
     outside = []
-    step = engine._scheduler.step
+    step = engine.step
 
     def timed():
         clock.seconds = 0.0
@@ -81,9 +81,9 @@ def case(engine, clock, batch: int, rng) -> dict:
         outside.append(time.perf_counter() - start - clock.seconds)
         return events
 
-    engine._scheduler.step = timed
+    engine.step = timed
     lines = run(engine, prompts, ANSWER)
-    engine._scheduler.step = step
+    engine.step = step
     steps = 1000 * np.diff(lines[0].tokens[1:])  # all sequences have their first token by then
     return {
         "first": max(line.tokens[0] for line in lines),
@@ -116,7 +116,7 @@ def main():
     size = step_bytes(engine, options.cpu_weights) / 1e9
     rng = np.random.default_rng(0)
     before = bandwidth()
-    clock = Clock(engine._runner.decoder)
+    clock = Clock(engine.decoder)
     for batch in batches:
         found = case(engine, clock, batch, rng)
         after = bandwidth()

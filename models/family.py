@@ -7,7 +7,9 @@ qkv holds the rows [q; k; v], heads in order, q and k rows permuted so that one 
 family. `up` is the fused [gate; up] for SwiGLU. Vision weights keep the tower module's own names, prefixed "vision.".
 """
 
+import hashlib
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +42,11 @@ class Prompt:
     pixels: list[np.ndarray]
     layout: Layout
     text: str = ""
+
+    @cached_property
+    def image_digests(self) -> list[bytes]:
+        """SHA-256 of each image's pixels: images of the same digest have the same features."""
+        return [hashlib.sha256(pixels.tobytes()).digest() for pixels in self.pixels]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ import sys
 
 from models.errors import UserError
 
+from .notes import notes_on_stderr
+
 CHECK_FAILED = 1
 USER_MISTAKE = 2
 MISSING_COMPONENT = 3
@@ -30,7 +32,8 @@ def run_command(main, argv=None) -> int:
     """
     arguments = sys.argv[1:] if argv is None else argv
     try:
-        return main(arguments) or 0
+        with notes_on_stderr():
+            return main(arguments) or 0
     except KeyboardInterrupt:
         return _fail(
             "interrupted; nothing half-written was kept, run the same command again to continue",

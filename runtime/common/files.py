@@ -4,12 +4,12 @@ import fcntl
 import hashlib
 import json
 import os
-import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import ToolkitError
+from .notes import note
 
 LOCK = ".lock"
 READ_BYTES = 8 << 20
@@ -55,9 +55,7 @@ def locked(directory: Path):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(
-                f"another conversion into {directory} is running, waiting for it", file=sys.stderr
-            )
+            note(f"another conversion into {directory} is running, waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

@@ -1,4 +1,4 @@
-"""A prompt on its way to an answer: sampling state, text so far, blocks in the cache, what it cost."""
+"""A prompt on its way to an answer: its sequence in the cache, sampling state, text so far, what it cost."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -13,9 +13,12 @@ from .sequence import Sequence
 
 @dataclass
 class Result:
-    """finish_reason: "stop" (stop token or string), "length", "cancelled" or "error". metrics: seconds and token counts;
-    cached_tokens of the prompt were already in the cache. logprobs, where asked for: per token {id: log probability} of
-    the most likely ones and of the token itself, before temperature and penalties."""
+    """The answer, while it grows and afterwards.
+
+    finish_reason: "" until it is finished, then "stop" (stop token or string), "length", "cancelled" or "error".
+    metrics: seconds and token counts; cached_tokens of the prompt were already in the cache. logprobs, where asked for:
+    per token {id: log probability} of the most likely ones and of the token itself, before temperature and penalties.
+    """
 
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
@@ -39,14 +42,16 @@ class Settings:
 
 
 class Request:
-    """`error` is what ended it when finish_reason is "error"."""
+    """`error` is what ended it when finish_reason is "error". features: of its images, until they are computed."""
 
     def __init__(self, family, prompt, params, settings: Settings):
         self.prompt = prompt
         self.params = params
         self.settings = settings
         self.error = None
-        self._stop_ids = {*params.stop_token_ids, *(() if params.ignore_eos else family.stop_ids)}
+        self._stop_ids = set(params.stop_token_ids)
+        if not params.ignore_eos:
+            self._stop_ids.update(family.stop_ids)
         self.answer = AnswerText(family, params.stop)
         self.result = Result()
         self.sequence = Sequence(prompt, [])
@@ -60,33 +65,28 @@ class Request:
             "decode_seconds": 0.0,
         }
         self.features = None
-        self._keys = []
-        self._pictures = [hashlib.sha256(pixels.tobytes()).digest() for pixels in prompt.pixels]
+        self._block_keys = []
         self._generator = torch.Generator()
-        self._generator.seed() if params.seed is None else self._generator.manual_seed(params.seed)
+        if params.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(params.seed)
 
     @property
     def finished(self) -> bool:
         return bool(self.result.finish_reason)
 
-    @property
-    def pending(self) -> int:
-        """Tokens to compute before the next one can be sampled."""
-        return self.sequence.known - self.sequence.length
+    def add_seconds(self, seconds: float):
+        """Count the time of a step that it took part in."""
+        stage = "decode_seconds" if self.sequence.token_ids else "prefill_seconds"
+        self.result.metrics[stage] += seconds
 
-    def spend(self, seconds: float):
-        """Time of a step that it took part in."""
-        self.result.metrics["decode_seconds" if self.sequence.token_ids else "prefill_seconds"] += (
-            seconds
-        )
-
-    def take(self, logits) -> str:
-        """Sample the next token from logits [vocab]; returns the new text. Finishes when it is the last."""
-        seen = torch.from_numpy(self.sequence.ids(0, self.sequence.known))
+    def sample_next(self, logits) -> str:
+        """Sample the next token from float32 logits [vocab]; returns the new text. Finishes when it is the last."""
+        seen = torch.from_numpy(self.sequence.ids(0, self.sequence.num_tokens))
+        answer = seen[len(self.prompt.ids) :]
         try:
-            token = sample(
-                logits, seen, seen[len(self.prompt.ids) :], self.settings, self._generator
-            )
+            token = sample(logits, seen, answer, self.settings, self._generator)
         except Exception as error:  # whatever it is, it is this request's alone
             return self.fail(error)
         if token in self._stop_ids:
@@ -111,26 +111,28 @@ class Request:
         self.result.text = self.answer.text
         return piece
 
-    def keys(self, blocks: int, block_size: int) -> list[bytes]:
-        """Keys of its first full `blocks`: digests of all tokens up to their end, with positions and pictures."""
-        for i in range(len(self._keys), blocks):
-            a = i * block_size
-            b = (i + 1) * block_size
-            digest = hashlib.sha256(self._keys[-1] if self._keys else b"")
-            digest.update(
-                self.sequence.ids(a, b).tobytes()
-                + np.asarray(self.sequence.positions(a, b), np.int64).tobytes()
-            )
-            for first, picture in zip(self.prompt.layout.image_starts, self._pictures):
-                if first < b:
-                    digest.update(picture + int(first).to_bytes(8, "little"))
-            self._keys.append(digest.digest())
-        return self._keys[:blocks]
+    def block_keys(self, blocks: int, block_size: int) -> list[bytes]:
+        """Keys of its first full `blocks`: digests of all tokens up to their end, with positions and images."""
+        for block in range(len(self._block_keys), blocks):
+            self._block_keys.append(self._block_key(block * block_size, (block + 1) * block_size))
+        return self._block_keys[:blocks]
+
+    def _block_key(self, start: int, end: int) -> bytes:
+        """Key of the tokens [start, end), behind those that the last key stands for."""
+        before = self._block_keys[-1] if self._block_keys else b""
+        positions = np.asarray(self.sequence.positions(start, end), np.int64)
+        digest = hashlib.sha256(before)
+        digest.update(self.sequence.ids(start, end).tobytes() + positions.tobytes())
+        for first, image in zip(self.prompt.layout.image_starts, self.prompt.image_digests):
+            if first < end:
+                digest.update(image + int(first).to_bytes(8, "little"))
+        return digest.digest()
 
     def _append(self, token: int, logits):
         self.sequence.token_ids.append(token)
         self.result.metrics["output_tokens"] += 1
         if self.params.logprobs is not None:
-            known = torch.log_softmax(logits, -1)
-            likely = known.topk(min(self.params.logprobs, len(known))).indices.tolist()
-            self.result.logprobs.append({i: float(known[i]) for i in [*likely, token]})
+            logprobs = torch.log_softmax(logits, -1)
+            count = min(self.params.logprobs, len(logprobs))
+            likely = logprobs.topk(count).indices.tolist()
+            self.result.logprobs.append({i: float(logprobs[i]) for i in [*likely, token]})

@@ -1,37 +1,72 @@
-"""Continuous batching over the paged cache: which request computes how many tokens in the next step.
+"""Continuous batching over the paged cache: decides which request computes how many tokens in the next step.
 
-Requests flow in at any time; every step computes one token of each answer and as many prompt tokens as the step's budget
-leaves (long prompts in chunks), and yields (request, new text). A request is admitted when the cache has room for all
-its tokens so far; when answers outgrow the cache, the latest request gives its blocks back and is computed again later.
+Takes requests at any time; every step computes one token of each answer and as many prompt tokens as the step's budget
+leaves (long prompts in chunks), and returns (request, new text). A request is admitted when the cache has room for all
+its tokens so far; when answers outgrow the cache, the latest request is preempted: it gives its blocks back and is
+computed again later.
 """
 
 import time
 from collections import deque
+from dataclasses import dataclass, field
 
 from .request import Request
 from .sequence import Chunk
 
 
-class Scheduler:
-    """look_at(prompt) -> (rows of each of its pictures, seconds it took). max_requests: computed together. budget: tokens
-    per step, which only a prefix-LM context may exceed, because it is computed in one piece. The cache holds at least one
-    longest sequence."""
+@dataclass
+class ScheduledRequest:
+    """A request and how many of its tokens the step computes."""
 
-    def __init__(self, runner, look_at, max_requests: int, budget: int):
+    request: Request
+    num_tokens: int
+
+    def chunk(self) -> Chunk:
+        sequence = self.request.sequence
+        end = sequence.num_computed_tokens + self.num_tokens
+        return Chunk(sequence, end, self.request.features)
+
+
+@dataclass
+class StepPlan:
+    """What one step does. budget: tokens that it may compute besides those that are scheduled.
+
+    preempted: requests that gave their blocks back and wait again. failed: requests whose images could not be encoded.
+    """
+
+    budget: int
+    scheduled: list[ScheduledRequest] = field(default_factory=list)
+    preempted: list[Request] = field(default_factory=list)
+    failed: list[Request] = field(default_factory=list)
+
+    def add(self, request: Request, num_tokens: int):
+        if num_tokens:
+            self.scheduled.append(ScheduledRequest(request, num_tokens))
+
+
+class Scheduler:
+    """The requests of an engine: `waiting` for blocks, or `running`; both in the order of arrival.
+
+    encode_images(prompt) -> (features of each of its images, seconds it took). max_num_seqs: requests computed together.
+    max_num_batched_tokens: tokens per step, which only a prefix-LM context may exceed, because it is computed in one
+    piece. The cache holds at least one longest sequence.
+    """
+
+    def __init__(self, runner, encode_images, max_num_seqs: int, max_num_batched_tokens: int):
         self._runner = runner
         self._cache = runner.cache
-        self._look_at = look_at
-        self._max_requests = max_requests
-        self._budget = budget
+        self._encode_images = encode_images
+        self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
         self.waiting = deque()
-        self.active = []  # both in the order of arrival
+        self.running = []
 
     def add(self, request: Request):
         self.waiting.append(request)
 
     @property
     def busy(self) -> bool:
-        return bool(self.waiting or self.active)
+        return bool(self.waiting or self.running)
 
     def cancel(self, request: Request):
         """End a request that is not finished; it keeps the answer so far."""
@@ -39,137 +74,168 @@ class Scheduler:
             request.finish("cancelled")
         if request in self.waiting:
             self.waiting.remove(request)
-        self._retire()
+        self._retire_finished()
 
     def step(self) -> list[tuple[Request, str]]:
         """One pass of the decoder -> (request, new text) of every request that got a token or failed."""
-        before = len(self.active)
-        work = self._running_work()
-        failed = (
-            self._admit(work) if len(self.active) == before else []
-        )  # unless somebody just had to give way
-        events = [(request, "") for request in failed] + (self._compute(work) if work else [])
-        self._retire()
+        plan = self.schedule()
+        logits, seconds = self.run(plan)
+        return self.postprocess(plan, logits, seconds)
+
+    def schedule(self) -> StepPlan:
+        """Takes blocks for what the next step computes: all answers, then prompts while budget and cache last."""
+        plan = StepPlan(self._max_num_batched_tokens)
+        self._schedule_running(plan)
+        if not plan.preempted:
+            self._schedule_waiting(plan)
+        return plan
+
+    def run(self, plan: StepPlan):
+        """(float32 logits [vocab] of each scheduled request's last token, seconds it took)."""
+        if not plan.scheduled:
+            return [], 0.0
+        start = time.perf_counter()
+        logits = self._runner.run([scheduled.chunk() for scheduled in plan.scheduled])
+        return logits, time.perf_counter() - start
+
+    def postprocess(self, plan: StepPlan, logits, seconds: float) -> list[tuple[Request, str]]:
+        """Samples a token for every request whose tokens are all computed, and lets go of those that ended."""
+        events = [(request, "") for request in plan.failed]
+        for scheduled, row in zip(plan.scheduled, logits):
+            request = scheduled.request
+            request.add_seconds(seconds)
+            self._remember_blocks(scheduled)
+            if request.sequence.num_remaining == 0:
+                request.features = None
+                events.append((request, request.sample_next(row)))
+        self._retire_finished()
         return events
 
-    def _running_work(self) -> list[tuple[Request, int]]:
-        """(request, tokens) of those admitted: first all answers, then prompts while the budget lasts."""
-        work = []
-        budget = self._budget - sum(r.pending == 1 for r in self.active)
-        for request in list(self.active):
-            if request in self.active and self._grow(request):
-                count = 1 if request.pending == 1 else self._share(request, budget, first=not work)
-                budget -= count if request.pending > 1 else 0
-                work.append((request, count))
-        return work
+    # schedule
 
-    def _share(self, request: Request, budget: int, first: bool) -> int:
-        """How many of a request's tokens the budget allows."""
-        context = request.prompt.layout.bidirectional
-        if request.sequence.length < context and (context <= budget or first):
-            return min(request.pending, max(budget, context))
-        if request.sequence.length < context:
-            return 0
-        return max(min(request.pending, budget), 0)
+    def _schedule_running(self, plan: StepPlan):
+        # each answer gets its one token, whatever the prompts before it would take
+        plan.budget -= sum(request.sequence.num_remaining == 1 for request in self.running)
+        index = 0
+        while index < len(self.running):  # preemption shortens the list from its end
+            request = self.running[index]
+            if not self._ensure_blocks(request, plan):
+                break
+            if request.sequence.num_remaining == 1:
+                plan.add(request, 1)
+            else:
+                num_tokens = self._tokens_allowed(request, plan.budget, oldest=index == 0)
+                plan.budget -= num_tokens
+                plan.add(request, num_tokens)
+            index += 1
 
-    def _grow(self, request: Request) -> bool:
-        """Blocks for all its tokens, if need be those of later requests; False when it had to give up its own."""
-        missing = request.sequence.known - len(request.sequence.blocks) * self._cache.block_size
-        while self._cache.blocks_for(max(missing, 0)) > self._cache.free_blocks:
-            latest = self.active.pop()
-            self._give_back(latest)
-            self.waiting.appendleft(latest)
-            if latest is request:
-                return False
-        request.sequence.blocks += self._cache.allocate(max(missing, 0))
-        return True
-
-    def _admit(self, work) -> list[Request]:
-        """Add waiting requests to `work` while there is room and budget; returns those whose pictures failed."""
-        failed = []
-        budget = self._budget - sum(count for _, count in work)
-        while self.waiting and len(self.active) < self._max_requests and budget > 0:
+    def _schedule_waiting(self, plan: StepPlan):
+        while self.waiting and len(self.running) < self._max_num_seqs and plan.budget > 0:
             request = self.waiting[0]
-            known = self._known_blocks(request)
-            if not self._has_room(request, known):
+            cached = self._find_cached_blocks(request)
+            if not self._has_room(request, cached):
                 break
-            if not self._look(request):
-                failed.append(self.waiting.popleft())
+            if not self._add_features(request):
+                plan.failed.append(self.waiting.popleft())
                 continue
-            count = self._start(request, known, budget, first=not work)
-            if not count:
-                self._give_back(request)
+            self._allocate_blocks(request, cached)
+            num_tokens = self._tokens_allowed(request, plan.budget, oldest=not self.running)
+            if not num_tokens:
+                self._release_blocks(request)
                 break
-            self.active.append(self.waiting.popleft())
-            work.append((request, count))
-            budget -= count
-        return failed
+            plan.budget -= num_tokens
+            plan.add(request, num_tokens)
+            self.running.append(self.waiting.popleft())
 
-    def _known_blocks(self, request) -> list[int]:
-        """Blocks of its beginning that the cache still holds; at least one token is computed again, for its logits.
-        What was seen both ways is not the beginning of anything else."""
-        if request.prompt.layout.bidirectional:
-            return []
-        full = (request.sequence.known - 1) // self._cache.block_size
-        return self._cache.find(request.keys(full, self._cache.block_size))
+    def _tokens_allowed(self, request: Request, budget: int, oldest: bool) -> int:
+        """How many of a request's tokens fit into the budget. A prefix-LM context is computed whole or not at all; that
+        of the oldest request even beyond the budget."""
+        sequence = request.sequence
+        context = request.prompt.layout.bidirectional
+        if sequence.num_computed_tokens >= context:
+            return max(min(sequence.num_remaining, budget), 0)
+        if context <= budget or oldest:
+            return min(sequence.num_remaining, max(budget, context))
+        return 0
 
-    def _has_room(self, request, known) -> bool:
-        fresh = self._cache.blocks_for(request.sequence.known) - len(known)
-        return fresh + self._cache.free_among(known) <= self._cache.free_blocks
-
-    def _look(self, request) -> bool:
-        """Its pictures' features, unless they fail."""
+    def _add_features(self, request: Request) -> bool:
+        """Encode its images; False when that failed, which ends the request."""
         if request.prompt.pixels:
             try:
-                request.features, seconds = self._look_at(request.prompt)
+                request.features, seconds = self._encode_images(request.prompt)
             except Exception as error:  # whatever it is, it is this request's alone
                 request.fail(error)
                 return False
             request.result.metrics["vision_seconds"] += seconds
         return True
 
-    def _start(self, request, known, budget, first) -> int:
-        """Take its blocks; returns how many tokens it computes in this step."""
-        self._cache.share(known)
+    # blocks
+
+    def _ensure_blocks(self, request: Request, plan: StepPlan) -> bool:
+        """Blocks for all tokens of a running request, if need be those of later requests; False when none was later, so
+        that it was preempted itself."""
         sequence = request.sequence
-        sequence.length = len(known) * self._cache.block_size
-        sequence.blocks = known + self._cache.allocate(sequence.known - sequence.length)
-        request.result.metrics["cached_tokens"] = min(sequence.length, len(request.prompt.ids))
-        return self._share(request, budget, first)
+        held = len(sequence.block_table) * self._cache.block_size
+        missing = max(sequence.num_tokens - held, 0)
+        while self._cache.blocks_for(missing) > self._cache.free_blocks:
+            latest = self._preempt_latest(plan)
+            if latest is request:
+                return False
+        sequence.block_table += self._cache.allocate(missing)
+        return True
 
-    def _compute(self, work) -> list[tuple[Request, str]]:
-        work = [(request, count) for request, count in work if count]
-        start = time.perf_counter()
-        chunks = [Chunk(r.sequence, r.sequence.length + n, r.features) for r, n in work]
-        logits = self._runner.run(chunks)
-        events = []
-        seconds = time.perf_counter() - start
-        for (request, count), row in zip(work, logits):
-            request.spend(seconds)
-            self._remember(request, count)
-            if not request.pending:
-                request.features = None
-                events.append((request, request.take(row)))
-        return events
+    def _preempt_latest(self, plan: StepPlan) -> Request:
+        request = self.running.pop()
+        self._release_blocks(request)
+        self.waiting.appendleft(request)
+        plan.preempted.append(request)
+        return request
 
-    def _remember(self, request, count):
-        """Blocks that its last `count` tokens filled can be found by later requests."""
+    def _find_cached_blocks(self, request: Request) -> list[int]:
+        """Blocks of its beginning that the cache still holds; at least one token is computed again, for its logits.
+
+        Blocks of a prefix-LM prompt cannot be reused: their values depend on the whole prompt.
+        """
+        if request.prompt.layout.bidirectional:
+            return []
+        full = (request.sequence.num_tokens - 1) // self._cache.block_size
+        return self._cache.find(request.block_keys(full, self._cache.block_size))
+
+    def _has_room(self, request: Request, cached: list[int]) -> bool:
+        new = self._cache.blocks_for(request.sequence.num_tokens) - len(cached)
+        return new + self._cache.free_among(cached) <= self._cache.free_blocks
+
+    def _allocate_blocks(self, request: Request, cached: list[int]):
+        """Share the cached blocks and take new ones for all its other tokens."""
+        self._cache.share(cached)
+        sequence = request.sequence
+        sequence.num_computed_tokens = len(cached) * self._cache.block_size
+        sequence.block_table = cached + self._cache.allocate(sequence.num_remaining)
+        request.result.metrics["cached_tokens"] = min(
+            sequence.num_computed_tokens, len(request.prompt.ids)
+        )
+
+    def _remember_blocks(self, scheduled: ScheduledRequest):
+        """Let later requests find the blocks that this step filled."""
+        request = scheduled.request
         sequence = request.sequence
         size = self._cache.block_size
-        first = (sequence.length - count) // size
-        full = sequence.length // size
-        if first < full and not request.prompt.layout.bidirectional:
-            for block, key in zip(sequence.blocks[first:full], request.keys(full, size)[first:]):
-                self._cache.remember(block, key)
+        first = (sequence.num_computed_tokens - scheduled.num_tokens) // size
+        full = sequence.num_computed_tokens // size
+        if first == full or request.prompt.layout.bidirectional:
+            return
+        keys = request.block_keys(full, size)
+        for block, key in zip(sequence.block_table[first:full], keys[first:]):
+            self._cache.remember(block, key)
 
-    def _retire(self):
-        for request in self.active:
-            if request.finished:
-                self._give_back(request)
-        self.active = [request for request in self.active if not request.finished]
-
-    def _give_back(self, request):
-        self._cache.release(request.sequence.blocks)
-        request.sequence.blocks = []
-        request.sequence.length = 0
+    def _release_blocks(self, request: Request):
+        self._cache.release(request.sequence.block_table)
+        request.sequence.block_table = []
+        request.sequence.num_computed_tokens = 0
         request.features = None
+
+    def _retire_finished(self):
+        for request in self.running:
+            if request.finished:
+                self._release_blocks(request)
+        self.running = [request for request in self.running if not request.finished]

@@ -23,7 +23,7 @@ from runtime.common.shared_flags import (
     model_flag,
     tensor_parallel_flag,
 )
-from runtime.engine.loading.memory import Plan, longest_of, make_plan, on_npu
+from runtime.engine.loading.memory import Plan, make_plan, max_model_len_for, on_npu
 from runtime.engine.options import dtype_name
 
 from .roofline import Roofline
@@ -130,7 +130,7 @@ def estimate(family: Family, options: PlanOptions) -> dict:
 
     chip = CHIPS[options.soc]
     devices = options.tensor_parallel_size
-    longest = longest_of(family, options.max_model_len)
+    longest = max_model_len_for(family, options.max_model_len)
     check_split(family, devices)
     ops = NpuOps(chip.soc, "cpu")
     dtype = ops.default_dtype(family) if options.dtype == "auto" else options.dtype

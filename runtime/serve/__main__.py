@@ -66,7 +66,7 @@ def serve(uvicorn, options: ServeOptions, engine_options: EngineOptions):
 
 def build(uvicorn, options: ServeOptions, engine_options: EngineOptions):
     """(uvicorn's server, the engine's thread), neither of them running."""
-    from runtime.engine.loading.memory import SEQUENCES
+    from runtime.engine.loading.memory import DEFAULT_MAX_NUM_SEQS
 
     from .engine_thread import EngineThread
     from .prompts import PromptBuilder
@@ -85,7 +85,9 @@ def build(uvicorn, options: ServeOptions, engine_options: EngineOptions):
     def end_server():
         server.should_exit = True
 
-    engine_options = replace(engine_options, max_num_seqs=engine_options.max_num_seqs or SEQUENCES)
+    engine_options = replace(
+        engine_options, max_num_seqs=engine_options.max_num_seqs or DEFAULT_MAX_NUM_SEQS
+    )
     telemetry = Telemetry(options.served_model_name)
     engine_thread = EngineThread(ready_engine, end_server, telemetry.record)
     prompts = PromptBuilder(engine_thread, image_rules(options), options.language)

@@ -1,11 +1,10 @@
 """Vision sessions, one interface over several machines: takes a family, its checkpoint and what the
 user chose, returns the session that encodes images."""
 
-import sys
-
 from models.checkpoint.reader import Checkpoint
 from models.family import Family
 from runtime.common.errors import ToolkitError
+from runtime.common.notes import note
 
 from .artifact import find_or_convert
 from .om_file import OM_FOR, check_chip
@@ -43,6 +42,6 @@ def open_session(
         return OnnxVision(find_or_convert(source, artifact), family.vision, threads)
     check_chip(om)
     if om.note:
-        print(om.note, file=sys.stderr)
+        note(om.note)
     device_id = int(device.partition(":")[2] or 0)
     return OmVision(om.path, family.vision, device_id, om.verified)

@@ -9,12 +9,12 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from runtime.common.errors import ToolkitError
 from runtime.common.files import READ_BYTES, cache_root, write_atomically
+from runtime.common.notes import note
 from runtime.common.processes import start_module
 from runtime.common.progress import spinner
 
@@ -168,10 +168,7 @@ def find_or_convert(source: Source, artifact: str | Path | None = None) -> Path:
     try:
         check_fits(load(cached), source, cached)
     except ToolkitError:
-        print(
-            f"no artifact given: converting the vision encoder once, into {cached}",
-            file=sys.stderr,
-        )
+        note(f"no artifact given: converting the vision encoder once, into {cached}")
         _convert(source.checkpoint.directory, cached)
     return cached
 

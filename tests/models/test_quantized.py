@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import runtime.engine.engine
+import runtime.engine.loading.build
 from models import family_of
 from models.checkpoint.quantized import (
     KINDS,
@@ -77,7 +77,7 @@ def plain_llama(monkeypatch):
         llama.rule = "a test says so"
         return llama
 
-    monkeypatch.setattr(runtime.engine.engine, "family_of", family)
+    monkeypatch.setattr(runtime.engine.loading.build, "family_of", family)
 
 
 def golden(case):

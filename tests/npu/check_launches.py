@@ -221,7 +221,7 @@ def test_engine_prefills_decodes_and_replays(name, launches):
     layers = engine.family.decoder.layers
     sequences = [Sequence(prompt, engine._cache.allocate(len(prompt.ids) + 4)) for _ in range(3)]
     for sequence in sequences:
-        runner.prefill(sequence, engine._rows(prompt))
+        runner.prefill(sequence, engine._image_features.of(prompt))
     launches.clear()
     runner.decode(sequences, [1, 2, 3])
     updates = layers if CHIP.startswith("Ascend910B") else 0

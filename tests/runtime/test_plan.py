@@ -12,7 +12,8 @@ from models.config import DecoderConfig, Rope
 from runtime import Engine
 from runtime.ascend.chips import CHIPS, GIB
 from runtime.common.errors import ToolkitError, run_command
-from runtime.engine.loading.memory import longest_of, make_plan, on_npu, plan_engine
+from runtime.common.notes import notes_on_stderr
+from runtime.engine.loading.memory import make_plan, max_model_len_for, on_npu, plan_engine
 from runtime.engine.options import EngineOptions
 from runtime.parallel.split import Split
 from runtime.plan import __main__ as plan
@@ -177,7 +178,7 @@ def test_engine_prints_the_plan_before_it_loads(capsys, monkeypatch, tmp_path):
     shutil.copytree(GOLDEN / "llava", tmp_path / "model")
     for file in (tmp_path / "model").glob("*.safetensors*"):
         file.unlink()
-    with pytest.raises(Exception, match="holds no weights"):
+    with notes_on_stderr(), pytest.raises(Exception, match="holds no weights"):
         Engine(tmp_path / "model", max_model_len=64)
     assert (
         capsys.readouterr().err
@@ -188,7 +189,11 @@ def test_engine_prints_the_plan_before_it_loads(capsys, monkeypatch, tmp_path):
 def engine_plan(family, gibs, **options):
     settings = EngineOptions(dtype="bfloat16", **options)
     return plan_engine(
-        family, "bfloat16", longest_of(family, settings.max_model_len), settings, int(gibs * GIB)
+        family,
+        "bfloat16",
+        max_model_len_for(family, settings.max_model_len),
+        settings,
+        int(gibs * GIB),
     )
 
 

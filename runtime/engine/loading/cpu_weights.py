@@ -7,7 +7,6 @@ It gets its name when it is complete, so a killed run leaves nothing that looks 
 import hashlib
 import json
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from models.checkpoint.quantized import find_description
 from runtime.common.errors import ToolkitError
 from runtime.common.files import cache_root, locked, tensors_digest
+from runtime.common.notes import note
 from runtime.common.progress import byte_progress, step_progress
 from runtime.ops.cpu.packed_weights import Int4Weight, Int8Weight
 
@@ -38,7 +38,7 @@ def packed_weights(checkpoint, family, dtype: torch.dtype, kind: str, split) -> 
     """Canonical name -> tensor of `dtype`, or packed matrix; packs the checkpoint first if that was never done."""
     folder = packed_folder(checkpoint, family, kind, split)
     if not folder.is_dir():
-        print(f"packing the decoder to {kind} once, into {folder}", file=sys.stderr)
+        note(f"packing the decoder to {kind} once, into {folder}")
         try:
             _pack(checkpoint, family, kind, split, folder)
         except OSError as error:

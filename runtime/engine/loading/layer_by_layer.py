@@ -45,8 +45,8 @@ class CurrentLayerWeights:
     def score(self, runner, sequence, features, token_ids: list[int]) -> np.ndarray:
         """Engine.score in one piece: float32 [n, vocab], row i predicts token_ids[i]."""
         sequence.token_ids.extend(token_ids[:-1])
-        chunk = Chunk(sequence, sequence.known, features)
-        with step_progress("layers", len(self.rows) * sum(map(len, chunk.spans()))) as self.advance:
+        chunk = Chunk(sequence, sequence.num_tokens, features)
+        with step_progress("layers", len(self.rows) * len(chunk.spans())) as self.advance:
             return runner.run([chunk], all_logits=True)[-len(token_ids) :].numpy()
 
     def _place(self, row) -> list:

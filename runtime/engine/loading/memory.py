@@ -20,9 +20,11 @@ VISION_WORKSPACE = 0.2  # of the encoder's weights, for its activations; assumed
 KERNEL_WORKSPACE = 512 << 20  # bytes for the kernels' own scratch memory and code; assumed
 
 
-SEQUENCES = 8  # decoded together when --max-num-seqs is not given
-MOST_TOKENS = 8192  # longest sequence when --max-model-len is not given, whatever the model could
-SMALL = (
+DEFAULT_MAX_NUM_SEQS = 8  # decoded together when --max-num-seqs is not given
+DEFAULT_MAX_MODEL_LEN = (
+    8192  # longest sequence when --max-model-len is not given, whatever the model could
+)
+FLOAT32_UP_TO_BYTES = (
     2 << 30
 )  # decoders up to this many fp32 bytes run in float32 on the CPU; larger ones in bfloat16
 VISION_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}  # per weight of the encoder on the CPU
@@ -57,14 +59,14 @@ class Plan:
         )
 
 
-def longest_of(family, asked: int | None) -> int:
+def max_model_len_for(family, asked: int | None) -> int:
     """Tokens of the longest sequence when --max-model-len is `asked`."""
     most = family.decoder.max_length
     if asked is not None and asked > most:
         raise ToolkitError(
             f"--max-model-len {asked} is more than the {most} tokens of {family.name}; lower it"
         )
-    return min(most, MOST_TOKENS) if asked is None else asked
+    return min(most, DEFAULT_MAX_MODEL_LEN) if asked is None else asked
 
 
 def choose_dtype(name: str, family) -> torch.dtype:
@@ -72,7 +74,9 @@ def choose_dtype(name: str, family) -> torch.dtype:
 
     if name != "auto":
         return getattr(torch, name)
-    return torch.float32 if 4 * decoder_parameters(family) <= SMALL else torch.bfloat16
+    return (
+        torch.float32 if 4 * decoder_parameters(family) <= FLOAT32_UP_TO_BYTES else torch.bfloat16
+    )
 
 
 def decoder_parameters(family, split=None) -> int:
@@ -169,7 +173,9 @@ def plan_engine(family, dtype: str, longest: int, options, free: int | None) -> 
 
     ToolkitError when not even one sequence fits. free None: not checked.
     """
-    wanted = options.cache_tokens or max(longest, (options.max_num_seqs or SEQUENCES) * longest)
+    wanted = options.cache_tokens or max(
+        longest, (options.max_num_seqs or DEFAULT_MAX_NUM_SEQS) * longest
+    )
     plan = make_plan(
         family,
         dtype,

@@ -11,11 +11,11 @@ import hashlib
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from runtime.common.files import cache_root
+from runtime.common.notes import note
 
 NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16"}
 SOURCES = Path(__file__).with_name("kernels")
@@ -57,10 +57,7 @@ def kernels() -> ctypes.CDLL | None:
     try:
         library = ctypes.CDLL(str(built_library()))
     except (OSError, subprocess.CalledProcessError) as error:
-        print(
-            f"warning: decoding is slower, its own kernels cannot be built ({error})",
-            file=sys.stderr,
-        )
+        note(f"warning: decoding is slower, its own kernels cannot be built ({error})")
         return None
     for name, arguments in SIGNATURES.items():
         function = getattr(library, name)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from models.synthetic.write import write_checkpoint
 from runtime import Engine, SamplingParams
 from runtime.common.errors import ToolkitError
+from runtime.common.notes import notes_on_stderr
 from runtime.engine.loading import cpu_weights as packing
 from runtime.engine.loading.memory import plan_engine
 from runtime.engine.options import EngineOptions
@@ -152,9 +153,11 @@ def test_folder_is_written_once_and_only_whole(cache, tmp_path, monkeypatch, cap
     assert all(folder.name.startswith(".") for folder in cache.iterdir())
     monkeypatch.setattr(packing, "_stored", stored)
     capsys.readouterr()
-    first = Engine(model, cpu_weights="int8", max_model_len=64)
+    with notes_on_stderr():
+        first = Engine(model, cpu_weights="int8", max_model_len=64)
     assert "packing the decoder to int8 once" in capsys.readouterr().err
-    again = Engine(model, cpu_weights="int8", max_model_len=64)
+    with notes_on_stderr():
+        again = Engine(model, cpu_weights="int8", max_model_len=64)
     assert "packing" not in capsys.readouterr().err and len(list(cache.iterdir())) == 1
     prompt = first.prompt_from_ids([5, 6, 7])
     np.testing.assert_array_equal(first.prefill_logits(prompt), again.prefill_logits(prompt))

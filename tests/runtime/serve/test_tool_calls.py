@@ -14,6 +14,7 @@ from http_service import Server
 
 from models import family_of
 from runtime import Engine
+from runtime.engine.image_features import ImageFeatures
 from runtime.serve.tool_calls import ToolCallParser
 
 GOLDEN = paths.GOLDEN / "glm4"
@@ -61,7 +62,7 @@ class Script:
         ids = [*self.family.tokenizer.encode(self.says), self.family.tokenizer.token_id(self.end)]
         logits = torch.zeros(self.family.decoder.vocab_size)
         logits[ids[len(request.sequence.token_ids)]] = 50
-        piece = request.take(logits)
+        piece = request.sample_next(logits)
         if request.finished:
             self.requests.remove(request)
         return [(request, piece)]
@@ -80,7 +81,7 @@ class Scripted(Engine):
     def __init__(self, directory):
         self.family = family_of(directory)
         self.max_model_len = 2048
-        self._vision = None
+        self._image_features = ImageFeatures(None)
         self._team = None
         self._scheduler = self.script = Script(self.family)
         self.prompts = []

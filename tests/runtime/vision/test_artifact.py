@@ -15,6 +15,7 @@ from models import family_of
 from models.checkpoint.reader import Checkpoint
 from runtime.common import files, processes
 from runtime.common.errors import ToolkitError
+from runtime.common.notes import notes_on_stderr
 from runtime.vision import artifact
 from runtime.vision.artifact import Manifest
 from runtime.vision.source import Source
@@ -194,8 +195,9 @@ def test_without_an_artifact_the_cache_is_filled_once(cache, monkeypatch, capsys
         runs.append(make(directory, Source(*original).hash))
 
     monkeypatch.setattr(artifact, "_convert", convert)
-    first = artifact.find_or_convert(Source(*original))
-    second = artifact.find_or_convert(Source(*original))
+    with notes_on_stderr():
+        first = artifact.find_or_convert(Source(*original))
+        second = artifact.find_or_convert(Source(*original))
     assert first == second == runs[0] and len(runs) == 1 and cache in first.parents
     assert capsys.readouterr().err.count("converting the vision encoder once") == 1
 
@@ -220,6 +222,6 @@ def test_a_second_converter_waits_for_the_first(tmp_path, capsys):
     ) as first:
         first.stdout.readline()
         start = time.perf_counter()
-        with files.locked(tmp_path):
+        with notes_on_stderr(), files.locked(tmp_path):
             assert (tmp_path / "done").exists() and time.perf_counter() - start < 30
     assert "another conversion" in capsys.readouterr().err

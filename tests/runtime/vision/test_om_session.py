@@ -6,8 +6,6 @@ import io
 import os
 import subprocess
 import sys
-from collections import OrderedDict
-from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -18,11 +16,15 @@ from onnx import TensorProto, helper, numpy_helper
 from models import family_of
 from models.checkpoint.reader import Checkpoint
 from models.config import VisionSpec
+from models.family import Prompt
 from runtime import chat
 from runtime.ascend.aclruntime import OmModel
 from runtime.ascend.host import Host, install_ais_bench
 from runtime.common.errors import ToolkitError, run_command
+from runtime.common.notes import notes_on_stderr
 from runtime.engine.engine import Engine
+from runtime.engine.image_features import ImageFeatures
+from runtime.engine.loading import build
 from runtime.vision import artifact, om_file, open_session
 from runtime.vision.om_file import check_chip, find_om
 from runtime.vision.om_session import open_om
@@ -481,14 +483,14 @@ def test_without_ais_bench(tmp_path):
 
 def test_what_lacks_is_told_before_the_decoder_is_loaded(checkpoint, monkeypatch):
     forget()
-    monkeypatch.setattr(Engine, "_load", None)
+    monkeypatch.setattr(build, "load_decoder", None)
     with pytest.raises(ToolkitError, match="needs ais_bench") as error:
         Engine(checkpoint.directory, vision="om")
     assert error.value.exit_code == 3
 
 
 def test_no_om_is_told_before_the_decoder_is_loaded(acl, checkpoint, monkeypatch):
-    monkeypatch.setattr(Engine, "_load", None)
+    monkeypatch.setattr(build, "load_decoder", None)
     with pytest.raises(ToolkitError, match="no .om in the cache"):
         Engine(checkpoint.directory, vision="om")
 
@@ -533,7 +535,8 @@ def blip2(tmp_path_factory):
 
 def test_features_of_a_blip2_om(acl, blip2, capsys):
     golden = np.load(GOLDEN / "golden.npz")
-    session = open_session("om", family_of(GOLDEN), Checkpoint(GOLDEN), blip2, device="npu:1")
+    with notes_on_stderr():
+        session = open_session("om", family_of(GOLDEN), Checkpoint(GOLDEN), blip2, device="npu:1")
     features = session.encode(golden["nhwc_input"].astype(np.float32))
     np.testing.assert_allclose(features, golden["image_embeds"], atol=5e-3)
     assert "not verified" in session.describe() and "on npu:1" in session.describe()
@@ -584,10 +587,8 @@ def test_pictures_of_one_prompt_go_through_a_gear_together(acl, opened):
     runs = []
     run = session.model.run
     session.model.run = lambda array: runs.append(len(array)) or run(array)
-    engine = Engine.__new__(Engine)
-    engine._features = OrderedDict()
-    engine._vision = session
-    prompt = SimpleNamespace(pixels=[pictures(4)[[i]] for i in (0, 1, 0, 2)])
-    np.testing.assert_allclose(engine._rows(prompt), expected(pictures(4)[[0, 1, 0, 2]]), atol=1e-4)
-    prompt.pixels.append(pictures(4)[[3]])
-    assert len(engine._rows(prompt)) == 5 and runs == [4, 1]
+    features = ImageFeatures(lambda: session)
+    prompt = Prompt(None, [pictures(4)[[i]] for i in (0, 1, 0, 2)], None)
+    np.testing.assert_allclose(features.of(prompt), expected(pictures(4)[[0, 1, 0, 2]]), atol=1e-4)
+    longer = Prompt(None, [*prompt.pixels, pictures(4)[[3]]], None)
+    assert len(features.of(longer)) == 5 and runs == [4, 1]
