@@ -1,7 +1,7 @@
 """`python -m runtime.doctor`: is everything here that this machine could use, and how to get what is not.
 
-Facts of the machine flow in (runtime.checks), a table or JSON flows out; exit 3 when something for a present NPU, or a
-package for the CPU, is missing or does not match.
+Takes facts of the machine (checks.py), returns a table or JSON; exit 3 when something for a present NPU, or a package for the
+CPU, is missing or does not match.
 """
 
 import json
@@ -9,8 +9,13 @@ import platform
 import sys
 from dataclasses import asdict, dataclass
 
+from runtime.ascend import host
+from runtime.ascend.host import Host
 from runtime.common.errors import MISSING_COMPONENT, run_command
 from runtime.common.flags import Parser, flag
+
+from .check import BROKEN, VERSIONS, Check
+from .checks import Examination, examine
 
 VARIABLES = (
     "ASCEND_HOME_PATH",
@@ -45,29 +50,30 @@ class DoctorOptions:
     )
 
 
-def main(argv) -> int:
-    [options] = Parser(
+def parser() -> Parser:
+    return Parser(
         "python -m runtime.doctor",
         "[--json]",
         "Checks drivers, CANN, Python packages and NPUs of this machine against what is known to fit together, "
         "and prints the line that mends each failure. Exit code 3 when something is missing or does not match.",
         {"output": DoctorOptions},
-    ).parse(argv)
-    from runtime.ascend.host import Host
+    )
 
-    from .checks import examine
 
-    host = Host()
-    examination = examine(host)
+def main(argv: list[str]) -> int:
+    [options] = parser().parse(argv)
+    here = host.Host()
+    examination = examine(here)
     if options.json:
-        print(json.dumps(record(examination, host), indent=2, ensure_ascii=False))
+        print(json.dumps(record(examination, here), indent=2, ensure_ascii=False))
     else:
-        show(examination, host)
+        show(examination, here)
     return 0 if examination.passed else MISSING_COMPONENT
 
 
-def verdict(examination) -> str:
-    broken = [check.name for check in examination.checks if check.status in ("missing", "mismatch")]
+def verdict(examination: Examination) -> str:
+    """What to fix, or what works here."""
+    broken = [check.name for check in examination.checks if check.status in BROKEN]
     if broken:
         return f"to mend: {', '.join(broken)}"
     if not examination.has_npu:
@@ -75,10 +81,8 @@ def verdict(examination) -> str:
     return "NPU: everything for chat, convert, compare is here"
 
 
-def record(examination, host) -> dict:
+def record(examination: Examination, host: Host) -> dict:
     """The --json output."""
-    from .checks import VERSIONS
-
     free, total = host.memory()
     return {
         "passed": examination.passed,
@@ -94,12 +98,13 @@ def record(examination, host) -> dict:
     }
 
 
-def environment(host) -> dict[str, str]:
+def environment(host: Host) -> dict[str, str]:
+    """The variables that decide which CANN and torch_npu are used, those that are set."""
     return {name: host.environ[name] for name in VARIABLES if name in host.environ}
 
 
-def show(examination, host):
-    """A table, the variables that are set, and below it the lines to copy, which a table would wrap."""
+def show(examination: Examination, host: Host):
+    """A table, the variables that are set, and below it the commands to copy, which a table would wrap."""
     print(platform.platform())
     try:
         print_table(examination.checks)
@@ -114,7 +119,7 @@ def show(examination, host):
     print(verdict(examination))
 
 
-def print_table(checks):
+def print_table(checks: list[Check]):
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

@@ -1,6 +1,7 @@
 """The doctor on machines that stand in for real ones (tests/ascend/machines.py), each broken in one way, and on this one."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from runtime.ascend.cann import numbers
 from runtime.ascend.host import Host, parse_npu_smi
 from runtime.common.errors import run_command
 from runtime.doctor import __main__ as doctor
-from runtime.doctor import checks
+from runtime.doctor import cann, checks
+from runtime.doctor.check import BROKEN, MISMATCH, MISSING, NOTE, OK, WARNING
 
 ROOT = paths.ROOT
 
@@ -27,9 +29,7 @@ def here(tmp_path):
 def broken(stand_in) -> dict:
     """{component: fix} of what the doctor would have mended."""
     return {
-        check.name: check.fix
-        for check in checks.examine(stand_in).checks
-        if check.status in checks.BROKEN
+        check.name: check.fix for check in checks.examine(stand_in).checks if check.status in BROKEN
     }
 
 
@@ -44,7 +44,7 @@ def test_a_machine_where_everything_fits(tmp_path, cann, chip):
     found = checks.examine(machines.machine(tmp_path, cann, chip))
     assert broken(machines.machine(tmp_path, cann, chip)) == {} and found.passed and found.has_npu
     assert {device.soc for device in found.devices} == {f"Ascend{chip}"} and len(found.devices) == 2
-    assert all(check.status == checks.OK for check in found.checks)
+    assert all(check.status == OK for check in found.checks)
     assert doctor.verdict(found).startswith("NPU: everything")
 
 
@@ -232,7 +232,7 @@ def test_one_thing_broken(here, what):
 
 
 def test_no_permission(here, monkeypatch):
-    monkeypatch.setattr(checks.os, "access", lambda node, mode: "davinci" not in str(node))
+    monkeypatch.setattr(os, "access", lambda node, mode: "davinci" not in str(node))
     assert broken(here)["device files"].startswith("sudo usermod -aG HwHiAiUser $USER")
 
 
@@ -265,22 +265,22 @@ def test_a_card_without_a_driver(tmp_path):
 @pytest.mark.parametrize(
     ("cann", "status"),
     [
-        ("8.3.RC1", checks.MISMATCH),
-        ("9.0.0", checks.MISMATCH),
-        ("9.1.0", checks.OK),
-        ("9.2.0", checks.WARNING),
+        ("8.3.RC1", MISMATCH),
+        ("9.0.0", MISMATCH),
+        ("9.1.0", OK),
+        ("9.2.0", WARNING),
     ],
 )
 def test_cann_beside_torch_npu(tmp_path, cann, status):
     found = {check.name: check for check in checks.examine(machines.machine(tmp_path, cann)).checks}
     assert found["torch_npu"].status == status
-    if status != checks.OK:
+    if status != OK:
         assert f"released for CANN 9.1, here is {cann}" in found["torch_npu"].found
     assert (
         found["environment"].status
         == found["CANN kernels"].status
         == found["NNAL (ATB)"].status
-        == checks.OK
+        == OK
     )
 
 
@@ -288,12 +288,12 @@ def test_the_environment_chooses_among_toolkits(here):
     machines.toolkit(here.root, "8.3.RC1")
     found = {check.name: check for check in checks.examine(here).checks}["CANN toolkit"]
     assert (
-        found.status == checks.OK
+        found.status == OK
         and found.found.startswith("9.1.0 in ")
         and "also here: 8.3.RC1" in found.found
     )
     here.environ.clear()  # nothing sourced: the newest
-    assert checks._active(here).version == "9.1.0"
+    assert cann.active_toolkit(here).version == "9.1.0"
 
 
 def test_old_kernels_packages_have_another_name(tmp_path):
@@ -302,7 +302,7 @@ def test_old_kernels_packages_have_another_name(tmp_path):
     assert broken(old)["CANN kernels"].startswith("./Ascend-cann-kernels-310p_8.3.RC1_linux-")
 
 
-@pytest.mark.parametrize(("chip", "status"), [("310P3", checks.MISSING), ("910B4", checks.NOTE)])
+@pytest.mark.parametrize(("chip", "status"), [("310P3", MISSING), ("910B4", NOTE)])
 def test_only_a_310p_needs_atb(tmp_path, chip, status):
     stand_in = machines.machine(tmp_path, chip=chip)
     (tmp_path / "usr/local/Ascend/nnal/atb/latest/version.info").unlink()
@@ -323,7 +323,7 @@ def test_atb_of_another_cann(tmp_path):
 def test_a_chip_we_do_not_run(tmp_path):
     found = checks.examine(machines.machine(tmp_path, chip="910A"))
     assert found.passed and {c.status for c in found.checks if c.name.startswith("npu ")} == {
-        checks.WARNING
+        WARNING
     }
 
 

@@ -1,0 +1,143 @@
+"""Checks of Python and its packages.
+
+Takes a Host (and the CANN toolkit in use), returns a Check each. torch and torch_npu are never imported here: without CANN
+even `import torch` may fail, so a child process tries it.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+
+from runtime.ascend.cann import Toolkit, numbers
+from runtime.ascend.host import Host, install_ais_bench
+
+from .cann import toolkit_install
+from .check import MISMATCH, MISSING, NOTE, OK, VERSIONS, WARNING, Check, reason
+
+PROBE_TORCH = "import json, torch; print(json.dumps({'torch': torch.__version__}))"
+PROBE_NPU = """import json, torch, torch_npu
+print(json.dumps({"devices": torch.npu.device_count(), "name": torch.npu.get_device_name(0),
+                  "free": torch.npu.mem_get_info(0)[0]}))"""
+PROBE_OM = "import aclruntime; from ais_bench.infer.interface import InferSession; print('{}')"
+PROBE_SECONDS = 120
+NO_AUTOLOAD = "export TORCH_DEVICE_BACKEND_AUTOLOAD=0   # torch_npu is installed, CANN is not"
+SOURCE_CANN = "source {set_env}"
+# what a failed import prints -> the command that fixes it
+CAUSES = {
+    r"static TLS block": "export LD_PRELOAD={library}",
+    r"libatb\.so": "source /usr/local/Ascend/nnal/atb/set_env.sh",
+    r"undefined symbol": "pip install torch_npu=={torch_npu}   "
+    "# built for another torch, CANN or NNAL than is installed",
+    r"lib\w+\.so[.\d]*: cannot open": SOURCE_CANN,
+    r"507033|acl open device|gave no answer": "npu-smi info   "
+    "# the driver does not answer; restart the machine",
+}
+
+
+def python(host: Host) -> Check:
+    minor = ".".join(host.python.split(".")[:2])
+    if minor in VERSIONS["python"]:
+        return Check("Python", OK, host.python)
+    fix = f"make setup PYTHON=python{VERSIONS['python'][1]}"
+    return Check("Python", MISMATCH, host.python, fix)
+
+
+def required(host: Host) -> Iterator[Check]:
+    """The packages without which nothing runs."""
+    missing = [name for name in VERSIONS["packages"] if host.version(name) is None]
+    if missing:
+        yield Check("packages", MISSING, ", ".join(missing), "make setup   # or: pip install -e .")
+    for name in ("onnx", "onnxruntime"):
+        version = host.version(name)
+        if version:
+            yield Check(name, OK, version)
+
+
+def torch(host: Host, toolkit: Toolkit | None) -> Check:
+    """Whether `import torch` works, which torch_npu without CANN prevents, and its version."""
+    version = host.version("torch")
+    install = f"pip install 'torch=={VERSIONS['torch']}.*'"
+    if version is None:
+        return Check("torch", MISSING, "not installed", install)
+    code, output = host.run(sys.executable, "-c", PROBE_TORCH, timeout=PROBE_SECONDS)
+    if code:
+        fix = NO_AUTOLOAD
+        if toolkit or not host.version("torch_npu"):
+            fix = _fix_import(output, toolkit)
+        return Check("torch", MISSING, f"{version} cannot be imported: {reason(output)}", fix)
+    if numbers(version)[:2] != numbers(VERSIONS["torch"]):
+        return Check("torch", MISMATCH, version, install)
+    return Check("torch", OK, version)
+
+
+def torch_npu(host: Host, toolkit: Toolkit | None) -> Check:
+    """Whether it suits torch and CANN, and opens the NPU."""
+    name = "torch_npu"
+    version = host.version(name)
+    torch_version = host.version("torch") or ""
+    install = f"pip install torch_npu=={VERSIONS['torch_npu']}"
+    if version is None:
+        return Check(name, MISSING, "not installed", install)
+    if numbers(version)[:2] != numbers(torch_version)[:2]:
+        found = f"{version} for torch {torch_version}; the first two numbers must be the same"
+        return Check(name, MISMATCH, found, install)
+    cann = VERSIONS["published"].get(version.split("+")[0], "")
+    released_for = ""
+    if cann and toolkit:
+        released_for = f", released for CANN {cann}, here is {toolkit.version}"
+        if numbers(toolkit.version)[:2] < numbers(cann):
+            fix = toolkit_install(f"{cann}.<x>")
+            return Check(name, MISMATCH, version + released_for, fix)
+    code, output = host.run(sys.executable, "-c", PROBE_NPU, timeout=PROBE_SECONDS)
+    if code:
+        found = f"{version} cannot open the NPU: {reason(output)}"
+        return Check(name, MISMATCH, found, _fix_import(output, toolkit))
+    found = f"{version}: {_npus_seen(output)}"
+    if released_for and numbers(toolkit.version)[:2] != numbers(cann):
+        return Check(name, WARNING, found + released_for)
+    return Check(name, OK, found)
+
+
+def _npus_seen(output: str) -> str:
+    """What PROBE_NPU prints, among warnings."""
+    seen = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
+    return f"{seen['devices']} x {seen['name']}, {seen['free'] / 2**30:.1f} GiB free"
+
+
+def ais_bench(host: Host, toolkit: Toolkit | None) -> Check:
+    """aclruntime and ais_bench, which run an .om."""
+    versions = {name: host.version(name) for name in ("aclruntime", "ais_bench")}
+    found = ", ".join(f"{name} {version or 'not installed'}" for name, version in versions.items())
+    if None in versions.values():
+        fix = install_ais_bench()
+        return Check("ais_bench", MISSING, f"{found} (vision om needs both)", fix)
+    code, output = host.run(sys.executable, "-c", PROBE_OM, timeout=PROBE_SECONDS)
+    if code:
+        fix = _fix_import(output, toolkit)
+        if "No module named" in output:
+            fix = install_ais_bench()
+        return Check("ais_bench", MISMATCH, f"{found}: {reason(output)}", fix)
+    return Check("ais_bench", OK, found)
+
+
+def msmodelslim(host: Host) -> Check:
+    version = host.version("msmodelslim")
+    if version:
+        return Check("msmodelslim", OK, version)
+    found = "not installed (only some ways to quantise need it)"
+    return Check("msmodelslim", NOTE, found, "pip install msmodelslim")
+
+
+def _fix_import(output: str, toolkit: Toolkit | None) -> str:
+    """The command that fixes an import which failed with this output."""
+    library = re.search(r"(/\S*libgomp\S*?):", output)
+    values = {
+        "library": library[1] if library else "/usr/lib/aarch64-linux-gnu/libgomp.so.1",
+        "torch_npu": VERSIONS["torch_npu"],
+        "set_env": toolkit.set_env if toolkit else "/usr/local/Ascend/cann/set_env.sh",
+    }
+    for pattern, fix in CAUSES.items():
+        if re.search(pattern, output):
+            return fix.format(**values)
+    return SOURCE_CANN.format(**values)
