@@ -87,3 +87,14 @@ def chosen(table: dict, config: dict, key: str, default: str):
             "use the released config.json"
         )
     return table[value]
+
+
+def check_fields(config: dict, wanted: dict, sentence: str):
+    """ModelError for a field of `config` that is there and is not as `wanted`.
+
+    sentence: the message, with {field}, {given} and {wanted} to fill in.
+    """
+    for field, value in wanted.items():
+        given = config.get(field, value)
+        if given != value:
+            raise ModelError(sentence.format(field=field, given=given, wanted=value))

@@ -24,7 +24,7 @@ class Layout:
 
     positions [T, channels] int64; the first generated token is at next_position [channels] and every later one moves by
     position_step [channels]. The first `bidirectional` tokens see each other both ways (prefix-LM), the rest is causal.
-    image_starts: row where each picture's features are spliced in.
+    image_starts: row where each image's features are spliced in.
     """
 
     positions: np.ndarray
@@ -36,7 +36,7 @@ class Layout:
 
 @dataclass
 class Prompt:
-    """ids int64 [T] after image expansion; pixels: one array per picture, in the vision encoder's input layout."""
+    """ids int64 [T] after image expansion; pixels: one array per image, in the vision encoder's input layout."""
 
     ids: np.ndarray
     pixels: list[np.ndarray]
@@ -64,13 +64,13 @@ class Family:
     """One released model family. A subclass file holds all that is particular to it; see `visualglm.py`.
 
     To fill in: `name`, `matches`, `decoder`, `weights`, `tokenizer`, `prompt`, `prompt_from_ids`, `release_sampling`,
-    `stop_ids`; for a family with pictures `vision`, `vision_encoder` and `pixels` too.
+    `stop_ids`; for a family with images `vision`, `vision_encoder` and `pixels` too.
     """
 
     name: str
     vision: VisionSpec | None = None
     encoder_cosine = 0.999  # of every feature row, below which a compiled encoder is not used
-    takes_tools = False  # knows functions to call: has `called` and `may_call` beside what is below
+    takes_tools = False  # knows functions to call: has `tool_call` and `may_be_tool_call` beside what is below
     prefix_lm = False  # a prompt's tokens, but for its last, see each other both ways
     languages = ("zh", "en")  # prompt wordings; the first is the default
 
@@ -83,9 +83,9 @@ class Family:
         """The rule by which this family owns the config, as a phrase for the user, or None."""
         raise NotImplementedError
 
-    def sampling(self, with_picture: bool) -> SamplingDefaults:
+    def sampling(self, with_image: bool) -> SamplingDefaults:
         """Release defaults, overridden by the directory's generation_config.json."""
-        defaults = self.release_sampling(with_picture)
+        defaults = self.release_sampling(with_image)
         given = self._generation_config()
         known = {k: given[k] for k in defaults.__dataclass_fields__ if given.get(k) is not None}
         if given.get("do_sample") is False:
@@ -100,10 +100,10 @@ class Family:
         """How many characters at the end of an unfinished answer `clean` may still change when more text follows."""
         return 0
 
-    def check_image_count(self, pictures: int):
-        if pictures > 1:
+    def check_image_count(self, images: int):
+        if images > 1:
             raise ModelError(
-                f"{self.name} takes one picture per conversation, {pictures} given; send one picture"
+                f"{self.name} takes one picture per conversation, {images} given; send one picture"
             )
 
     def _generation_config(self) -> dict:

@@ -1,7 +1,8 @@
-"""A checkpoint directory in, named tensors out: safetensors shards, .bin shards or the SAT layout (see shards.py).
+"""A checkpoint directory: safetensors shards, .bin shards or the SAT layout (see shards.py).
 
-Only headers are read until a tensor is asked for. Every problem of a directory, and every difference between its names
-and a weight table, is reported in one message. Tensors come one at a time, in memory of their own.
+Takes a directory, returns named tensors. Only headers are read until a tensor is asked for. Every
+problem of a directory, and every difference between its names and a weight table, is reported in one
+message. Tensors come one at a time, in memory of their own.
 """
 
 import hashlib
@@ -9,19 +10,18 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from models.errors import ModelError
 
-from .shards import Damaged, Entry, TensorReader, find_files, stored_entries
+from .shards import DamagedFile, Entry, TensorReader, find_files, stored_entries
 from .table import Part, Weight
 
 LARGE_BYTES = 256 << 20  # sources above are assembled first, while few targets are in memory
-CONVERT_BLOCK = (
-    1 << 18
-)  # elements converted at a time between half formats: what stays in the cache
+CONVERT_BLOCK = 1 << 18  # elements converted at a time between half formats: they stay in the cache
 SHOWN = 8  # name groups shown per kind of problem
 
 
@@ -61,31 +61,29 @@ class Checkpoint:
         """The tensor as stored (dtype, shape), contiguous, in its own memory."""
         return self._reader.tensor(name, self._entries[name])
 
+    def rows(self, name: str, first: int, last: int) -> torch.Tensor:
+        """Rows [first, last) of the tensor; the others are not read."""
+        return self._reader.tensor(name, self._entries[name].rows(first, last))
+
     def check(self, weights: Iterable[Weight]) -> None:
         """Compare names and shapes with a weight table, both ways, before any tensor is read."""
         table = {weight.source: weight for weight in weights}
-        missing = [n for n, w in table.items() if n not in self._entries and not w.optional]
-        unknown = [n for n in self._entries if n not in table]
-        wrong = {
-            n: f"is {list(e.shape)}, expected {list(table[n].shape)}"
-            for n, e in self._entries.items()
-            if n in table and tuple(table[n].shape) != e.shape
-        }
-        found = (
-            _listing("missing", missing)
-            + _listing("unknown", unknown)
-            + _listing("of wrong shape", wrong, wrong.get)
-        )
+        missing = []
+        for name, weight in table.items():
+            if name not in self._entries and not weight.optional:
+                missing.append(name)
+        unknown = [name for name in self._entries if name not in table]
+        wrong = {}
+        for name, entry in self._entries.items():
+            if name in table and tuple(table[name].shape) != entry.shape:
+                wrong[name] = f"is {list(entry.shape)}, expected {list(table[name].shape)}"
+        found = _listing("missing", missing)
+        found += _listing("unknown", unknown)
+        found += _listing("of wrong shape", wrong, wrong.get)
         if found:
-            raise ModelError(
-                "\n".join(
-                    [
-                        f"the tensors of {self.directory} do not fit its config.json:",
-                        *found,
-                        "take config.json and weights from the same release",
-                    ]
-                )
-            )
+            title = f"the tensors of {self.directory} do not fit its config.json:"
+            advice = "take config.json and weights from the same release"
+            raise ModelError("\n".join([title, *found, advice]))
 
     def assemble(
         self,
@@ -94,46 +92,31 @@ class Checkpoint:
         dtype: torch.dtype | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield every target that starts with `prefix` as soon as it is complete: (name, tensor in its own memory).
+        """Yields (canonical name, tensor in its own memory) of every target as soon as it is complete.
 
-        Floating-point targets are converted to `dtype` (None: as stored). At most one source is in memory beside the
-        targets; large sources come first, so the peak is about the sum of the targets the caller keeps. Of a source whose
-        parts all `take` some of its rows, only those rows are read.
-        `progress(done, total)` counts source bytes. Raises ModelError if a target stays incomplete.
+        Only targets whose names start with `prefix`. Floating-point ones are converted to `dtype`
+        (None: as stored). `progress(done, total)` counts source bytes.
+
+        At most one source is in memory beside the targets; large sources come first, so the peak is
+        about the sum of the targets the caller keeps. Of a source whose parts all `take` some of its
+        rows, only those rows are read. Raises ModelError if a target stays incomplete.
         """
-        rows = [
-            (w.source, [p for p in w.parts if str(p.target).startswith(prefix)]) for w in weights
-        ]
-        rows = sorted(
-            [row for row in rows if row[1] and row[0] in self._entries],
-            key=lambda row: self._order(row[0]),
-        )
+        rows = self._rows_for(weights, prefix)
         total = sum(self._bytes_read(*row) for row in rows)
         done = 0
         pending = {}
         for name, parts in rows:
-            whole = None if all(part.take for part in parts) else self.tensor(name)
+            source = _Source(self, name, parts)
             for part in parts:
-                piece = self._piece(name, part, whole)
-                done += piece.nbytes if whole is None else 0
-                complete = _place(part, piece, dtype, pending)
-                if whole is not None and part is parts[-1]:
-                    done += whole.nbytes
-                    whole = None
-                del piece  # not in memory while the caller works on the target
-                if complete:
-                    yield str(part.target), pending.pop(part.target)[0]
+                if _place(part, source.take(part), dtype, pending):
+                    yield str(part.target), pending.pop(part.target).tensor
+            done += self._bytes_read(name, parts)
             if progress:
                 progress(done, total)
         if pending:
-            raise ModelError(
-                "\n".join(
-                    [
-                        f"{self.directory} has only some pieces of these weights:",
-                        *_listing("incomplete", map(str, pending)),
-                    ]
-                )
-            )
+            title = f"{self.directory} has only some pieces of these weights:"
+            incomplete = _listing("incomplete", map(str, pending))
+            raise ModelError("\n".join([title, *incomplete]))
 
     def digest(self, names: Iterable[str]) -> str:
         """sha256 (hex) of names, dtypes, shapes and bytes: the same however the tensors are sharded or packed."""
@@ -144,10 +127,14 @@ class Checkpoint:
             hasher.update(self.tensor(name).reshape(-1).view(torch.uint8).numpy())
         return hasher.hexdigest()
 
-    def _piece(self, name: str, part: Part, whole: torch.Tensor | None) -> torch.Tensor:
-        if whole is None:
-            return self._reader.tensor(name, self._entries[name].rows(*part.take))
-        return whole if part.take is None else whole[slice(*part.take)]
+    def _rows_for(self, weights: Iterable[Weight], prefix: str) -> list[tuple[str, list[Part]]]:
+        """(source, its parts under `prefix`) of stored tensors, in the order of reading."""
+        rows = []
+        for weight in weights:
+            parts = [part for part in weight.parts if str(part.target).startswith(prefix)]
+            if parts and weight.source in self._entries:
+                rows.append((weight.source, parts))
+        return sorted(rows, key=lambda row: self._order(row[0]))
 
     def _bytes_read(self, name: str, parts: list[Part]) -> int:
         if all(part.take for part in parts):
@@ -170,9 +157,10 @@ def _read_headers(
     for file in files:
         try:
             stored = stored_entries(file)
-        except Damaged as error:
-            count = sum(name == file.name for name in index.values()) if index else 0
-            problems.append(f"  {file.name} {error}" + (f" ({count} tensors)" if count else ""))
+        except DamagedFile as error:
+            count = list((index or {}).values()).count(file.name)
+            tensors = f" ({count} tensors)" if count else ""
+            problems.append(f"  {file.name} {error}{tensors}")
             damaged.append(file.name)
             continue
         if index is not None:
@@ -181,36 +169,66 @@ def _read_headers(
             problems += _listing(f"in {file.name} and in another file", twice)
         entries.update(stored)
     if problems:
-        again = (
-            f"download again: {', '.join(damaged)}"
-            if damaged
-            else "download index and weights again, together"
-        )
-        raise ModelError(
-            "\n".join([f"the weights in {directory} are not complete:", *problems, again])
-        )
+        again = "download index and weights again, together"
+        if damaged:
+            again = f"download again: {', '.join(damaged)}"
+        title = f"the weights in {directory} are not complete:"
+        raise ModelError("\n".join([title, *problems, again]))
     return entries
 
 
 def _contradictions(file: str, stored: dict[str, Entry], index: dict[str, str]) -> list[str]:
     named = {name for name, where in index.items() if where == file}
-    return _listing(f"named by the index, not in {file}", sorted(named - stored.keys())) + _listing(
-        f"in {file}, not named by the index", sorted(stored.keys() - named)
-    )
+    not_stored = _listing(f"named by the index, not in {file}", sorted(named - stored.keys()))
+    not_named = _listing(f"in {file}, not named by the index", sorted(stored.keys() - named))
+    return not_stored + not_named
+
+
+class _Source:
+    """One stored tensor while its parts are taken from it; it is freed with the last one."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str, parts: list[Part]):
+        self._checkpoint = checkpoint
+        self._name = name
+        self._parts_left = len(parts)
+        self._whole = None
+        if not all(part.take for part in parts):
+            self._whole = checkpoint.tensor(name)
+
+    def take(self, part: Part) -> torch.Tensor:
+        """The stored rows that make the part."""
+        whole = self._whole
+        if whole is None:
+            return self._checkpoint.rows(self._name, *part.take)
+        self._parts_left -= 1
+        if not self._parts_left:
+            self._whole = None
+        return whole if part.take is None else whole[slice(*part.take)]
+
+
+@dataclass
+class _Pending:
+    """A target of which `rows` rows have been filled."""
+
+    tensor: torch.Tensor
+    rows: int = 0
 
 
 def _place(part: Part, piece: torch.Tensor, dtype: torch.dtype | None, pending: dict) -> bool:
-    """Copy one part into its target in `pending` ({name: [tensor, rows filled]}); True when the target is complete."""
+    """Copies one part into its target in `pending` {Target: _Pending}; True when that is complete."""
     piece = part.transform(piece) if part.transform else piece
     dtype = dtype if dtype and piece.is_floating_point() else piece.dtype
     if part.at is None:
-        pending[part.target] = [_copy(piece, torch.empty(piece.shape, dtype=dtype)), 0]
+        pending[part.target] = _Pending(_copy(piece, torch.empty(piece.shape, dtype=dtype)))
         return True
     offset, total = part.at
-    slot = pending.setdefault(part.target, [torch.empty((total, *piece.shape[1:]), dtype=dtype), 0])
-    _copy(piece, slot[0][offset : offset + len(piece)])
-    slot[1] += len(piece)
-    return slot[1] == total
+    if part.target not in pending:
+        shape = (total, *piece.shape[1:])
+        pending[part.target] = _Pending(torch.empty(shape, dtype=dtype))
+    target = pending[part.target]
+    _copy(piece, target.tensor[offset : offset + len(piece)])
+    target.rows += len(piece)
+    return target.rows == total
 
 
 def _copy(piece: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
@@ -226,17 +244,20 @@ def _copy(piece: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
 def _listing(
     kind: str, names: Iterable[str], detail: Callable[[str], str] = lambda name: ""
 ) -> list[str]:
-    """Lines `N tensors <kind>:` and the names, those that differ in one number only on one line."""
+    """Lines `N tensors <kind>:` and the names; those that differ in one number only share a line."""
     groups = defaultdict(list)
     for name in names:
         groups[re.sub(r"\.\d+\.", ".*.", name, count=1), detail(name)].append(name)
     if not groups:
         return []
     count = sum(map(len, groups.values()))
-    lines = [f"  {count} tensor{'s' * (count > 1)} {kind}:"]
+    plural = "s" if count > 1 else ""
+    lines = [f"  {count} tensor{plural} {kind}:"]
     for (template, note), members in list(groups.items())[:SHOWN]:
-        label = (
-            members[0] if len(members) == 1 else f"{template} ({len(members)}x, first {members[0]})"
-        )
+        label = members[0]
+        if len(members) > 1:
+            label = f"{template} ({len(members)}x, first {members[0]})"
         lines.append(f"    {label} {note}".rstrip())
-    return lines + ([f"    and {len(groups) - SHOWN} more kinds"] if len(groups) > SHOWN else [])
+    if len(groups) > SHOWN:
+        lines.append(f"    and {len(groups) - SHOWN} more kinds")
+    return lines

@@ -1,7 +1,8 @@
-"""The files of a checkpoint: which ones belong to it, what is in their headers, and how one tensor is read.
+"""The files of a checkpoint: which belong to it, what their headers say, how one tensor is read.
 
-Formats: safetensors, .bin (pickled state dicts, read as tensors only) and the SAT layout (`latest` + one .pt). Nothing
-stays mapped for long, because mapped pages count as resident memory.
+Takes a directory, returns entries (file, dtype, shape, place) and tensors. Formats: safetensors, .bin
+(pickled state dicts, read as tensors only) and the SAT layout (`latest` + one .pt). Nothing stays
+mapped for long, because mapped pages count as resident memory.
 """
 
 import json
@@ -9,6 +10,7 @@ import math
 import os
 import pickle
 import re
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +35,8 @@ SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+HEADER_ALIGNMENT = 8  # tensors start on a multiple of it, as the safetensors library writes them
 LFS_MARK = b"version https://git-lfs"
 HEADER_LIMIT = 100 << 20  # a larger safetensors header is damage, not a header
 REOPEN_BYTES = 256 << 20  # a mapped .bin is reopened after this much was read from it
@@ -40,8 +44,10 @@ REOPEN_BYTES = 256 << 20  # a mapped .bin is reopened after this much was read f
 
 @dataclass(frozen=True)
 class Entry:
-    """One stored tensor, or the rows of it from `first`; `offset` is its first byte in a safetensors file (pickled files
-    have None)."""
+    """One stored tensor, or some of its rows, from `first` on.
+
+    `offset`: its first byte in a safetensors file; None in a pickled one.
+    """
 
     file: Path
     dtype: torch.dtype
@@ -60,7 +66,7 @@ class Entry:
         return part if self.offset is None else replace(part, offset=self.offset + skipped)
 
 
-class Damaged(Exception):
+class DamagedFile(Exception):
     """One file cannot be used; the message continues the sentence that starts with its name."""
 
 
@@ -107,12 +113,10 @@ def _with_gaps(files: list[Path]) -> list[Path]:
     complete = dict.fromkeys(files)
     for file in files:
         if match := re.fullmatch(r"(.+-)(\d+)-of-(\d+)(\.\w+)", file.name):
-            stem = match[1]
-            digits = len(match[2])
-            count = match[3]
-            suffix = match[4]
-            names = [f"{stem}{k:0{digits}}-of-{count}{suffix}" for k in range(1, int(count) + 1)]
-            complete.update(dict.fromkeys(file.with_name(name) for name in names))
+            stem, number, count, suffix = match.groups()
+            for k in range(1, int(count) + 1):
+                name = f"{stem}{k:0{len(number)}}-of-{count}{suffix}"
+                complete[file.with_name(name)] = None
     return sorted(complete)
 
 
@@ -128,28 +132,66 @@ def _sat_files(directory: Path) -> list[Path]:
 
 
 def stored_entries(file: Path) -> dict[str, Entry]:
-    """Header of one weight file; Damaged says what is wrong with it."""
+    """Names and entries of the tensors in one weight file; DamagedFile says what is wrong with it."""
     if not file.exists():
-        raise Damaged("is missing")
+        raise DamagedFile("is missing")
     if file.is_dir():
-        raise Damaged("is a directory, not a weight file")
+        raise DamagedFile("is a directory, not a weight file")
     try:
         with open(file, "rb") as stream:
             if stream.read(len(LFS_MARK)) == LFS_MARK:
-                raise Damaged("is only a Git LFS pointer, not the weights; run `git lfs pull`")
-        return (
-            _safetensors_entries(file) if file.suffix == ".safetensors" else _pickled_entries(file)
-        )
+                raise DamagedFile("is only a Git LFS pointer, not the weights; run `git lfs pull`")
+        if file.suffix == ".safetensors":
+            return _safetensors_entries(file)
+        return _pickled_entries(file)
     except OSError as error:
-        raise Damaged(f"cannot be read ({reason(error)})") from None
+        raise DamagedFile(f"cannot be read ({reason(error)})") from None
 
 
 def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors in `directory`, to tell their layout; {} if a file is missing or damaged."""
-    with suppress(ModelError, Damaged):
-        files = find_files(directory)[1]
-        return {name: entry.shape for file in files for name, entry in stored_entries(file).items()}
+    """Names and shapes of the tensors in `directory`, from which a family reads their layout.
+
+    {} if a file is missing or damaged.
+    """
+    shapes = {}
+    with suppress(ModelError, DamagedFile):
+        for file in find_files(directory)[1]:
+            shapes.update((name, entry.shape) for name, entry in stored_entries(file).items())
+        return shapes
     return {}
+
+
+def grouped_by_size(items: Iterable, nbytes_of: Callable, limit: int) -> list[list]:
+    """Items of each shard to write, in order: at most `limit` bytes, or a single larger tensor."""
+    groups = [[]]
+    size = 0
+    for item in items:
+        nbytes = nbytes_of(item)
+        if groups[-1] and size + nbytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(item)
+        size += nbytes
+    return groups
+
+
+def safetensors_header(
+    tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], metadata: dict[str, str]
+) -> bytes:
+    """What a safetensors file of (name, dtype, shape) begins with: 8 bytes of length, then JSON."""
+    header = {"__metadata__": metadata}
+    end = 0
+    for name, dtype, shape in tensors:
+        start = end
+        end += math.prod(shape) * dtype.itemsize
+        header[name] = {
+            "dtype": SAFETENSORS_NAMES[dtype],
+            "shape": shape,
+            "data_offsets": (start, end),
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % HEADER_ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _safetensors_entries(file: Path) -> dict[str, Entry]:
@@ -158,39 +200,31 @@ def _safetensors_entries(file: Path) -> dict[str, Entry]:
         length = int.from_bytes(stream.read(8), "little")
         header = stream.read(length) if length <= min(size, HEADER_LIMIT) else b""
     if size < 8 or len(header) < length:
-        raise Damaged(f"is truncated inside its header ({size:,} bytes)")
+        raise DamagedFile(f"is truncated inside its header ({size:,} bytes)")
+    data = 8 + length  # where the tensors begin
+    end = data
+    consistent = True
+    entries = {}
     try:
         header = json.loads(header)
         header.pop("__metadata__", None)
-        entries = {
-            name: Entry(
-                file,
-                SAFETENSORS_DTYPES[item["dtype"]],
-                tuple(item["shape"]),
-                8 + length + item["data_offsets"][0],
-            )
-            for name, item in header.items()
-        }
-        end = max(
-            (8 + length + item["data_offsets"][1] for item in header.values()), default=8 + length
-        )
-        consistent = all(
-            entries[n].nbytes == i["data_offsets"][1] - i["data_offsets"][0]
-            for n, i in header.items()
-        )
+        for name, item in header.items():
+            start, stop = item["data_offsets"]
+            dtype = SAFETENSORS_DTYPES[item["dtype"]]
+            entries[name] = Entry(file, dtype, tuple(item["shape"]), data + start)
+            end = max(end, data + stop)
+            consistent = consistent and entries[name].nbytes == stop - start
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Damaged(f"has a damaged header ({reason(error)})") from None
+        raise DamagedFile(f"has a damaged header ({reason(error)})") from None
     if size != end or not consistent:
         kind = "is truncated" if size < end else "is damaged"
-        raise Damaged(f"{kind}: {size:,} bytes, its header says {end:,}")
+        raise DamagedFile(f"{kind}: {size:,} bytes, its header says {end:,}")
     return entries
 
 
 def _pickled_entries(file: Path) -> dict[str, Entry]:
-    return {
-        name: Entry(file, value.dtype, tuple(value.shape))
-        for name, value in _load_pickled(file).items()
-    }
+    state = _load_pickled(file)
+    return {name: Entry(file, value.dtype, tuple(value.shape)) for name, value in state.items()}
 
 
 def _load_pickled(file: Path) -> dict[str, torch.Tensor]:
@@ -211,14 +245,16 @@ def _load_pickled(file: Path) -> dict[str, torch.Tensor]:
         TypeError,
         AttributeError,
     ):
-        raise Damaged(
+        raise DamagedFile(
             "is truncated, or holds more than tensors (pickled code is never run)"
         ) from None
 
 
 class TensorReader:
-    """Reads tensors into memory of their own. One pickled file is open at a time, and is reopened regularly to let go
-    of the mapped pages read so far."""
+    """Reads tensors into memory of their own.
+
+    One pickled file is open at a time, and is reopened regularly to free the mapped pages read so far.
+    """
 
     def __init__(self):
         self.file = None
@@ -241,18 +277,18 @@ class TensorReader:
                 self.file = entry.file
                 self.state = _load_pickled(entry.file)
                 self.read = 0
-            except Damaged as error:
+            except DamagedFile as error:
                 raise ModelError(f"{entry.file} changed while it was read: it {error}") from None
         self.read += entry.nbytes
-        return (
-            self.state[name][entry.first : entry.first + entry.shape[0]]
-            if entry.shape
-            else self.state[name]
-        )
+        tensor = self.state[name]
+        return tensor[entry.first : entry.first + entry.shape[0]] if entry.shape else tensor
 
 
 def _raw(memory: np.ndarray, entry: Entry) -> torch.Tensor:
-    """Bytes as the entry's tensor: numpy's, because malloc cannot fill the holes that torch's aligned blocks leave."""
+    """Bytes as the entry's tensor.
+
+    The memory is numpy's, because malloc cannot fill the holes that torch's aligned blocks leave.
+    """
     return torch.from_numpy(memory).view(entry.dtype).reshape(entry.shape)
 
 

@@ -1,4 +1,8 @@
-"""The weight table: which tensors of a checkpoint make which weight of the model."""
+"""The weight table: which tensors of a checkpoint make which weight of the model.
+
+Takes names and shapes of a checkpoint's tensors, returns rows that a checkpoint is checked against
+and read by; `WeightTable` finds the rows of one layer, of the decoder, of the vision encoder.
+"""
 
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -151,22 +155,25 @@ def transposed(weight):
 
 def dense(source: str, outputs: int, inputs: int, target: str, bias: bool = True):
     """Table rows of a tower's linear layer, whose weight we keep as [in, out]."""
-    yield Weight(
-        source + ".weight", (outputs, inputs), (Part(target + ".weight", transform=transposed),)
-    )
+    part = Part(target + ".weight", transform=transposed)
+    yield Weight(source + ".weight", (outputs, inputs), (part,))
     if bias:
         yield Weight(source + ".bias", (outputs,), (Part(target + ".bias"),))
 
 
-def fused_dense(source: str, outputs: int, inputs: int, targets: list[str]):
-    """Table rows of a tower's fused projection (row blocks of `outputs` each), split into one linear layer per target."""
+def fused_dense(source: str, outputs: int, inputs: int, target: str, names: str):
+    """Table rows of a tower's fused projection, whose row blocks of `outputs` each become linear layers.
+
+    names: one letter per layer, in the order of the rows; they stand behind `target`.
+    """
 
     def parts(suffix, transform=None):
-        return tuple(
-            Part(t + suffix, take=(i * outputs, (i + 1) * outputs), transform=transform)
-            for i, t in enumerate(targets)
-        )
+        blocks = []
+        for i, name in enumerate(names):
+            rows = (i * outputs, (i + 1) * outputs)
+            blocks.append(Part(target + name + suffix, take=rows, transform=transform))
+        return tuple(blocks)
 
-    total = outputs * len(targets)
+    total = outputs * len(names)
     yield Weight(source + ".weight", (total, inputs), parts(".weight", transposed))
     yield Weight(source + ".bias", (total,), parts(".bias"))

@@ -1,6 +1,7 @@
-"""GLM-4-9B-chat, in the `chatglm` layout of its release and in the `-hf` layout of transformers. GLM-4V builds on it.
+"""GLM-4-9B-chat, in the `chatglm` layout of its release and in the `-hf` layout of transformers.
 
-config.json and messages flow in; decoder settings, weight table, stop ids and tokenised prompts flow out.
+Takes config.json and messages; returns decoder settings, weight table, stop ids and tokenised
+prompts. GLM-4V builds on it.
 """
 
 import functools
@@ -10,13 +11,14 @@ import re
 import numpy as np
 
 from models.checkpoint.table import Part, Weight, pair
-from models.config import DecoderConfig, Rope, rope_of
+from models.config import DecoderConfig, Rope, check_fields, rope_of
 from models.errors import ModelError
 from models.family import Prompt, SamplingDefaults
 from models.network.rope import interleaved_order, permute_heads
 from models.prompt.chat_template import ChatTemplate, directory_template
 from models.prompt.messages import split_content
-from models.prompt.streaming import partial_match
+from models.prompt.special_tokens import SpecialToken, SpecialTokenEscaper
+from models.prompt.streaming import TRAINING_DATE, partial_match, with_training_date
 from models.prompt.tokenizers import JsonTokenizer, MissingTokenizer, TiktokenTokenizer
 
 from .templated import TemplatedFamily
@@ -38,12 +40,8 @@ SPECIAL = (
     "<|begin_of_video|>",
     "<|end_of_video|>",
 )
-ANY_SPECIAL = re.compile("(" + "|".join(map(re.escape, SPECIAL)) + ")")
-HIDDEN = re.compile(
-    "\ue000[\ue000-\ue00d]"
-)  # a special-looking piece of a message while a template renders it
 ROLES = ("system", "user", "assistant", "observation")
-PICTURE = ("<|begin_of_image|>", "<|endoftext|>", "<|end_of_image|>")
+IMAGE_MARKS = ("<|begin_of_image|>", "<|endoftext|>", "<|end_of_image|>")
 CHATGLM_ONLY = {
     "rmsnorm": True,
     "post_layer_norm": True,
@@ -52,6 +50,10 @@ CHATGLM_ONLY = {
     "apply_residual_connection_post_layernorm": False,
     "pre_seq_len": None,
 }
+NOT_RELEASED = (
+    "config.json has {field} = {given!r}, which none of the released models has (they have {wanted!r}); "
+    "take config.json from the release"
+)
 WITH_TOOLS = (
     "你是一个名为 GLM-4 的人工智能助手。你是基于智谱AI训练的语言模型 GLM-4 模型开发的，"
     "你的任务是针对用户的问题和要求提供适当的答复和支持。"
@@ -59,11 +61,8 @@ WITH_TOOLS = (
 TOOL = "\n\n## {}\n\n{}\n在调用上述函数时，请使用 Json 格式表示调用的参数。"
 
 
-TRAINED = "[[训练时间]]"  # the model's own placeholder for its date
-
-
-class Special(str):
-    """A piece of a prompt that is one token of the vocabulary; other pieces are plain text, whatever they look like."""
+# a template that reads the tools from the messages, as the release's does
+READS_TOOLS_OF_MESSAGES = re.compile(r"\[['\"]tools['\"]\]|\.tools\b")
 
 
 class Glm4(TemplatedFamily):
@@ -97,69 +96,78 @@ class Glm4(TemplatedFamily):
             return JsonTokenizer(json_file, plain=True)
         return MissingTokenizer(json_file if self.hf else ranks)
 
-    def release_sampling(self, with_picture):
+    def release_sampling(self, with_image):
         return SamplingDefaults(
             max_length=min(8192, self.decoder.max_length), temperature=0.8, top_p=0.8
         )
 
     def clean(self, answer):
         """Without the line break the model begins with. A tool call keeps the tool's name, its first line."""
-        return answer.strip().replace(TRAINED, "2023年")
+        return with_training_date(answer)
 
     def unstable_tail(self, answer):
-        return partial_match(TRAINED, answer)
+        return partial_match(TRAINING_DATE, answer)
 
-    def called(self, answer: str, names) -> tuple[str, str] | None:
-        """(function, its arguments) where an answer is a call: one of `names` alone in the first line, then a JSON object."""
+    def tool_call(self, answer: str, names) -> tuple[str, str] | None:
+        """(function, its arguments) if the answer calls one of `names`; None if it is text.
+
+        A call has the name alone in its first line, then a JSON object.
+        """
         name, _, arguments = answer.partition("\n")
         name = name.strip()
         arguments = arguments.lstrip()
         return (name, arguments) if name in names and arguments.startswith("{") else None
 
-    def may_call(self, answer: str, names) -> bool:
+    def may_be_tool_call(self, answer: str, names) -> bool:
         """Whether the beginning of an answer may yet become a call."""
         line, _, rest = answer.partition("\n")
-        return not rest.strip() and (
-            line.strip() in names or any(name.startswith(answer) for name in names)
-        )
+        if rest.strip():
+            return False
+        return line.strip() in names or any(name.startswith(answer) for name in names)
 
     # prompts
 
     def prompt(self, messages, language=None, tools=None) -> Prompt:
         """Chat messages -> Prompt.
 
-        Roles: system, user, assistant, observation or tool (a tool's result). An assistant message may carry "metadata",
-        the name of the tool it calls, or "tool_calls" as OpenAI has them; with metadata and no content, as the last, it is
-        a call that the answer goes on with. tools: OpenAI's descriptions of functions, also as "tools" of any message.
+        Roles: system, user, assistant, observation or tool (a tool's result). An assistant message
+        may carry "metadata", the name of the tool it calls, or "tool_calls" as OpenAI has them; the
+        last message, with metadata and no content, is a call that the answer completes. tools:
+        OpenAI's descriptions of functions, also as "tools" of any message.
         """
-        messages, pictures = self._checked(
-            [turn for message in messages for turn in released_turns(message)]
-        )
-        self._accepts(len(pictures))
-        begun_call = [f"{messages.pop()['metadata']}\n"] if is_begun_call(messages[-1]) else []
-        pieces = [*self._pieces(messages, tools), *begun_call]
-        ids = np.array([i for piece in pieces for i in self._ids(piece)], dtype=np.int64)
-        return self._prompt(ids, [self.pixels(p) for p in pictures], text="".join(pieces))
+        turns = []
+        for message in messages:
+            turns += released_turns(message)
+        turns, images = self._checked(turns)
+        self._check_images(len(images))
+        call_name = []
+        if is_open_call(turns[-1]):
+            call_name = [f"{turns.pop()['metadata']}\n"]
+        pieces = [*self._pieces(turns, tools), *call_name]
+        ids = []
+        for piece in pieces:
+            ids += self._ids(piece)
+        pixels = [self.pixels(image) for image in images]
+        return self._prompt(np.array(ids, dtype=np.int64), pixels, text="".join(pieces))
 
     def _checked(self, messages) -> tuple[list[dict], list]:
-        """Messages with plain text as content and "pictures", their number, beside it; and the pictures."""
+        """(messages with plain text as content and "num_images" beside it, the images in order)"""
         turns = []
-        pictures = []
+        images = []
         for message in messages:
             if message["role"] not in ROLES:
                 raise ModelError(
                     f"{self.name} has no role {message['role']!r}; use one of {', '.join(ROLES)}"
                 )
-            new, text = self._content(message)
-            turns.append({"metadata": "", **message, "content": text, "pictures": len(new)})
-            pictures += new
-        if not turns or not (
-            turns[-1]["role"] in ("user", "observation") or is_begun_call(turns[-1])
-        ):
+            new_images, text = self._content(message)
+            images += new_images
+            turn = {"metadata": "", **message, "content": text, "num_images": len(new_images)}
+            turns.append(turn)
+        if not turns or not may_end(turns[-1]):
             raise ModelError(
                 "the conversation does not end with a user message or an observation; add a question"
             )
-        return turns, pictures
+        return turns, images
 
     def _content(self, message) -> tuple[list, str]:
         return split_content(message["content"])
@@ -167,14 +175,12 @@ class Glm4(TemplatedFamily):
     def _pieces(self, messages, tools) -> list[str]:
         """The prompt as the directory's template words it, or as the release's first tokenizer code did."""
         template = directory_template(self.directory, bool(tools))
-        return (
-            template_pieces(template, messages, tools)
-            if template
-            else released_pieces(messages, tools)
-        )
+        if template is None:
+            return released_pieces(messages, tools)
+        return template_pieces(template, messages, tools)
 
     def _ids(self, piece) -> list[int]:
-        if not isinstance(piece, Special):
+        if not isinstance(piece, SpecialToken):
             return self.tokenizer.encode(piece)
         token_id = self.tokenizer.token_id(piece)
         if token_id is None:
@@ -189,15 +195,13 @@ class Glm4(TemplatedFamily):
     def weights(self) -> list[Weight]:
         if not self.hf:
             return list(chatglm_weights(self.decoder, self.config.get("add_qkv_bias", False)))
-        tied = (
-            self.config.get("tie_word_embeddings")
-            and self.shapes
-            and "lm_head.weight" not in self.shapes
-        )
+        head = "lm_head.weight"
+        if self.config.get("tie_word_embeddings") and self.shapes and head not in self.shapes:
+            head = None
         rows = decoder_weights(
             self.decoder,
             "model.",
-            None if tied else "lm_head.weight",
+            head,
             rotary_order(self.decoder),
             qkv_bias=self.config.get("attention_bias", True),
             fused_mlp=True,
@@ -211,79 +215,69 @@ def released_turns(message: dict) -> list[dict]:
         return [{**message, "role": "observation"}]
     if not message.get("tool_calls"):
         return [message]
-    calls = [call["function"] for call in message["tool_calls"]]
-    return [{"role": "assistant", "content": message["content"]}] * bool(message.get("content")) + [
-        {
-            "role": "assistant",
-            "metadata": call["name"],
-            "content": call["arguments"].strip() or "{}",
-        }
-        for call in calls
-    ]
+    turns = []
+    if message.get("content"):
+        turns.append({"role": "assistant", "content": message["content"]})
+    for call in message["tool_calls"]:
+        function = call["function"]
+        arguments = function["arguments"].strip() or "{}"
+        turns.append({"role": "assistant", "metadata": function["name"], "content": arguments})
+    return turns
 
 
-def is_begun_call(message: dict) -> bool:
-    return (
-        message["role"] == "assistant" and bool(message.get("metadata")) and not message["content"]
-    )
+def may_end(turn: dict) -> bool:
+    """Whether the model may answer after this turn."""
+    return turn["role"] in ("user", "observation") or is_open_call(turn)
+
+
+def is_open_call(turn: dict) -> bool:
+    """A call of which only the tool's name is given."""
+    return turn["role"] == "assistant" and bool(turn.get("metadata")) and not turn["content"]
 
 
 def released_pieces(messages: list[dict], tools=None) -> list[str]:
-    """Header and content are pieces of their own, so that a header's line break never merges with the text behind it.
+    """The prompt as the release's first tokenizer code worded it.
 
-    Tools are told in a system turn before their message; an empty message is no turn.
+    Header and content are pieces of their own, so that a header's line break never merges with the
+    text behind it. Tools are described in a system turn before their message; an empty message is no
+    turn.
     """
-    pieces = [Special("[gMASK]"), Special("<sop>")]
+    pieces = [SpecialToken("[gMASK]"), SpecialToken("<sop>")]
     for message in with_tools(messages, tools):
         if message.get("tools"):
-            pieces += [
-                Special("<|system|>"),
-                "\n",
-                WITH_TOOLS + "".join(map(describe_tool, message["tools"])),
-            ]
-        if message["content"] or message["pictures"]:
-            marks = [Special(mark) for mark in PICTURE * message["pictures"]]
-            pieces += [
-                Special(f"<|{message['role']}|>"),
-                f"{message['metadata']}\n",
-                *marks,
-                message["content"],
-            ]
-    return [*pieces, Special("<|assistant|>")]
+            described = WITH_TOOLS + "".join(map(describe_tool, message["tools"]))
+            pieces += [SpecialToken("<|system|>"), "\n", described]
+        if message["content"] or message["num_images"]:
+            role = SpecialToken(f"<|{message['role']}|>")
+            marks = [SpecialToken(mark) for mark in IMAGE_MARKS * message["num_images"]]
+            pieces += [role, f"{message['metadata']}\n", *marks, message["content"]]
+    return [*pieces, SpecialToken("<|assistant|>")]
 
 
 def template_pieces(template: ChatTemplate, messages: list[dict], tools=None) -> list[str]:
-    """The rendered text, cut at the special pieces that the template itself wrote."""
-    if re.search(
-        r"\[['\"]tools['\"]\]|\.tools\b", template.source
-    ):  # the release's looks in the messages
+    """The rendered text, cut at the special tokens that the template itself wrote."""
+    if READS_TOOLS_OF_MESSAGES.search(template.source):
         messages = with_tools(messages, tools)
         tools = None
-    hidden = [
-        {**m, "content": _hide(m["content"]), "metadata": _hide(m["metadata"])} for m in messages
-    ]
-    cut = ANY_SPECIAL.split(template.render(hidden, tools))
-    return [
-        Special(piece)
-        if piece in SPECIAL
-        else HIDDEN.sub(lambda mark: SPECIAL[ord(mark[0][1]) - 0xE000], piece)
-        for piece in cut
-        if piece
-    ]
-
-
-def _hide(text: str) -> str:
-    return ANY_SPECIAL.sub(lambda found: "\ue000" + chr(0xE000 + SPECIAL.index(found[0])), text)
+    escaper = SpecialTokenEscaper(SPECIAL)
+    escaped = []
+    for message in messages:
+        content = escaper.escape(message["content"])
+        metadata = escaper.escape(message["metadata"])
+        escaped.append({**message, "content": content, "metadata": metadata})
+    return escaper.split(template.render(escaped, tools))
 
 
 def with_tools(messages: list[dict], tools) -> list[dict]:
-    return [
-        {"role": "system", "content": "", "metadata": "", "pictures": 0, "tools": tools}
-    ] * bool(tools) + messages
+    """The messages behind an empty system message that carries the tools, if there are any."""
+    if not tools:
+        return messages
+    carrier = {"role": "system", "content": "", "metadata": "", "num_images": 0, "tools": tools}
+    return [carrier, *messages]
 
 
 def describe_tool(tool: dict) -> str:
-    """A function as the release's system turn tells it."""
+    """A function as the release's system turn words it."""
     if tool.get("type") != "function":
         raise ModelError(
             f"tool of type {tool.get('type')!r} is not known; give functions: "
@@ -300,7 +294,7 @@ def is_chatglm(config: dict) -> bool:
 
 def chatglm_decoder(config: dict) -> DecoderConfig:
     """Fields of the `chatglm` layout; defaults are those of the release's config class."""
-    supported(config, CHATGLM_ONLY)
+    check_fields(config, CHATGLM_ONLY, NOT_RELEASED)
     hidden = config["hidden_size"]
     heads = config["num_attention_heads"]
     head_dim = config.get("kv_channels") or hidden // heads
@@ -320,7 +314,7 @@ def chatglm_decoder(config: dict) -> DecoderConfig:
 
 def hf_decoder(config: dict) -> DecoderConfig:
     """Fields of transformers' `glm` layout; defaults are those of its GlmConfig, which are GLM-4-9B's."""
-    supported(config, {"hidden_act": "silu"})
+    check_fields(config, {"hidden_act": "silu"}, NOT_RELEASED)
     head_dim = config.get("head_dim", 128)
     return DecoderConfig(
         vocab_size=config["vocab_size"],
@@ -334,16 +328,6 @@ def hf_decoder(config: dict) -> DecoderConfig:
         eps=config.get("rms_norm_eps", 1.5625e-07),
         max_length=config.get("max_position_embeddings", 131072),
     )
-
-
-def supported(config: dict, only: dict):
-    """ModelError if a setting changes the network into one that no release of these families has."""
-    for field, value in only.items():
-        if config.get(field, value) != value:
-            raise ModelError(
-                f"config.json has {field} = {config[field]!r}, which none of the released models has "
-                f"(they have {value!r}); take config.json from the release"
-            )
 
 
 def chatglm_weights(d: DecoderConfig, qkv_bias: bool):

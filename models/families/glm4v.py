@@ -1,6 +1,7 @@
 """GLM-4V-9B: an EVA2-CLIP tower and a gated projector in front of GLM-4.
 
-A picture squashed to S x S flows in, the rows [boi; patches; eoi] that replace its three prompt tokens flow out.
+Takes an image squashed to S x S, returns the rows [boi; patches; eoi] that replace its three prompt
+tokens.
 """
 
 import numpy as np
@@ -8,13 +9,13 @@ import torch
 from torch import nn
 
 from models.checkpoint.table import Part, Weight, dense, fused_dense, pair
-from models.config import VisionSpec
+from models.config import VisionSpec, check_fields
 from models.errors import ModelError
 from models.family import Layout, Prompt
 from models.network.vision_blocks import Attention, GluAdapter, Mlp, Normalize
-from models.prompt.images import CLIP_MEAN, CLIP_STD, denormalize, open_image, squash
+from models.prompt.images import CLIP_MEAN, CLIP_STD, open_image, squash
 
-from .glm4 import Glm4, is_chatglm, released_pieces, supported
+from .glm4 import NOT_RELEASED, Glm4, is_chatglm, released_pieces
 from .weight_rows import glu_adapter_weights
 
 
@@ -34,7 +35,7 @@ class PostNormBlock(nn.Module):
 
 
 class Tower(nn.Module):
-    """NHWC picture [B, S, S, 3], raw 0..255 -> [B, width, grid, grid]. No norm before or after the blocks."""
+    """NHWC image [B, S, S, 3], raw 0..255 -> [B, width, grid, grid]. No norm before or after the blocks."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -59,7 +60,7 @@ class Tower(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """NHWC picture [B, S, S, 3], raw 0..255 -> rows to splice [B, 1 + patches / 4 + 1, decoder hidden].
+    """NHWC image [B, S, S, 3], raw 0..255 -> rows to splice [B, 1 + patches / 4 + 1, decoder hidden].
 
     The rows of the begin and end marks are learned here, and all rows are divided by the release's scaling factor.
     """
@@ -77,6 +78,7 @@ class VisionEncoder(nn.Module):
 class Glm4V(Glm4):
     name = "glm-4v"
     takes_tools = False
+    normalisation = (CLIP_MEAN, CLIP_STD)
 
     @classmethod
     def matches(cls, config):
@@ -86,7 +88,7 @@ class Glm4V(Glm4):
     def __init__(self, directory, config):
         super().__init__(directory, config)
         tower = config["vision_config"]
-        supported(tower, {"hidden_act": "gelu", "in_channels": 3})
+        check_fields(tower, {"hidden_act": "gelu", "in_channels": 3}, NOT_RELEASED)
         side = tower["image_size"]
         grid = tower["image_size"] // tower["patch_size"]
         if tower["num_positions"] != grid * grid + 1:
@@ -101,46 +103,40 @@ class Glm4V(Glm4):
     def vision_encoder(self):
         return VisionEncoder(self.config["vision_config"], self.decoder.hidden, self.decoder.ffn)
 
-    # pictures and prompt
+    # images and prompt
 
-    def pixels(self, source) -> np.ndarray:
-        """Picture -> float32 [1, S, S, 3], raw 0..255.
-
-        source: path, bytes or PIL image (the camera's rotation tag is ignored, as by the release), the release's
-        normalised [1, 3, S, S] array, or the result itself.
-        """
-        if not isinstance(source, np.ndarray):
-            return squash(open_image(source, upright=False), self.vision.input_shape[1])
-        if source.shape == self.vision.input_shape:
-            return source.astype(np.float32)
-        return denormalize(source, CLIP_MEAN, CLIP_STD, self.vision.input_shape)
+    def fit(self, source, side):
+        """Squashed to side x side; the camera's rotation tag is ignored, as by the release."""
+        return squash(open_image(source, upright=False), side)
 
     def _content(self, message):
-        """The release's own message form is taken too: {"role": "user", "image": picture, "content": text}."""
-        pictures, text = super()._content(message)
-        return [*([message["image"]] if message.get("image") is not None else []), *pictures], text
+        """The release's own message form is taken too: {"role": "user", "image": image, "content": text}."""
+        images, text = super()._content(message)
+        if message.get("image") is not None:
+            images = [message["image"], *images]
+        return images, text
 
     def _pieces(self, messages, tools):
-        """No template of a directory knows how the pictures stand."""
+        """Always as the release words it: no template of a directory knows where the images stand."""
         return released_pieces(messages, tools)
 
     def _prompt(self, ids, pixels, image_starts=None, text="") -> Prompt:
-        """The picture's three ids (begin, placeholder, end) become as many as it has rows."""
+        """The image's three ids (begin, placeholder, end) become as many as it has rows."""
         if not pixels:
-            return Prompt(ids, [], Layout(np.arange(len(ids))[:, None], (len(ids),), (1,)), text)
-        start = self._picture_start(ids, image_starts)
+            layout = Layout(np.arange(len(ids))[:, None], (len(ids),), (1,))
+            return Prompt(ids, [], layout, text)
+        start = self._image_start(ids, image_starts)
         patches = self.vision.rows - 2
         ids = np.concatenate((ids[: start + 1], np.full(patches, ids[start + 1]), ids[start + 2 :]))
         return Prompt(ids, pixels, expanded_layout(len(ids), start, patches), text)
 
-    def _picture_start(self, ids, image_starts) -> int:
+    def _image_start(self, ids, image_starts) -> int:
         """Index of the begin mark; the end mark must stand two places behind it."""
-        marks = self.config["boi_token_id"], self.config["eoi_token_id"]
-        starts = (
-            np.flatnonzero(ids == marks[0])
-            if image_starts is None
-            else np.asarray(image_starts).reshape(-1)
-        )
+        marks = (self.config["boi_token_id"], self.config["eoi_token_id"])
+        if image_starts is None:
+            starts = np.flatnonzero(ids == marks[0])
+        else:
+            starts = np.asarray(image_starts).reshape(-1)
         if len(starts) != 1 or tuple(ids[starts[0] : starts[0] + 3 : 2]) != marks:
             raise ModelError(
                 f"the prompt has one picture, so its ids must hold {marks[0]}, one placeholder, "
@@ -171,9 +167,9 @@ class Glm4V(Glm4):
         for i in range(tower["num_hidden_layers"]):
             layer = f"{root}transformer.layers.{i}."
             ours = f"vision.tower.blocks.{i}."
-            heads = [f"{ours}attention.{name}" for name in "qkv"]
             yield from pair(layer + "input_layernorm", (width,), ours + "attention_norm")
-            yield from fused_dense(layer + "attention.query_key_value", width, width, heads)
+            qkv = layer + "attention.query_key_value"
+            yield from fused_dense(qkv, width, width, ours + "attention.", "qkv")
             yield from dense(layer + "attention.dense", width, width, ours + "attention.out")
             yield from dense(layer + "mlp.fc1", inner, width, ours + "mlp.up")
             yield from dense(layer + "mlp.fc2", width, inner, ours + "mlp.down")
@@ -182,7 +178,7 @@ class Glm4V(Glm4):
 
 
 def expanded_layout(length: int, start: int, patches: int) -> Layout:
-    """All patch rows share one position, so that text after the picture counts on as if they were one token."""
+    """All patch rows share one position, so that text after the image counts on as if they were one token."""
     place = np.arange(length)
     first = start + 1  # of the patch rows
     positions = np.where(place < first, place, np.maximum(place - patches + 1, first))

@@ -1,7 +1,7 @@
 """GLM-Edge-1.5B/4B-chat and GLM-Edge-V-2B/5B: a small GLM decoder, in V behind a SigLIP tower and an adapter.
 
-config.json and messages flow in; weight table, vision encoder and prompts flow out. The chat template of a V model
-itself writes one `<|begin_of_image|>` per picture row (578).
+Takes config.json and messages; returns weight table, vision encoder and prompts. The chat template of
+a V model itself writes one `<|begin_of_image|>` per image row (578).
 """
 
 import functools
@@ -13,12 +13,11 @@ import torch
 from torch import nn
 
 from models.checkpoint.table import Part, Weight, pair
-from models.config import DecoderConfig, VisionSpec, chosen, rope_of
-from models.errors import ModelError
+from models.config import DecoderConfig, VisionSpec, check_fields, chosen, rope_of
 from models.family import SamplingDefaults
 from models.network.rope import interleaved_order
 from models.network.vision_blocks import GluAdapter, Normalize, PreNormBlock, gelu_erf, gelu_tanh
-from models.prompt.images import denormalize, fit_pad, open_image
+from models.prompt.images import fit_pad, open_image
 from models.prompt.tokenizers import JsonTokenizer, MissingTokenizer
 
 from .templated import TemplatedFamily
@@ -34,6 +33,9 @@ from .weight_rows import (
 
 MEAN = STD = (0.5, 0.5, 0.5)
 ACTIVATIONS = {"gelu_pytorch_tanh": gelu_tanh, "gelu": gelu_erf}
+OTHER_ACTIVATION = (
+    "config.json says {field} {given!r}, GLM-Edge has {wanted!r}; use the released config.json"
+)
 SIGLIP = {
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -51,7 +53,7 @@ CHAT_V = """\
 
 
 class SiglipTower(nn.Module):
-    """NHWC picture [B, S, S, 3], raw 0..255 -> [B, width, grid, grid], after the tower's last norm."""
+    """NHWC image [B, S, S, 3], raw 0..255 -> [B, width, grid, grid], after the tower's last norm."""
 
     def __init__(self, siglip: dict):
         super().__init__()
@@ -82,7 +84,7 @@ class SiglipTower(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """NHWC picture [B, S, S, 3], raw 0..255 -> rows to splice [B, 1 + patches / 4 + 1, decoder hidden].
+    """NHWC image [B, S, S, 3], raw 0..255 -> rows to splice [B, 1 + patches / 4 + 1, decoder hidden].
 
     The rows of the begin and end marks are learned here; they are not the word embeddings of these tokens.
     """
@@ -104,6 +106,7 @@ class GlmEdge(TemplatedFamily):
 
     name = "glm-edge"
     stop_tokens = ("<|endoftext|>", "<|user|>", "<|observation|>")
+    normalisation = (MEAN, STD)
 
     @classmethod
     def matches(cls, config):
@@ -114,11 +117,7 @@ class GlmEdge(TemplatedFamily):
 
     def __init__(self, directory, config):
         super().__init__(directory, config)
-        if config.get("hidden_act", "silu") != "silu":
-            raise ModelError(
-                f"config.json says hidden_act {config['hidden_act']!r}, GLM-Edge has 'silu'; "
-                "use the released config.json"
-            )
+        check_fields(config, {"hidden_act": "silu"}, OTHER_ACTIVATION)
         self.decoder = _decoder(config)
         self.default_template = CHAT
         if "vision_config" in config:
@@ -141,7 +140,7 @@ class GlmEdge(TemplatedFamily):
         file = self.directory / "tokenizer.json"
         return JsonTokenizer(file) if file.is_file() else MissingTokenizer(file)
 
-    def release_sampling(self, with_picture):
+    def release_sampling(self, with_image):
         return SamplingDefaults(
             max_length=self.decoder.max_length, temperature=0.6, top_p=0.8, repetition_penalty=1.2
         )
@@ -151,15 +150,12 @@ class GlmEdge(TemplatedFamily):
         return answer.strip()
 
     def prompt_from_ids(self, ids, pixels=None, image_starts=None):
-        """As in TemplatedFamily; the all-zero picture that the release feeds with a text prompt is left out."""
+        """As in TemplatedFamily; the all-zero image that the release feeds with a text prompt is left out."""
         return super().prompt_from_ids(ids, pixels if np.any(pixels) else None, image_starts)
 
-    def pixels(self, source) -> np.ndarray:
-        if not isinstance(source, np.ndarray):
-            return fit_pad(open_image(source), self.vision.input_shape[1])
-        if source.shape == self.vision.input_shape:
-            return source.astype(np.float32)
-        return denormalize(source, MEAN, STD, self.vision.input_shape)
+    def fit(self, source, side):
+        """Fitted into side x side, the aspect kept, the rest zero."""
+        return fit_pad(open_image(source), side)
 
     # weights
 
@@ -229,20 +225,16 @@ def _pooling_head(root: str, width: int, inner: int):
     yield Weight(root + "probe", (1, 1, width))
     yield Weight(root + "attention.in_proj_weight", (3 * width, width))
     yield Weight(root + "attention.in_proj_bias", (3 * width,))
-    for name, shape in (
-        ("attention.out_proj", (width, width)),
-        ("layernorm", (width,)),
-        ("mlp.fc1", (inner, width)),
-        ("mlp.fc2", (width, inner)),
-    ):
-        yield from pair(root + name, shape, "")
+    yield from pair(root + "attention.out_proj", (width, width), "")
+    yield from pair(root + "layernorm", (width,), "")
+    yield from pair(root + "mlp.fc1", (inner, width), "")
+    yield from pair(root + "mlp.fc2", (width, inner), "")
 
 
 def _reshaped(row: Weight, shape: tuple[int, ...]) -> Weight:
-    """The begin and end rows may be stored with fewer axes."""
+    """The row as stored in `shape`: the begin and end marks may have fewer axes."""
     if shape == row.shape or len(row.shape) != 3 or math.prod(shape) != math.prod(row.shape):
         return row
     (part,) = row.parts
-    return replace(
-        row, shape=shape, parts=(replace(part, transform=lambda stored: stored.reshape(row.shape)),)
-    )
+    part = replace(part, transform=lambda stored: stored.reshape(row.shape))
+    return replace(row, shape=shape, parts=(part,))

@@ -1,7 +1,8 @@
-"""LLaVA-1.5-7B as llava-hf releases it: CLIP ViT-L/14-336 and a two-layer projector in front of LLaMA (Vicuna 7B).
+"""LLaVA-1.5-7B as llava-hf releases it: CLIP ViT-L/14-336 and a projector in front of LLaMA (Vicuna 7B).
 
-config.json, whose gaps are the defaults of transformers' classes, and messages flow in; weight table, vision encoder
-and prompts flow out. Every `<image>` of a prompt becomes as many tokens as the picture has rows (576).
+Takes config.json, whose gaps are the defaults of transformers' classes, and messages; returns weight
+table, vision encoder and prompts. Every `<image>` of a prompt becomes as many tokens as the image has
+rows (576).
 """
 
 import functools
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from models.checkpoint.table import Part, Weight, dense, pair
-from models.config import DecoderConfig, VisionSpec, chosen, read_json, rope_of
+from models.config import DecoderConfig, VisionSpec, check_fields, chosen, read_json, rope_of
 from models.errors import ModelError
 from models.family import SamplingDefaults
 from models.network.vision_blocks import (
@@ -22,7 +23,7 @@ from models.network.vision_blocks import (
     gelu_tanh,
     quick_gelu,
 )
-from models.prompt.images import CLIP_MEAN, CLIP_STD, center_crop, denormalize, open_image
+from models.prompt.images import CLIP_MEAN, CLIP_STD, center_crop, open_image
 from models.prompt.tokenizers import (
     JsonTokenizer,
     MissingTokenizer,
@@ -46,6 +47,7 @@ LLAMA = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+LLAMA_ONLY = {"model_type": "llama", "hidden_act": "silu"}
 CLIP = {
     "model_type": "clip_vision_model",
     "hidden_size": 768,
@@ -57,6 +59,12 @@ CLIP = {
     "layer_norm_eps": 1e-5,
     "num_channels": 3,
 }
+CLIP_ONLY = {"model_type": "clip_vision_model", "num_channels": 3}
+OTHER_PART = (
+    "{part} says {{field}} {{given!r}}, this toolkit runs LLaVA with {{wanted!r}} only; "
+    "use llava-hf/llava-1.5-7b-hf"
+)
+# of a config without vision_config
 VIT_L_336 = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -64,7 +72,7 @@ VIT_L_336 = {
     "num_attention_heads": 16,
     "image_size": 336,
     "patch_size": 14,
-}  # of a config without vision_config
+}
 TEMPLATE = """\
 {% for message in messages %}{% if message.role != 'system' %}{{ message.role | upper }}: {% endif %}
 {% for part in message.content if part.type == 'image' %}{{ '<image>\n' }}{% endfor %}
@@ -73,8 +81,10 @@ TEMPLATE = """\
 
 
 class ClipTower(nn.Module):
-    """NHWC picture [B, S, S, 3], raw 0..255 -> hidden states [B, 1 + patches, width] after `layers` blocks, class token
-    first. The last norm of CLIP is not applied to hidden states."""
+    """NHWC image [B, S, S, 3], raw 0..255 -> hidden states [B, 1 + patches, width] after `layers` blocks.
+
+    The class token is first. CLIP's last norm is not applied to hidden states.
+    """
 
     def __init__(self, clip: dict, layers: int):
         super().__init__()
@@ -105,7 +115,7 @@ class ClipTower(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """NHWC picture [B, S, S, 3], raw 0..255 -> rows to splice [B, patches, decoder hidden].
+    """NHWC image [B, S, S, 3], raw 0..255 -> rows to splice [B, patches, decoder hidden].
 
     `layers` blocks of the tower run; `whole` keeps the class token's row.
     """
@@ -128,6 +138,7 @@ class Llava(TemplatedFamily):
     name = "llava-1.5"
     default_template = TEMPLATE
     stop_tokens = ("</s>",)
+    normalisation = (CLIP_MEAN, CLIP_STD)
 
     @classmethod
     def matches(cls, config):
@@ -143,19 +154,16 @@ class Llava(TemplatedFamily):
             )
         self.text = LLAMA | (config.get("text_config") or {})
         self.clip = CLIP | (config.get("vision_config") or VIT_L_336)
-        _supported(self.text, {"model_type": "llama", "hidden_act": "silu"}, "text_config")
-        _supported(
-            self.clip, {"model_type": "clip_vision_model", "num_channels": 3}, "vision_config"
-        )
+        check_fields(self.text, LLAMA_ONLY, OTHER_PART.format(part="text_config"))
+        check_fields(self.clip, CLIP_ONLY, OTHER_PART.format(part="vision_config"))
         self.decoder = _decoder(self.text)
-        self.layers, self.whole = self._feature_layers(), self._keeps_class_token()
+        self.layers = self._feature_layers()
+        self.whole = self._keeps_class_token()
         side = self.clip["image_size"]
         rows = (side // self.clip["patch_size"]) ** 2 + self.whole
         self.vision = VisionSpec((1, side, side, 3), (1, rows, self.decoder.hidden))
-        self.placeholder = (
-            "<image>",
-            config.get("image_token_index", config.get("image_token_id", 32000)),
-        )
+        image_token = config.get("image_token_index", config.get("image_token_id", 32000))
+        self.placeholder = ("<image>", image_token)
 
     def vision_encoder(self):
         activation = chosen(ACTIVATIONS, self.config, "projector_hidden_act", "gelu")
@@ -176,24 +184,21 @@ class Llava(TemplatedFamily):
             return JsonTokenizer(json, self.text["bos_token_id"])
         if not model.is_file():
             return MissingTokenizer(json)
+        added = added_tokens(self.directory / "tokenizer_config.json")
         file = self.directory / "added_tokens.json"
-        added = added_tokens(self.directory / "tokenizer_config.json") | (
-            read_json(file) if file.is_file() else {}
-        )
+        if file.is_file():
+            added |= read_json(file)
         return SentencePieceTokenizer(model, added, self.text["bos_token_id"])
 
-    def release_sampling(self, with_picture):
+    def release_sampling(self, with_image):
         return SamplingDefaults(max_length=self.decoder.max_length, temperature=0.0)
 
-    def check_image_count(self, pictures):
-        """Several pictures are welcome, in the order of the prompt."""
+    def check_image_count(self, images):
+        """Any number of images is accepted; they stand in the order of the prompt."""
 
-    def pixels(self, source) -> np.ndarray:
-        if not isinstance(source, np.ndarray):
-            return center_crop(open_image(source), self.vision.input_shape[1])
-        if source.shape == self.vision.input_shape:
-            return source.astype(np.float32)
-        return denormalize(source, CLIP_MEAN, CLIP_STD, self.vision.input_shape)
+    def fit(self, source, side):
+        """The shorter edge becomes `side`, then the centre is cut out."""
+        return center_crop(open_image(source), side)
 
     def _expand(self, ids):
         return np.repeat(ids, np.where(ids == self.placeholder[1], self.vision.rows, 1))
@@ -262,9 +267,8 @@ class Llava(TemplatedFamily):
         yield Weight(
             embeddings + "position_embedding.weight", (positions, width), (Part(ours + "position"),)
         )
-        yield from pair(
-            root + "pre_layrnorm", (width,), ours + "pre_norm"
-        )  # the release's spelling
+        # `pre_layrnorm` is the release's spelling
+        yield from pair(root + "pre_layrnorm", (width,), ours + "pre_norm")
         for i in range(self.clip["num_hidden_layers"]):
             block = tower_block(f"{root}encoder.layers.{i}.", width, inner, f"{ours}blocks.{i}.")
             yield from block if i < self.layers else unused(block)
@@ -294,12 +298,3 @@ def _decoder(text: dict) -> DecoderConfig:
         eps=text["rms_norm_eps"],
         max_length=text["max_position_embeddings"],
     )
-
-
-def _supported(config: dict, wanted: dict, where: str):
-    for key, value in wanted.items():
-        if config.get(key, value) != value:
-            raise ModelError(
-                f"{where} says {key} {config[key]!r}, this toolkit runs LLaVA with {value!r} only; "
-                "use llava-hf/llava-1.5-7b-hf"
-            )

@@ -1,7 +1,7 @@
-"""Families whose prompt is the chat template of the model directory and whose ids hold one placeholder per picture row.
+"""Base of the families whose prompt is the chat template of the model directory.
 
-Messages (or ids as the original implementation feeds its model) flow in, a Prompt with plain positions 0, 1, 2, ...
-flows out.
+Takes messages, or ids as the original implementation feeds its model; returns a Prompt with positions
+0, 1, 2, ... whose ids hold one placeholder per image row.
 """
 
 import functools
@@ -12,52 +12,65 @@ from models.checkpoint.shards import stored_shapes
 from models.errors import ModelError
 from models.family import Family, Layout, Prompt
 from models.prompt.chat_template import ChatTemplate, directory_template
-from models.prompt.messages import said, with_parts, with_text
+from models.prompt.images import denormalize
+from models.prompt.messages import joined_text, parse_messages, with_plain_text
 
 
 class TemplatedFamily(Family):
-    """To fill in beside what Family asks for: `default_template`, `placeholder`, `stop_tokens`, `normalised_pixels`."""
+    """To fill in beside what Family asks for: `default_template` and `stop_tokens`; with images also
+    `placeholder`, `normalisation` and `fit`."""
 
-    default_template: str  # for a directory that has none; may use `rows`, the rows of a picture
-    placeholder: tuple[str, int] | None = (
-        None  # token and id that stand for one picture row; None: a text model
-    )
-    stop_tokens: tuple[
-        str, ...
-    ] = ()  # end an answer beside the ids that the directory's files name
+    # for a directory that has no template; may use `rows`, the rows of an image
+    default_template: str
+    # token and id that stand for one image row; None: a text model
+    placeholder: tuple[str, int] | None = None
+    # end an answer, beside the ids that the directory's files name
+    stop_tokens: tuple[str, ...] = ()
+    # mean and standard deviation per channel that the release's preprocessor applies
+    normalisation: tuple[tuple[float, ...], tuple[float, ...]]
 
     def prompt(self, messages, language=None, tools=None) -> Prompt:
-        """Chat messages -> Prompt. Roles system, user, assistant; pictures keep their place among the parts.
+        """Chat messages -> Prompt. Roles system, user, assistant; images keep their place among the parts.
 
-        The wording is the template's, whatever the language. ModelError names what the template cannot express.
+        The wording is the template's, whatever the language. ModelError names what the template
+        cannot express.
         """
-        turns, pictures = with_parts(messages)
-        self._accepts(len(pictures))
-        text = self.template(bool(tools)).render(
-            turns if self.vision else with_text(turns),
-            tools,
-            rows=self.vision.rows if self.vision else 0,
-        )
-        self._shows_system(turns, text)
-        return self._prompt(
-            self._expand(np.array(self.tokenizer.encode(text), dtype=np.int64)),
-            [self.pixels(picture) for picture in pictures],
-            None,
-            text,
-        )
+        turns, images = parse_messages(messages)
+        self._check_images(len(images))
+        shown = turns if self.vision else with_plain_text(turns)
+        rows = self.vision.rows if self.vision else 0
+        text = self.template(bool(tools)).render(shown, tools, rows=rows)
+        self._check_system_shown(turns, text)
+        ids = np.array(self.tokenizer.encode(text), dtype=np.int64)
+        pixels = [self.pixels(image) for image in images]
+        return self._prompt(self._expand(ids), pixels, None, text)
 
     def prompt_from_ids(self, ids, pixels=None, image_starts=None) -> Prompt:
-        """ids [T] with a placeholder for every picture row; pixels normalised [n, 3, S, S] (more axes in front are
-        taken too); image_starts None: the pictures are the placeholder's places, in order."""
+        """Token ids as the original implementation feeds its model -> Prompt.
+
+        ids [T] have a placeholder for every image row. pixels: normalised [n, 3, S, S], also with
+        more axes in front. image_starts None: the images take the placeholders in order.
+        """
         ids = np.asarray(ids, dtype=np.int64).reshape(-1)
-        pictures = [] if pixels is None else np.asarray(pixels)
-        pictures = [] if len(pictures) == 0 else pictures.reshape(-1, *pictures.shape[-3:])
-        self._accepts(len(pictures))
-        return self._prompt(ids, [self.pixels(picture[None]) for picture in pictures], image_starts)
+        images = np.asarray([] if pixels is None else pixels)
+        if len(images):
+            images = images.reshape(-1, *images.shape[-3:])
+        self._check_images(len(images))
+        return self._prompt(ids, [self.pixels(image[None]) for image in images], image_starts)
 
     def pixels(self, source) -> np.ndarray:
-        """Picture (path, bytes or PIL image; upright as its camera says), the release's normalised [1, 3, S, S], or the
-        result itself -> float32 [1, S, S, 3], raw 0..255."""
+        """One image -> float32 [1, S, S, 3], raw 0..255.
+
+        source: path, bytes or PIL image, the release's normalised [1, 3, S, S], or the result itself.
+        """
+        if not isinstance(source, np.ndarray):
+            return self.fit(source, self.vision.input_shape[1])
+        if source.shape == self.vision.input_shape:
+            return source.astype(np.float32)
+        return denormalize(source, *self.normalisation, self.vision.input_shape)
+
+    def fit(self, source, side: int) -> np.ndarray:
+        """Path, bytes or PIL image -> float32 [1, side, side, 3], as the release brings it to this size."""
         raise NotImplementedError
 
     def template(self, tools: bool = False) -> ChatTemplate:
@@ -70,54 +83,52 @@ class TemplatedFamily(Family):
 
     @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """Every id that ends an answer, whoever names it: the directory's generation_config.json, its config, or we."""
-        given = [self._generation_config().get("eos_token_id"), self._config_eos()]
-        ids = {i for g in given if g is not None for i in (g if isinstance(g, list) else [g])}
-        return tuple(
-            sorted(ids | {self.tokenizer.token_id(token) for token in self.stop_tokens} - {None})
-        )
+        """Every id that ends an answer: those of generation_config.json, config.json and `stop_tokens`."""
+        ids = {self.tokenizer.token_id(token) for token in self.stop_tokens}
+        for given in (self._generation_config().get("eos_token_id"), self._config_eos()):
+            ids.update(given if isinstance(given, list) else [given])
+        return tuple(sorted(ids - {None}))
 
     def _config_eos(self):
         return self.config.get("eos_token_id")
 
-    def _accepts(self, pictures: int):
-        if pictures and not self.vision:
+    def _check_images(self, count: int):
+        if count and not self.vision:
             raise ModelError(
                 f"{self.name} is a text model and takes no picture; leave the picture out"
             )
-        self.check_image_count(pictures)
+        self.check_image_count(count)
 
-    def _shows_system(self, turns, text):
+    def _check_system_shown(self, turns: list[dict], text: str):
+        """ModelError if the rendered text lacks a system message."""
         for turn in turns:
-            if turn["role"] == "system" and said(turn).strip() not in text:
+            if turn["role"] == "system" and joined_text(turn["content"]).strip() not in text:
                 raise ModelError(
                     f"the chat template of {self.name} has no system messages; "
                     "put the instruction into the first question"
                 )
 
     def _expand(self, ids: np.ndarray) -> np.ndarray:
-        """Ids of the rendered text -> ids with a placeholder for every picture row."""
+        """Ids of the rendered text -> ids with a placeholder for every image row."""
         return ids
 
     def _prompt(self, ids, pixels, image_starts=None, text="") -> Prompt:
-        starts = self._picture_starts(ids, len(pixels), image_starts) if self.vision else ()
-        return Prompt(
-            ids,
-            pixels,
-            Layout(np.arange(len(ids))[:, None], (len(ids),), (1,), image_starts=starts),
-            text,
-        )
+        starts = self._image_starts(ids, len(pixels), image_starts) if self.vision else ()
+        positions = np.arange(len(ids))[:, None]
+        layout = Layout(positions, (len(ids),), (1,), image_starts=starts)
+        return Prompt(ids, pixels, layout, text)
 
-    def _picture_starts(self, ids, pictures: int, given) -> tuple[int, ...]:
-        """First row of each picture. Every row must stand on a placeholder, and every placeholder must get a row."""
-        (token, token_id), rows = self.placeholder, self.vision.rows
+    def _image_starts(self, ids, images: int, given) -> tuple[int, ...]:
+        """First row of each image. Every row must stand on a placeholder, and every placeholder must get a row."""
+        token, token_id = self.placeholder
+        rows = self.vision.rows
         places = np.flatnonzero(ids == token_id)
         starts = places[::rows] if given is None else np.asarray(given, dtype=np.int64).reshape(-1)
         filled = (starts[:, None] + np.arange(rows)).reshape(-1)
-        if len(places) != pictures * rows:
+        if len(places) != images * rows:
             raise ModelError(
-                f"the number of pictures ({pictures}, {rows} rows each) does not fit the prompt: it has "
-                f"{len(places)} {token} tokens and needs {pictures * rows}; give one picture per mark"
+                f"the number of pictures ({images}, {rows} rows each) does not fit the prompt: it has "
+                f"{len(places)} {token} tokens and needs {images * rows}; give one picture per mark"
             )
         if not np.array_equal(np.sort(filled), places):
             raise ModelError(

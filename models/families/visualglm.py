@@ -1,4 +1,8 @@
-"""VisualGLM-6B: EVA-ViT-g + Q-Former + projection in front of ChatGLM-6B (first generation)."""
+"""VisualGLM-6B: EVA-ViT-g, Q-Former and projection in front of ChatGLM-6B (first generation).
+
+Takes the config of the released or of the SAT layout, and messages; returns decoder settings, weight
+table, vision encoder and prompts.
+"""
 
 import functools
 import math
@@ -16,14 +20,14 @@ from models.network.rope import permute_heads, two_halves_order
 from models.network.vision_blocks import Attention, Dense, Mlp, Normalize, PreNormBlock
 from models.prompt.images import CLIP_MEAN, CLIP_STD, denormalize, open_image, squash
 from models.prompt.messages import split_content
-from models.prompt.streaming import partial_match
+from models.prompt.streaming import TRAINING_DATE, partial_match, with_training_date
 from models.prompt.tokenizers import IceTokenizer
 
 LN_VISION_EPS = 1e-5  # a plain nn.LayerNorm in the release, not the tower's 1e-6
 
 
 class Vit(nn.Module):
-    """EVA-ViT: NHWC picture [B, S, S, 3], raw 0..255 -> [B, 1 + patches, width], class token first."""
+    """EVA-ViT: NHWC image [B, S, S, 3], raw 0..255 -> [B, 1 + patches, width], class token first."""
 
     def __init__(self, eva: dict):
         super().__init__()
@@ -100,7 +104,7 @@ class QFormer(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """NHWC picture [B, S, S, 3], raw 0..255 -> rows to splice [B, queries, decoder hidden]."""
+    """NHWC image [B, S, S, 3], raw 0..255 -> rows to splice [B, queries, decoder hidden]."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -112,11 +116,11 @@ class VisionEncoder(nn.Module):
         return self.project(self.qformer(self.vit(nhwc)))
 
 
+# language -> (wording of the question, wording of a past turn)
 WORDING = {
     "zh": ("问：{}\n答：", "问：{}\n答：{}\n"),
     "en": ("Q:{}\nA:", "Q:{}\nA:{}\n"),
-}  # question, past turn
-TRAINED = "[[训练时间]]"  # the model's own placeholder for its date
+}
 FULL_WIDTH = str.maketrans(",!:;?", "，！：；？")
 
 
@@ -134,11 +138,8 @@ class VisualGLM(Family):
     def __init__(self, directory, config):
         self.sat = "eva_args" in config
         if self.sat:
-            config = {
-                **config,
-                "eva_config": config["eva_args"],
-                "qformer_config": config["qformer_args"],
-            }
+            parts = {"eva_config": config["eva_args"], "qformer_config": config["qformer_args"]}
+            config = {**config, **parts}
         super().__init__(directory, config)
         hidden = config["hidden_size"]
         heads = config["num_attention_heads"]
@@ -155,12 +156,12 @@ class VisualGLM(Family):
             max_length=config["max_sequence_length"],
             norm="layer",
             activation="gelu_tanh",
+            # the release never passes num_layers to its blocks: always 28
             residual_alpha=math.sqrt(2 * 28),
-        )  # the release never passes num_layers to its blocks: always 28
-        side = self.config["eva_config"]["image_size"][0]
-        self.vision = VisionSpec(
-            (1, side, side, 3), (1, self.config["qformer_config"]["vocab_size"], hidden)
         )
+        side = self.config["eva_config"]["image_size"][0]
+        rows = self.config["qformer_config"]["vocab_size"]
+        self.vision = VisionSpec((1, side, side, 3), (1, rows, hidden))
         self.stop_ids = (config["eos_token_id"],)
 
     def vision_encoder(self):
@@ -170,68 +171,76 @@ class VisualGLM(Family):
     def tokenizer(self):
         return IceTokenizer(self.directory / "ice_text.model", self.config["bos_token_id"])
 
-    def release_sampling(self, with_picture):
-        if with_picture:  # the release also forces 100 tokens at least, which spoils short answers: not taken over
+    def release_sampling(self, with_image):
+        # the release also forces at least 100 tokens; we do not copy that: it spoils short answers
+        if with_image:
             return SamplingDefaults(
                 max_length=1024, temperature=0.8, top_p=0.4, top_k=100, repetition_penalty=1.2
             )
         return SamplingDefaults(max_length=2048, temperature=0.95, top_p=0.7)
 
     def clean(self, answer):
-        answer = answer.strip().replace(TRAINED, "2023年")
+        """With a date for its placeholder, and full-width punctuation beside Chinese characters."""
         beside_chinese = r"(?<=[\u4e00-\u9fff])[,!:;?]|[,!:;?](?=[\u4e00-\u9fff])"
+        answer = with_training_date(answer)
         return re.sub(beside_chinese, lambda mark: mark[0].translate(FULL_WIDTH), answer)
 
     def unstable_tail(self, answer):
         tail = re.match(r"[\s,!:;?]*", answer[::-1])[0]
-        return max(len(tail), partial_match(TRAINED, answer))
+        return max(len(tail), partial_match(TRAINING_DATE, answer))
 
-    # pictures and prompt
+    # images and prompt
 
     def pixels(self, source) -> np.ndarray:
-        """Picture (path, bytes, PIL, or the release's normalised [1, 3, S, S] array) -> float32 [1, S, S, 3], raw 0..255."""
-        side = self.vision.input_shape[1]
+        """One image -> float32 [1, S, S, 3], raw 0..255.
+
+        source: path, bytes or PIL image, or the release's normalised [1, 3, S, S] array.
+        """
         if isinstance(source, np.ndarray):
             return denormalize(source, CLIP_MEAN, CLIP_STD, self.vision.input_shape)
-        return squash(open_image(source), side)
+        return squash(open_image(source), self.vision.input_shape[1])
 
     def prompt(self, messages, language="zh", tools=None) -> Prompt:
-        """Chat messages -> Prompt. The picture always stands at the very front, whichever turn brought it."""
+        """Chat messages -> Prompt. The image always comes first, whichever turn brought it."""
         if tools:
             raise ModelError(f"{self.name} knows no tools; leave the tools out")
-        pictures, text = self._conversation(messages, WORDING[language])
-        self.check_image_count(len(pictures))
-        if not pictures:
+        images, text = self._conversation(messages, WORDING[language])
+        self.check_image_count(len(images))
+        if not images:
             return self._finish(self.tokenizer.encode(text), [], (), text)
         before = self.tokenizer.encode("<img>")
         after = self.tokenizer.encode("</img>" + text)
         ids = before + [self.placeholder_id] * self.vision.rows + after
-        return self._finish(
-            ids, [self.pixels(p) for p in pictures], (len(before),), "<img></img>" + text
-        )
+        pixels = [self.pixels(image) for image in images]
+        return self._finish(ids, pixels, (len(before),), "<img></img>" + text)
 
     def prompt_from_ids(self, ids, pixels=None, image_starts=None) -> Prompt:
-        """ids [T] as the release feeds its model (32 placeholders, gMASK, sop); pixels as its processor returns them."""
+        """Token ids as the release feeds its model -> Prompt.
+
+        ids [T]: with 32 placeholders, gMASK and <sop>. pixels [n, 3, S, S]: as its processor returns
+        them.
+        """
         ids = np.asarray(ids, dtype=np.int64).reshape(-1)
-        pictures = (
-            [] if pixels is None else [self.pixels(np.asarray(p)[None]) for p in np.asarray(pixels)]
-        )
-        self.check_image_count(len(pictures))
-        if pictures and image_starts is None:
+        images = []
+        if pixels is not None:
+            images = [self.pixels(image[None]) for image in np.asarray(pixels)]
+        self.check_image_count(len(images))
+        if images and image_starts is None:
             image_starts = (self._find_placeholders(ids),)
-        return Prompt(ids, pictures, self._layout(ids, tuple(image_starts or ())))
+        return Prompt(ids, images, self._layout(ids, tuple(image_starts or ())))
 
     @property
     def placeholder_id(self):
         return self.tokenizer.piece_id("<unk>")
 
-    def _conversation(self, messages, wording):
-        pictures = []
+    def _conversation(self, messages, wording) -> tuple[list, str]:
+        """(images in order, the text up to where the answer begins)"""
+        images = []
         text = ""
         question = None
         for message in messages:
             new, content = split_content(message["content"])
-            pictures += new
+            images += new
             if message["role"] == "user" and question is None:
                 question = content
             elif message["role"] == "assistant" and question is not None:
@@ -244,12 +253,11 @@ class VisualGLM(Family):
                 )
         if question is None:
             raise ModelError("the conversation does not end with a user message; add a question")
-        return pictures, text + wording[0].format(question)
+        return images, text + wording[0].format(question)
 
     def _finish(self, ids, pixels, starts, text):
-        ids = np.array(
-            ids + [self.config["gmask_token_id"], self.config["bos_token_id"]], dtype=np.int64
-        )
+        end = [self.config["gmask_token_id"], self.config["bos_token_id"]]
+        ids = np.array(ids + end, dtype=np.int64)
         return Prompt(ids, pixels, self._layout(ids, starts), text)
 
     def _find_placeholders(self, ids) -> int:
@@ -262,11 +270,17 @@ class VisualGLM(Family):
         )
 
     def _layout(self, ids, image_starts) -> Layout:
-        """Context tokens count 0, 1, 2, ...; <sop> and answer keep the mask token's position and count blocks 1, 2, ..."""
+        """Positions [T, 2]: place in the prompt, and in the block that <sop> opens.
+
+        Before <sop> the places are 0, 1, 2, ... and the block is 0; from it on the place stays that
+        of the mask token, and the block counts 1, 2, ...
+        """
         bos = self.config["bos_token_id"]
         masks = (self.config["gmask_token_id"], self.config["mask_token_id"])
         sop = _index(ids, bos)
-        mask = next((m for m in (_index(ids, m) for m in masks) if m is not None), None)
+        mask = _index(ids, masks[0])
+        if mask is None:
+            mask = _index(ids, masks[1])
         if sop is None or mask is None:
             raise ModelError(
                 f"a {self.name} prompt needs gMASK ({masks[0]}) and <sop> ({bos}) among its ids"
@@ -274,9 +288,8 @@ class VisualGLM(Family):
         place = np.arange(len(ids))
         position = np.where(place < sop, place, mask)
         block = np.maximum(place - sop + 1, 0)
-        return Layout(
-            np.stack((position, block), 1), (mask, len(ids) - sop + 1), (0, 1), sop, image_starts
-        )
+        positions = np.stack((position, block), 1)
+        return Layout(positions, (mask, len(ids) - sop + 1), (0, 1), sop, image_starts)
 
     # weights
 
@@ -285,11 +298,8 @@ class VisualGLM(Family):
 
     def _decoder_weights(self):
         d = self.decoder
-        heads = self.decoder.heads
-        order = two_halves_order(d.head_dim)
-        qkv = functools.partial(
-            fold_sat_qkv if self.sat else fold_head_major_qkv, heads=heads, order=order
-        )
+        fold = fold_sat_qkv if self.sat else fold_head_major_qkv
+        qkv = functools.partial(fold, heads=d.heads, order=two_halves_order(d.head_dim))
         yield Weight(
             "transformer.word_embeddings.weight", (d.vocab_size, d.hidden), (Part("embed.weight"),)
         )
@@ -318,12 +328,9 @@ class VisualGLM(Family):
 
     def _vision_weights(self):
         root = "mixins.eva.model." if self.sat else "image_encoder."
-        eva, qformer, (_, rows, hidden) = (
-            self.config["eva_config"],
-            self.config["qformer_config"],
-            self.vision.output_shape,
-        )
-        yield from _vit_weights(root + "vit.", eva)
+        qformer = self.config["qformer_config"]
+        _, rows, hidden = self.vision.output_shape
+        yield from _vit_weights(root + "vit.", self.config["eva_config"])
         yield from _qformer_weights(root + "qformer.transformer.", qformer, rows)
         yield from dense(root + "glm_proj", hidden, qformer["hidden_size"], "vision.project")
 
@@ -333,14 +340,8 @@ def _vit_weights(root, eva):
     inner = eva["inner_hidden_size"]
     patch = eva["patch_size"]
     patches = (eva["image_size"][0] // patch) * (eva["image_size"][1] // patch)
-    yield Weight(
-        root + "mixins.patch_embedding.proj.weight",
-        (width, 3, patch, patch),
-        (Part("vision.vit.patch.weight"),),
-    )
-    yield Weight(
-        root + "mixins.patch_embedding.proj.bias", (width,), (Part("vision.vit.patch.bias"),)
-    )
+    embedding = root + "mixins.patch_embedding.proj"
+    yield from pair(embedding, (width, 3, patch, patch), "vision.vit.patch")
     yield from pair(root + "mixins.cls.ln_vision", (width,), "vision.vit.norm")
     yield Weight(root + "transformer.word_embeddings.weight", (1, width), (Part("vision.vit.cls"),))
     yield Weight(
@@ -352,12 +353,8 @@ def _vit_weights(root, eva):
         layer = f"{root}transformer.layers.{i}."
         ours = f"vision.vit.blocks.{i}."
         yield from pair(layer + "input_layernorm", (width,), ours + "attention_norm")
-        yield from fused_dense(
-            layer + "attention.query_key_value",
-            width,
-            width,
-            [ours + "attention." + n for n in "qkv"],
-        )
+        qkv = layer + "attention.query_key_value"
+        yield from fused_dense(qkv, width, width, ours + "attention.", "qkv")
         yield from dense(layer + "attention.dense", width, width, ours + "attention.out")
         yield from pair(layer + "post_attention_layernorm", (width,), ours + "mlp_norm")
         yield from dense(layer + "mlp.dense_h_to_4h", inner, width, ours + "mlp.up")
@@ -374,22 +371,14 @@ def _qformer_weights(root, config, rows):
         layer = f"{root}layers.{i}."
         ours = f"vision.qformer.layers.{i}."
         yield from pair(layer + "input_layernorm", (width,), ours + "input_norm")
-        yield from fused_dense(
-            layer + "attention.query_key_value",
-            width,
-            width,
-            [ours + "attention." + n for n in "qkv"],
-        )
+        qkv = layer + "attention.query_key_value"
+        yield from fused_dense(qkv, width, width, ours + "attention.", "qkv")
         yield from dense(layer + "attention.dense", width, width, ours + "attention.out")
         yield from pair(layer + "post_attention_layernorm", (width,), ours + "attention_norm")
         if cross:
             yield from dense(layer + "cross_attention.query", width, width, ours + "cross.q")
-            yield from fused_dense(
-                layer + "cross_attention.key_value",
-                width,
-                context,
-                [ours + "cross." + n for n in "kv"],
-            )
+            kv = layer + "cross_attention.key_value"
+            yield from fused_dense(kv, width, context, ours + "cross.", "kv")
             yield from dense(layer + "cross_attention.dense", width, width, ours + "cross.out")
             yield from pair(layer + "post_cross_attention_layernorm", (width,), ours + "cross_norm")
         yield from dense(layer + "mlp.dense_h_to_4h", inner, width, ours + "mlp.up")
@@ -408,6 +397,7 @@ def fold_sat_qkv(rows, heads, order):
     return torch.cat((permute_heads(q, order), permute_heads(k, order), v))
 
 
-def _index(ids, token_id):
+def _index(ids, token_id) -> int | None:
+    """Where the token first stands; None if it does not."""
     found = np.flatnonzero(ids == token_id)
     return int(found[0]) if len(found) else None

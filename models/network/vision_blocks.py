@@ -93,7 +93,7 @@ class PreNormBlock(nn.Module):
 
 
 class Normalize(nn.Module):
-    """NHWC picture with raw values 0..255 -> NCHW, scaled to 0..1, channel-wise (x - mean) / std."""
+    """NHWC image with raw values 0..255 -> NCHW, scaled to 0..1, channel-wise (x - mean) / std."""
 
     def __init__(self, mean, std):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Pictures to arrays: open safely, bring to RGB upright, resize and crop as each family's original does.
+"""Images to arrays: open safely, bring to RGB upright, resize and crop as each family's original does.
 
 A path, bytes or PIL image flows in; float32 NHWC [1, S, S, 3] with raw values 0..255 flows out. Mean and standard
 deviation are applied inside the vision encoder's graph, not here.
@@ -26,7 +26,7 @@ def open_image(source, upright: bool = True) -> Image.Image:
 
     Every mode becomes RGB the way the originals do it, by PIL's `convert`: alpha is dropped (not blended), grey is
     repeated, palettes are looked up, the first frame of an animation counts. `upright` applies the camera's EXIF
-    rotation first, as transformers' image loader (LLaVA, GLM-Edge-V) does and as a person sees the picture; the
+    rotation first, as transformers' image loader (LLaVA, GLM-Edge-V) does and as a person sees the image; the
     VisualGLM and GLM-4V demos ignore the tag, pass False for their exact pixels of a rotated photo.
     """
     name, image = _open(source)
@@ -78,7 +78,7 @@ def fit_pad(image: Image.Image, size: int) -> np.ndarray:
 def denormalize(pixels: np.ndarray, mean, std, shape: tuple[int, ...]) -> np.ndarray:
     """Undo (x / 255 - mean) / std: float NCHW -> float32 NHWC of `shape`, raw 0..255; ModelError if it does not fit.
 
-    Values that come from an 8-bit picture come back as exactly its whole numbers.
+    Values that come from an 8-bit image come back as exactly its whole numbers.
     """
     batch, height, width, channels = shape
     if pixels.shape != (batch, channels, height, width) or not np.issubdtype(

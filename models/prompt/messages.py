@@ -1,73 +1,72 @@
-"""Messages and their content parts: images, then text."""
+"""Messages of a chat and their content parts.
+
+Takes messages whose content is a text or OpenAI-style parts; returns turns whose content is a list
+of parts, and the images beside them, in order.
+"""
 
 from models.errors import ModelError
 
-ROLES = ("system", "user", "assistant")
+CHAT_ROLES = ("system", "user", "assistant")
 
 
-def with_parts(messages: list[dict]) -> tuple[list[dict], list]:
-    """Chat messages -> (the same with content as a list of parts, pictures in order). ModelError for what no chat has.
+def parse_messages(messages: list[dict]) -> tuple[list[dict], list]:
+    """Chat messages -> (turns {"role", "content": parts}, images in order).
 
-    Picture parts keep their place and become {"type": "image"}.
+    ModelError for a role or content part that no chat has, and unless the user speaks last.
     """
-    pictures = []
     turns = []
+    images = []
     for message in messages:
-        if message["role"] not in ROLES:
+        if message["role"] not in CHAT_ROLES:
             raise ModelError(
-                f"message role {message['role']!r} is not known; use one of {', '.join(ROLES)}"
+                f"message role {message['role']!r} is not known; use one of {', '.join(CHAT_ROLES)}"
             )
-        parts = message["content"]
-        parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
-        turns.append(
-            {"role": message["role"], "content": [_part(part, pictures) for part in parts]}
-        )
+        parts, new_images = parse_content(message["content"])
+        turns.append({"role": message["role"], "content": parts})
+        images += new_images
     if not turns or turns[-1]["role"] != "user":
         raise ModelError("the conversation does not end with a user message; add a question")
-    return turns, pictures
+    return turns, images
 
 
-def with_text(turns: list[dict]) -> list[dict]:
-    """The turns of `with_parts` with their texts joined, for templates that want a plain string."""
-    return [{"role": turn["role"], "content": said(turn)} for turn in turns]
+def parse_content(content: str | list[dict]) -> tuple[list[dict], list]:
+    """A message's content -> (its parts, the images in order).
 
-
-def said(turn: dict) -> str:
-    """The texts of one turn, joined."""
-    return "".join(part.get("text", "") for part in turn["content"])
-
-
-def _part(part: dict, pictures: list) -> dict:
-    if part.get("type") == "image":
-        pictures.append(part["image"])
-        return {"type": "image"}
-    if part.get("type") != "text":
-        raise ModelError(
-            f"content part of type {part.get('type')!r} is not known; use 'text' or 'image'"
-        )
-    return {"type": "text", "text": part["text"]}
-
-
-def split_content(content) -> tuple[list, str]:
-    """A message's content (text, or OpenAI-style parts) -> (pictures, text)."""
+    An image part keeps its place and becomes {"type": "image"}. ModelError for other kinds of parts.
+    """
     if isinstance(content, str):
-        return [], content
-    pictures = []
-    texts = []
+        return [{"type": "text", "text": content}], []
+    parts = []
+    images = []
     for part in content:
         kind = part.get("type")
         if kind == "text":
-            texts.append(part["text"])
+            parts.append({"type": "text", "text": part["text"]})
         elif kind == "image":
-            pictures.append(part["image"])
+            parts.append({"type": "image"})
+            images.append(part["image"])
         else:
             raise ModelError(f"content part of type {kind!r} is not known; use 'text' or 'image'")
-    return pictures, "".join(texts)
+    return parts, images
 
 
-def content(text: str, pictures=()) -> list[dict]:
-    """A user message's content: pictures (path or PIL image), then text. `models.family.split_content` takes it apart."""
-    return [
-        *({"type": "image", "image": picture} for picture in pictures),
-        {"type": "text", "text": text},
-    ]
+def split_content(content: str | list[dict]) -> tuple[list, str]:
+    """A message's content -> (images in order, its texts joined)."""
+    parts, images = parse_content(content)
+    return images, joined_text(parts)
+
+
+def joined_text(parts: list[dict]) -> str:
+    """The texts of content parts, joined without anything between them."""
+    return "".join(part["text"] for part in parts if part["type"] == "text")
+
+
+def with_plain_text(turns: list[dict]) -> list[dict]:
+    """Turns with their texts joined, for templates that want a string; images are left out."""
+    return [{"role": turn["role"], "content": joined_text(turn["content"])} for turn in turns]
+
+
+def content(text: str, images=()) -> list[dict]:
+    """A user message's content: images (path, bytes or PIL image), then text; see `parse_content`."""
+    parts = [{"type": "image", "image": image} for image in images]
+    return [*parts, {"type": "text", "text": text}]

@@ -46,7 +46,7 @@ def glm4_files(
 
 
 def glm4v_files(tokenizer_config: dict, full: bool, **kind) -> tuple[dict[str, bytes], dict]:
-    """As GLM-4's; the begin and end marks of a picture follow <|observation|>."""
+    """As GLM-4's; the begin and end marks of an image follow <|observation|>."""
     files, fields = glm4_files(tokenizer_config, full, **kind)
     last = fields["eos_token_id"][-1]
     return files, fields | {"boi_token_id": last + 1, "eoi_token_id": last + 2}

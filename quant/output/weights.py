@@ -13,10 +13,9 @@ from pathlib import Path
 
 import torch
 
-from models.checkpoint.shards import SAFETENSORS_DTYPES, stored_entries
+from models.checkpoint.shards import grouped_by_size, safetensors_header, stored_entries
 from runtime.common.files import write_atomically
 
-STORED = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 SHARD_BYTES = 4 << 30
 
 
@@ -45,7 +44,7 @@ def write_weights(
     layers: complete shards that come after those of `entries`, which have at most SHARD_BYTES each;
     they are linked. progress(done, total) is called with bytes.
     """
-    shards = _split(entries)
+    shards = grouped_by_size(entries, lambda entry: entry.nbytes, SHARD_BYTES)
     stem = f"quant_model_weight_{kind.lower()}"
     names = _shard_names(stem, len(shards) + len(layers))
     done = 0
@@ -87,36 +86,11 @@ def _index(folder: Path, names: list[str]) -> dict:
     return {"metadata": {"total_size": total}, "weight_map": file_of}
 
 
-def _split(entries: list[Entry]) -> list[list[Entry]]:
-    """Entries of each shard, at least one shard of at most SHARD_BYTES (or a single larger
-    tensor)."""
-    shards = [[]]
-    size = 0
-    for entry in entries:
-        if shards[-1] and size + entry.nbytes > SHARD_BYTES:
-            shards.append([])
-            size = 0
-        shards[-1].append(entry)
-        size += entry.nbytes
-    return shards
-
-
 def _write_shard(file: Path, entries: list[Entry]) -> Iterator[int]:
     """Header, then tensor after tensor; yields the bytes of each."""
-    header = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for entry in entries:
-        start = end
-        end = end + entry.nbytes
-        header[entry.name] = {
-            "dtype": STORED[entry.dtype],
-            "shape": entry.shape,
-            "data_offsets": (start, end),
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    tensors = [(entry.name, entry.dtype, entry.shape) for entry in entries]
     with open(file, "wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.write(safetensors_header(tensors, {"format": "pt"}))
         for entry in entries:
             tensor = entry.read().to(entry.dtype).contiguous()
             yield stream.write(tensor.reshape(-1).view(torch.uint8).numpy().data)

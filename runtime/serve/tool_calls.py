@@ -10,7 +10,7 @@ import uuid
 class ToolCallParser:
     """Sorts the pieces of one answer; holds text back until it is decided whether it is a call.
 
-    family.called(text, names) finds a call, family.may_call(text, names) says whether a beginning
+    family.tool_call(text, names) finds a call, family.may_be_tool_call(text, names) says whether a beginning
     may still become one. names: of the functions offered; without any, all is content. forced: the
     function whose call the prompt already began.
     """
@@ -50,10 +50,10 @@ class ToolCallParser:
         self._held_back += piece
         if self._forced:
             return self._begin_call(self._forced, self._held_back)
-        found = self._family.called(self._held_back, self._names)
+        found = self._family.tool_call(self._held_back, self._names)
         if found:
             return self._begin_call(*found)
-        if self._family.may_call(self._held_back, self._names):
+        if self._family.may_be_tool_call(self._held_back, self._names):
             return []
         self._sort = self._content
         return self._content(self._held_back)

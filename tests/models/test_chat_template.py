@@ -6,7 +6,7 @@ import pytest
 
 from models.errors import ModelError
 from models.prompt.chat_template import ChatTemplate, directory_template
-from models.prompt.messages import with_parts, with_text
+from models.prompt.messages import parse_messages, with_plain_text
 
 MESSAGES = [
     {"role": "user", "content": "a <b> & 'c'"},
@@ -103,10 +103,10 @@ def test_messages_become_parts_in_order():
         {"type": "image", "image": "1.png"},
         {"type": "text", "text": "b"},
     ]
-    turns, pictures = with_parts(
+    turns, pictures = parse_messages(
         [{"role": "system", "content": "s"}, {"role": "user", "content": content}]
     )
-    assert pictures == ["1.png"] and with_text(turns)[1]["content"] == "ab"
+    assert pictures == ["1.png"] and with_plain_text(turns)[1]["content"] == "ab"
     assert turns[0]["content"] == [{"type": "text", "text": "s"}]
     assert [part["type"] for part in turns[1]["content"]] == ["text", "image", "text"]
 
@@ -122,4 +122,4 @@ def test_messages_become_parts_in_order():
 )
 def test_messages_no_chat_has(messages, complaint):
     with pytest.raises(ModelError, match=complaint):
-        with_parts(messages)
+        parse_messages(messages)

@@ -234,7 +234,7 @@ def test_streamed_pieces_are_whole_characters_and_make_the_text(tokenizer, words
 
 def test_stop_ids_and_release_sampling(tmp_path):
     assert FAMILY.stop_ids == (2,)
-    defaults = FAMILY.sampling(with_picture=True)
+    defaults = FAMILY.sampling(with_image=True)
     assert (defaults.temperature, defaults.max_length) == (0.0, 4096)
     shutil.copytree(
         GOLDEN,
