@@ -1,4 +1,4 @@
-"""What the tests of the service share: the service in a thread of this process, listening on 127.0.0.1."""
+"""The service in a thread of this process, listening on 127.0.0.1, and requests to it: for the tests of the service."""
 
 import base64
 import functools
@@ -26,7 +26,7 @@ def openai_client(url, api_key="any"):
 
 
 class Asking(Client):
-    """How the tests ask."""
+    """A client of the service at `self.url`, with the requests that the tests need."""
 
     def post(self, path, body=None, **more):
         return HTTP.post(self.url + path, json=body, **more)
@@ -35,6 +35,7 @@ class Asking(Client):
         return openai_client(self.url + "/v1", **more)
 
     def until(self, name, value, seconds=20):
+        """Waits until the metric `name` has the value."""
         end = time.monotonic() + seconds
         while self.gauge(name) != value:
             assert time.monotonic() < end, f"{name} is {self.gauge(name)}, not {value}"
@@ -46,9 +47,8 @@ class Server(Asking):
 
     def __init__(self, *argv, open_engine=None, wait=True):
         port = free_port()
-        options = Parser("serve", "", "", {"service": ServeOptions, "model": EngineOptions}).parse(
-            ["--port", str(port), *FIXED, *argv]
-        )
+        parser = Parser("serve", "", "", {"service": ServeOptions, "model": EngineOptions})
+        options = parser.parse(["--port", str(port), *FIXED, *argv])
         self.url = f"http://127.0.0.1:{port}"
         self._server, self._engine_thread = build(uvicorn, *options)
         if open_engine:
@@ -85,18 +85,13 @@ def png(width, height, colour=(200, 30, 60)) -> bytes:
 
 
 def about(url, text="描述图片"):
-    return [
-        {
-            "role": "user",
-            "content": [
-                {"type": "image_url", "image_url": {"url": url}},
-                {"type": "text", "text": text},
-            ],
-        }
-    ]
+    """Messages: a question about the image at `url`."""
+    image = {"type": "image_url", "image_url": {"url": url}}
+    return [{"role": "user", "content": [image, {"type": "text", "text": text}]}]
 
 
 def asked(text="hello", **more):
+    """Body of a chat request with a greedy answer of 12 tokens; `more` replaces or adds fields."""
     return {
         "messages": [{"role": "user", "content": text}],
         "max_tokens": 12,

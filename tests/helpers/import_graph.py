@@ -24,8 +24,11 @@ def module_name(path: Path, root: Path) -> str:
 
 def modules_of(root: Path) -> dict[str, Path]:
     """Dotted name -> file, of every module below the four top rooms of `root`."""
-    files = (path for top in TOP for path in sorted((root / top).rglob("*.py")))
-    return {module_name(path, root): path for path in files}
+    found = {}
+    for top in TOP:
+        for path in sorted((root / top).rglob("*.py")):
+            found[module_name(path, root)] = path
+    return found
 
 
 def imports_of(root: Path) -> list[Import]:
@@ -43,13 +46,11 @@ def imports_of(root: Path) -> list[Import]:
 
 
 def _nodes_in_functions(tree) -> set[int]:
-    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
-    return {
-        id(inner)
-        for outer in ast.walk(tree)
-        if isinstance(outer, functions)
-        for inner in ast.walk(outer)
-    }
+    found = set()
+    for outer in ast.walk(tree):
+        if isinstance(outer, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            found.update(id(inner) for inner in ast.walk(outer))
+    return found
 
 
 def _imported(node, package: str, modules: dict[str, Path]):

@@ -1,11 +1,11 @@
 """The demo's scene grammar a second time, written from examples/demo/README.md alone and sharing no code with it.
 
-In flows a seed, out flow a picture and questions with their answers: what a user who tests the model with a program of
-his own would write. Shapes are drawn by asking 8 x 8 points of every pixel whether they are inside.
+Takes a seed, returns an image and questions with their answers, as a user would who tests the model with a program of
+their own. A shape covers the share of 8 x 8 points of a pixel that are inside it.
 """
 
 import random
-from itertools import combinations, permutations
+from itertools import combinations, permutations, product
 
 import numpy as np
 
@@ -48,7 +48,8 @@ SIDES = {
     "above": ("上边", 1, 1),
     "below": ("下边", 1, -1),
 }
-APART, POINTS = 12, 8
+APART = 12  # pixels between the centres that an order question compares
+POINTS = 8  # per pixel and direction
 
 
 def inside(shape, u, v, r):
@@ -62,32 +63,28 @@ def inside(shape, u, v, r):
 
 
 def scene(seed):
-    """[{shape, color, size, r, at: (x, y)}], the random generator going on."""
+    """([{shape, color, size, r, at: (x, y)}], the random generator for `draw` and `questions`)."""
     rng = random.Random(seed)
     while True:
         things = []
-        kinds = rng.sample([(c, s) for c in COLORS for s in SHAPES], rng.randint(1, 4))
+        kinds = rng.sample(list(product(COLORS, SHAPES)), rng.randint(1, 4))
         for color, shape in kinds:
             size = rng.choice(list(SIZES))
             r = SIZES[size][1]
-            things.append(
-                {
-                    "shape": shape,
-                    "color": color,
-                    "size": size,
-                    "r": r,
-                    "at": (rng.uniform(r + 4, 220 - r), rng.uniform(r + 4, 220 - r)),
-                }
-            )
-        if all(
-            max(abs(a["at"][k] - b["at"][k]) for k in (0, 1)) >= a["r"] + b["r"] + 6
-            for a, b in combinations(things, 2)
-        ):
+            at = (rng.uniform(r + 4, 220 - r), rng.uniform(r + 4, 220 - r))
+            things.append({"shape": shape, "color": color, "size": size, "r": r, "at": at})
+        if all(boxes_apart(a, b) for a, b in combinations(things, 2)):
             return things, rng
 
 
+def boxes_apart(a, b) -> bool:
+    """At least 6 pixels lie between the boxes in one direction."""
+    distance = max(abs(a["at"][0] - b["at"][0]), abs(a["at"][1] - b["at"][1]))
+    return distance >= a["r"] + b["r"] + 6
+
+
 def draw(things, rng):
-    """uint8 [224, 224, 3]."""
+    """The scene on a random paper, uint8 [224, 224, 3]."""
     first, second = (np.array(p, float) for p in rng.sample(PAPERS, 2))
     step = np.arange(224)
     kind = rng.choice(("plain", "gradient", "stripes"))
@@ -108,8 +105,16 @@ def draw(things, rng):
 def questions(things, rng):
     """[(kind, {language: question}, {language: answer})]: one of each kind that the scene allows."""
     makers = (_color, _shape, _size, _count, _count_shape, _exists, _extreme, _relation, _describe)
-    asked = [(make.__name__[1:], make(things, rng)) for make in makers]
-    return [(kind, {"en": q[0], "zh": q[2]}, {"en": q[1], "zh": q[3]}) for kind, q in asked if q]
+    found = []
+    for make in makers:
+        if made := make(things, rng):
+            question, answer, chinese_question, chinese_answer = made
+            texts = {"en": question, "zh": chinese_question}
+            found.append((make.__name__[1:], texts, {"en": answer, "zh": chinese_answer}))
+    return found
+
+
+# Each maker returns (question, answer, Chinese question, Chinese answer), or None if the scene has none of its kind.
 
 
 def _en(thing):
@@ -167,10 +172,10 @@ def _count_shape(things, rng):
 
 
 def _exists(things, rng):
-    t = rng.choice(
-        [rng.choice(things), {"color": rng.choice(list(COLORS)), "shape": rng.choice(list(SHAPES))}]
-    )
-    there = any(_en(t) == _en(o) for o in things)
+    present = rng.choice(things)
+    anything = {"color": rng.choice(list(COLORS)), "shape": rng.choice(list(SHAPES))}
+    t = rng.choice([present, anything])
+    there = any(_en(t) == _en(other) for other in things)
     return (
         f"Is there a {_en(t)}?",
         "yes" if there else "no",
@@ -195,7 +200,8 @@ def _extreme(things, rng):
 def _relation(things, rng):
     side = rng.choice(list(SIDES))
     chinese, axis, sign = SIDES[side]
-    fit = [p for p in permutations(things, 2) if abs(p[0]["at"][axis] - p[1]["at"][axis]) >= APART]
+    pairs = permutations(things, 2)
+    fit = [(a, b) for a, b in pairs if abs(a["at"][axis] - b["at"][axis]) >= APART]
     if fit:
         a, b = rng.choice(fit)
         true = sign * a["at"][axis] < sign * b["at"][axis]

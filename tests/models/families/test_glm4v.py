@@ -10,6 +10,7 @@ import paths
 import plain_glm4 as plain
 import pytest
 import torch
+from golden_engine import golden_engine
 from PIL import Image
 
 from models.errors import ModelError
@@ -29,12 +30,7 @@ def golden():
     return np.load(GOLDEN / "golden.npz")
 
 
-@pytest.fixture(scope="module", params=[("reference", "torch"), ("cpu", "onnx")], ids="-".join)
-def engine(request, tmp_path_factory):
-    ops, vision = request.param
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ASCEND_VLM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        yield Engine(GOLDEN, dtype="float32", ops=ops, vision=vision)
+engine = golden_engine(GOLDEN, (("reference", "torch"), ("cpu", "onnx")))
 
 
 @pytest.fixture(scope="module")

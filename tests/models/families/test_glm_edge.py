@@ -11,6 +11,7 @@ import numpy as np
 import paths
 import pytest
 import torch
+from golden_engine import golden_engine
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -54,14 +55,7 @@ def chat(request):
     return Engine(CHAT, dtype="float32", ops=request.param)
 
 
-@pytest.fixture(
-    scope="module", params=[("reference", "torch"), ("cpu", "torch"), ("cpu", "onnx")], ids="-".join
-)
-def eyes(request, tmp_path_factory):
-    ops, vision = request.param
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ASCEND_VLM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        yield Engine(EYES, dtype="float32", ops=ops, vision=vision)
+eyes = golden_engine(EYES)
 
 
 def check_logits(engine, golden):

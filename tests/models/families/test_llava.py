@@ -8,6 +8,7 @@ import numpy as np
 import paths
 import pytest
 import torch
+from golden_engine import golden_engine
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -55,14 +56,7 @@ def normalised(pixels):
     return ((pixels / 255 - CLIP_MEAN) / CLIP_STD).transpose(0, 3, 1, 2)
 
 
-@pytest.fixture(
-    scope="module", params=[("reference", "torch"), ("cpu", "torch"), ("cpu", "onnx")], ids="-".join
-)
-def engine(request, tmp_path_factory):
-    ops, vision = request.param
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ASCEND_VLM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        yield Engine(GOLDEN, dtype="float32", ops=ops, vision=vision)
+engine = golden_engine(GOLDEN)
 
 
 def golden_prompt(engine, golden):

@@ -6,11 +6,12 @@ import numpy as np
 import paths
 import pytest
 import torch
+from golden_engine import golden_engine
 
 from models.checkpoint.reader import Checkpoint
 from models.errors import ModelError
 from models.families.visualglm import VisualGLM
-from runtime import Engine, SamplingParams
+from runtime import SamplingParams
 
 GOLDEN = paths.GOLDEN / "visualglm"
 CASES = ("img", "hist", "text")
@@ -23,14 +24,7 @@ def golden():
     return np.load(GOLDEN / "golden.npz")
 
 
-@pytest.fixture(
-    scope="module", params=[("reference", "torch"), ("cpu", "torch"), ("cpu", "onnx")], ids="-".join
-)
-def engine(request, tmp_path_factory):
-    ops, vision = request.param
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ASCEND_VLM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        yield Engine(GOLDEN, dtype="float32", ops=ops, vision=vision)
+engine = golden_engine(GOLDEN)
 
 
 def golden_prompt(engine, golden, case):
