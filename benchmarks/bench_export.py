@@ -21,16 +21,17 @@ ROOT = Path(__file__).resolve().parents[1]
 def export_streamed(model: str, out: Path):
     """Exports as `python -m convert` does: identify the checkpoint (hash its vision bytes), trace, stream, check."""
     from convert.export.trace import OPSET
-    from convert.pipeline import fresh
+    from convert.pipeline import export_encoder
     from convert.verify.preflight import preflight
     from models import family_of
     from models.checkpoint.reader import Checkpoint
     from runtime.vision.artifact import ONNX
+    from runtime.vision.source import Source
 
     family = family_of(model)
     checkpoint = Checkpoint(model)
     checkpoint.check(family.weights())
-    fresh(family, checkpoint, out / "files")
+    export_encoder(Source(family, checkpoint), out / "files")
     findings, _ = preflight(out / "files" / ONNX, family.vision, OPSET)
     assert not findings, findings
 

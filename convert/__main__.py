@@ -1,18 +1,16 @@
-"""`python -m convert`: a checkpoint directory in, an artifact directory with a verified vision encoder out.
+"""`python -m convert`. Takes a checkpoint directory, writes an artifact directory with a verified vision encoder.
 
-Steps: identify, export, graph check, verify, publish; then, where CANN is installed, atc and the proof of its .om.
-Idempotent; a killed run leaves nothing that looks whole, and the next run continues after the last completed step.
+Steps (pipeline.py): export, preflight, verify, publish; then, where CANN is installed, atc and the verification of its
+.om. Idempotent: a second run does only what is missing.
 """
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.common.errors import ToolkitError, run_command
+from runtime.common.errors import run_command
 from runtime.common.flags import Parser, check_folder, flag
 from runtime.common.shared_flags import model_flag, output_flag
-
-from .pipeline import convert, is_current, prepare
 
 
 @dataclass(kw_only=True)
@@ -64,10 +62,11 @@ class ConvertOptions:
         self.gears = parse_gears(self.dynamic_batch) if self.dynamic_batch is not None else ()
         self.extra = parse_extra(self.atc_arg)
 
-    def request(self):
-        from convert.atc.command import Request
+    def om_request(self):
+        """What to compile, as an OmRequest."""
+        from convert.atc.command import OmRequest
 
-        return Request(self.soc_version, self.precision_mode, self.aipp, self.gears, self.extra)
+        return OmRequest(self.soc_version, self.precision_mode, self.aipp, self.gears, self.extra)
 
 
 def main(argv: list[str]) -> int:
@@ -79,41 +78,22 @@ def main(argv: list[str]) -> int:
         {"conversion": ConvertOptions},
     )
     [options] = parser.parse(argv)
-    from convert.atc.option_rules import check_path
-    from models import family_of
-    from models.checkpoint.quantized import stored_weights
-    from models.checkpoint.reader import Checkpoint
-    from runtime.common.files import locked
-    from runtime.vision.artifact import ONNX
+    from .atc.option_rules import check_path
+    from .atc.plan import check_request, dry_run
+    from .atc.run import find_atc
+    from .pipeline import convert, open_source, vision_family
 
-    from .atc import build as om
-    from .atc import run as atc_run
-
-    family = family_of(options.model)
-    if family.vision is None:
-        raise ToolkitError(
-            f"{options.model} is a {family.name} model without a vision encoder: nothing to convert"
-        )
-    request = options.request()
-    toolkit = None if options.onnx_only else atc_run.find()
-    om.check(family, request, toolkit)
-    if options.dry_run or toolkit:
-        check_path(Path(options.out).resolve())
+    artifact_dir = Path(options.out)
+    family = vision_family(options.model)
+    request = options.om_request()
+    installed = None if options.onnx_only else find_atc()
+    check_request(family, request, installed)
+    if options.dry_run or installed:
+        check_path(artifact_dir.resolve())
     if options.dry_run:
-        print(om.plan(family, Path(options.out), request, toolkit))
-        return 0
-    checkpoint = Checkpoint(options.model)
-    checkpoint.check(stored_weights(family))
-    out = prepare(options.out)
-    with locked(out):
-        if options.force or not is_current(family, checkpoint, out):
-            convert(family, checkpoint, out)
-        print(f"ONNX verified: {out / ONNX}", flush=True)
-        om.prepare(family, out, request)
-        if toolkit:
-            om.Build(family, out, request, toolkit).run()
-        else:
-            print(om.next_step(family, out, request))
+        print(dry_run(family, artifact_dir, request, installed))
+    else:
+        convert(open_source(family), artifact_dir, request, installed, options.force)
     return 0
 
 

@@ -1,126 +1,182 @@
-"""The steps of a conversion: export, check the graph, verify it, publish."""
+"""The conversion: export -> preflight -> verify -> publish -> atc.
+
+Takes a Source and an artifact directory, leaves there a verified vision.onnx and, where CANN is installed, an .om.
+Everything is made in a work directory inside the artifact directory (same file system) and published when it is proved:
+a killed run leaves nothing that looks complete, and the next run continues after the last completed step.
+"""
 
 import errno
 import json
 import shutil
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
 
+from convert.atc.build import OmBuild
+from convert.atc.command import OmRequest
+from convert.atc.inputs import write_atc_inputs
+from convert.atc.plan import next_step
+from convert.atc.run import InstalledAtc
+from convert.export.trace import OPSET, trace
+from convert.export.write import check_space, reuse_memory, write_onnx
+from convert.verify.preflight import preflight
+from convert.verify.verification import verify
+from models import family_of
+from models.checkpoint.quantized import stored_weights
+from models.checkpoint.reader import Checkpoint
+from models.family import Family
 from runtime.common.errors import CHECK_FAILED, ToolkitError
+from runtime.common.files import LOCK, locked, write_atomically
+from runtime.common.progress import spinner
+from runtime.vision import artifact
+from runtime.vision.artifact import ONNX, Manifest
+from runtime.vision.source import EXPORTER, Source
 
-WORK, EXPORTED = ".partial", "exported.json"
-SHOWN = 10  # findings of the graph check on screen
+WORK = ".partial"
+EXPORTED = "exported.json"  # [source hash, files] of a completed export in the work directory
+SHOWN = 10  # findings of the preflight on screen
 
 
-def is_current(family, checkpoint, out: Path) -> bool:
-    """Whether `out` holds this checkpoint's artifact already; ToolkitError if it holds another one's."""
-    from runtime.vision.artifact import load
-    from runtime.vision.source import EXPORTER, Source
+def vision_family(model_dir: str) -> Family:
+    """The family of a checkpoint; ToolkitError if it has no vision encoder. Reads config.json only."""
+    family = family_of(model_dir)
+    if family.vision is None:
+        raise ToolkitError(
+            f"{model_dir} is a {family.name} model without a vision encoder: nothing to convert"
+        )
+    return family
 
+
+def open_source(family: Family) -> Source:
+    """The family with its checkpoint, whose tensors are checked against the family's table."""
+    checkpoint = Checkpoint(family.directory)
+    checkpoint.check(stored_weights(family))
+    return Source(family, checkpoint)
+
+
+def convert(
+    source: Source,
+    artifact_dir: Path,
+    request: OmRequest,
+    installed: InstalledAtc | None,
+    force: bool,
+):
+    """Make what the artifact lacks: the verified ONNX, then, with an installed atc, the .om. `force`: replace any artifact."""
+    make_writable(artifact_dir)
+    with locked(artifact_dir):
+        if force or not is_current(source, artifact_dir):
+            make_artifact(source, artifact_dir)
+        print(f"ONNX verified: {artifact_dir / ONNX}", flush=True)
+        write_atc_inputs(source.family, artifact_dir, request)
+        if installed:
+            OmBuild(source.family, artifact_dir, request, installed).run()
+        else:
+            print(next_step(source.family, artifact_dir, request))
+
+
+def make_writable(artifact_dir: Path):
+    """Make the directory if it is missing; ToolkitError if nothing can be written there."""
+    if artifact_dir.exists() and not artifact_dir.is_dir():
+        raise ToolkitError(f"--out {artifact_dir} is a file; give a folder")
     try:
-        manifest = load(out)
+        artifact_dir.mkdir(parents=True, exist_ok=True)
+        (artifact_dir / LOCK).touch()
+    except OSError as error:
+        raise ToolkitError(
+            f"--out {artifact_dir} cannot be written ({error.strerror}); give another folder"
+        ) from None
+
+
+def is_current(source: Source, artifact_dir: Path) -> bool:
+    """Whether the artifact is complete and made from `source`; ToolkitError if it was made from another checkpoint."""
+    try:
+        manifest = artifact.load(artifact_dir)
     except ToolkitError:
         return False
-    if manifest.source == Source(family, checkpoint).hash:
-        print(f"{out} already holds the verified encoder of this checkpoint; nothing to do")
+    if manifest.source == source.hash:
+        print(
+            f"{artifact_dir} already holds the verified encoder of this checkpoint; nothing to do"
+        )
         return True
     if manifest.exporter == EXPORTER:
         raise ToolkitError(
-            f"{out} holds the encoder of another checkpoint; give another --out, or --force to replace "
-            "it"
+            f"{artifact_dir} holds the encoder of another checkpoint; give another --out, or --force "
+            "to replace it"
         )
     return False
 
 
-def convert(family, checkpoint, out: Path):
-    """Export into a work folder inside `out` (same file system), prove it there, then publish it."""
-    from convert.export.trace import OPSET
-    from runtime.vision.artifact import Manifest, publish
-
-    work = out / WORK
-    source, files = left_over(family, checkpoint, work) or fresh(family, checkpoint, work)
+def make_artifact(source: Source, artifact_dir: Path):
+    """Export, check and verify the encoder in the work directory, then publish it."""
+    work_dir = artifact_dir / WORK
+    files = resume_export(source, work_dir) or export_encoder(source, work_dir)
     try:
-        errors = prove(family, checkpoint, work)
+        check_graph(source.family, work_dir)
+        errors = verify_export(source.family, work_dir)
     except ToolkitError as error:
         if error.exit_code == CHECK_FAILED:
-            shutil.rmtree(work)
+            shutil.rmtree(work_dir)
         raise
-    spec = family.vision
-    publish(
-        work,
-        out,
-        Manifest(
-            source,
-            family.name,
-            OPSET,
-            _interface(spec.input_name, spec.input_shape),
-            _interface(spec.output_name, spec.output_shape),
-            files,
-            errors,
-            _versions(),
-        ),
-    )
-    shutil.rmtree(work)
+    artifact.publish(work_dir, artifact_dir, _manifest(source, files, errors))
+    shutil.rmtree(work_dir)
 
 
-def left_over(family, checkpoint, work: Path) -> tuple[str, dict] | None:
-    """(source, files) of an export that an interrupted run of the same checkpoint completed, else None."""
-    from runtime.vision.source import Source
-
-    note = work / EXPORTED
-    if not note.is_file():
+def resume_export(source: Source, work_dir: Path) -> dict | None:
+    """{file: {bytes, sha256}} of an export of `source` that an interrupted run completed, else None."""
+    record = work_dir / EXPORTED
+    if not record.is_file():
         return None
-    source, files = json.loads(note.read_text(encoding="utf-8"))
-    if source != Source(family, checkpoint).hash:
+    source_hash, files = json.loads(record.read_text(encoding="utf-8"))
+    if source_hash != source.hash:
         return None
     print("continuing after the export that an interrupted run completed")
-    return source, files
+    return files
 
 
-def fresh(family, checkpoint, work: Path) -> tuple[str, dict]:
-    """(source, files): {file: {bytes, sha256}} of a new export in `work`, which holds nothing else."""
-    from convert.export.write import check_space, export, reuse_memory
-    from runtime.common.files import write_atomically
-    from runtime.common.progress import spinner
-    from runtime.vision.source import Source
-
+def export_encoder(source: Source, work_dir: Path) -> dict:
+    """{file: {bytes, sha256}} of a new export in `work_dir`, which holds nothing else."""
     start = time.perf_counter()
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    try:
-        print(check_space(family, work.parent), flush=True)
+    shutil.rmtree(work_dir, ignore_errors=True)
+    work_dir.mkdir()
+    with _removed_on_failure(work_dir):
+        print(check_space(source.family, work_dir.parent), flush=True)
         reuse_memory()
-        digest = in_background(lambda: Source(family, checkpoint).weights_digest)
+        digest = _in_background(lambda: source.weights_digest)  # for source.hash
         with spinner("tracing the vision encoder"):
-            from convert.export.trace import trace
-
-            model = trace(family.vision_encoder, family.vision)
+            model = trace(source.family.vision_encoder, source.family.vision)
             digest.result()
-        files = export(model, family, checkpoint, work)
-        source = Source(family, checkpoint).hash
-        write_atomically(work / EXPORTED, json.dumps([source, files]))
+        files = write_onnx(model, source.family, source.checkpoint, work_dir)
+        write_atomically(work_dir / EXPORTED, json.dumps([source.hash, files]))
+    print(f"exported in {time.perf_counter() - start:.1f} s")
+    return files
+
+
+@contextmanager
+def _removed_on_failure(work_dir: Path) -> Iterator[None]:
+    try:
+        yield
     except BaseException as error:
-        shutil.rmtree(work)
+        shutil.rmtree(work_dir)
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise ToolkitError(
-                f"the disk of {work.parent} became full during the export, nothing was kept; free some "
-                "space or choose another --out"
+                f"the disk of {work_dir.parent} became full during the export, nothing was kept; free "
+                "some space or choose another --out"
             ) from None
         raise
-    print(f"exported in {time.perf_counter() - start:.1f} s")
-    return source, files
 
 
-def in_background(function, *arguments) -> Future:
-    """Result of function(*arguments), computed in a thread that does not keep an interrupted program alive."""
+def _in_background(function: Callable) -> Future:
+    """The result of function(), computed in a thread that does not keep an interrupted program alive."""
     future = Future()
 
     def run():
         try:
-            future.set_result(function(*arguments))
+            future.set_result(function())
         except BaseException as error:
             future.set_exception(error)
 
@@ -128,30 +184,27 @@ def in_background(function, *arguments) -> Future:
     return future
 
 
-def prove(family, checkpoint, work: Path) -> dict:
-    """Graph check and verification of the export in `work`; measured errors per picture, or ToolkitError (exit 1)."""
-    from convert.export.trace import OPSET
-    from convert.verify.__main__ import verify
-    from convert.verify.preflight import preflight
-    from runtime.vision.artifact import ONNX
-
-    findings, operators = preflight(work / ONNX, family.vision, OPSET)
-    print(
-        f"graph: {sum(operators.values())} nodes, "
-        + ", ".join(f"{n} {op}" for op, n in operators.most_common())
-    )
+def check_graph(family: Family, work_dir: Path):
+    """ToolkitError (exit 1) with everything in the exported graph that ATC would refuse."""
+    findings, operators = preflight(work_dir / ONNX, family.vision, OPSET)
+    counts = ", ".join(f"{count} {operator}" for operator, count in operators.most_common())
+    print(f"graph: {operators.total()} nodes, {counts}")
     if findings:
-        listed = [f"\n  {finding}" for finding in findings[:SHOWN]] + ["\n  ..."] * (
-            len(findings) > SHOWN
-        )
+        lines = [f"\n  {finding}" for finding in findings[:SHOWN]]
+        if len(findings) > SHOWN:
+            lines.append("\n  ...")
         raise ToolkitError(
-            f"the graph is not fit for ATC, {len(findings)} findings:" + "".join(listed),
+            f"the graph is not fit for ATC, {len(findings)} findings:" + "".join(lines),
             CHECK_FAILED,
         )
+
+
+def verify_export(family: Family, work_dir: Path) -> dict:
+    """{image: measured errors} of ONNX Runtime against torch; ToolkitError (exit 1) if they disagree."""
     start = time.perf_counter()
-    results = verify(family, checkpoint.directory, work)
+    results = verify(family, work_dir)
     for name, result in results.items():
-        print(f"verify {name}: {result}: {'pass' if result.passed else 'FAIL'}")
+        print(f"verify {name}: {result.verdict}")
     if not results or not all(result.passed for result in results.values()):
         raise ToolkitError(
             "ONNX Runtime and torch disagree, no artifact was written; report this with the lines above",
@@ -161,31 +214,20 @@ def prove(family, checkpoint, work: Path) -> dict:
     return {name: asdict(result) for name, result in results.items()}
 
 
+def _manifest(source: Source, files: dict, errors: dict) -> Manifest:
+    spec = source.family.vision
+    packages = ("torch", "onnx", "onnxscript", "onnxruntime", "numpy")
+    return Manifest(
+        source.hash,
+        source.family.name,
+        OPSET,
+        input=_interface(spec.input_name, spec.input_shape),
+        output=_interface(spec.output_name, spec.output_shape),
+        files=files,
+        errors=errors,
+        versions={package: version(package) for package in packages},
+    )
+
+
 def _interface(name: str, shape: tuple) -> dict:
     return {"name": name, "shape": list(shape), "dtype": "float32"}
-
-
-def _versions() -> dict:
-    from importlib.metadata import version
-
-    return {
-        package: version(package)
-        for package in ("torch", "onnx", "onnxscript", "onnxruntime", "numpy")
-    }
-
-
-def prepare(out: str) -> Path:
-    """The artifact folder, made if missing; ToolkitError if nothing can be written there."""
-    from runtime.common.files import LOCK
-
-    out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise ToolkitError(f"--out {out} is a file; give a folder")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / LOCK).touch()
-    except OSError as error:
-        raise ToolkitError(
-            f"--out {out} cannot be written ({error.strerror}); give another folder"
-        ) from None
-    return out

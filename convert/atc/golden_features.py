@@ -1,32 +1,42 @@
-"""Features of the verification pictures by ONNX Runtime, in a process of its own (it does not give memory back).
+"""Golden features: what ONNX Runtime computes for the verification images.
 
-In flows a graph (vision.onnx, or what was made of it for ATC), out flow the features that an .om is measured against.
+Takes a graph (vision.onnx, or the variant made for ATC), returns the features that an .om is measured against. Computed in
+a child process (`python -m convert.atc.golden_features`), because ONNX Runtime gives no memory back.
 """
 
+import functools
 import io
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from convert.verify.pictures import pictures
+from convert.verify.images import verification_images
+from models import family_of
 from models.family import Family
-from runtime.common.errors import CHECK_FAILED, ToolkitError
+from runtime.common.errors import CHECK_FAILED, ToolkitError, run_command
+from runtime.common.processes import die_with_parent, output_of
+from runtime.vision.artifact import ONNX
+
+from .aipp import apply_aipp
 
 
-def pixels(family: Family) -> np.ndarray:
-    """float32 [pictures, S, S, 3], raw 0..255."""
-    return np.concatenate([family.pixels(picture) for picture in pictures().values()])
+@functools.lru_cache(maxsize=1)
+def golden(family: Family, artifact_dir: Path) -> np.ndarray:
+    """Features of vision.onnx, which its variant and every .om are compared with; computed once per conversion."""
+    return features(family, artifact_dir / ONNX)
 
 
 def features(family: Family, graph: Path, aipp: Path | None = None) -> np.ndarray:
-    """float32 [pictures, rows, hidden]; `aipp` = file of the arithmetic in front of `graph`, if there is any."""
-    from runtime.common.processes import output_of
+    """float32 [images, rows, hidden]; `aipp`: the AIPP file to apply in front of `graph`, if there is one.
 
-    code, output = output_of(
-        "convert.atc.golden_features",
-        *(path.resolve() for path in (family.directory, graph, aipp) if path),
-    )
+    ToolkitError when ONNX Runtime cannot run the graph.
+    """
+    paths = [family.directory, graph]
+    if aipp:
+        paths.append(aipp)
+    absolute = [path.resolve() for path in paths]
+    code, output = output_of("convert.atc.golden_features", *absolute)
     if code:
         raise ToolkitError(
             f"ONNX Runtime could not run {graph}; free some memory and run the same command again",
@@ -35,31 +45,30 @@ def features(family: Family, graph: Path, aipp: Path | None = None) -> np.ndarra
     return np.load(io.BytesIO(output))
 
 
-def compute(directory: str, graph: str, aipp: str | None = None) -> np.ndarray:
+def compute(model_dir: str, graph: str, aipp: str | None = None) -> np.ndarray:
+    """`features` in this process."""
     import onnxruntime
 
-    from models import family_of
-
-    from .graph_variant import apply_aipp
-
-    family = family_of(directory)
-    values = pixels(family)
+    family = family_of(model_dir)
+    pixels = verification_pixels(family)
     if aipp:
-        values = apply_aipp(Path(aipp).read_text(encoding="ascii"), values)
+        pixels = apply_aipp(Path(aipp).read_text(encoding="ascii"), pixels)
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
-    batches = [values[i : i + 1] for i in range(len(values))]
-    if not isinstance(
-        session.get_inputs()[0].shape[0], int
-    ):  # a free batch is tried with all pictures at once
-        batches = [values]
-    return np.concatenate(
-        [session.run(None, {family.vision.input_name: batch})[0] for batch in batches]
-    )
+    if isinstance(session.get_inputs()[0].shape[0], int):
+        batches = np.split(pixels, len(pixels))
+    else:  # a free batch is tried with all images at once
+        batches = [pixels]
+    name = family.vision.input_name
+    return np.concatenate([session.run(None, {name: batch})[0] for batch in batches])
+
+
+def verification_pixels(family: Family) -> np.ndarray:
+    """float32 [images, S, S, 3], raw 0..255."""
+    images = verification_images().values()
+    return np.concatenate([family.pixels(image) for image in images])
 
 
 def main(argv: list[str]) -> int:
-    from runtime.common.processes import die_with_parent
-
     die_with_parent()
     stream = io.BytesIO()
     np.save(stream, compute(*argv))
@@ -68,6 +77,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from runtime.common.errors import run_command
-
     sys.exit(run_command(main))

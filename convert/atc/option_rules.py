@@ -1,6 +1,6 @@
-"""ATC's option grammar: options in, nothing out or one sentence that says what atc would refuse after minutes.
+"""ATC's option grammar. Takes options, raises in one sentence what atc itself would refuse only after minutes.
 
-The table `atc_options.json` holds names, values and the first CANN version of each option (7.0 to 9.x; none = all of
+The table `option_rules.json` holds names, values and the first CANN version of each option (7.0 to 9.x; none = all of
 them), and what convert sets itself.
 """
 
@@ -16,7 +16,7 @@ from runtime.common.errors import ToolkitError
 OLDEST = (7, 0)  # reads our graphs' opset 17
 PATH = re.compile(r"[\w./-]+", re.ASCII)
 CHINESE = re.compile("[\u4e00-\u9fa5]")
-MAX_PATH = 4096
+MAX_PATH = 4096  # bytes
 MAX_GEARS = 100
 BF16 = ("bf16", "bfloat16")
 BF16_CHIPS = re.compile(r"Ascend(910B\d|910_93|310B|950)")
@@ -41,27 +41,27 @@ def parse_extra(arguments) -> dict[str, str]:
             )
         if name in options:
             raise ToolkitError(f"--atc-arg gives {name} twice; give it once")
-        _check_foreign(name)
-        options[name] = _file(name, value) if table()["options"][name].get("file") else value
+        _check_allowed(name)
+        if table()["options"][name].get("file"):
+            value = _existing_file(name, value)
+        options[name] = value
     return options
 
 
-def _file(name: str, value: str) -> str:
-    """Absolute, because atc runs in a folder of its own."""
+def _existing_file(name: str, value: str) -> str:
+    """Its absolute path, because atc runs in a directory of its own."""
     if not Path(value).is_file():
         raise ToolkitError(f"--atc-arg {name}: the file {value} does not exist")
     check_path(Path(value).resolve())
     return str(Path(value).resolve())
 
 
-def _check_foreign(name: str):
+def _check_allowed(name: str):
     entry = table()["options"].get(name)
     if entry is None:
         close = get_close_matches(name, table()["options"], n=1)
-        raise ToolkitError(
-            f"--atc-arg {name}: no atc of CANN 7.0 to 9.x has this option"
-            + (f" (did you mean {close[0]}?)" if close else "")
-        )
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise ToolkitError(f"--atc-arg {name}: no atc of CANN 7.0 to 9.x has this option{hint}")
     if "own" in entry:
         raise ToolkitError(f"--atc-arg {name} would replace what convert sets: {entry['own']}")
     if "refused" in entry:
@@ -70,13 +70,13 @@ def _check_foreign(name: str):
 
 def parse_gears(text: str) -> tuple[int, ...]:
     """ "1,2,4" -> (1, 2, 4), sorted; ToolkitError for what ATC or a single picture cannot use."""
-    pieces = [piece.strip() for piece in text.split(",")]
+    sizes = [size.strip() for size in text.split(",")]
     shown = text[:40]
-    if not all(piece.isascii() and piece.isdigit() for piece in pieces):
+    if not all(size.isascii() and size.isdigit() for size in sizes):
         raise ToolkitError(
             f"--dynamic-batch is {shown!r}: give batch sizes with commas, e.g. 1,2,4,8"
         )
-    gears = tuple(sorted(map(int, pieces)))
+    gears = tuple(sorted(map(int, sizes)))
     if not 2 <= len(gears) <= MAX_GEARS or len(set(gears)) < len(gears) or gears[0] < 1:
         raise ToolkitError(
             f"--dynamic-batch is {shown!r}: 2 to {MAX_GEARS} different sizes above 0 are needed, "
@@ -111,17 +111,16 @@ def check_soc(name: str):
     known = [f"Ascend{chip}" for chip in table()["socs"]]
     if name in known or re.fullmatch(r"Ascend950(DT|PR)_\w+", name):
         return
-    lower = {soc.lower(): soc for soc in known}
-    close = get_close_matches(
-        f"ascend{name.lower().removeprefix('ascend')}", lower, n=1, cutoff=0.8
-    )
+    by_lower = {soc.lower(): soc for soc in known}
+    meant = f"ascend{name.lower().removeprefix('ascend')}"
+    close = get_close_matches(meant, by_lower, n=1, cutoff=0.8)
+    example = by_lower[close[0]] if close else "Ascend910B3 or Ascend310P3"
     raise ToolkitError(
-        f"--soc-version is {name!r}: give `Ascend` and the chip name of `npu-smi info`, "
-        f"e.g. {lower[close[0]] if close else 'Ascend910B3 or Ascend310P3'}"
+        f"--soc-version is {name!r}: give `Ascend` and the chip name of `npu-smi info`, e.g. {example}"
     )
 
 
-def check(options: dict[str, str], cann: str | None):
+def check_options(options: dict[str, str], cann: str | None):
     """ToolkitError for a value, a combination or an option that atc of this CANN ("8.0.RC2"; None = any) refuses."""
     version = numbers(cann)[:2] if cann else None
     if version and version < OLDEST:
@@ -133,7 +132,7 @@ def check(options: dict[str, str], cann: str | None):
     _check_precision(options)
 
 
-def _check_value(name, value):
+def _check_value(name: str, value: str):
     entry = table()["options"][name]
     if value not in entry.get("values", [value]):
         why = f" ({entry['reason']})" if "reason" in entry else ""
@@ -146,7 +145,7 @@ def _check_value(name, value):
         )
 
 
-def _check_since(name, value, cann, version):
+def _check_since(name: str, value: str, cann: str | None, version: tuple[int, int] | None):
     entry = table()["options"][name]
     since = entry.get("value_since", {}).get(value) or entry.get("since")
     if version and since and version < numbers(since):
@@ -155,17 +154,15 @@ def _check_since(name, value, cann, version):
         )
 
 
-def _check_together(options):
+def _check_together(options: dict[str, str]):
     for group in table()["exclusive"]:
         given = [name for name in group if name in options]
         if len(given) > 1:
             raise ToolkitError(
                 f"atc options {' and '.join(given)} exclude each other; leave one out"
             )
-    if (
-        "optypelist_for_implmode" in options
-        and options.get("op_select_implmode") not in IMPLEMENTATIONS
-    ):
+    implementation = options.get("op_select_implmode")
+    if "optypelist_for_implmode" in options and implementation not in IMPLEMENTATIONS:
         raise ToolkitError(
             "atc option optypelist_for_implmode needs op_select_implmode="
             f"{' or '.join(IMPLEMENTATIONS)} beside it"
@@ -174,14 +171,15 @@ def _check_together(options):
         raise ToolkitError(
             f"--aipp works on NCHW inputs only, not on input_format={options['input_format']}"
         )
-    levels = [int(options.get(name, 0)) > 0 for name in ("deterministic", "deterministic_level")]
-    if "deterministic_level" in options and levels[0] != levels[1]:
+    deterministic = int(options.get("deterministic", 0)) > 0
+    level = int(options.get("deterministic_level", 0)) > 0
+    if "deterministic_level" in options and deterministic != level:
         raise ToolkitError(
             "atc options deterministic and deterministic_level must both be 0 or both be above 0"
         )
 
 
-def _check_precision(options):
+def _check_precision(options: dict[str, str]):
     mode = options.get("precision_mode_v2") or options.get("precision_mode", "")
     soc = options["soc_version"]
     if mode.endswith(BF16) and not BF16_CHIPS.match(soc):

@@ -1,8 +1,8 @@
-"""The external data file of an ONNX model, written as the tensors come: one tensor in, its place in the file out.
+"""The external data file of an ONNX model. Takes one tensor after another, returns the place of each in the file.
 
 Hashing and writing run in threads, one tensor behind, so that they overlap with reading the next tensor. Written data
-does not pass through the page cache where the file system can do without: gigabytes of fresh cache pages cost more than
-the disk does, above all in virtual machines, and would push out what others have cached.
+does not pass through the page cache where the file system can do without it: gigabytes of fresh cache pages cost more than
+the disk does, above all in virtual machines, and would push out what other programs have cached.
 """
 
 import errno
@@ -52,13 +52,20 @@ class DataFile:
             os.close(self._file)
 
     def write(self, name: str, tensor: torch.Tensor) -> ir.ExternalTensor:
-        """Append a float32 tensor; the reference by which the model finds it. OSError as soon as the disk is full."""
+        """Append a float32 tensor and return the reference by which the model finds it.
+
+        OSError as soon as the disk is full, at the latest with the next tensor.
+        """
         array = tensor.contiguous().numpy()
-        pieces = bytes(-self.size % ALIGNMENT), memoryview(array).cast("B")
-        offset = self.size + len(pieces[0])
+        padding = bytes(-self.size % ALIGNMENT)
+        content = memoryview(array).cast("B")
+        offset = self.size + len(padding)
         self.size = offset + array.nbytes
         self._wait()
-        self._pending = [self._pool.submit(each, pieces) for each in (self._digest, self._append)]
+        self._pending = [
+            self._pool.submit(self._digest, padding, content),
+            self._pool.submit(self._append, padding, content),
+        ]
         if array.nbytes > OVERLAP_BYTES:
             self._wait()
         return ir.ExternalTensor(
@@ -76,23 +83,24 @@ class DataFile:
             job.result()
         self._pending = []
 
-    def _digest(self, pieces):
-        for piece in pieces:
-            self._hash.update(piece)
+    def _digest(self, padding: bytes, content: memoryview):
+        self._hash.update(padding)
+        self._hash.update(content)
 
-    def _append(self, pieces):
-        for piece in pieces:
-            while len(piece):
-                count = min(len(piece), STAGE_BYTES - self._filled)
-                self._stage[self._filled : self._filled + count] = piece[:count]
-                self._filled = self._filled + count
-                piece = piece[count:]
+    def _append(self, padding: bytes, content: memoryview):
+        for data in (padding, content):
+            while len(data):
+                count = min(len(data), STAGE_BYTES - self._filled)
+                self._stage[self._filled : self._filled + count] = data[:count]
+                self._filled += count
+                data = data[count:]
                 if self._filled == STAGE_BYTES:
                     self._flush()
 
     def _flush(self):
-        """Whole pages only; what the last write adds beyond the end is cut off again."""
-        data = memoryview(self._stage)[: -(-self._filled // ALIGNMENT) * ALIGNMENT]
+        """Write whole pages only; what the last write adds beyond the end is cut off in `__exit__`."""
+        pages = -(-self._filled // ALIGNMENT)
+        data = memoryview(self._stage)[: pages * ALIGNMENT]
         while len(data):
             data = data[os.write(self._file, data) :]
         self._filled = 0

@@ -1,4 +1,5 @@
-"""A checkpoint's vision weights in, vision.onnx + vision.onnx.data out, streamed: one tensor in memory at a time.
+"""Writing an export. Takes a traced graph and a checkpoint, writes vision.onnx and vision.onnx.data, one tensor in memory
+at a time.
 
 The graph is traced without weights; each weight becomes a reference into the data file when it is written.
 """
@@ -29,29 +30,28 @@ def bytes_needed(family: Family) -> int:
     return sum(4 * p.numel() + ALIGNMENT for p in parameters) + GRAPH_BYTES
 
 
-def check_space(family: Family, out: Path) -> str:
-    """Says what will be written; ToolkitError if it does not fit on the disk of `out`."""
-    need = bytes_needed(family)
-    free = shutil.disk_usage(out).free
-    if need > free:
+def check_space(family: Family, artifact_dir: Path) -> str:
+    """A line about what will be written; ToolkitError if it does not fit on the disk of `artifact_dir`."""
+    needed = bytes_needed(family)
+    free = shutil.disk_usage(artifact_dir).free
+    if needed > free:
         raise ToolkitError(
-            f"the exported encoder needs {_size(need)} in {out}, only {_size(free)} are free; "
+            f"the exported encoder needs {_size(needed)} in {artifact_dir}, only {_size(free)} are free; "
             "free some space or choose another --out"
         )
-    return f"writing {_size(need)} to {out} ({_size(free)} free)"
+    return f"writing {_size(needed)} to {artifact_dir} ({_size(free)} free)"
 
 
-def export(model: ir.Model, family: Family, checkpoint: Checkpoint, folder: Path) -> dict:
-    """Write the traced `model` and its weights, in fp32, into `folder`; {file name: {bytes, sha256}}.
+def write_onnx(model: ir.Model, family: Family, checkpoint: Checkpoint, onnx_dir: Path) -> dict:
+    """Write the traced `model` and its weights, in fp32, into `onnx_dir`; {file name: {bytes, sha256}}.
 
     ToolkitError if the family's table does not fill its tower exactly.
     """
     torch.set_num_threads(1)  # the other core hashes and writes
     slots = {value.name: value for value in model.graph.inputs[1:]}
-    with DataFile(folder / DATA) as data, byte_progress("exporting vision weights") as update:
-        for target, tensor in checkpoint.assemble(
-            family.weights(), "vision.", torch.float32, update
-        ):
+    weights = family.weights()
+    with DataFile(onnx_dir / DATA) as data, byte_progress("exporting vision weights") as update:
+        for target, tensor in checkpoint.assemble(weights, "vision.", torch.float32, update):
             name = target.removeprefix("vision.")
             _fill(slots.pop(name, None), name, tensor, data)
             del tensor  # or it would stay while the next one is built
@@ -59,9 +59,12 @@ def export(model: ir.Model, family: Family, checkpoint: Checkpoint, folder: Path
         raise ToolkitError(
             f"{family.name}'s weight table leaves {len(slots)} tower weights empty, e.g. {min(slots)}"
         )
-    _register(model.graph)
-    ir.save(model, folder / ONNX)
-    return {ONNX: file_entry(folder / ONNX), DATA: {"bytes": data.size, "sha256": data.sha256}}
+    register_weights(model.graph)
+    ir.save(model, onnx_dir / ONNX)
+    return {
+        ONNX: file_entry(onnx_dir / ONNX),
+        DATA: {"bytes": data.size, "sha256": data.sha256},
+    }
 
 
 def reuse_memory():
@@ -79,10 +82,10 @@ def _fill(slot: ir.Value | None, name: str, tensor: torch.Tensor, data: DataFile
     slot.const_value = data.write(name, tensor)
 
 
-def _register(graph: ir.Graph):
-    """Weights were graph inputs without data; now they are initializers."""
-    picture, *weights = graph.inputs
-    graph.inputs[:] = [picture]
+def register_weights(graph: ir.Graph):
+    """Turn the weights from graph inputs into initializers."""
+    pixels, *weights = graph.inputs
+    graph.inputs[:] = [pixels]
     for value in weights:
         graph.register_initializer(value)
 

@@ -1,24 +1,19 @@
-"""`python -m convert.nodes`: where inside does an encoder leave the reference? Exit 0 nowhere, 1 it does.
+"""`python -m convert.nodes`: at which node does an encoder leave the reference? Exit 0: at none, 1: the first is named.
 
-Three candidates, one picture each, all elements compared, a table under msit's columns out, the first that departs named:
-an exported graph (the ONNX node that ends a torch module against that module), another checkpoint's tower (module against
-module), and the dump of an .om (dump.py: every dumped operator against its ONNX node). torch runs block by block and leaves
-its results in files, the graph runs in pieces.
+Takes one image and one of three candidates, writes a table under msit's columns. An exported graph: the ONNX node that
+ends a torch module against that module (graph.py). Another checkpoint's tower: module against module (modules.py). The
+dump of an .om: every dumped operator against its ONNX node (om_dump.py). torch runs block by block and leaves its results
+in files, the graph runs in pieces; all elements are compared.
 """
 
 import sys
-import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.common.errors import CHECK_FAILED, ToolkitError, run_command
+from runtime.common.errors import CHECK_FAILED, run_command
 from runtime.common.flags import Parser, check_folder, flag, require
 from runtime.common.shared_flags import model_flag
-
-from .graph import compare_graph
-from .modules import compare_towers, record
-from .node import FP32, MSIT, Node, describe, passes, read_limits, table
 
 NAMED = 5  # operators that could not be compared, named on the screen; the table has all
 
@@ -60,6 +55,8 @@ class NodesOptions:
     )
 
     def __post_init__(self):
+        from .limits import FP32, MSIT, read_limits
+
         check_folder("model", self.model)
         require(
             self,
@@ -93,38 +90,36 @@ class NodesOptions:
         self.limits = read_limits(self.limit, MSIT if self.dump else FP32)
 
 
-def main(argv) -> int:
-    (options,) = Parser(
+def main(argv: list[str]) -> int:
+    parser = Parser(
         "python -m convert.nodes",
         "--model DIR --artifact DIR --out FILE.csv [options]",
         "Compare the inside of a vision encoder with the reference, node by node. Exit code 0: all are within "
         "the limits, 1: the first that is not is named.",
         {"what to compare": NodesOptions},
-    ).parse(argv)
+    )
+    [options] = parser.parse(argv)
     from runtime.common.files import write_atomically
 
-    nodes = compare(options)
-    write_atomically(Path(options.out), table(nodes, options.limits))
-    return tell(nodes, options)
+    from .compare import compare_nodes
+    from .msit_table import msit_table
+
+    nodes = compare_nodes(options)
+    write_atomically(Path(options.out), msit_table(nodes, options.limits))
+    return print_results(nodes, options)
 
 
-def tell(nodes: list[Node], options) -> int:
+def print_results(nodes: list, options: NodesOptions) -> int:
+    """Counts, what could not be compared, and the verdict; the exit code."""
+    from .limits import describe_failure, passes
+
     compared = [node for node in nodes if node.measures]
     failed = [node for node in compared if not passes(node, options.limits)]
     print(f"{len(compared)} nodes compared, {len(failed)} depart; {options.out}")
-    for reason, count in Counter(node.reason for node in nodes if node.reason).items():
-        names = [
-            node.golden if node.candidate == "*" else node.candidate
-            for node in nodes
-            if node.reason == reason
-        ]
-        print(
-            f"{count} not compared, {reason}: {', '.join(names[:NAMED])}{' ...' * (count > NAMED)}"
-        )
+    print_not_compared(nodes)
     if failed:
-        print(
-            f"FAILED: {describe(failed[0], options.limits, 'ONNX node' if options.dump else 'torch module')}"
-        )
+        golden_kind = "ONNX node" if options.dump else "torch module"
+        print(f"FAILED: {describe_failure(failed[0], options.limits, golden_kind)}")
         return CHECK_FAILED
     worst = max(compared, key=lambda node: node.measures["relative_euclidean"])
     print(
@@ -134,30 +129,16 @@ def tell(nodes: list[Node], options) -> int:
     return 0
 
 
-def compare(options: NodesOptions) -> list[Node]:
-    """Every compared place, in the order it is computed. ToolkitError when nothing can be compared."""
-    import numpy as np
-
-    from convert.verify.pictures import pictures
-    from models import family_of
-
-    family = family_of(options.model)
-    if family.vision is None:
-        raise ToolkitError(
-            f"{family.name} is a text model; python -m runtime.compare compares its layers"
-        )
-    pixels = family.pixels(options.image or pictures()["scene"])
-    if options.save_input:
-        np.save(options.save_input, pixels)
-    if options.dump:
-        from .om_dump import compare_dump
-
-        return compare_dump(Path(options.artifact), Path(options.dump), pixels)
-    with tempfile.TemporaryDirectory(prefix="ascend-vlm-") as work:
-        shapes = record(family, pixels, Path(work))
-        if options.candidate:
-            return compare_towers(family_of(options.candidate), pixels, Path(work), shapes)
-        return compare_graph(family, Path(options.artifact), pixels, Path(work), shapes)
+def print_not_compared(nodes: list):
+    """One line per reason, with the first names."""
+    reasons = Counter(node.reason for node in nodes if node.reason)
+    for reason, count in reasons.items():
+        names = []
+        for node in nodes:
+            if node.reason == reason:
+                names.append(node.golden if node.candidate == "*" else node.candidate)
+        more = " ..." if count > NAMED else ""
+        print(f"{count} not compared, {reason}: {', '.join(names[:NAMED])}{more}")
 
 
 if __name__ == "__main__":

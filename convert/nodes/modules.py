@@ -1,67 +1,74 @@
-"""Outputs of a tower's modules, recorded and compared."""
+"""A tower's modules. Takes a family and pixels, records the result of every module in a file, or compares another
+checkpoint's modules with the recorded ones.
+"""
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+from torch import nn
+
+from convert.verify.streamed_tower import StreamedTower
+from models.checkpoint.reader import Checkpoint
+from models.family import Family
 from runtime.common.errors import CHECK_FAILED, ToolkitError
+from runtime.common.progress import step_progress
 
-from .node import Node, measure
+from .comparison import NodeComparison, measure
 
 
-def watch(family, pixels, see):
-    """Run the tower in torch; see(path, module, array) for every module's result, the inner ones first."""
-    from convert.verify.piecewise import StreamedTower
-    from models.checkpoint.reader import Checkpoint
-    from runtime.common.progress import step_progress
-
-    tower = StreamedTower(family, Checkpoint(family.directory))
-    for path, module in tower.tower.named_modules():
+def run_modules(
+    family: Family, pixels: np.ndarray, on_result: Callable[[str, nn.Module, np.ndarray], None]
+):
+    """Run the tower in torch; on_result(path, module, array) for every module's result, the inner ones first."""
+    streamed = StreamedTower(family, Checkpoint(family.directory))
+    for path, module in streamed.tower.named_modules():
         if path:
-            module.register_forward_hook(
-                lambda module, _, output, path=path: see(path, module, output.numpy())
-            )
-    with step_progress(f"torch: {family.directory}", tower.steps) as tower.advance:
-        tower.run(pixels)
+
+            def hook(module, _, output, path=path):
+                on_result(path, module, output.numpy())
+
+            module.register_forward_hook(hook)
+    with step_progress(f"torch: {family.directory}", streamed.steps) as streamed.advance:
+        streamed.run(pixels)
 
 
-def record(family, pixels, work: Path) -> dict[str, tuple]:
-    """The result of every module that is called once goes to a file. {module path: shape}."""
-    import numpy as np
-
+def record_modules(family: Family, pixels: np.ndarray, work_dir: Path) -> dict[str, tuple]:
+    """Write every module's result to `work_dir`/PATH.npy. {path: shape} of the modules that are called once."""
     calls = Counter()
     shapes = {}
 
-    def keep(path, module, output):
+    def save(path, module, output):
         calls[path] += 1
         shapes[path] = output.shape
-        np.save(work / f"{path}.npy", output)
+        np.save(work_dir / f"{path}.npy", output)
 
-    watch(family, pixels, keep)
+    run_modules(family, pixels, save)
     return {path: shape for path, shape in shapes.items() if calls[path] == 1}
 
 
-def compare_towers(family, pixels, work: Path, shapes: dict[str, tuple]) -> list[Node]:
-    """Another checkpoint's modules against the recorded ones."""
-    import numpy as np
-
+def compare_towers(
+    family: Family, pixels: np.ndarray, work_dir: Path, shapes: dict[str, tuple]
+) -> list[NodeComparison]:
+    """Another checkpoint's modules against the recorded ones of equal path and shape; ToolkitError if there are none."""
     nodes = []
 
-    def see(path, module, output):
+    def compare(path, module, output):
         if shapes.get(path) == output.shape:
-            measures = measure(np.load(work / f"{path}.npy"), output)
-            nodes.append(
-                Node(
-                    len(nodes),
-                    path,
-                    type(module).__name__,
-                    "",
-                    path,
-                    output.shape,
-                    measures=measures,
-                )
+            measures = measure(np.load(work_dir / f"{path}.npy"), output)
+            node = NodeComparison(
+                index=len(nodes),
+                candidate=path,
+                operator=type(module).__name__,
+                output="",
+                golden=path,
+                shape=output.shape,
+                measures=measures,
             )
+            nodes.append(node)
 
-    watch(family, pixels, see)
+    run_modules(family, pixels, compare)
     if not nodes:
         raise ToolkitError(
             f"{family.directory} has no module in common with the reference; give two checkpoints of one model",

@@ -1,159 +1,112 @@
-"""The dump of an .om against its ONNX graph, operator by operator, under msit's limits.
+"""An .om's dump against its ONNX graph. Takes both and the pixels, returns a comparison per operator.
 
-The device writes one file per operator, `type.name.task.stream.timestamp` (some CANN versions have fewer or more numbers);
-`msaccucmp.py convert` makes of it `….output.index[.shape].npy` or `.bin`. In names, `/`, `.` and blanks have become `_`. The
-golden values are the graph's own, computed in fp32 by ONNX Runtime in pieces. An operator that ATC fused carries the names
-of what is in it one after another, and gives the last one's result.
+The golden values are the graph's own, computed in fp32 by ONNX Runtime in pieces. An operator that ATC fused carries the
+names of the nodes in it one after another, and gives the last one's result.
 """
 
-import re
-from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import onnx
+
+from convert.verify.streamed_graph import StreamedGraph
 from runtime.common.errors import CHECK_FAILED, ToolkitError
+from runtime.common.progress import step_progress
 
-from .node import Node, measure
+from .comparison import NodeComparison, measure
+from .dump_files import DumpedOutput, in_file_names, load_values, read_dump
+from .graph import PIECE_BYTES
 
-CONVERTED = re.compile(
-    r"(?P<type>[\w-]+)\.(?P<name>[\w-]+)\.(?P<numbers>[\d.]+)\.output\.(?P<index>\d+)"
-    r"(\.\d+(x\d+)*)?\.(npy|bin)"
-)
-GOLDEN = re.compile(
-    r"(?P<name>[\w-]+)\.(?P<index>\d+)\.(?P<numbers>\d{10,})\.npy"
-)  # as msit dumps an ONNX graph
-RAW = re.compile(r"[\w-]+\.[\w-]+(\.\d+)+")
-FLOATS = {2: "float16", 4: "float32", 8: "float64"}  # of a .bin, by the bytes of an element
 MISSING = "no such operator in the dump (fused, or folded by ATC)"
 OWN = "operator of the .om alone"
-FLOAT = 1  # onnx.TensorProto
 
 
-@dataclass
-class Dumped:
-    """One output of an operator on the device. time: the largest number of the file's name."""
+def compare_dump(artifact_dir: Path, dump_dir: Path, pixels: np.ndarray) -> list[NodeComparison]:
+    """The .om's own operators, then all nodes in the order of the graph, the output last.
 
-    name: str
-    type: str
-    time: int
-    path: Path
-
-
-def compare_dump(folder: Path, dump: Path, pixels) -> list[Node]:
-    """The .om's own operators, then all nodes in the order of the graph, the output last."""
-    from convert.verify.piecewise import StreamedGraph
-    from runtime.common.progress import step_progress
-
-    from .graph import PIECE
-
-    graph = StreamedGraph(folder, PIECE)
-    dumped = read_dump(dump)
-    pairs = matched(graph.model.graph, dumped)
-    nodes = [node_of(index, node, pairs) for index, node in enumerate(graph.model.graph.node)]
+    ToolkitError when nothing can be compared.
+    """
+    graph = StreamedGraph(artifact_dir, PIECE_BYTES)
+    dumped = read_dump(dump_dir)
+    pairs = match_outputs(graph.model.graph, dumped)
+    nodes = []
+    for index, node in enumerate(graph.model.graph.node):
+        nodes.append(_to_compare(index, node, pairs.get(node.output[0])))
     by_output = {node.output: node for node in nodes if not node.reason}
     if not by_output:
         raise ToolkitError(
-            f"no file in {dump} is named after a node of {folder}/vision.onnx; give the dump of the .om that "
-            "was made from it",
+            f"no file in {dump_dir} is named after a node of {artifact_dir}/vision.onnx; give the dump of the "
+            ".om that was made from it",
             CHECK_FAILED,
         )
     with step_progress("ONNX", graph.steps) as graph.advance:
         for name, value in graph.values(pixels, list(by_output)):
-            fill(by_output[name], pairs[name].path, value)
+            _compare(by_output[name], pairs[name].path, value)
     if not any(node.measures for node in nodes):
-        raise ToolkitError(
-            f"nothing was compared: {next(iter(by_output.values())).reason}", CHECK_FAILED
-        )
-    used = {id(file) for file in pairs.values()}
-    return [
-        Node(-1, file.path.name, file.type, "", "*", reason=OWN)
-        for file in dumped
-        if id(file) not in used
-    ] + nodes
+        reason = next(iter(by_output.values())).reason
+        raise ToolkitError(f"nothing was compared: {reason}", CHECK_FAILED)
+    return _without_node(dumped, pairs) + nodes
 
 
-def read_dump(folder: Path) -> list[Dumped]:
-    """The first output of every operator, of its last run, from all folders below; inputs are left out."""
-    found = {}
-    raw = None
-    for path in sorted(folder.rglob("*")):
-        raw = path if RAW.fullmatch(path.name) and path.is_file() else raw
-        named = CONVERTED.fullmatch(path.name) or GOLDEN.fullmatch(path.name)
-        if named and int(named["index"]) == 0:
-            entry = Dumped(
-                named["name"],
-                named.groupdict().get("type", ""),
-                max(map(int, named["numbers"].split("."))),
-                path,
-            )
-            found[entry.name] = max(entry, found.get(entry.name, entry), key=lambda e: e.time)
-    if not found and raw:
-        raise ToolkitError(
-            f"{raw} is as the device wrote it; make npy files with `python3 $ASCEND_TOOLKIT_HOME/tools/"
-            f"operator_cmp/compare/msaccucmp.py convert -d {raw.parent} -out NEW` and give --dump NEW"
-        )
-    if not found:
-        raise ToolkitError(
-            f"--dump {folder} has no file like TYPE.NAME.TASK.STREAM.TIMESTAMP.output.0.npy; give the folder "
-            "that msaccucmp.py convert wrote"
-        )
-    return list(found.values())
-
-
-def in_file_names(name: str) -> str:
-    return re.sub(r"[./\\ ]", "_", name)
-
-
-def matched(graph, dumped: list[Dumped]) -> dict[str, Dumped]:
-    """Value's name in the graph -> what the device computed for it: by the node's name, or by the name's end, which is the
-    last node of a fused operator."""
-    floats = {
-        v.name for v in (*graph.value_info, *graph.output) if v.type.tensor_type.elem_type == FLOAT
-    }
-    nodes = {
-        in_file_names(node.name): node
-        for node in graph.node
-        if node.name and node.output[0] in floats
-    }
-    names = sorted(nodes, key=len, reverse=True)
+def match_outputs(graph: onnx.GraphProto, dumped: list[DumpedOutput]) -> dict[str, DumpedOutput]:
+    """{name of a float value in the graph: what the device computed for it}. Matched by the node's name, or else by the
+    end of the operator's name, which is the last node of a fused operator."""
+    outputs = _float_outputs(graph)
+    longest_first = sorted(outputs, key=len, reverse=True)
     pairs = {}
     for file in dumped:
-        name = (
-            file.name
-            if file.name in nodes
-            else next((n for n in names if file.name.endswith(n)), None)
-        )
-        if name and (file.name == name or nodes[name].output[0] not in pairs):
-            pairs[nodes[name].output[0]] = file
+        if file.name in outputs:
+            pairs[outputs[file.name]] = file
+            continue
+        fused = next((name for name in longest_first if file.name.endswith(name)), None)
+        if fused:
+            pairs.setdefault(outputs[fused], file)
     return pairs
 
 
-def node_of(index: int, node, pairs: dict[str, Dumped]) -> Node:
-    file = pairs.get(node.output[0])
-    return Node(
-        index,
-        file.path.name if file else "*",
-        file.type or node.op_type if file else node.op_type,
-        node.output[0],
-        node.name,
-        reason="" if file else MISSING,
-    )
+def _float_outputs(graph: onnx.GraphProto) -> dict[str, str]:
+    """{node's name as in file names: its first output}, of the nodes whose first output is float32."""
+    floats = set()
+    for value in (*graph.value_info, *graph.output):
+        if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT:
+            floats.add(value.name)
+    outputs = {}
+    for node in graph.node:
+        if node.name and node.output[0] in floats:
+            outputs[in_file_names(node.name)] = node.output[0]
+    return outputs
 
 
-def fill(node: Node, path: Path, golden):
-    """The node's measures, or the reason why there are none."""
-    import numpy as np
-
-    if path.suffix == ".npy":
-        value = np.load(path, allow_pickle=False)
+def _to_compare(index: int, node: onnx.NodeProto, file: DumpedOutput | None) -> NodeComparison:
+    """The comparison without measures; one that the dump lacks says so as its reason."""
+    if file is None:
+        candidate, operator, reason = "*", node.op_type, MISSING
     else:
-        size = path.stat().st_size
-        value = np.fromfile(path, FLOATS.get(size // max(golden.size, 1), "uint8"))
+        candidate, operator, reason = file.path.name, file.operator or node.op_type, ""
+    return NodeComparison(index, candidate, operator, node.output[0], node.name, reason=reason)
+
+
+def _compare(node: NodeComparison, path: Path, golden: np.ndarray):
+    """Set the node's measures, or the reason why there are none."""
+    value = load_values(path, golden.size)
     node.dtype = str(value.dtype)
     node.shape = golden.shape
-    if value.size != golden.size:
+    if value.size == golden.size:
+        node.measures = measure(golden, value.reshape(golden.shape))
+    else:
         node.reason = (
             f"{list(value.shape)} on the device, {list(golden.shape)} in the graph (msaccucmp.py convert -f ND "
             "unfolds a format of the device)"
         )
-    else:
-        node.measures = measure(golden, value.reshape(golden.shape))
+
+
+def _without_node(
+    dumped: list[DumpedOutput], pairs: dict[str, DumpedOutput]
+) -> list[NodeComparison]:
+    """The operators that the .om has and the graph does not."""
+    used = {file.path for file in pairs.values()}
+    own = []
+    for file in dumped:
+        if file.path not in used:
+            own.append(NodeComparison(-1, file.path.name, file.operator, "", "*", reason=OWN))
+    return own

@@ -1,4 +1,4 @@
-"""Two arrays held against each other."""
+"""How close ONNX Runtime is to torch. Takes two arrays of features, returns their Comparison."""
 
 from dataclasses import dataclass
 
@@ -6,13 +6,13 @@ import numpy as np
 
 from runtime.common.errors import CHECK_FAILED, ToolkitError
 
-COSINE = 0.999999
-RELATIVE = 1e-4  # lowest cosine; highest error relative to the largest value (measured: 1e-6)
+LOWEST_COSINE = 0.999999
+LARGEST_ERROR = 1e-4  # relative to the largest value of the reference (measured: 1e-6)
 
 
 @dataclass
 class Comparison:
-    """ONNX Runtime against torch on one picture; errors are absolute, over all `elements`."""
+    """ONNX Runtime against torch on one image; errors are absolute, over all `elements`."""
 
     cosine: float
     max_abs: float
@@ -23,11 +23,14 @@ class Comparison:
     @property
     def passed(self) -> bool:
         """False for NaN, Inf and for nothing compared."""
-        return bool(
-            self.elements
-            and self.cosine >= COSINE
-            and self.max_abs <= RELATIVE * self.reference_max
-        )
+        if not self.elements:
+            return False
+        largest = LARGEST_ERROR * self.reference_max
+        return self.cosine >= LOWEST_COSINE and self.max_abs <= largest
+
+    @property
+    def verdict(self) -> str:
+        return f"{self}: {'pass' if self.passed else 'FAIL'}"
 
     def __str__(self):
         return (
@@ -49,10 +52,11 @@ def compare(reference: np.ndarray, candidate: np.ndarray) -> Comparison:
         return Comparison(0.0, float("inf"), float("inf"), 0.0, 0)
     difference = np.abs(a - b)
     norms = np.linalg.norm(a) * np.linalg.norm(b)
+    cosine = a @ b / norms if norms else np.array_equal(a, b)
     return Comparison(
-        float(a @ b / norms) if norms else float(np.array_equal(a, b)),
-        float(difference.max()),
-        float(difference.mean()),
-        float(np.abs(a).max()),
-        a.size,
+        float(cosine),
+        max_abs=float(difference.max()),
+        mean_abs=float(difference.mean()),
+        reference_max=float(np.abs(a).max()),
+        elements=a.size,
     )

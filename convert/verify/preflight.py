@@ -1,4 +1,4 @@
-"""Preflight: an ONNX file in, everything ATC would stumble over out, before ATC is started.
+"""Preflight. Takes an ONNX file, returns everything in it that ATC would refuse, before ATC is started.
 
 The rules are those of ATC's ONNX parser and of the NPU: operators registered for the graph's opset
 (`onnx_ops_cann.json`: operator -> opsets, per CANN generation), static shapes of few dimensions, no integer index
@@ -7,6 +7,7 @@ arithmetic, and weights that can be found beside the file.
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from models.config import VisionSpec
 MAX_RANK = 6  # ATC allows 8; transposes above 6 dimensions leave the fast kernels
 BUILT_IN = {"Constant"}
 DATA_TYPES = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BOOL}
-NAMES = {value: name.lower() for name, value in TensorProto.DataType.items()}
+CANN_GENERATIONS = ("CANN 7-8", "CANN 9")
 
 
 @dataclass(frozen=True)
@@ -35,151 +36,160 @@ class Finding:
 def preflight(path: Path, spec: VisionSpec, opset: int) -> tuple[list[Finding], Counter]:
     """Findings (none = fit for ATC) and the number of nodes per operator of the ONNX file at `path`.
 
-    The weights are not read, only the place and size the file gives for them.
+    The weights are not read, only the place and size that the file gives for them.
     """
     model = onnx.load(path, load_external_data=False)
     typed = onnx.shape_inference.infer_shapes(model, strict_mode=False).graph
     findings = [
-        *_opset(model, opset),
-        *_operators(model, opset),
-        *interface(model.graph, spec),
-        *_values(typed),
-        *_external_data(model.graph, path),
-        *_subgraphs(model.graph),
+        *_opset_findings(model, opset),
+        *_operator_findings(model.graph, opset),
+        *interface_findings(model.graph, spec),
+        *_value_findings(typed),
+        *_constant_findings(model.graph),
+        *_data_file_findings(model.graph, path),
+        *_subgraph_findings(model.graph),
     ]
     if not findings:
-        findings = _checker(path)
+        findings = _checker_findings(path)
     return findings, Counter(node.op_type for node in model.graph.node)
 
 
-def _opset(model, opset):
+def _opset_findings(model: onnx.ModelProto, opset: int) -> Iterator[Finding]:
     found = {entry.domain or "ai.onnx": entry.version for entry in model.opset_import}
     if found != {"ai.onnx": opset}:
         yield Finding("opset", f"is {found}, expected ai.onnx {opset} only")
 
 
-def _operators(model, opset):
+def _operator_findings(graph: onnx.GraphProto, opset: int) -> Iterator[Finding]:
     table = json.loads(Path(__file__).with_name("onnx_ops_cann.json").read_text(encoding="utf-8"))
-    for node in model.graph.node:
+    for node in graph.node:
+        operator = node.op_type
         if node.domain not in ("", "ai.onnx"):
             yield Finding(
-                node.name, f"operator {node.domain}::{node.op_type} is not of the ai.onnx domain"
+                node.name, f"operator {node.domain}::{operator} is not of the ai.onnx domain"
             )
-        elif node.op_type not in BUILT_IN:
-            known = table.get(node.op_type, {})
-            missing = [
-                cann for cann in ("CANN 7-8", "CANN 9") if opset not in _opsets(known.get(cann, ""))
-            ]
+        elif operator not in BUILT_IN:
+            missing = _generations_without(table.get(operator, {}), opset)
             if missing:
                 yield Finding(
                     node.name,
-                    f"operator {node.op_type} at opset {opset} is unknown to {', '.join(missing)}",
+                    f"operator {operator} at opset {opset} is unknown to {', '.join(missing)}",
                 )
 
 
-def _opsets(spans: str) -> set[int]:
-    """ "8,10-12" -> {8, 10, 11, 12}"""
-    ends = [span.split("-") for span in spans.split(",") if span]
-    return {opset for end in ends for opset in range(int(end[0]), int(end[-1]) + 1)}
+def _generations_without(known: dict[str, str], opset: int) -> list[str]:
+    """CANN generations that do not know an operator at this opset; `known`: {generation: opsets}."""
+    return [cann for cann in CANN_GENERATIONS if not _covers(known.get(cann, ""), opset)]
 
 
-def interface(graph, spec: VisionSpec):
+def _covers(spans: str, opset: int) -> bool:
+    """Whether "8,10-12" has the opset: 8, 10, 11 or 12."""
+    for span in spans.split(",") if spans else ():
+        first, _, last = span.partition("-")
+        if int(first) <= opset <= int(last or first):
+            return True
+    return False
+
+
+def interface_findings(graph: onnx.GraphProto, spec: VisionSpec) -> Iterator[Finding]:
     """Findings about names, shapes and dtypes of the graph's input and output."""
-    wanted = {
-        "input": (spec.input_name, spec.input_shape),
-        "output": (spec.output_name, spec.output_shape),
-    }
-    for kind, values in (("input", graph.input), ("output", graph.output)):
-        found = [(v.name, _shape(v), v.type.tensor_type.elem_type) for v in values]
-        if found != [(*wanted[kind], TensorProto.FLOAT)]:
-            described = (
-                ", ".join(f"{name} {NAMES[kind_]}{list(shape)}" for name, shape, kind_ in found)
-                or "nothing"
-            )
-            yield Finding(
-                f"graph {kind}",
-                f"is {described}, expected {wanted[kind][0]} float{list(wanted[kind][1])}",
-            )
+    for kind, values, name, shape in (
+        ("input", graph.input, spec.input_name, spec.input_shape),
+        ("output", graph.output, spec.output_name, spec.output_shape),
+    ):
+        found = ", ".join(map(_described, values)) or "nothing"
+        expected = f"{name} float{list(shape)}"
+        if found != expected:
+            yield Finding(f"graph {kind}", f"is {found}, expected {expected}")
 
 
-def _values(graph):
-    """Shape and type of what every node writes."""
-    known = {v.name: v for v in (*graph.value_info, *graph.output)}
+def _described(value: onnx.ValueInfoProto) -> str:
+    """Name, dtype and shape, e.g. "input float[1, 224, 224, 3]"."""
+    return f"{value.name} {_dtype_name(value)}{list(_shape(value))}"
+
+
+def _value_findings(graph: onnx.GraphProto) -> Iterator[Finding]:
+    """Findings about shape and dtype of what every node writes."""
+    known = {value.name: value for value in (*graph.value_info, *graph.output)}
     for node in graph.node:
         for name in node.output:
-            if name not in known:
-                yield Finding(
-                    node.name, "its output shape cannot be inferred; ATC needs static shapes"
-                )
-                continue
-            shape = _shape(known[name])
-            kind = known[name].type.tensor_type.elem_type
-            if not all(isinstance(d, int) and d > 0 for d in shape):
-                yield Finding(
-                    node.name,
-                    f"{node.op_type} writes the shape {list(shape)}; all dimensions must be fixed "
-                    "and above 0",
-                )
-            if len(shape) > MAX_RANK:
-                yield Finding(
-                    node.name,
-                    f"{node.op_type} writes {len(shape)} dimensions, at most {MAX_RANK} are fast "
-                    "on the NPU",
-                )
-            if kind not in DATA_TYPES:
-                yield Finding(
-                    node.name,
-                    f"{node.op_type} computes in {NAMES[kind]}; index arithmetic belongs into "
-                    "constants",
-                )
+            if name in known:
+                problems = _value_problems(node.op_type, known[name])
+            else:
+                problems = ["its output shape cannot be inferred; ATC needs static shapes"]
+            for problem in problems:
+                yield Finding(node.name, problem)
 
 
-def _shape(value) -> tuple:
-    return tuple(
-        d.dim_value if d.HasField("dim_value") else d.dim_param or "?"
-        for d in value.type.tensor_type.shape.dim
-    )
+def _value_problems(operator: str, value: onnx.ValueInfoProto) -> Iterator[str]:
+    shape = _shape(value)
+    if not all(isinstance(size, int) and size > 0 for size in shape):
+        yield (
+            f"{operator} writes the shape {list(shape)}; all dimensions must be fixed and above 0"
+        )
+    if len(shape) > MAX_RANK:
+        yield (f"{operator} writes {len(shape)} dimensions, at most {MAX_RANK} are fast on the NPU")
+    if value.type.tensor_type.elem_type not in DATA_TYPES:
+        yield (
+            f"{operator} computes in {_dtype_name(value)}; index arithmetic belongs into constants"
+        )
 
 
-def _external_data(graph, path: Path):
-    placed = []
+def _dtype_name(value: onnx.ValueInfoProto) -> str:
+    return TensorProto.DataType.Name(value.type.tensor_type.elem_type).lower()
+
+
+def _shape(value: onnx.ValueInfoProto) -> tuple:
+    """Numbers; for a free dimension its name, or "?"."""
+    dims = value.type.tensor_type.shape.dim
+    return tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or "?" for d in dims)
+
+
+def _constant_findings(graph: onnx.GraphProto) -> Iterator[Finding]:
     for tensor in graph.initializer:
-        if tensor.data_location == TensorProto.EXTERNAL:
-            entry = {item.key: item.value for item in tensor.external_data}
-            placed.append(
-                (
-                    entry["location"],
-                    int(entry.get("offset", 0)),
-                    int(entry.get("length", 0)),
-                    tensor.name,
-                )
-            )
-        elif tensor.data_type == TensorProto.DOUBLE or not _finite(tensor):
+        if tensor.data_location != TensorProto.EXTERNAL and not _fit_constant(tensor):
             yield Finding(tensor.name, "is a constant in double precision, or not finite")
-    sizes = {
-        name: file.stat().st_size
-        for name in {p[0] for p in placed}
-        if "/" not in name and (file := path.parent / name).is_file()
-    }
-    ends = Counter()
-    for location, offset, length, name in sorted(placed):
-        if location not in sizes:
-            yield Finding(name, f"its data file {location} does not lie beside {path.name}")
-        elif offset + length > sizes[location]:
-            yield Finding(
-                name, f"its data ends at byte {offset + length:,}, beyond the end of {location}"
-            )
-        elif offset < ends[location]:
-            yield Finding(name, f"its data overlaps another tensor's in {location}")
-        ends[location] = max(ends[location], offset + length)
 
 
-def _finite(tensor) -> bool:
+def _fit_constant(tensor: onnx.TensorProto) -> bool:
+    if tensor.data_type == TensorProto.DOUBLE:
+        return False
     values = numpy_helper.to_array(tensor)
     return bool((abs(values) < float("inf")).all())
 
 
-def _subgraphs(graph):
+def _data_file_findings(graph: onnx.GraphProto, path: Path) -> Iterator[Finding]:
+    """Findings about weights whose bytes are not in a file beside `path`, or lie on another's."""
+    ends = Counter()
+    for location, offset, length, name in sorted(_external_tensors(graph)):
+        size = _size_beside(path, location)
+        end = offset + length
+        if size is None:
+            yield Finding(name, f"its data file {location} does not lie beside {path.name}")
+        elif end > size:
+            yield Finding(name, f"its data ends at byte {end:,}, beyond the end of {location}")
+        elif offset < ends[location]:
+            yield Finding(name, f"its data overlaps another tensor's in {location}")
+        ends[location] = max(ends[location], end)
+
+
+def _external_tensors(graph: onnx.GraphProto) -> Iterator[tuple[str, int, int, str]]:
+    """(data file, offset, length, name) of every weight that is not in the ONNX file itself."""
+    for tensor in graph.initializer:
+        if tensor.data_location == TensorProto.EXTERNAL:
+            entry = {item.key: item.value for item in tensor.external_data}
+            offset = int(entry.get("offset", 0))
+            length = int(entry.get("length", 0))
+            yield entry["location"], offset, length, tensor.name
+
+
+def _size_beside(path: Path, location: str) -> int | None:
+    """Bytes of the data file; None unless it lies in the directory of `path`."""
+    file = path.parent / location
+    return file.stat().st_size if "/" not in location and file.is_file() else None
+
+
+def _subgraph_findings(graph: onnx.GraphProto) -> Iterator[Finding]:
     for node in graph.node:
         for attribute in node.attribute:
             for tensor in attribute.g.initializer:
@@ -190,7 +200,8 @@ def _subgraphs(graph):
                     )
 
 
-def _checker(path: Path) -> list[Finding]:
+def _checker_findings(path: Path) -> list[Finding]:
+    """What onnx.checker itself finds; only its first line."""
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:

@@ -14,12 +14,11 @@ import onnxruntime
 import pytest
 from atc_tools import GOLDEN, MODEL, convert
 
-from convert.atc import build as om
-from convert.atc import command as atc
-from convert.atc import graph_variant as variant
-from convert.atc import option_rules as atc_options
-from convert.atc import run as atc_run
-from convert.atc.command import Request
+from convert.atc import aipp, build, command, run
+from convert.atc.command import ATC_WORK, VARIANT, OmRequest, atc_options, weight_bytes
+from convert.atc.error_advice import CODE, advice
+from convert.atc.inputs import write_atc_inputs
+from convert.atc.option_rules import check_path
 from models import family_of
 from runtime.common.errors import MISSING_COMPONENT, ToolkitError
 from runtime.vision import artifact
@@ -55,7 +54,7 @@ def test_compiled_without_a_device(out, cann):
         and "ATC run success" in log
         and "exit status 0" in log
     )
-    assert not (out / atc.WORK).exists() and not (out / "fusion_result.json").exists()
+    assert not (out / ATC_WORK).exists() and not (out / "fusion_result.json").exists()
 
 
 def test_a_second_run_compiles_only_what_changed(out, cann, monkeypatch):
@@ -152,7 +151,7 @@ def test_failures_of_atc(out, cann, monkeypatch, behaviour, says):
     assert (
         (out / "manifest.json").read_bytes() == before
         and not list(out.glob("*.om"))
-        and not (out / atc.WORK).exists()
+        and not (out / ATC_WORK).exists()
     )
     assert "exit status" in (out / "atc_fp16.log").read_text()
 
@@ -167,18 +166,18 @@ def test_advice_in_chinese(out, cann, monkeypatch):
 
 def test_every_entry_of_the_error_table():
     table = json.loads(
-        Path(atc_run.__file__).with_name("error_advice.json").read_text(encoding="utf-8")
+        Path(run.__file__).with_name("error_advice.json").read_text(encoding="utf-8")
     )
-    assert all(atc_run.CODE.fullmatch(code) for code in table["codes"]) and len(table["codes"]) > 40
+    assert all(CODE.fullmatch(code) for code in table["codes"]) and len(table["codes"]) > 40
     for entry in (entry for part in table.values() for entry in part.values()):
         assert all(len(entry[language]) == 2 and all(entry[language]) for language in ("en", "zh"))
         assert all(max(text) >= "\u4e00" for text in entry["zh"] if not text.startswith("pip"))
 
 
 def test_codes_without_an_entry_of_their_own_have_their_family():
-    [said] = atc_run.advice("E20123: no such pass [x]")
+    [said] = advice("E20123: no such pass [x]")
     assert said.startswith("E20123: the fusion engine stopped") and "no such pass" in said
-    assert atc_run.advice("all went wrong") == [] and atc_run.advice("W11001: slow") == []
+    assert advice("all went wrong") == [] and advice("W11001: slow") == []
 
 
 def test_an_interrupted_atc_is_ended(out, cann, monkeypatch):
@@ -189,19 +188,19 @@ def test_an_interrupted_atc_is_ended(out, cann, monkeypatch):
         "killpg",
         lambda group, number, kill=os.killpg: (ended.append(group), kill(group, number)),
     )
-    real = atc_run.subprocess.Popen.wait
+    real = run.subprocess.Popen.wait
 
     def interrupted(self, timeout=None):
         if not ended:
             raise KeyboardInterrupt
         return real(self, timeout)
 
-    monkeypatch.setattr(atc_run.subprocess.Popen, "wait", interrupted)
+    monkeypatch.setattr(run.subprocess.Popen, "wait", interrupted)
     code, text = convert(out)
     assert (
         code == 130
         and len(ended) == 1
-        and not (out / atc.WORK).exists()
+        and not (out / ATC_WORK).exists()
         and artifact.load(out).om is None
     )
 
@@ -218,7 +217,7 @@ def test_paths_that_atc_does_not_take(converted, tmp_path, cann):
         code, text = convert(folder)
         assert (code, says is None or says in text) == (0 if says is None else 2, True), text
     with pytest.raises(ToolkitError, match="4,096 bytes"):
-        atc_options.check_path("/tmp/" + "a" * 4100)
+        check_path("/tmp/" + "a" * 4100)
 
 
 def test_the_script_compiles_in_place(out, cann):
@@ -261,7 +260,7 @@ def device(monkeypatch):
 
         return SimpleNamespace(encode=encode, close=lambda: None)
 
-    monkeypatch.setattr(om, "open_om", open_om)
+    monkeypatch.setattr(build, "open_om", open_om)
     return errors
 
 
@@ -279,12 +278,12 @@ def test_the_ladder_climbs_until_the_threshold_holds(out, cann, device):
 
 
 def test_a_later_mode_that_does_not_compile_is_passed_over(out, cann, device, monkeypatch):
-    def run(toolkit, arguments, work, log, real=atc_run.run):
+    def run_atc(toolkit, arguments, work_dir, log, real=build.run_atc):
         if "--precision_mode_v2=mixed_float16" in arguments:
             raise ToolkitError("atc failed (exit status 255)", 1)
-        return real(toolkit, arguments, work, log)
+        return real(toolkit, arguments, work_dir, log)
 
-    monkeypatch.setattr(atc_run, "run", run)
+    monkeypatch.setattr(build, "run_atc", run_atc)
     code, text = convert(out)
     assert (
         code == 0
@@ -340,7 +339,7 @@ def test_nan_climbs_too(out, cann, device):
 def test_an_om_compiled_elsewhere_is_verified_later(out, cann, device, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(
-            om,
+            build,
             "open_om",
             lambda *_: (_ for _ in ()).throw(ToolkitError("no device", MISSING_COMPONENT)),
         )
@@ -354,7 +353,7 @@ def test_an_om_compiled_elsewhere_is_verified_later(out, cann, device, monkeypat
 def test_an_om_that_turns_out_bad_is_taken_back(out, cann, device, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(
-            om,
+            build,
             "open_om",
             lambda *_: (_ for _ in ()).throw(ToolkitError("no device", MISSING_COMPONENT)),
         )
@@ -374,13 +373,13 @@ def test_graphs_for_atc_compute_the_same(converted, tmp_path, name):
     if family.directory != MODEL:
         code, text = convert(folder, "--force", model=family.directory)
         assert code == 0, text
-    om.prepare(
-        family, folder, Request("Ascend310P3", aipp=True, gears=(1, 2))
+    write_atc_inputs(
+        family, folder, OmRequest("Ascend310P3", aipp=True, gears=(1, 2))
     )  # compares; a difference raises
-    model = onnx.load(folder / atc.VARIANT, load_external_data=False)
-    onnx.checker.check_model(str(folder / atc.VARIANT), full_check=True)
+    model = onnx.load(folder / VARIANT, load_external_data=False)
+    onnx.checker.check_model(str(folder / VARIANT), full_check=True)
     known = json.loads(
-        (Path(atc.__file__).parents[1] / "verify" / "onnx_ops_cann.json").read_text()
+        (Path(command.__file__).parents[1] / "verify" / "onnx_ops_cann.json").read_text()
     )
     assert {node.op_type for node in model.graph.node} <= set(known) and "Shape" not in str(
         model.graph.node
@@ -395,23 +394,23 @@ def test_graphs_for_atc_compute_the_same(converted, tmp_path, name):
 def test_aipp_arithmetic(name):
     """In fp16, as the hardware computes, within 0.002 of the exact normalisation of every 8-bit value."""
     family = family_of(GOLDEN / name)
-    _, normalize = variant.normalization(family)
+    _, normalize = aipp.normalization(family)
     raw = np.repeat(np.arange(256, dtype=np.float32).reshape(1, 256, 1, 1), 3, axis=3)
     exact = ((raw / 255 - np.array(normalize.mean)) / np.array(normalize.std)).transpose(0, 3, 1, 2)
-    config = variant.aipp_config(family)
-    assert np.abs(variant.apply_aipp(config, raw, np.float64) - exact).max() < 1e-6
-    assert np.abs(variant.apply_aipp(config, raw, np.float16) - exact).max() < 2e-3
+    config = aipp.aipp_config(family)
+    assert np.abs(aipp.apply_aipp(config, raw, np.float64) - exact).max() < 1e-6
+    assert np.abs(aipp.apply_aipp(config, raw, np.float16) - exact).max() < 2e-3
 
 
 def test_aipp_refuses_what_it_cannot_replace(monkeypatch):
     family = family_of(MODEL)
-    monkeypatch.setattr(variant, "MAX_SIDE", 100)
+    monkeypatch.setattr(aipp, "MAX_SIDE", 100)
     with pytest.raises(ToolkitError, match="leave --aipp out"):
-        variant.aipp_config(family)
+        aipp.aipp_config(family)
 
 
 def test_weights_above_the_limit_of_a_part_go_beside_the_om(monkeypatch):
     family = family_of(MODEL)
-    monkeypatch.setattr(atc, "OM_PART_BYTES", atc.weight_bytes(family, "origin") - 1)
-    assert "external_weight" not in atc.options(Request("Ascend910B3"), family, "fp16")
-    assert atc.options(Request("Ascend910B3"), family, "origin")["external_weight"] == "1"
+    monkeypatch.setattr(command, "OM_PART_BYTES", weight_bytes(family, "origin") - 1)
+    assert "external_weight" not in atc_options(OmRequest("Ascend910B3"), family, "fp16")
+    assert atc_options(OmRequest("Ascend910B3"), family, "origin")["external_weight"] == "1"

@@ -12,9 +12,8 @@ import pytest
 import stand_in_atc
 from atc_tools import MODEL, convert, install
 
-from convert.atc import command as atc
-from convert.atc import run as atc_run
-from convert.atc.command import Request
+from convert.atc.command import ATC_WORK, OmRequest, atc_options
+from convert.atc.run import InstalledAtc, find_atc
 from models import family_of
 
 pytest_plugins = ["atc_fixtures"]
@@ -151,7 +150,7 @@ def test_good_invocations(prepared, tmp_path, monkeypatch, capsys, flags, parts)
     for part in parts:
         held = any(a.startswith(part.lstrip("!")) for a in arguments)
         assert held != part.startswith("!"), (part, arguments)
-    monkeypatch.chdir(prepared["--aipp" in flags, "--dynamic-batch" in flags] / atc.WORK)
+    monkeypatch.chdir(prepared["--aipp" in flags, "--dynamic-batch" in flags] / ATC_WORK)
     assert stand_in_atc.main(arguments[1:], 8) == 0, capsys.readouterr().out
     assert (Path.cwd() / "vision.om").is_file()
     shutil.rmtree("weight", ignore_errors=True)
@@ -236,9 +235,9 @@ def test_newer_options_pass_where_they_are_known(tmp_path, monkeypatch):
 def test_the_toolkit_is_found_by_the_variables_of_set_env(tmp_path, monkeypatch):
     tool = install(tmp_path / "cann", monkeypatch, "7.0.1")
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
-    assert atc_run.find() is None
+    assert find_atc() is None
     monkeypatch.setenv("ASCEND_HOME_PATH", str(tmp_path / "cann"))
-    assert atc_run.find() == atc_run.InstalledAtc(tool, "7.0.1")
+    assert find_atc() == InstalledAtc(tool, "7.0.1")
 
 
 def test_an_unknown_cann_version_is_said(tmp_path, monkeypatch):
@@ -274,8 +273,8 @@ def test_an_unknown_cann_version_is_said(tmp_path, monkeypatch):
     ],
 )
 def test_the_stand_in_enforces_the_grammar(prepared, monkeypatch, capfd, change, code):
-    monkeypatch.chdir(prepared[False, False] / atc.WORK)
-    options = atc.options(Request("Ascend910B3"), family_of(MODEL), "fp16") | change
+    monkeypatch.chdir(prepared[False, False] / ATC_WORK)
+    options = atc_options(OmRequest("Ascend910B3"), family_of(MODEL), "fp16") | change
     arguments = [f"--{name}={value}" for name, value in options.items() if value is not None]
     assert stand_in_atc.main(arguments, 8) == stand_in_atc.FAILED
     said = capfd.readouterr()

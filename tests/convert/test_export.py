@@ -12,10 +12,10 @@ import torch
 from onnx import TensorProto, helper
 from torch import nn
 
-from convert.atc import option_rules as atc_options
-from convert.export import write as export
+from convert.atc.option_rules import check_soc
 from convert.export.data_file import DataFile
 from convert.export.trace import trace
+from convert.export.write import register_weights
 from convert.verify.preflight import preflight
 from models.config import VisionSpec
 from models.network.vision_blocks import Dense, PreNormBlock
@@ -52,7 +52,7 @@ def test_folded_blocks_keep_their_own_settings(tmp_path):
     with DataFile(tmp_path / artifact.DATA) as data:
         for value in model.graph.inputs[1:]:
             value.const_value = data.write(value.name, weights[value.name].detach())
-    export._register(model.graph)
+    register_weights(model.graph)
     ir.save(model, tmp_path / artifact.ONNX)
     assert preflight(tmp_path / artifact.ONNX, spec, 17)[0] == []
     pixels = np.random.default_rng(0).normal(size=spec.input_shape).astype(np.float32)
@@ -207,4 +207,4 @@ def test_a_fit_graph_passes_the_check(tmp_path):
 
 @pytest.mark.parametrize("name", ["Ascend910B3", "Ascend310P3", "Ascend910B4-1", "Ascend910_9392"])
 def test_known_chips(name):
-    atc_options.check_soc(name)
+    check_soc(name)

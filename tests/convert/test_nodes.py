@@ -222,7 +222,7 @@ def test_a_planted_node(family, plant, artifacts, tmp_path, capsys):
     ],
 )
 def test_a_wrong_node_in_pieces(operator, edit, module, pieces, artifacts, tmp_path, monkeypatch):
-    monkeypatch.setattr("convert.nodes.graph.PIECE", pieces)
+    monkeypatch.setattr("convert.nodes.graph.PIECE_BYTES", pieces)
     folder = tmp_path / "copy"
     shutil.copytree(artifacts("llava"), folder)
     model = onnx.load(folder / "vision.onnx", load_external_data=False)

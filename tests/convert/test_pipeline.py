@@ -14,14 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from convert import __main__ as command
 from convert import pipeline
-from convert.export import write as export
-from convert.verify import __main__ as verify
+from convert.__main__ import main
 from convert.verify.comparison import Comparison, compare
-from convert.verify.pictures import pictures
-from convert.verify.piecewise import StreamedGraph, StreamedTower
+from convert.verify.images import verification_images
 from convert.verify.preflight import preflight
+from convert.verify.streamed_graph import StreamedGraph
+from convert.verify.streamed_tower import StreamedTower
+from convert.verify.verification import measure
 from models import family_of
 from models.checkpoint.reader import Checkpoint
 from runtime.common.errors import ToolkitError, run_command
@@ -36,7 +36,7 @@ def convert(model, out, *more) -> tuple[int, str]:
     """(exit code, everything printed) of `python -m convert`, run in this process."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-        code = run_command(command.main, ["--model", str(model), "--out", str(out), *more])
+        code = run_command(main, ["--model", str(model), "--out", str(out), *more])
     return code, printed.getvalue()
 
 
@@ -45,7 +45,7 @@ def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ASCEND_VLM_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(
-            "convert.atc.run.find", lambda: None
+            "convert.atc.run.find_atc", lambda: None
         )  # tests/convert/test_atc_command.py has the rest
         yield
 
@@ -63,15 +63,15 @@ def quick(monkeypatch, converted):
     """Conversions without tracing (the graph of `converted` is taken) and with verification in this process."""
     graph = (converted[0] / artifact.ONNX).read_bytes()
 
-    def copied(model, family, checkpoint, folder):
-        (folder / artifact.ONNX).write_bytes(graph)
-        shutil.copy(converted[0] / artifact.DATA, folder)
+    def copied(model, family, checkpoint, onnx_dir):
+        (onnx_dir / artifact.ONNX).write_bytes(graph)
+        shutil.copy(converted[0] / artifact.DATA, onnx_dir)
         return artifact.load(converted[0]).files
 
-    monkeypatch.setattr("convert.export.trace.trace", lambda build, spec: None)
-    monkeypatch.setattr(export, "export", copied)
+    monkeypatch.setattr(pipeline, "trace", lambda build, spec: None)
+    monkeypatch.setattr(pipeline, "write_onnx", copied)
     monkeypatch.setattr(
-        verify, "verify", lambda family, directory, folder: verify.measure(directory, folder)
+        pipeline, "verify", lambda family, onnx_dir: measure(family.directory, onnx_dir)
     )
     return monkeypatch
 
@@ -148,7 +148,7 @@ def test_features_equal_the_original_implementation(converted, kind):
 def test_verification_in_pieces_computes_the_same(converted):
     family = family_of(GOLDEN)
     checkpoint = Checkpoint(GOLDEN)
-    pixels = [family.pixels(picture) for picture in pictures().values()]
+    pixels = [family.pixels(picture) for picture in verification_images().values()]
     tower = StreamedTower(family, checkpoint)
     plain = plain_tower(family, checkpoint, torch.float32)
     whole = np.concatenate([plain(torch.from_numpy(each)).numpy() for each in pixels])
@@ -177,10 +177,12 @@ def test_a_second_run_changes_nothing(converted):
 
 def test_a_run_killed_after_the_export_is_continued(quick, converted, tmp_path):
     with quick.context() as patch:
-        patch.setattr(verify, "verify", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            pipeline, "verify", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         assert convert(GOLDEN, tmp_path)[0] == 130
     assert not (tmp_path / "manifest.json").exists() and not (tmp_path / "vision.onnx").exists()
-    quick.setattr(export, "export", None)
+    quick.setattr(pipeline, "write_onnx", None)
     code, text = convert(GOLDEN, tmp_path, "--soc-version", "Ascend310P3")
     assert (
         code == 0
@@ -197,7 +199,9 @@ def test_what_a_run_killed_in_the_export_left_is_thrown_away(quick, converted, t
 
 
 def test_an_interrupted_export_leaves_nothing(quick, tmp_path):
-    quick.setattr(export, "export", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    quick.setattr(
+        pipeline, "write_onnx", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     assert convert(GOLDEN, tmp_path)[0] == 130
     assert [file.name for file in tmp_path.iterdir()] == [".lock"]
 
@@ -231,7 +235,7 @@ def test_another_checkpoint_needs_force(quick, converted, tmp_path):
 
 def test_a_failed_verification_leaves_nothing_usable(quick, tmp_path):
     quick.setattr(
-        verify, "verify", lambda *arguments: {"scene": Comparison(0.99, 1.0, 0.1, 2.0, 10)}
+        pipeline, "verify", lambda *arguments: {"scene": Comparison(0.99, 1.0, 0.1, 2.0, 10)}
     )
     code, text = convert(GOLDEN, tmp_path)
     assert (
@@ -240,7 +244,7 @@ def test_a_failed_verification_leaves_nothing_usable(quick, tmp_path):
 
 
 def test_nothing_compared_is_a_failure(quick, tmp_path):
-    quick.setattr(verify, "verify", lambda *arguments: {})
+    quick.setattr(pipeline, "verify", lambda *arguments: {})
     assert convert(GOLDEN, tmp_path)[0] == 1
 
 
@@ -272,7 +276,7 @@ def test_nothing_compared_is_a_failure(quick, tmp_path):
     ],
 )
 def test_mistakes_end_in_one_sentence(tmp_path, capsys, prepare, says):
-    assert run_command(command.main, prepare(tmp_path)) == 2
+    assert run_command(main, prepare(tmp_path)) == 2
     text = capsys.readouterr().err
     assert says in text and text.count("\n") == 1
 
@@ -290,12 +294,12 @@ def test_a_full_disk_is_noticed_before_anything_is_written(quick, tmp_path):
 def test_a_disk_that_becomes_full_leaves_nothing(tmp_path, quick):
     quick.undo()
     quick.setenv("ASCEND_VLM_CACHE", str(tmp_path / "cache"))
-    quick.setattr("convert.export.trace.trace", lambda build, spec: None)
+    quick.setattr(pipeline, "trace", lambda build, spec: None)
 
     def full(*arguments):
         raise OSError(28, os.strerror(28))
 
-    quick.setattr(export, "export", full)
+    quick.setattr(pipeline, "write_onnx", full)
     code, text = convert(GOLDEN, tmp_path / "out")
     assert (
         code == 2
@@ -332,8 +336,8 @@ def test_nothing_to_compare_fails():
 
 
 def test_the_pictures_are_always_the_same_and_different():
-    first = pictures()
-    second = pictures()
+    first = verification_images()
+    second = verification_images()
     assert all(np.array_equal(first[name], second[name]) for name in first) and len(first) == 2
     assert not np.array_equal(first["scene"], first["noise"])
 

@@ -5,12 +5,12 @@ import shutil
 import pytest
 from atc_tools import MODEL, convert, in_process, install
 
-from convert.atc import build as om
-from convert.atc import command as atc
-from convert.atc import golden_features as reference
-from convert.atc import run as atc_run
-from convert.atc.command import Request
-from convert.verify import __main__ as verify
+from convert import pipeline
+from convert.atc import golden_features
+from convert.atc.command import ATC_WORK, OmRequest
+from convert.atc.inputs import write_atc_inputs
+from convert.atc.run import HOMES
+from convert.verify.verification import measure
 from models import family_of
 
 
@@ -19,11 +19,11 @@ def surroundings(tmp_path_factory):
     """An environment without CANN, in English, with a cache of its own and ONNX Runtime in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ASCEND_VLM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(reference, "features", in_process)
+        patch.setattr(golden_features, "features", in_process)
         patch.setattr(
-            verify, "verify", lambda family, directory, folder: verify.measure(directory, folder)
+            pipeline, "verify", lambda family, onnx_dir: measure(family.directory, onnx_dir)
         )
-        for name in (*atc_run.HOMES, "LC_ALL", "LC_MESSAGES", "STAND_IN_ATC"):
+        for name in (*HOMES, "LC_ALL", "LC_MESSAGES", "STAND_IN_ATC"):
             patch.delenv(name, raising=False)
         patch.setenv("LANG", "en_US.UTF-8")
         patch.setenv("PATH", "/usr/bin:/bin")
@@ -57,7 +57,7 @@ def prepared(converted, tmp_path_factory):
     for aipp in (False, True):
         for gears in ((), (1, 2)):
             folder = shutil.copytree(converted, tmp_path_factory.mktemp("prepared") / "out")
-            om.prepare(family, folder, Request("Ascend910B3", aipp=aipp, gears=gears))
-            (folder / atc.WORK).mkdir()
+            write_atc_inputs(family, folder, OmRequest("Ascend910B3", aipp=aipp, gears=gears))
+            (folder / ATC_WORK).mkdir()
             folders[aipp, bool(gears)] = folder
     return folders

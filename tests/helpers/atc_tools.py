@@ -8,8 +8,8 @@ from pathlib import Path
 import paths
 import stand_in_atc
 
-from convert import __main__ as command
-from convert.atc import golden_features as reference
+from convert.__main__ import main
+from convert.atc.golden_features import compute
 from runtime.common.errors import run_command
 
 GOLDEN = paths.GOLDEN
@@ -20,13 +20,13 @@ def convert(out, *more, model=MODEL) -> tuple[int, str]:
     """(exit code, everything printed) of `python -m convert`, run in this process."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-        code = run_command(command.main, ["--model", str(model), "--out", str(out), *more])
+        code = run_command(main, ["--model", str(model), "--out", str(out), *more])
     return code, printed.getvalue()
 
 
 def in_process(family, graph, aipp=None):
     """Takes the place of golden_features.features, which starts a child process."""
-    return reference.compute(str(family.directory), str(graph), aipp and str(aipp))
+    return compute(str(family.directory), str(graph), aipp and str(aipp))
 
 
 def install(root: Path, monkeypatch, version: str | None = "8.0.RC2") -> Path:

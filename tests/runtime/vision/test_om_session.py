@@ -511,11 +511,11 @@ def test_without_cann(tmp_path, monkeypatch):
 def blip2(tmp_path_factory):
     """The golden VisualGLM's encoder with the fp16 NHWC interface of the blip2.om files of older guides."""
     from convert.export.trace import trace
-    from convert.export.write import export
+    from convert.export.write import write_onnx
 
     folder = tmp_path_factory.mktemp("blip2")
     family = family_of(GOLDEN)
-    export(trace(family.vision_encoder, family.vision), family, Checkpoint(GOLDEN), folder)
+    write_onnx(trace(family.vision_encoder, family.vision), family, Checkpoint(GOLDEN), folder)
     model = onnx.load(folder / "vision.onnx")
     [given], [result] = model.graph.input, model.graph.output
     for node in model.graph.node:

@@ -1,0 +1,143 @@
+"""The ONNX side of the verification, with a part of the weights in memory at a time, whatever the graph's size.
+
+Takes a directory with vision.onnx, returns what ONNX Runtime computes. The graph is cut where few values are alive; its
+pieces refer to the one data file and run one after another.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from runtime.vision.artifact import ONNX
+
+PIECE_BYTES = 1 << 30  # of weights; a smaller graph stays whole
+ACTIVATIONS = 4  # values of the largest size at a time: scores, softmax, and what the arena keeps
+PIECE_FILE = "piece.onnx"
+ALIVE = 2  # values that may cross a cut: a tower's and a Q-Former's residual stream
+
+
+@dataclass
+class Piece:
+    """Consecutive nodes with the names of the values that they take and give."""
+
+    nodes: list[onnx.NodeProto]
+    inputs: list[str]
+    outputs: list[str]
+
+
+class StreamedGraph:
+    """vision.onnx of `onnx_dir` on the CPU, in `steps` pieces of about `limit` bytes of weights each.
+
+    A piece lies as a file in `onnx_dir` while it runs. `advance()` is called after each.
+    """
+
+    def __init__(self, onnx_dir: Path, limit: int = PIECE_BYTES):
+        self.onnx_dir = onnx_dir
+        self.advance = lambda: None
+        self.model = onnx.load(onnx_dir / ONNX, load_external_data=False)
+        self.pieces = cut(self.model.graph, limit)
+        self.steps = len(self.pieces)
+
+    def run(self, pixels: list[np.ndarray]) -> list[np.ndarray]:
+        """Features of every image; a piece is loaded once for all of them."""
+        graph = self.model.graph
+        states = [{graph.input[0].name: array} for array in pixels]
+        for piece in self.pieces:
+            states = self._run(piece, states)
+            self.advance()
+        return [state[graph.output[0].name] for state in states]
+
+    def values(self, pixels: np.ndarray, names: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+        """Yields (name, value) of these values inside the graph, in the order in which the pieces run."""
+        wanted = set(names)
+        state = {self.model.graph.input[0].name: pixels}
+        for piece in self.pieces:
+            computed = {name for node in piece.nodes for name in node.output}
+            inner = sorted(computed & wanted - set(piece.outputs))
+            (state,) = self._run(Piece(piece.nodes, piece.inputs, piece.outputs + inner), [state])
+            for name, value in state.items():
+                if name in wanted:
+                    yield name, value
+            self.advance()
+
+    def _run(self, piece: Piece, states: list[dict]) -> list[dict]:
+        """{name: value} of the piece's outputs, for each {name: value} of its inputs."""
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        whole = self.steps == 1 and piece is self.pieces[0]
+        path = self.onnx_dir / ONNX if whole else self._write(piece)
+        results = []
+        try:
+            session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+            for state in states:
+                inputs = {name: state[name] for name in piece.inputs}
+                results.append(dict(zip(piece.outputs, session.run(piece.outputs, inputs))))
+        finally:
+            (self.onnx_dir / PIECE_FILE).unlink(missing_ok=True)
+        return results
+
+    def _write(self, piece: Piece) -> Path:
+        used = {name for node in piece.nodes for name in node.input}
+        weights = [tensor for tensor in self.model.graph.initializer if tensor.name in used]
+        graph = helper.make_graph(
+            piece.nodes, "piece", _float_infos(piece.inputs), _float_infos(piece.outputs), weights
+        )
+        model = helper.make_model(
+            graph, opset_imports=self.model.opset_import, ir_version=self.model.ir_version
+        )
+        path = self.onnx_dir / PIECE_FILE
+        path.write_bytes(model.SerializeToString())
+        return path
+
+
+def _float_infos(names: list[str]) -> list[onnx.ValueInfoProto]:
+    return [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]
+
+
+def memory_needed(onnx_dir: Path) -> int:
+    """Bytes that a piece and the largest activations take; ONNX Runtime holds packed weights a second time."""
+    graph = onnx.load(onnx_dir / ONNX, load_external_data=False).graph
+    weights = sum(_weight_sizes(graph).values())
+    largest = 0
+    for value in graph.value_info:
+        dims = value.type.tensor_type.shape.dim
+        largest = max(largest, 4 * math.prod(dim.dim_value for dim in dims))
+    return 2 * min(weights, PIECE_BYTES) + ACTIVATIONS * largest
+
+
+def _weight_sizes(graph: onnx.GraphProto) -> dict[str, int]:
+    """{name: bytes} of the float32 weights."""
+    return {tensor.name: 4 * math.prod(tensor.dims) for tensor in graph.initializer}
+
+
+def cut(graph: onnx.GraphProto, limit: int) -> list[Piece]:
+    """Pieces of about `limit` bytes of weights each, in order. A cut lies where at most ALIVE float values cross it."""
+    sizes = _weight_sizes(graph)
+    last_use = {}
+    for index, node in enumerate(graph.node):
+        for name in node.input:
+            last_use[name] = index
+    pieces = []
+    start = 0
+    held = 0
+    alive = {graph.input[0].name}
+    inputs = sorted(alive)
+    for index, node in enumerate(graph.node):
+        held += sum(sizes.get(name, 0) for name in node.input)
+        alive.update(node.output)
+        alive = {name for name in alive if last_use.get(name, -1) > index}
+        if held >= limit and 0 < len(alive) <= ALIVE:
+            outputs = sorted(alive)
+            pieces.append(Piece(list(graph.node[start : index + 1]), inputs, outputs))
+            start = index + 1
+            held = 0
+            inputs = outputs
+    pieces.append(Piece(list(graph.node[start:]), inputs, [graph.output[0].name]))
+    return pieces
