@@ -78,7 +78,7 @@ def encode(work, folder):
     engine = open_engine(work, folder, artifact=work["artifact"], **options)
     rng = np.random.default_rng(work["seed"])
     image = Image.fromarray(rng.integers(0, 256, (224, 224, 3), dtype=np.uint8))
-    prompts = iter(workload.picture_prompts(engine, [image], 1 + work["repeats"], rng))
+    prompts = iter(workload.image_prompts(engine, [image], 1 + work["repeats"], rng))
     seconds = job.median_time(lambda: engine.features(next(prompts)), work)
     return {"encode_s": seconds, "settings": "; ".join(engine.describe())}
 

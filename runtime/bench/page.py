@@ -1,4 +1,8 @@
-"""What `runtime.bench` shows of its rows: a table on the terminal, a plot, and a page with both."""
+"""What `runtime.bench` shows of its rows.
+
+Takes the rows of a grid; prints a table of averages, writes a plot, returns a page with both.
+Packages are imported when they are needed, after the peak memory has been read.
+"""
 
 import base64
 from pathlib import Path
@@ -24,24 +28,7 @@ COLUMNS = {
 }
 
 
-def averages(rows: list[dict]) -> list[list[str]]:
-    """Per batch size over the grid: a row of cells under AVERAGES."""
-
-    def mean(name, mine):
-        values = [row[name] for row in mine if row[name] is not None]
-        return f"{sum(values) / len(values):.2f}" if values else "-"
-
-    groups = [
-        [row for row in rows if row["batch"] == batch]
-        for batch in sorted({row["batch"] for row in rows})
-    ]
-    return [
-        [str(mine[0]["batch"]), str(len(mine)), *(mean(name, mine) for name in AVERAGES.values())]
-        for mine in groups
-    ]
-
-
-def show(rows: list[dict]):
+def print_averages(rows: list[dict]):
     from rich.console import Console
     from rich.table import Table
 
@@ -51,53 +38,76 @@ def show(rows: list[dict]):
     Console().print(table)
 
 
-def page(found: dict, picture: Path) -> str:
+def render_page(found: dict, plot: Path) -> str:
     """One self-contained page: what was measured where, averages, plot, every case."""
     from jinja2 import Environment
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(PAGE.read_text(encoding="utf-8"))
-    image = base64.b64encode(picture.read_bytes()).decode("ascii")
     return template.render(
         found=found,
-        image=image,
+        image=base64.b64encode(plot.read_bytes()).decode("ascii"),
         titles=["batch", "cases", *AVERAGES],
         columns=COLUMNS,
         averages=averages(found["rows"]),
     )
 
 
-def plot(rows: list[dict], path: Path):
-    """First token over the prompt's length, and time per token over the whole length, per batch size."""
+def averages(rows: list[dict]) -> list[list[str]]:
+    """Per batch size over the grid: its size, its number of cases, and cells under AVERAGES."""
+    table = []
+    for batch, cases in by_batch(rows).items():
+        cells = [mean_of(name, cases) for name in AVERAGES.values()]
+        table.append([str(batch), str(len(cases)), *cells])
+    return table
+
+
+def by_batch(rows: list[dict]) -> dict[int, list[dict]]:
+    """The rows of each batch size, the smallest first."""
+    groups = {}
+    for row in sorted(rows, key=lambda row: row["batch"]):
+        groups.setdefault(row["batch"], []).append(row)
+    return groups
+
+
+def mean_of(name: str, rows: list[dict]) -> str:
+    values = [row[name] for row in rows if row[name] is not None]
+    return f"{sum(values) / len(values):.2f}" if values else "-"
+
+
+def write_plot(rows: list[dict], path: Path):
+    """First token over the prompt's length, and time per token over the whole length, per batch
+    size."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
-    for batch in sorted({row["batch"] for row in rows}):
-        mine = [row for row in rows if row["batch"] == batch]
-        left.plot(
-            [r["input"] for r in mine],
-            [r["FirstTokenTime(ms)"] for r in mine],
-            "o",
-            label=f"batch {batch}",
-        )
-        several = [r for r in mine if r["TimePerTokens(ms)"] is not None]
-        right.plot(
-            [r["input"] + r["output"] for r in several],
-            [r["TimePerTokens(ms)"] for r in several],
-            "o",
-            label=f"batch {batch}",
-        )
-    for axes, x, y in (
-        (left, "prompt, tokens", "first token, ms"),
-        (right, "prompt + answer, tokens", "per token, ms"),
-    ):
-        axes.set_xscale("log", base=2)  # lengths are mostly powers of two
-        axes.xaxis.set_major_formatter("{x:.0f}")
-        axes.set(xlabel=x, ylabel=y, ylim=(0, None))
-        axes.legend()
+    for batch, cases in by_batch(rows).items():
+        label = f"batch {batch}"
+        draw_points(left, label, cases, ("input",), "FirstTokenTime(ms)")
+        draw_points(right, label, cases, ("input", "output"), "TimePerTokens(ms)")
+    label_axes(left, "prompt, tokens", "first token, ms")
+    label_axes(right, "prompt + answer, tokens", "per token, ms")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def draw_points(axes, label: str, rows: list[dict], lengths: tuple[str, ...], figure: str):
+    """One point per row that has the figure, over the sum of its lengths."""
+    x = []
+    y = []
+    for row in rows:
+        if row[figure] is not None:
+            x.append(sum(row[name] for name in lengths))
+            y.append(row[figure])
+    axes.plot(x, y, "o", label=label)
+
+
+def label_axes(axes, x: str, y: str):
+    axes.set_xscale("log", base=2)  # lengths are mostly powers of two
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.set(xlabel=x, ylabel=y, ylim=(0, None))
+    axes.legend()
