@@ -17,7 +17,8 @@ from runtime.engine.loading.memory import make_plan, max_model_len_for, on_npu, 
 from runtime.engine.options import EngineOptions
 from runtime.parallel.split import Split
 from runtime.plan import __main__ as plan
-from runtime.plan.__main__ import PlanOptions, estimate, find_family, roofline_of
+from runtime.plan.estimate import estimate, find_family, roofline_of
+from runtime.plan.options import PlanOptions
 from runtime.plan.roofline import Roofline, layer_values
 
 GOLDEN = paths.GOLDEN

@@ -24,7 +24,7 @@ from runtime.ops.cpu.packed_weights import (
     Int4Weight,
     Int8Weight,
 )
-from runtime.plan.__main__ import find_family
+from runtime.plan.estimate import find_family
 
 GOLDEN = paths.GOLDEN
 COSINE = {Int8Weight: 0.9999, Int4Weight: 0.99}
