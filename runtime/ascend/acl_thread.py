@@ -19,7 +19,8 @@ from threading import Thread
 class AclThread:
     """Runs calls one at a time in a thread of its own, with the process's stdout caught.
 
-    A daemon, unlike an executor's thread: it must still run when the exit handlers release what it opened.
+    A daemon, unlike an executor's thread: it must still run when the exit handlers release what it
+    opened.
     """
 
     def __init__(self):

@@ -179,7 +179,8 @@ class OmModel:
 
 
 def infer_session() -> type:
-    """ais_bench's InferSession. ToolkitError (exit 3) with the command that installs what is missing."""
+    """ais_bench's InferSession. ToolkitError (exit 3) with the command that installs what is
+    missing."""
     try:
         with captured_stdout(Printed()):
             from ais_bench.infer.interface import InferSession

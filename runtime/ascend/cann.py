@@ -1,4 +1,4 @@
-"""Installed CANN toolkits: takes a folder, returns what CANN's installer wrote there of its version.
+"""Installed CANN toolkits: takes a folder, returns what CANN's installer wrote there about it.
 
 Reads only; nothing is imported or loaded.
 """

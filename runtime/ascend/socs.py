@@ -95,7 +95,8 @@ CODES = {range(200, 206): P310, range(220, 226): A2, range(250, 256): A3}
 
 
 def soc_of(code: int, name: str) -> Soc:
-    """The row of the chip `name`, whose number is `code`; ToolkitError for one that is not in the table."""
+    """The row of the chip `name`, whose number is `code`; ToolkitError for one that is not in the
+    table."""
     for codes, soc in CODES.items():
         if code in codes:
             return soc

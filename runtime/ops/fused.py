@@ -40,7 +40,8 @@ class AcceleratorOps(FusedOps):
         raise NotImplementedError
 
     def default_dtype(self, family) -> str:
-        """What --dtype auto means: the dtype of the released weights if the device computes in it."""
+        """What --dtype auto means: the dtype of the released weights if the device computes in
+        it."""
         released = family.config.get("torch_dtype") or family.config.get("dtype")
         return released if released in self.dtypes else self.dtypes[0]
 

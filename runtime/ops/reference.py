@@ -116,7 +116,8 @@ class ReferenceOps:
         if layer.kind == "W8A16":
             return self.linear(x, dequantized(layer, x.dtype))
         q, token_scale = quantize(x, layer)
-        return dequantize(q.double() @ layer.weight.double().T, token_scale, layer).to(x.dtype)
+        total = q.double() @ layer.weight.double().T
+        return dequantize(total, token_scale, layer).to(x.dtype)
 
     def layer_norm(self, x, norm, eps):
         y = F.layer_norm(x.float(), x.shape[-1:], norm.weight.float(), norm.bias.float(), eps)
@@ -124,8 +125,9 @@ class ReferenceOps:
 
     def rms_norm(self, x, norm, eps):
         y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
-        return add_norm_bias((y * norm.weight.float()).to(x.dtype), norm)
+        mean_square = y.pow(2).mean(-1, keepdim=True)
+        y = y * torch.rsqrt(mean_square + eps) * norm.weight.float()
+        return add_norm_bias(y.to(x.dtype), norm)
 
     def add_rms_norm(self, x, residual, norm, eps):
         """(normalised sum, sum)"""
@@ -147,7 +149,8 @@ class ReferenceOps:
 
         def rotate(x):
             first, second = x.chunk(2, dim=-1)
-            return x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
+            swapped = torch.cat((-second, first), -1)
+            return x * cos[:, None] + swapped * sin[:, None]
 
         return rotate(q), rotate(k)
 
@@ -179,8 +182,9 @@ def add_norm_bias(y, norm):
 
 def dequantized(layer, dtype) -> Linear:
     """A Quantized layer as a float one in `dtype`."""
-    weight = (layer.weight.float() * layer.scale[:, None]).to(dtype)
-    return Linear(weight, None if layer.bias is None else layer.bias.to(dtype))
+    weight = layer.weight.float() * layer.scale[:, None]
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    return Linear(weight.to(dtype), bias)
 
 
 def quantize(x, layer):
@@ -190,8 +194,10 @@ def quantize(x, layer):
     """
     x = x.to(torch.float32, copy=True)
     if layer.static:
-        return x.div_(layer.input_scale).add_(layer.input_offset).round_().clamp_(-128, 127), None
-    scale = x.abs().amax(-1, keepdim=True).clamp_(min=SMALLEST_SCALE) / 127
+        x.div_(layer.input_scale).add_(layer.input_offset)
+        return x.round_().clamp_(-128, 127), None
+    largest = x.abs().amax(-1, keepdim=True)
+    scale = largest.clamp_(min=SMALLEST_SCALE) / 127
     return x.div_(scale).round_().clamp_(-128, 127), scale
 
 
@@ -206,19 +212,24 @@ def dequantize(total, token_scale, layer):
 def _gather(cache, blocks, length):
     """Blocks of one sequence -> [length, kv_heads, head_dim]."""
     used = -(-length // cache.shape[1])
-    return cache[blocks[:used].long()].flatten(0, 1)[:length]
+    rows = cache[blocks[:used].long()].flatten(0, 1)
+    return rows[:length]
 
 
 def sequence_attention(q, k, v, causal: bool):
-    """q [rows, heads, head_dim] against k, v [length, kv_heads, head_dim] -> [rows, heads, head_dim].
+    """q [rows, heads, head_dim] against k, v [length, kv_heads, head_dim] -> [rows, heads,
+    head_dim].
 
     causal: of the length tokens the last `rows` are q's own, and each sees none after it.
     """
     repeat = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(repeat, dim=1).transpose(0, 1) for t in (k, v))
-    scores = q.transpose(0, 1) @ k.transpose(1, 2) / q.shape[-1] ** 0.5
+    scale = q.shape[-1] ** 0.5
+    scores = q.transpose(0, 1) @ k.transpose(1, 2) / scale
     if causal:
         past = k.shape[1] - q.shape[0]
-        hidden = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(past + 1)
-        scores = scores.masked_fill(hidden, float("-inf"))
-    return (scores.softmax(-1) @ v).transpose(0, 1)
+        every = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device)
+        later = every.triu(past + 1)
+        scores = scores.masked_fill(later, float("-inf"))
+    mixed = scores.softmax(-1) @ v
+    return mixed.transpose(0, 1)

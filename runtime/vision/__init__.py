@@ -27,10 +27,11 @@ def open_session(
     """Session of `kind`: "torch", "onnx", "om" or "auto" (om where an NPU and a fitting .om are,
     else onnx; torch for a `precision` other than fp32).
 
-    artifact: an artifact's directory or an .om; None: the cached artifact, which is made if missing.
-    threads: of ONNX Runtime; None: one per core. An om runs on the NPU of `device`, with the
-    decoder on the CPU on npu:0. ToolkitError when the family takes no images, or what `kind` needs
-    is missing or does not fit.
+    artifact: an artifact's directory or an .om; None: the cached artifact, made if missing.
+    threads: of ONNX Runtime; None: one per core.
+    device: the decoder's; an om runs on the same NPU, and on npu:0 if the decoder is on the CPU.
+
+    ToolkitError when the family takes no images, or what `kind` needs is missing or does not fit.
     """
     if family.vision is None:
         raise ToolkitError(f"{family.name} takes no pictures; leave the picture out")

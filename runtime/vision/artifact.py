@@ -155,8 +155,8 @@ def cache_directory(source: Source) -> Path:
 
 
 def find_or_convert(source: Source, artifact: str | Path | None = None) -> Path:
-    """Directory of an artifact that fits `source`: `artifact` itself, else the cached one, converted
-    now if missing.
+    """Directory of an artifact that fits `source`: `artifact` itself, else the cached one,
+    converted now if missing.
 
     ToolkitError if `artifact` does not fit, or if the conversion fails.
     """

@@ -1,4 +1,5 @@
-"""Which .om runs: takes a Source and what the user named, returns an OmFile, or None for the ONNX."""
+"""Which .om runs: takes a Source and what the user named, returns an OmFile, or None for the
+ONNX."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -106,7 +107,8 @@ def _is_om(artifact: str | Path | None) -> bool:
 
 
 def _om_at(path: Path, source: Source) -> OmFile | None:
-    """`path` itself if it is an .om, else the one of the artifact there, else the only one there."""
+    """`path` itself if it is an .om, else the one of the artifact there, else the only one
+    there."""
     if path.suffix == ".om":
         return OmFile(path)
     return _om_of_artifact(path, source) or _only_om(path)

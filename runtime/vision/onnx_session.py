@@ -1,4 +1,5 @@
-"""The exported vision encoder in ONNX Runtime: takes images as float32, returns features as float32."""
+"""The exported vision encoder in ONNX Runtime: takes images as float32, returns features as
+float32."""
 
 from models.config import VisionSpec
 from runtime.common.errors import ToolkitError
@@ -13,8 +14,8 @@ class OnnxVision(VisionSession):
     stage = "ONNX vision encoder"
 
     def __init__(self, directory, spec: VisionSpec, threads: int | None = None):
-        """directory: an artifact's. threads: None = one per core. ToolkitError when the graph cannot
-        be loaded."""
+        """directory: an artifact's. threads: None = one per core. ToolkitError when the graph
+        cannot be loaded."""
         import onnxruntime
 
         super().__init__(spec)

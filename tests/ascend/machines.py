@@ -1,7 +1,8 @@
-"""Machines with Ascend NPUs as directory trees and answers of `npu-smi`: stand-ins for tests of the doctor.
+"""Machines with Ascend NPUs as directory trees and answers of `npu-smi`: stand-ins for tests of the
+doctor.
 
-Layouts as CANN's installers leave them: `ascend-toolkit/<version>` with a `latest` link up to 8.3, `cann-<version>` with a
-`cann` link from 8.5. The tables are those of npu-smi 24 to 26.
+Layouts as CANN's installers leave them: `ascend-toolkit/<version>` with a `latest` link up to 8.3,
+`cann-<version>` with a `cann` link from 8.5. The tables are those of npu-smi 24 to 26.
 """
 
 import json
@@ -64,7 +65,8 @@ GOOD = {
 
 @dataclass
 class StandIn(Host):
-    """A Host whose commands answer from `answers` (command -> (status, output)) and whose packages are `packages`."""
+    """A Host whose commands answer from `answers` (command -> (status, output)) and whose packages
+    are `packages`."""
 
     packages: dict = field(default_factory=dict)
     answers: dict = field(default_factory=dict)

@@ -1,8 +1,10 @@
-"""Stand-in for the aclruntime extension module: its interface over ONNX Runtime on the CPU; an ".om" here is an ONNX file.
+"""Stand-in for the aclruntime extension module: its interface over ONNX Runtime on the CPU; an
+".om" here is an ONNX file.
 
-What tests rely on is as in the real one: the only check of an input is its byte size, messages go to file descriptor 1,
-a failure is RuntimeError("[-1][ACL: general failure] "), a session belongs to a context of a device, contexts belong to
-threads, destroying the object unloads the model. Gears are in the ONNX metadata `dynamic_batch_size`.
+What tests rely on is as in the real one: the only check of an input is its byte size, messages go
+to file descriptor 1, a failure is RuntimeError("[-1][ACL: general failure] "), a session belongs to
+a context of a device, contexts belong to threads, destroying the object unloads the model. Gears
+are in the ONNX metadata `dynamic_batch_size`.
 """
 
 import ctypes
@@ -62,7 +64,8 @@ class Tensor:
 
 
 class Session:
-    """InferenceSession. `pairs`: exec_time_list holds (start, end); `rebinds`: every call sets the session's context."""
+    """InferenceSession. `pairs`: exec_time_list holds (start, end); `rebinds`: every call sets the
+    session's context."""
 
     pairs = rebinds = True
 

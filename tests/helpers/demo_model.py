@@ -9,10 +9,11 @@ GREEDY = SamplingParams(max_tokens=48, temperature=0)
 
 
 def answers(engine, asked, wrapper=None):
-    """Greedy answers to [(picture, question)] in one batch; wrapper: language of the prompt's wording."""
+    """Greedy answers to [(image, question)] in one batch; wrapper: language of the prompt's
+    wording."""
     prompts = []
-    for picture, question in asked:
-        content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+    for image, question in asked:
+        content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
         message = {"role": "user", "content": content}
         prompts.append(engine.prompt([message], language=wrapper))
     return [result.text for result in engine.generate(prompts, GREEDY)]

@@ -1,8 +1,9 @@
-"""What torch_npu launches for our decoder, on stand-in CANN libraries (see run.py, which sets the environment).
+"""What torch_npu launches for our decoder, on stand-in CANN libraries (see run.py, which sets the
+environment).
 
-The real wheel's C++ runs: argument checks, output shapes, storage formats, aclnn or aclop, graph capture. No kernel
-computes, so that only the log is tested. launches_<chip>.txt holds the expected launches of every released decoder at
-full size; UPDATE=1 in the environment writes them anew.
+The real wheel's C++ runs: argument checks, output shapes, storage formats, aclnn or aclop, graph
+capture. No kernel computes, so that only the log is tested. launches_<chip>.txt holds the expected
+launches of every released decoder at full size; UPDATE=1 in the environment writes them anew.
 """
 
 import json
@@ -64,7 +65,8 @@ class Launches:
 
 
 def _short(line: str) -> str:
-    """` [1,64:1:2]aclnnMm` -> `Mm`; tensors in NZ format and in host memory are counted behind the name."""
+    """` [1,64:1:2]aclnnMm` -> `Mm`; tensors in NZ format and in host memory are counted behind the
+    name."""
     formats = re.findall(r"\[[\d,]*:\d+:(\d+)(:host)?\]", line)
     name = (
         re.sub(r"\[[^]]*\]", "", line)
@@ -129,9 +131,9 @@ def run_step(decoder, q_lens, kv_lens, causal, launches) -> list[str]:
     tokens = sum(q_lens)
     cache = KVCache(c, batch * WIDTH, BLOCK, torch.float16, "npu:0", decoder.ops)
     table = torch.arange(batch * WIDTH, dtype=torch.int32).view(batch, WIDTH)
-    turn = torch.zeros(tokens, c.head_dim, dtype=torch.float16)
+    angles = torch.zeros(tokens, c.head_dim, dtype=torch.float16)
     step = decoder.ops.begin(
-        Step(turn, turn, torch.arange(tokens), table, q_lens, kv_lens, causal), c, "npu:0"
+        Step(angles, angles, torch.arange(tokens), table, q_lens, kv_lens, causal), c, "npu:0"
     )
     plain = decoder._attention
     ids = torch.zeros(tokens, dtype=torch.int64, device="npu:0")
@@ -149,7 +151,8 @@ def run_step(decoder, q_lens, kv_lens, causal, launches) -> list[str]:
 
 
 def parts(names: list[str], layers: int) -> tuple[list[str], list[str], list[str]]:
-    """Launches before the layers, of each layer (all alike, from its attention to the next norm), and after them."""
+    """Launches before the layers, of each layer (all alike, from its attention to the next norm),
+    and after them."""
     groups = [list(group) for mark, group in groupby(names, MARK.__eq__) if not mark]
     before, *repeated = groups
     layer = repeated[0]
@@ -210,8 +213,8 @@ def test_engine_prefills_decodes_and_replays(name, launches):
     engine = Engine(
         golden / name, device="npu:0", vision="torch", max_model_len=256, dtype="float16"
     )
-    picture = [{"type": "image", "image": golden / "visualglm" / "image.png"}]
-    content = (picture if engine.family.vision else []) + [{"type": "text", "text": "hello"}]
+    image = [{"type": "image", "image": golden / "visualglm" / "image.png"}]
+    content = (image if engine.family.vision else []) + [{"type": "text", "text": "hello"}]
     prompt = engine.prompt([{"role": "user", "content": content}])
     assert engine.prefill_logits(prompt).shape == (
         len(prompt.ids),

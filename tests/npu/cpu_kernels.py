@@ -1,10 +1,10 @@
-"""torch_npu's operators on CPU tensors: the wheel's own schemas, and behind them plain arithmetic that refuses what the
-chips refuse.
+"""torch_npu's operators on CPU tensors: the wheel's own schemas, and behind them plain arithmetic
+that refuses what the chips refuse.
 
-`schemas.txt` holds the 462 operator schemas of torch_npu 2.13.0. They are declared in a torch without torch_npu, so
-that a wrong keyword or type in our calls is refused by torch's dispatcher; the kernels below then check layouts and
-contiguity, and compute. `FakeGraph` stands in for NPUGraph: it records operator calls and replays them on the same
-tensors.
+`schemas.txt` holds the 462 operator schemas of torch_npu 2.13.0. They are declared in a torch
+without torch_npu, so that a wrong keyword or type in our calls is refused by torch's dispatcher;
+the kernels below then check layouts and contiguity, and compute. `FakeGraph` stands in for
+NPUGraph: it records operator calls and replays them on the same tensors.
 """
 
 from pathlib import Path
@@ -68,8 +68,8 @@ def apply_rotary_pos_emb(query, key, cos, sin, layout="BSND", rotary_mode="half"
         query.shape[:2] == key.shape[:2] == cos.shape[:2] == sin.shape[:2]
         and cos.shape[2] == sin.shape[2] == 1
     )
-    for x, turned in zip((query, key), PLAIN.rope(query[0], key[0], cos[0, :, 0], sin[0, :, 0])):
-        x[0] = turned
+    for x, rotated in zip((query, key), PLAIN.rope(query[0], key[0], cos[0, :, 0], sin[0, :, 0])):
+        x[0] = rotated
     return query, key
 
 
@@ -112,7 +112,8 @@ def fused_infer(
     block_size=0,
     **unused,
 ):
-    """Paged, packed queries; running sums of the query lengths, plain lengths of the cached sequences."""
+    """Paged, packed queries; running sums of the query lengths, plain lengths of the cached
+    sequences."""
     assert (
         input_layout == "TND"
         and sparse_mode == 3
@@ -211,7 +212,8 @@ def trans_quant_param(scale, offset=None, round_mode=0):
 def quant_matmul(
     x1, x2, scale, *, offset=None, pertoken_scale=None, bias=None, output_dtype=None, **unused
 ):
-    """x1 [T, k], x2 [k, n]; int64 scales hold float32 bits, which bfloat16 results and token scales do not take."""
+    """x1 [T, k], x2 [k, n]; int64 scales hold float32 bits, which bfloat16 results and token scales
+    do not take."""
     assert (
         x1.dtype == x2.dtype == torch.int8
         and max(x2.shape) < 65536
@@ -350,7 +352,8 @@ def _flash(q, k, v, lens, scale, heads, kv_heads, out, causal):
 
 
 def _tokens_first(cache, kv_heads):
-    """[blocks, kv_heads * head_dim / 16, block_size, 16] -> [blocks, block_size, kv_heads, head_dim]."""
+    """[blocks, kv_heads * head_dim / 16, block_size, 16] -> [blocks, block_size, kv_heads,
+    head_dim]."""
     assert cache.shape[3] == 16
     return cache.permute(0, 2, 1, 3).flatten(2).unflatten(2, (kv_heads, -1))
 
@@ -411,7 +414,8 @@ ATB = {
 
 
 class FakeGraph(TorchDispatchMode):
-    """Records the operator calls made inside `torch.npu.graph` and replays them on the same tensors.
+    """Records the operator calls made inside `torch.npu.graph` and replays them on the same
+    tensors.
 
     With host lengths a replay waits for `update`, as the real graph's attention kernels do.
     """

@@ -1,4 +1,5 @@
-"""`make test-npu`: check_launches.py under the real torch_npu wheel, once per chip, on stand-in CANN libraries.
+"""`make test-npu`: check_launches.py under the real torch_npu wheel, once per chip, on stand-in
+CANN libraries.
 
     python tests/npu/run.py [pytest arguments]
 

@@ -1,10 +1,12 @@
-"""Build stand-ins for the CANN and NNAL libraries that the torch_npu wheel links to, so that it runs with no NPU.
+"""Builds stand-ins for the CANN and NNAL libraries that the torch_npu wheel links to, so that it
+runs with no NPU.
 
     python tests/npu/stand_in_cann.py FOLDER
 
-In flow the installed wheel (its undefined symbols and the names it looks up) and cann/*.c; out flow shared libraries.
-With FOLDER in LD_LIBRARY_PATH the wheel sees one device in host memory, all of torch_npu's own C++ runs, and every
-kernel is a no-op that is written to STUB_LOG. Values are garbage: only the log can be tested. Needs gcc, g++ and nm.
+Takes the installed wheel (its undefined symbols and the names it looks up) and cann/*.c, writes
+shared libraries into FOLDER. With FOLDER in LD_LIBRARY_PATH the wheel sees one device in host memory, all of
+torch_npu's own C++ runs, and every kernel is a no-op that is written to STUB_LOG. Values are
+garbage: only the log can be tested. Needs gcc, g++ and nm.
 """
 
 import re
@@ -42,7 +44,8 @@ def needed_symbols(libraries) -> set[str]:
 
 
 def named_symbols(libraries) -> set[str]:
-    """Names of CANN functions among the strings of the libraries, which they look up while running."""
+    """Names of CANN functions among the strings of the libraries, which they look up while
+    running."""
     found = set()
     for library in libraries:
         found |= set(

@@ -131,7 +131,11 @@ class Step(ctypes.Structure):
         qkv = qkv.contiguous()
         out = qkv.new_empty(len(qkv), self.heads * self.d)
         kernels().attend(
-            qkv.data_ptr(), keys.data_ptr(), values.data_ptr(), ctypes.byref(self), out.data_ptr()
+            qkv.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            ctypes.byref(self),
+            out.data_ptr(),
         )
         return out
 
@@ -217,7 +221,14 @@ def round_activations(x, fixed: float = 0, offset: float = 0):
     x = x.contiguous()
     q = torch.empty(x.shape, dtype=torch.uint8)
     scales = torch.empty(len(x), 1)
-    kernels().round_rows(x.data_ptr(), q.data_ptr(), scales.data_ptr(), *x.shape, fixed, offset)
+    kernels().round_rows(
+        x.data_ptr(),
+        q.data_ptr(),
+        scales.data_ptr(),
+        *x.shape,
+        fixed,
+        offset,
+    )
     return q, scales
 
 
@@ -227,7 +238,12 @@ def apply_rope(qkv, cos, sin, heads: int):
     qkv [m, width], cos and sin [m, head_dim], all bfloat16 and contiguous.
     """
     kernels().apply_rope(
-        qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), *qkv.shape, heads, cos.shape[1]
+        qkv.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        *qkv.shape,
+        heads,
+        cos.shape[1],
     )
 
 

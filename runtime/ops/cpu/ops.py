@@ -71,8 +71,8 @@ class CpuStep(Step):
     negative.
     places: per sequence the index of its first block when its blocks lie in a row, else the
     blocks' indices; None before the first layer.
-    native_step: the step for native.py's kernels, False where they do not support it; None before the
-    first layer.
+    native_step: the step for native.py's kernels, False where they do not support it; None before
+    the first layer.
     """
 
     wide_cos: torch.Tensor | None = None
@@ -177,7 +177,8 @@ class CpuOps(FusedOps):
         """native.Layers of what now makes up the decoder; None where it computes layer by layer."""
         parts = [cache, decoder.final_norm, *decoder.layers]
         before = self._built_from
-        if len(parts) != len(before) or any(a is not b for a, b in zip(parts, before)):
+        same = len(parts) == len(before) and all(a is b for a, b in zip(parts, before))
+        if not same:
             self._built_from = parts
             self._native_layers = _native_layers(decoder, cache)
         return self._native_layers
@@ -253,7 +254,8 @@ def _places(table, length, block_size):
 
 
 def _read(cache, place, length):
-    """[length, kv_heads, head_dim] of one sequence; without a copy where its blocks lie in a row."""
+    """[length, kv_heads, head_dim] of one sequence; without a copy where its blocks lie in a
+    row."""
     if isinstance(place, int):
         start = place * cache.shape[1]
         return cache.flatten(0, 1)[start : start + length]
@@ -261,7 +263,8 @@ def _read(cache, place, length):
 
 
 def sequence_attention(q, k, v, causal: bool):
-    """q [rows, heads, head_dim] against k, v [length, kv_heads, head_dim] -> [rows, heads, head_dim].
+    """q [rows, heads, head_dim] against k, v [length, kv_heads, head_dim] -> [rows, heads,
+    head_dim].
 
     causal: of the length tokens the last `rows` are q's own, and each sees none after it.
     """

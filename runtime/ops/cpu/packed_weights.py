@@ -63,7 +63,14 @@ class FloatWeight(SmallBatchWeight):
         """x [T, k] -> [T, n] in its dtype."""
         if self._blocks and native.is_small_batch(x):
             return self.small_batch_matmul(bias)(x)
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(
+            x,
+            self._packed,
+            bias,
+            "none",
+            [],
+            "",
+        )
 
     def _make_matmul(self, bias):
         return native.Matmul(native.BF16, self._blocks, bias)
@@ -83,7 +90,14 @@ class Int8Rows(SmallBatchWeight):
         self._blocks = find_blocks(self._packed, q)
 
     def _make_matmul(self, bias, *fixed):
-        return native.Matmul(native.INT8, self._blocks, bias, self._rest, self._scale, *fixed)
+        return native.Matmul(
+            native.INT8,
+            self._blocks,
+            bias,
+            self._rest,
+            self._scale,
+            *fixed,
+        )
 
     def matmul(self, q, zero_point: int, bias, out: torch.dtype):
         """q uint8 [m, k] -> (q - zero_point) @ weight.T * scale + bias as `out` [m, n]."""

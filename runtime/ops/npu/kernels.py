@@ -65,7 +65,12 @@ def _flash(ops, q, k, v, keys, values, step):
 def _flash_unpadded(ops, q, k, v, keys, values, step):
     out = torch.empty_like(q)
     torch.ops.atb._npu_flash_attention_unpad(
-        q, k, v, seq_len=step.q_tensor, out=out, **_shape(q, k)
+        q,
+        k,
+        v,
+        seq_len=step.q_tensor,
+        out=out,
+        **_shape(q, k),
     )
     return out
 

@@ -142,7 +142,14 @@ class NpuOps(AcceleratorOps):
         scale = layer.scale
         if dtype == torch.float16 or self.soc.int64_scales:  # float32 bits in the low half
             scale = torch.ops.npu.npu_trans_quant_param(scale)
-        return NpuInt8(layer.kind, self._int8(layer.weight), scale, layer.bias, inverse, offset)
+        return NpuInt8(
+            layer.kind,
+            self._int8(layer.weight),
+            scale,
+            layer.bias,
+            inverse,
+            offset,
+        )
 
     def _int8(self, weight):
         """[n, k] -> [k, n] in the chip's format; the tiles of 310P are laid out before the axes are
@@ -155,7 +162,14 @@ class NpuOps(AcceleratorOps):
         if self.soc.cache_format != NZ:
             return super().cache(config, blocks, block_size, dtype, device)
         tiles = config.kv_heads * config.head_dim // 16
-        plain = torch.zeros(blocks, tiles, block_size, 16, dtype=dtype, device=device)
+        plain = torch.zeros(
+            blocks,
+            tiles,
+            block_size,
+            16,
+            dtype=dtype,
+            device=device,
+        )
         return torch.ops.npu.npu_format_cast(plain, NZ)
 
     # one step
@@ -210,13 +224,28 @@ class NpuOps(AcceleratorOps):
                 x, layer.weight, layer.scale, bias=layer.bias
             )
         if layer.inverse is not None:
-            q = torch.ops.npu.npu_quantize(x, layer.inverse, layer.offset, torch.qint8, -1, False)
+            q = torch.ops.npu.npu_quantize(
+                x,
+                layer.inverse,
+                layer.offset,
+                torch.qint8,
+                -1,
+                False,
+            )
             return torch.ops.npu.npu_quant_matmul(
-                q, layer.weight, layer.scale, bias=layer.bias, output_dtype=x.dtype
+                q,
+                layer.weight,
+                layer.scale,
+                bias=layer.bias,
+                output_dtype=x.dtype,
             )
         q, scale = torch.ops.npu.npu_dynamic_quant(x)
         y = torch.ops.npu.npu_quant_matmul(
-            q, layer.weight, layer.scale, pertoken_scale=scale, output_dtype=x.dtype
+            q,
+            layer.weight,
+            layer.scale,
+            pertoken_scale=scale,
+            output_dtype=x.dtype,
         )
         return y if layer.bias is None else y.add_(layer.bias)
 
@@ -240,10 +269,13 @@ class NpuOps(AcceleratorOps):
         return q[0], k[0]
 
     def cache_write(self, k, v, keys, values, slots):
-        self._write(k[: len(slots)], v[: len(slots)], keys, values, slots)
+        tokens = len(slots)
+        self._write(k[:tokens], v[:tokens], keys, values, slots)
 
     def attention(self, q, k, v, keys, values, step):
-        return self._attention[step.phase](self, q, k, v, keys, values, step)[: len(step.slots)]
+        kernel = self._attention[step.phase]
+        mixed = kernel(self, q, k, v, keys, values, step)
+        return mixed[: len(step.slots)]
 
     # causal masks, made once on the device
 
@@ -267,7 +299,8 @@ class NpuOps(AcceleratorOps):
 
 
 def _heads_order(tokens, padding, config, device):
-    """NpuStep.order for packed rows of `tokens` tokens and as much padding, which repeats token 0."""
+    """NpuStep.order for packed rows of `tokens` tokens and as much padding, which repeats token
+    0."""
     if tokens + padding == 1:
         return None
     rows = torch.cat((torch.arange(tokens), torch.zeros(padding, dtype=torch.int64)))

@@ -1,4 +1,5 @@
-"""The GPU's operators. Without a GPU they compute on CPU tensors, and a stand-in records and replays the decode graphs."""
+"""The GPU's operators. Without a GPU they compute on CPU tensors, and a stand-in records and
+replays the decode graphs."""
 
 from types import SimpleNamespace
 
@@ -23,7 +24,8 @@ WITH_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here
 
 @pytest.fixture
 def on_cpu(monkeypatch):
-    """CudaOps where the CPU's operators would be; graphs are recorded by the stand-in of tests/npu."""
+    """CudaOps where the CPU's operators would be; graphs are recorded by the stand-in of
+    tests/npu."""
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "graph", cpu_kernels.fake_graph_context)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)

@@ -1,4 +1,5 @@
-"""The decode step's own kernels against torch's operators; skipped where the CPU or a compiler is missing."""
+"""The decode step's own kernels against torch's operators; skipped where the CPU or a compiler is
+missing."""
 
 from dataclasses import replace
 
@@ -109,7 +110,8 @@ def dequantised(stored):
 
 @pytest.mark.parametrize("kind, offset", [("W8A8", -13), ("W8A8", 0), ("W8A8_DYNAMIC", 0)])
 def test_quantised_layers_are_exact(kind, offset):
-    """The same whole numbers: what differs is one rounding to bfloat16. One layer computes few tokens and many in turn."""
+    """The same whole numbers: what differs is one rounding to bfloat16. One layer computes few
+    tokens and many in turn."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randint(-128, 128, (192, 256), dtype=torch.int8, generator=generator)
     bias = torch.randint(-9999, 9999, (192,), dtype=torch.int32, generator=generator)

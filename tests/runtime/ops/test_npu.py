@@ -1,7 +1,9 @@
-"""The NPU backend on CPU tensors: torch_npu's own schemas, plain arithmetic behind them (tests/npu/cpu_kernels.py).
+"""The NPU backend on CPU tensors: torch_npu's own schemas, plain arithmetic behind them
+(tests/npu/cpu_kernels.py).
 
-Shows that every family's calls are well-formed and its numbers right, in both cache layouts, eager and through recorded
-graphs. What a chip's kernels do with those calls is shown elsewhere; see docs/npu.md.
+Shows that every family's calls are well-formed and its numbers right, in both cache layouts, eager
+and through recorded graphs. What a chip's kernels do with those calls is shown elsewhere; see
+docs/npu.md.
 """
 
 from dataclasses import replace
@@ -64,8 +66,9 @@ def engine(reference, soc):
 
 
 def prompts(engine):
-    """A picture prompt where the family takes one, a text prompt, and the shortest prompt there is."""
-    picture = (
+    """An image prompt where the family takes one, a text prompt, and the shortest prompt there
+    is."""
+    image = (
         [{"type": "image", "image": GOLDEN / "visualglm" / "image.png"}]
         if engine.family.vision
         else []
@@ -73,7 +76,7 @@ def prompts(engine):
     texts = ("描述这张图片。", "hello world, and more")
     chats = [
         engine.prompt(
-            [{"role": "user", "content": [*picture[: 1 - i], {"type": "text", "text": text}]}]
+            [{"role": "user", "content": [*image[: 1 - i], {"type": "text", "text": text}]}]
         )
         for i, text in enumerate(texts)
     ]
@@ -105,7 +108,8 @@ def test_batches_of_unequal_prompts(expected, engine):
 
 
 def test_answer_as_part_of_the_prompt(expected, engine):
-    """Behind a prefix-LM context this is an extension: several queries, and more keys than queries."""
+    """Behind a prefix-LM context this is an extension: several queries, and more keys than
+    queries."""
     longer = engine.prompt_from_ids(np.concatenate((prompts(engine)[1].ids, TOKENS)))
     np.testing.assert_allclose(engine.prefill_logits(longer)[-4:-1], expected[1][1], atol=ATOL)
 

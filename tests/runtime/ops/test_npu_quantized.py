@@ -1,4 +1,5 @@
-"""Quantised layers on the NPU backend: torch_npu's own schemas, plain arithmetic behind them (tests/npu/cpu_kernels.py)."""
+"""Quantised layers on the NPU backend: torch_npu's own schemas, plain arithmetic behind them
+(tests/npu/cpu_kernels.py)."""
 
 import json
 
@@ -84,7 +85,8 @@ def test_bias_is_optional():
 )
 @pytest.mark.parametrize("soc", [A2, P310], ids=lambda soc: soc.name.split()[1])
 def test_whole_model(case, soc, monkeypatch):
-    """Prefill and recorded decode steps of msmodelslim's own directories, against integer arithmetic in float32."""
+    """Prefill and recorded decode steps of msmodelslim's own directories, against integer
+    arithmetic in float32."""
     if "dynamic" in case and not soc.token_scales:
         pytest.skip("the chip has no matmul for it, see test_layer")
     data = np.load(GOLDEN / case / "golden.npz")

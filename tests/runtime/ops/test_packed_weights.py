@@ -1,4 +1,5 @@
-"""--cpu-weights: packed layers against float ones, the folder in the cache, answers of a packed model."""
+"""--cpu-weights: packed layers against float ones, the folder in the cache, answers of a packed
+model."""
 
 import numpy as np
 import other_scenes
@@ -100,10 +101,10 @@ def test_int4_of_many_tokens_is_that_of_few(shape):
     weight = gaussian(*shape)
     x = gaussian(TORCH_LARGE_BATCH, shape[1], seed=1).bfloat16()
     packed = Int4Weight.from_tensors(Int4Weight.tensors(weight))
-    few = torch.cat([packed(part, None) for part in x.split(TORCH_LARGE_BATCH // 2)])
-    torch.testing.assert_close(packed(x, None), few, rtol=0.02, atol=0.25)
+    small = torch.cat([packed(part, None) for part in x.split(TORCH_LARGE_BATCH // 2)])
+    torch.testing.assert_close(packed(x, None), small, rtol=0.02, atol=0.25)
     assert (
-        F.cosine_similarity(packed(x, None).flatten().float(), few.flatten().float(), dim=0)
+        F.cosine_similarity(packed(x, None).flatten().float(), small.flatten().float(), dim=0)
         > 0.9999
     )
 
@@ -128,9 +129,9 @@ def test_demo_model_still_sees(kind):
     assert type(engine._runner.decoder.layers[0].up.weight) is packing.FORMS[kind]
     for seed in range(6):
         things, rng = other_scenes.scene(f"en{seed}")
-        picture = Image.fromarray(other_scenes.draw(things, rng))
+        image = Image.fromarray(other_scenes.draw(things, rng))
         turns = other_scenes.questions(things, rng)
-        given = answers(engine, [(picture, question["en"]) for _, question, _ in turns], "en")
+        given = answers(engine, [(image, question["en"]) for _, question, _ in turns], "en")
         right += [text == answer["en"] for (_, _, answer), text in zip(turns, given)]
     assert len(right) > 30 and sum(right) >= 0.95 * len(right)
 

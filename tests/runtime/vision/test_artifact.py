@@ -1,4 +1,5 @@
-"""The artifact directory: what is accepted, what is refused in one sentence, and what a killed run leaves."""
+"""The artifact directory: what is accepted, what is refused in one sentence, and what a killed run
+leaves."""
 
 import json
 import os
@@ -52,7 +53,8 @@ def variant(tmp_path, change=lambda tensors: None, settings=None, pickled=False)
 
 
 def make(directory, source, **fields):
-    """A complete artifact as far as the runtime looks: files of the stated size, and the manifest."""
+    """A complete artifact as far as the runtime looks: files of the stated size, and the
+    manifest."""
     work = directory / "work"
     work.mkdir(parents=True)
     for name in (artifact.ONNX, artifact.DATA):

@@ -1,4 +1,5 @@
-"""OM vision over stand-ins for three generations of ais_bench and aclruntime (tests/ascend): an .om here is an ONNX file."""
+"""OM vision over stand-ins for three generations of ais_bench and aclruntime (tests/ascend): an .om
+here is an ONNX file."""
 
 import contextlib
 import gc
@@ -48,7 +49,7 @@ def expected(pixels):
     return pixels.reshape(-1, 4, 48) @ WEIGHT
 
 
-def pictures(count):
+def images(count):
     return np.random.default_rng(count).integers(0, 256, (count, 8, 8, 3)).astype(np.float32)
 
 
@@ -62,7 +63,7 @@ def om(
     scale=1.0,
     outputs=("output",),
 ):
-    """An "encoder" of one matrix product, [batch, 8, 8, 3] -> [batch, 4, 6]."""
+    """An "encoder" of one matmul, [batch, 8, 8, 3] -> [batch, 4, 6]."""
     nodes = [
         helper.make_node("Cast", ["input"], ["x"], to=TensorProto.FLOAT),
         helper.make_node("Reshape", ["x", "rows"], ["r"]),
@@ -136,33 +137,31 @@ def opened(acl, tmp_path):
 )
 def test_a_static_om_encodes_one_by_one(opened, takes, gives, error):
     session = opened(takes=takes, gives=gives)
-    features = session.encode(pictures(3))
-    np.testing.assert_allclose(features, expected(pictures(3)), atol=error)
+    features = session.encode(images(3))
+    np.testing.assert_allclose(features, expected(images(3)), atol=error)
     assert features.dtype == np.float32 and session.npu_seconds > 0
     assert f"{np.dtype(takes)} in, {np.dtype(gives)} out" in session.describe()
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 11])
-def test_the_smallest_gear_that_holds_the_pictures(opened, count):
+def test_the_smallest_gear_that_holds_the_images(opened, count):
     session = opened(batch="n", gears="1,2,4", takes=np.float16, gives=np.float16)
     runs = []
     run = session.model.run
     session.model.run = lambda array: runs.append(len(array)) or run(array)
     assert session.model.gears == (1, 2, 4) and "gears 1, 2, 4" in session.describe()
-    np.testing.assert_allclose(
-        session.encode(pictures(count)), expected(pictures(count)), atol=0.02
-    )
+    np.testing.assert_allclose(session.encode(images(count)), expected(images(count)), atol=0.02)
     assert runs == {1: [1], 2: [2], 3: [4], 4: [4], 5: [4, 1], 11: [4, 4, 4]}[count]
 
 
 def test_a_static_om_of_several_is_filled_up(opened):
     session = opened(batch=4)
-    np.testing.assert_allclose(session.encode(pictures(6)), expected(pictures(6)), atol=1e-4)
+    np.testing.assert_allclose(session.encode(images(6)), expected(images(6)), atol=1e-4)
 
 
 def test_the_output_is_found_by_its_onnx_name(opened):
     np.testing.assert_allclose(
-        opened(outputs=("other", "output")).encode(pictures(1)), expected(pictures(1)), atol=1e-4
+        opened(outputs=("other", "output")).encode(images(1)), expected(images(1)), atol=1e-4
     )
     with pytest.raises(ToolkitError, match="outputs node:0:a, node:1:b, none of them is 'output'"):
         opened(outputs=("a", "b"))
@@ -188,43 +187,44 @@ def test_the_output_is_found_by_its_onnx_name(opened):
 def test_a_wrong_array_is_refused_before_the_call(opened, change, reason):
     model = opened(takes=np.float16).model
     with pytest.raises(ToolkitError, match=reason):
-        model.run(change(pictures(1).astype(np.float16)))
+        model.run(change(images(1).astype(np.float16)))
 
 
 def test_a_batch_without_a_gear_is_refused(opened):
     model = opened(batch="n", gears="1,4").model
     with pytest.raises(ToolkitError, match="no gear for a batch of 3; it has 1, 4"):
-        model.run(pictures(3))
+        model.run(images(3))
 
 
 def test_a_size_that_the_library_would_refuse(opened):
     model = opened(takes=np.float16).model
     model._session.get_inputs()[0].realsize = 512  # e.g. of an OM with dynamic AIPP
     with pytest.raises(ToolkitError, match="it wants 512 bytes, 384 were given"):
-        model.run(pictures(1).astype(np.float16))
+        model.run(images(1).astype(np.float16))
 
 
 def test_pictures_of_any_strides_are_read_right(opened):
-    turned = pictures(2).transpose(0, 2, 1, 3)
+    swapped = images(2).transpose(0, 2, 1, 3)
     np.testing.assert_allclose(
-        opened().encode(turned), expected(np.ascontiguousarray(turned)), atol=1e-4
+        opened().encode(swapped), expected(np.ascontiguousarray(swapped)), atol=1e-4
     )
 
 
 def test_pixels_that_the_type_cannot_hold(opened):
     with pytest.raises(ToolkitError, match="takes uint8, which cannot hold these pixels"):
-        opened(takes=np.uint8).encode(pictures(1) + 0.5)
+        opened(takes=np.uint8).encode(images(1) + 0.5)
 
 
 @pytest.mark.parametrize("saturates", [False, True])
 def test_an_overflow_is_not_a_feature(opened, saturates):
-    """ONNX Runtime gives Inf. aclruntime lets the NPU saturate to the largest half; both must be seen."""
+    """ONNX Runtime gives Inf. aclruntime lets the NPU saturate to the largest half; both must be
+    seen."""
     session = opened(takes=np.float16, gives=np.float16, scale=1e4)
     run = session.model.run
     if saturates:
         session.model.run = lambda array: np.clip(run(array), -65504, 65504)
     with pytest.raises(ToolkitError, match="NaN or Inf"):
-        session.encode(pictures(1))
+        session.encode(images(1))
 
 
 @pytest.mark.parametrize(
@@ -264,17 +264,18 @@ def test_the_device(acl, opened):
 
 
 def test_contexts_do_not_meet(acl, opened):
-    """torch_npu's context in our thread stays, whatever aclruntime does; and the other way round."""
+    """torch_npu's context in our thread stays, whatever aclruntime does; and the other way
+    round."""
     acl.current.context = "torch_npu"
     session = opened()
-    session.encode(pictures(1))
+    session.encode(images(1))
     acl.current.context = "torch_npu again"
-    session.encode(pictures(1))
+    session.encode(images(1))
     assert acl.current.context == "torch_npu again"
 
 
 def test_nothing_of_the_library_reaches_stdout(opened, capfd):
-    opened(batch="n", gears="2,3").encode(pictures(1))
+    opened(batch="n", gears="2,3").encode(images(1))
     assert capfd.readouterr().out == ""
 
 
@@ -306,7 +307,8 @@ def test_any_stdout(redirect, tmp_path):
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_release(acl, tmp_path, monkeypatch, shared, request):
-    """Closing unloads; with torch_npu in the process the context, which may be torch_npu's, is left alone."""
+    """Closing unloads; with torch_npu in the process the context, which may be torch_npu's, is left
+    alone."""
     if shared:
         monkeypatch.setitem(sys.modules, "torch_npu", object())
     session = open_om(om(tmp_path / "a.om"), SPEC)
@@ -314,7 +316,7 @@ def test_release(acl, tmp_path, monkeypatch, shared, request):
     session.close()
     session.close()
     with pytest.raises(ToolkitError, match="it was closed"):
-        session.encode(pictures(1))
+        session.encode(images(1))
     knows_how = "2023" not in request.node.name
     assert acl.LOADED == [] and len(acl.FREED) == (knows_how and not shared)
 
@@ -509,7 +511,8 @@ def test_without_cann(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def blip2(tmp_path_factory):
-    """The golden VisualGLM's encoder with the fp16 NHWC interface of the blip2.om files of older guides."""
+    """The golden VisualGLM's encoder with the fp16 NHWC interface of the blip2.om files of older
+    guides."""
     from convert.export.trace import trace
     from convert.export.write import write_onnx
 
@@ -582,13 +585,13 @@ def test_chat_with_an_om(acl, blip2, monkeypatch, capfd):
 
 
 def test_pictures_of_one_prompt_go_through_a_gear_together(acl, opened):
-    """Engine asks for all pictures it has not seen at once, and for each only once."""
+    """Engine asks for all images it has not seen at once, and for each only once."""
     session = opened(batch="n", gears="1,2,4")
     runs = []
     run = session.model.run
     session.model.run = lambda array: runs.append(len(array)) or run(array)
     features = ImageFeatures(lambda: session)
-    prompt = Prompt(None, [pictures(4)[[i]] for i in (0, 1, 0, 2)], None)
-    np.testing.assert_allclose(features.of(prompt), expected(pictures(4)[[0, 1, 0, 2]]), atol=1e-4)
-    longer = Prompt(None, [*prompt.pixels, pictures(4)[[3]]], None)
+    prompt = Prompt(None, [images(4)[[i]] for i in (0, 1, 0, 2)], None)
+    np.testing.assert_allclose(features.of(prompt), expected(images(4)[[0, 1, 0, 2]]), atol=1e-4)
+    longer = Prompt(None, [*prompt.pixels, images(4)[[3]]], None)
     assert len(features.of(longer)) == 5 and runs == [4, 1]

@@ -1,4 +1,5 @@
-"""The packed vision tower against the plain module: every family, every precision, what the check refuses."""
+"""The packed vision tower against the plain module: every family, every precision, what the check
+refuses."""
 
 import numpy as np
 import paths
@@ -27,7 +28,7 @@ def worst(a, b) -> float:
 
 @pytest.fixture(params=FAMILIES)
 def case(request):
-    """Family, checkpoint, a random picture, its features by the plain module in float32."""
+    """Family, checkpoint, a random image, its features by the plain module in float32."""
     family = family_of(GOLDEN / request.param)
     checkpoint = Checkpoint(GOLDEN / request.param)
     pixels = np.random.default_rng(1).uniform(0, 255, family.vision.input_shape).astype(np.float32)

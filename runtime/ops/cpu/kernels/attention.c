@@ -8,7 +8,7 @@ INLINE void rotate(const bf16 *x, const bf16 *cos, const bf16 *sin, bf16 *y, lon
     }
 }
 
-/* The first `heads` of every row of qkv [m, width], in place; cos, sin [m, d]. */
+/* Rotates the first `heads` heads of every row of qkv [m, width] to its position, in place; cos, sin [m, d]. */
 void apply_rope(bf16 *qkv, const bf16 *cos, const bf16 *sin, int m, long width, long heads, long d) {
     #pragma omp parallel for if (m > 8)
     for (long row = 0; row < m; row++)
@@ -73,7 +73,7 @@ INLINE void group(const int G, const bf16 *q, const bf16 *keys, const bf16 *valu
     }
 }
 
-/* One token of each sequence: turns q and k, writes k and v into the cache, attends. out [rows, heads, d] */
+/* One token of each sequence: rotates q and k to their positions, writes k and v into the cache, attends. out [rows, heads, d] */
 void attend(const bf16 *qkv, bf16 *keys, bf16 *values, const Step *s, bf16 *out) {
     const long d = s->d, per_kv = s->heads / s->kv_heads, tiles = (per_kv + 3) / 4;
     long room = 0;

@@ -1,7 +1,8 @@
-/* The decode step's kernels: products of a few rows, norms, gates, attention in bfloat16, for CPUs with AVX-512 BF16 and VNNI.
+/* The decode step's kernels in bfloat16: matmuls of a small batch, norms, gates, attention. For CPUs with AVX-512 BF16 and
+ * VNNI.
  *
- * With one token at a time every weight is used once: a product is as fast as memory is read, if little happens between two
- * products. Built and called by native.py, whose structures these are and which checks shapes and layouts.
+ * With one token at a time every weight is used once: a matmul is memory-bound, and what happens between two matmuls counts.
+ * Built by native_library.py, called by native.py, which has the same structures and checks shapes and layouts.
  */
 #pragma once
 #include <immintrin.h>
@@ -21,7 +22,7 @@ typedef struct {                    /* y = x @ w.T * scale + bias, w [n, k]; see
     float fixed, offset;            /* INT8: the scale of x and what is added to x / scale; 0: each row has a scale of its own */
 } Matmul;
 
-typedef struct { const bf16 *weight, *bias; } Norm;        /* shift: NULL where there is none */
+typedef struct { const bf16 *weight, *bias; } Norm;        /* bias: NULL where there is none */
 
 typedef struct {
     const bf16 *cos, *sin;                  /* [rows, d] */

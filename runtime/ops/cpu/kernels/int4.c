@@ -1,6 +1,6 @@
 #include "common.h"
 
-/* 4-bit weights, see native.Int4Blocks: a group of 128 values of 16 columns is 16 lines of words, each 8 values of a column,
+/* 4-bit weights, see native_blocks.Int4Blocks: a group of 128 values of 16 columns is 16 lines of words, each 8 values of a column,
  * and a line of scales and zeros. x [m, k] is rounded to 8 bits, each group of 128 with its own scale; q has it in the order
  * of the words, 64 bytes for their lower nibbles, 64 for their upper ones. */
 enum { GROUP = 17 * 64 };
@@ -77,7 +77,7 @@ INLINE __m512 every_lane(bf16 value) { return _mm512_castsi512_ps(_mm512_set1_ep
 
 INLINE __m512i rounded(__m512 v) { return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(v)); }
 
-/* n rows of 4-bit weights -> bfloat16 [n, k], for products of many rows */
+/* n rows of 4-bit weights -> bfloat16 [n, k], for matmuls of a large batch */
 void floats_int4(const char *w, bf16 *out, long n, long k) {
     const __m512i every = _mm512_slli_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 4);
     const __m512i nibble = _mm512_set1_epi32(15);

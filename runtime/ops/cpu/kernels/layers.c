@@ -1,6 +1,6 @@
 #include "common.h"
 
-/* sum = x + residual (no residual: x alone, and no sum); y = sum / rms(sum) * weight, + shift */
+/* sum = x + residual (no residual: x alone, and no sum); y = sum / rms(sum) * weight + bias */
 void add_rms_norm(const bf16 *x, const bf16 *residual, const Norm *norm, bf16 *sum, bf16 *y, int m, long width, float eps) {
     #pragma omp parallel for if (m > 8)
     for (long row = 0; row < m; row++) {

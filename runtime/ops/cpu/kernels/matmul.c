@@ -3,8 +3,9 @@
 /* Weights [n, k] in oneDNN's blocks of `block` columns, 4 bytes of k side by side: [n / block, rounded up][k / each][block][each].
  * A tile is M rows times Z registers of 16 columns.
  *
- * One load instruction walks the weights in the order of memory, the sums take turns: the CPU fetches ahead by instruction,
- * and of four that walk side by side less comes in time. row: bytes of a row of x; step: from 4 of them to the next. */
+ * One load instruction walks the weights in the order of memory and the sums alternate: the CPU prefetches per instruction,
+ * and with four that walk side by side less arrives in time. row: bytes of a row of x; step: bytes of w from 4 of them to the
+ * next 4. */
 INLINE void tile(const int KIND, const int M, const int Z, const char *w, long step, const char *x, long row,
                  __m512i sums[4][8]) {
     __m512i acc[8][4];

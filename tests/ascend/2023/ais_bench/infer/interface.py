@@ -1,4 +1,5 @@
-"""Stand-in for ais_bench of 2023: `infer` knows no gears and hands raw pointers on, whatever the strides."""
+"""Stand-in for ais_bench of 2023: `infer` knows no gears and hands raw pointers on, whatever the
+strides."""
 
 import aclruntime
 import numpy as np

@@ -1,4 +1,5 @@
-"""Stand-in for ais_bench 0.0.2 of 2024: modes by name, each prepared from the shapes at every call."""
+"""Stand-in for ais_bench 0.0.2 of 2024: modes by name, each prepared from the shapes at every
+call."""
 
 import aclruntime
 import numpy as np

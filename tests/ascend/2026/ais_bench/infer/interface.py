@@ -1,4 +1,5 @@
-"""Stand-in for the ais_bench fork of 2026: checks its arguments, forwards unknown names, frees itself."""
+"""Stand-in for the ais_bench fork of 2026: checks its arguments, forwards unknown names, frees
+itself."""
 
 import aclruntime
 import numpy as np
