@@ -9,9 +9,9 @@ import paths
 import pytest
 import torch
 
-import runtime.ops
 from runtime import Engine, SamplingParams
 from runtime.common.errors import MISSING_COMPONENT, ToolkitError
+from runtime.engine.loading import build
 from runtime.ops.cuda import CudaOps
 
 GOLDEN = paths.GOLDEN
@@ -31,9 +31,9 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", cpu_kernels.FakeGraph)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 33, 1 << 33))
-    choose = runtime.ops.choose
+    choose = build.choose
     monkeypatch.setattr(
-        runtime.ops,
+        build,
         "choose",
         lambda name, device: CudaOps(device) if name == "auto" else choose(name, device),
     )

@@ -13,10 +13,10 @@ import numpy as np
 import paths
 import pytest
 
-import runtime.ops
 from runtime import Engine, SamplingParams
 from runtime.ascend.socs import A2, A3, P310, soc_of
 from runtime.common.errors import MISSING_COMPONENT, ToolkitError
+from runtime.engine.loading import build
 from runtime.ops.npu.open import open_npu
 from runtime.ops.npu.ops import NpuOps
 
@@ -59,7 +59,7 @@ def soc(request):
 @pytest.fixture(scope="module")
 def engine(reference, soc):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime.ops, "choose", lambda name, device: NpuOps(soc, device))
+        patch.setattr(build, "choose", lambda name, device: NpuOps(soc, device))
         return Engine(
             reference.family.directory, dtype="float32", vision="torch", max_model_len=256
         )

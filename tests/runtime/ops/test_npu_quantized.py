@@ -9,11 +9,11 @@ import paths
 import pytest
 import torch
 
-import runtime.ops
 from models.checkpoint.quantized import Quantized
 from runtime import Engine
 from runtime.ascend.socs import A2, P310
 from runtime.common.errors import ToolkitError
+from runtime.engine.loading import build
 from runtime.ops.npu.ops import NpuOps
 from runtime.ops.reference import ReferenceOps
 
@@ -91,7 +91,7 @@ def test_whole_model(case, soc, monkeypatch):
         pytest.skip("the chip has no matmul for it, see test_layer")
     data = np.load(GOLDEN / case / "golden.npz")
     errors = json.loads((GOLDEN / case / "errors.json").read_text())
-    monkeypatch.setattr(runtime.ops, "choose", lambda name, device: NpuOps(soc, "cpu"))
+    monkeypatch.setattr(build, "choose", lambda name, device: NpuOps(soc, "cpu"))
     engine = Engine(GOLDEN / case, max_model_len=256)
     prompt = engine.prompt_from_ids(data["ids"][:16])
     found = np.concatenate(
