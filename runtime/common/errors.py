@@ -1,6 +1,7 @@
 """User-facing errors and exit codes.
 
-1 a check failed, 2 a user mistake, 3 a component is missing, 130 Ctrl-C, 141 nobody reads our output any more.
+Takes a command's main function, returns its exit code: 1 a check failed, 2 a user mistake, 3 a component is missing, 130
+Ctrl-C, 141 nobody reads our output any more.
 """
 
 import os

@@ -1,4 +1,7 @@
-"""Files that are whole or absent: atomic writes, locks, the cache folder, digests."""
+"""Files that are whole or absent: atomic writes, locks, the cache folder, digests.
+
+Takes paths and text, returns nothing half-written.
+"""
 
 import fcntl
 import hashlib
@@ -16,7 +19,7 @@ READ_BYTES = 8 << 20
 
 
 def write_atomically(path: Path, text: str):
-    """The old text or the new one, whenever the process or the machine dies."""
+    """Writes the file; it holds the old text or the new one, whenever the process or the machine dies."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "w", encoding="utf-8") as stream:
@@ -30,9 +33,12 @@ def write_atomically(path: Path, text: str):
 
 def tensors_digest(checkpoint, names: list[str]) -> str:
     """Digest of a Checkpoint's tensors; remembered in the cache for as long as the weight files stay untouched."""
-    states = [(file.resolve(), file.stat()) for file in checkpoint.files]
-    key = [names, [[str(path), s.st_size, s.st_mtime_ns, s.st_ino] for path, s in states]]
-    memo = cache_root() / "digests" / hashlib.sha256(json.dumps(key).encode()).hexdigest()
+    states = []
+    for file in checkpoint.files:
+        state = file.stat()
+        states.append([str(file.resolve()), state.st_size, state.st_mtime_ns, state.st_ino])
+    key = hashlib.sha256(json.dumps([names, states]).encode()).hexdigest()
+    memo = cache_root() / "digests" / key
     if memo.is_file():
         return memo.read_text(encoding="ascii")
     digest = checkpoint.digest(names)
@@ -45,6 +51,7 @@ def tensors_digest(checkpoint, names: list[str]) -> str:
 
 
 def cache_root() -> Path:
+    """$ASCEND_VLM_CACHE, else a folder below the home."""
     return Path(os.environ.get("ASCEND_VLM_CACHE") or Path.home() / ".cache" / "ascend-vlm")
 
 
@@ -61,7 +68,7 @@ def locked(directory: Path):
 
 
 def prepare(out: str) -> Path:
-    """The folder of the report, made and tried before anything slow begins; ToolkitError if it cannot be written."""
+    """The folder --out, made and tried before anything slow begins; ToolkitError if it cannot be written."""
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)

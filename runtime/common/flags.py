@@ -1,12 +1,14 @@
-"""Every flag once: dataclass field -> command-line flag -> the same dataclass, which is also what the Python API takes.
+"""Dataclass fields that are also command-line flags.
 
-In flows a command line (or keyword arguments), out flow checked dataclass instances. Nothing heavy is imported here, so
-that `--help` answers at once. Commands add their own fields with `flag` and build their parser with `Parser`.
+Takes a command line, returns instances of the dataclasses, which are also what the Python API takes. A command declares its
+fields with `flag`, checks their values in `__post_init__` with `require`, and builds its parser with `Parser`; flags that
+several commands have are in shared_flags.py. Nothing heavy is imported here, so that `--help` answers at once.
 """
 
 import argparse
 import difflib
 import sys
+from collections.abc import Callable
 from dataclasses import MISSING, field, fields
 from pathlib import Path
 
@@ -14,20 +16,35 @@ from .errors import USER_MISTAKE, ToolkitError
 
 
 def flag(
-    help, *aliases, default=MISSING, kind=str, metavar=None, choices=(), many=False, shorthand=None
+    help: str,
+    *aliases: str,
+    default=MISSING,
+    kind: Callable = str,
+    metavar: str | None = None,
+    choices: tuple[str, ...] = (),
+    many: bool = False,
+    shorthand: tuple[str, Callable, str, str] | None = None,
 ):
-    """A dataclass field that is also a flag: --its-name and `aliases`. No default = required; many = repeatable.
+    """A dataclass field that is also the flag --its-name.
 
-    `shorthand`: (flag, kind, metavar, help) of a second flag for the same field whose value is written otherwise.
+    help: its line in `--help`, to which the default is added.
+    aliases: other spellings, short ones ("-m") or long ones ("--model-path").
+    default: of the field; without one the flag is required.
+    kind: text -> value, e.g. int; bool makes a switch without a value.
+    metavar: what `--help` shows for the value; the choices where it is not given.
+    choices: the only values; `check_choices` refuses others, also those of the Python API.
+    many: the flag may be repeated, and the field receives a list.
+    shorthand: (flag, kind, metavar, help) of a second flag for the same field whose value is written otherwise.
     """
-    shown = metavar or ("{" + ",".join(choices) + "}" if choices else None)
+    if choices and not metavar:
+        metavar = "{" + ",".join(choices) + "}"
     return field(
         default=default,
         metadata={
             "help": help,
             "aliases": aliases,
             "kind": kind,
-            "metavar": shown,
+            "metavar": metavar,
             "choices": choices,
             "many": many,
             "shorthand": shorthand,
@@ -47,19 +64,16 @@ def require(options, name: str, fits: bool, rule: str):
 
 
 def check_choices(options):
+    """ToolkitError for a field whose value is none of its choices nor its default."""
     for f in fields(options):
-        known = f.metadata.get("choices")
-        if known:
-            require(
-                options,
-                f.name,
-                getattr(options, f.name) in (*known, f.default),
-                f"use one of {', '.join(known)}",
-            )
+        choices = f.metadata.get("choices")
+        if choices:
+            fits = getattr(options, f.name) in (*choices, f.default)
+            require(options, f.name, fits, f"use one of {', '.join(choices)}")
 
 
 def check_folder(name: str, path: str):
-    """A checkpoint folder must exist before anything slow begins."""
+    """ToolkitError, before anything slow begins, unless the checkpoint folder that field `name` holds exists."""
     if not Path(path).exists():
         raise ToolkitError(
             f"{spelled(name)} {path} does not exist; give the folder of a downloaded checkpoint "
@@ -78,21 +92,19 @@ class Help(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=30, width=100)
 
     def _format_action_invocation(self, action):
-        value = (
-            ""
-            if action.nargs == 0
-            else " " + self._format_args(action, action.metavar or action.dest.upper())
-        )
-        return ", ".join(action.option_strings) + value
+        spellings = ", ".join(action.option_strings)
+        if action.nargs == 0:
+            return spellings
+        value = self._format_args(action, action.metavar or action.dest.upper())
+        return f"{spellings} {value}"
 
 
 class Parser(argparse.ArgumentParser):
-    """The flags of one command: titled groups of dataclasses, and what every command has.
-
-    `groups` is {title: dataclass}; `parse` returns one instance of each, in that order. Mistakes are ToolkitErrors.
-    """
+    """The flags of one command, and those that every command has."""
 
     def __init__(self, command: str, usage: str, description: str, groups: dict[str, type]):
+        """command: "python -m runtime.chat". usage: the arguments behind it, description: the paragraph below, as `--help`
+        shows them. groups: title in `--help` -> dataclass whose fields are its flags."""
         super().__init__(
             prog=command,
             usage=f"{command} {usage}",
@@ -110,6 +122,7 @@ class Parser(argparse.ArgumentParser):
         self._add_common(self.add_argument_group("general"))
 
     def parse(self, argv: list[str]) -> list:
+        """One instance of each dataclass, in the order of the groups. ToolkitError for what cannot be understood."""
         values, unknown = self.parse_known_args([kebab(a) for a in argv])
         if unknown:
             self.error(f"unknown argument {unknown[0]}" + self._nearest(unknown[0]))
@@ -118,18 +131,16 @@ class Parser(argparse.ArgumentParser):
                 "note: --trust-remote-code is ignored; no code of a checkpoint is ever run",
                 file=sys.stderr,
             )
-        return [
-            options(
-                **{
-                    f.name: getattr(values, f.name)
-                    for f in fields(options)
-                    if hasattr(values, f.name)
-                }
-            )
-            for options in self._classes
-        ]
+        given = vars(values)
+        return [self._instance(options, given) for options in self._classes]
 
-    def error(self, message):
+    def _instance(self, options: type, given: dict):
+        """Of a dataclass; fields that the command line leaves out have their defaults."""
+        names = [f.name for f in fields(options)]
+        return options(**{name: given[name] for name in names if name in given})
+
+    def error(self, message: str):
+        """argparse calls this for every mistake."""
         raise ToolkitError(f"{message}; see {self.prog} --help", USER_MISTAKE)
 
     def _add_common(self, group):
@@ -143,39 +154,35 @@ class Parser(argparse.ArgumentParser):
 
     def _nearest(self, argument: str) -> str:
         close = difflib.get_close_matches(argument.split("=")[0], self._option_string_actions, n=1)
-        return f" (did you mean {close[0]}?)" if close else ""
+        if not close:
+            return ""
+        return f" (did you mean {close[0]}?)"
 
 
 def kebab(argument: str) -> str:
     """--max_tokens=a_b -> --max-tokens=a_b; anything else unchanged."""
     name, equals, value = argument.partition("=")
-    return (name.replace("_", "-") if name.startswith("--") else name) + equals + value
+    if name.startswith("--"):
+        name = name.replace("_", "-")
+    return name + equals + value
 
 
 def _add(group, f):
     """Add the flag of dataclass field `f` to an argparse group; what is not given is left to the dataclass."""
     meta = f.metadata
-    aliases = f.metadata["aliases"]
-    names = [
-        *(a for a in aliases if a[1] != "-"),
-        spelled(f.name),
-        *(a for a in aliases if a[1] == "-"),
-    ]
-    default = f" (default: {f.default})" if f.default not in (MISSING, None, (), False) else ""
     settings = {
         "dest": f.name,
-        "help": meta["help"] + default,
+        "help": meta["help"] + _default_text(f.default),
         "required": f.default is MISSING,
         "default": argparse.SUPPRESS,
     }
     if meta["kind"] is bool:
-        group.add_argument(*names, action="store_true", **settings)
-    elif meta["many"]:
-        group.add_argument(
-            *names, action="append", type=meta["kind"], metavar=meta["metavar"], **settings
-        )
+        settings["action"] = "store_true"
     else:
-        group.add_argument(*names, type=meta["kind"], metavar=meta["metavar"], **settings)
+        settings |= {"type": meta["kind"], "metavar": meta["metavar"]}
+        if meta["many"]:
+            settings["action"] = "append"
+    group.add_argument(*_spellings(f.name, meta["aliases"]), **settings)
     if meta["shorthand"]:
         name, kind, metavar, help = meta["shorthand"]
         group.add_argument(
@@ -183,8 +190,21 @@ def _add(group, f):
         )
 
 
+def _spellings(name: str, aliases: tuple[str, ...]) -> list[str]:
+    """As `--help` shows them: short aliases, the flag, long aliases."""
+    short = [alias for alias in aliases if not alias.startswith("--")]
+    long = [alias for alias in aliases if alias.startswith("--")]
+    return [*short, spelled(name), *long]
+
+
+def _default_text(default) -> str:
+    if default in (MISSING, None, (), False):
+        return ""
+    return f" (default: {default})"
+
+
 def limit_value(text: str) -> float:
-    """The number of a --limit; ToolkitError when there is none."""
+    """ "name=0.01" of a --limit -> 0.01; ToolkitError where no number follows."""
     name, _, value = text.partition("=")
     try:
         return float(value)

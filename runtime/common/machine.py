@@ -1,9 +1,13 @@
-"""Facts of this machine: processor, memory, versions of packages."""
+"""Facts of this machine: processor, memory, versions of packages.
+
+Takes names, returns what the system and Python's package metadata say.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import platform
+from importlib import metadata
 from pathlib import Path
 
 PACKAGES = (
@@ -22,19 +26,21 @@ def environment() -> dict:
     """The machine and the versions that were used."""
     import torch
 
-    versions = {name: version(name) for name in PACKAGES}
-    return {
+    found = {
         "platform": platform.platform(),
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{name: v for name, v in versions.items() if v},
     }
+    for package in PACKAGES:
+        installed = version(package)
+        if installed:
+            found[package] = installed
+    return found
 
 
 def version(package: str) -> str | None:
-    from importlib import metadata
-
+    """Of an installed Python package; None without it."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -42,13 +48,17 @@ def version(package: str) -> str | None:
 
 
 def cpu_name() -> str:
+    """ "Intel Xeon 6 (16 CPUs)"; where the system does not say, the architecture."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
         names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        return f"{names[0]} ({len(names)} CPUs)" if names else platform.machine()
+        if not names:
+            return platform.machine()
+        return f"{names[0]} ({len(names)} CPUs)"
     return platform.processor() or platform.machine()
 
 
 def gib(size: int) -> str:
+    """Bytes as messages show them, in GiB."""
     return f"{size / 2**30:.2f}"
 
 

@@ -1,6 +1,6 @@
-"""Columns of msit's comparison tables."""
+"""The columns of the table that msit's compare writes of two dumps."""
 
-# the columns of msit's comparison of dumps (two of them are called DataType: the second is ours to drop)
+# msit repeats DataType; we write it once
 MSIT_COLUMNS = (
     "Index",
     "OpType",

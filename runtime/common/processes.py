@@ -27,7 +27,7 @@ def output_of(module: str, *arguments) -> tuple[int, bytes]:
 
 
 def die_with_parent():
-    """From now on nothing of this process goes on when the one that started it is killed."""
+    """From now on the kernel kills this process as soon as the one that started it has died."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

@@ -1,4 +1,4 @@
-"""The built-in questions of `runtime.compare` and `runtime.predict --examples`, about drawn pictures and without one."""
+"""The built-in questions of `runtime.compare` and `runtime.predict --examples`, with a drawn image and without one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ SIZE = 448
 
 @dataclass(frozen=True)
 class Question:
-    """language = wording of the prompt around it; scene draws the picture it is about (None: no picture)."""
+    """language = wording of the prompt around it; scene draws the image it is about (None: no image)."""
 
     language: str
     text: str
