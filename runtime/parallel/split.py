@@ -1,15 +1,16 @@
 """Tensor parallelism as pure arithmetic: which part of a decoder each of `size` devices holds.
 
-qkv, up and lm_head are split by rows (outputs), out and down by columns (inputs), so that one sum over the devices after
-out and one after down make every layer whole; their biases are in the first device's sum only (a quant_bias, which static
-int8 layers must have, is zero on the others). Embedding and norms are held by all. Devices beyond the number of key/value
-heads share one: each holds a copy of the head its queries use.
+qkv, up and lm_head are split by rows (outputs), out and down by columns (inputs). One sum over the
+devices after out and one after down then make every layer whole; the biases of these two are held by
+the first device only (a quant_bias, which static int8 layers must have, is zero on the others).
+Embedding and norms are held by all. Devices beyond the number of key/value heads share one: each
+holds a copy of the head that its queries use.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 
@@ -23,32 +24,49 @@ ROWS = ("qkv", "up", "lm_head")
 COLUMNS = ("out", "down")
 
 
+class Interval(NamedTuple):
+    """Rows [start, end)."""
+
+    start: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        return max(self.end - self.start, 0)
+
+    def shifted(self, by: int) -> "Interval":
+        return Interval(self.start + by, self.end + by)
+
+    def scaled(self, by: int) -> "Interval":
+        return Interval(self.start * by, self.end * by)
+
+    def intersection(self, other: "Interval") -> "Interval":
+        """What both hold; of size 0 when they do not overlap."""
+        return Interval(max(self.start, other.start), min(self.end, other.end))
+
+
 def check_split(family, size: int):
     """ToolkitError when the family's decoder cannot be split over `size` devices."""
-    c = family.decoder
-    counts = {
-        "attention heads": c.heads,
-        "feed-forward channels": c.ffn,
-        "vocabulary rows": c.vocab_size,
-    }
-    wrong = [f"{n} {what}" for what, n in counts.items() if n % size]
-    if c.kv_heads % size and size % c.kv_heads:
-        wrong.append(f"{c.kv_heads} key/value heads")
+    wrong = _undivided(family.decoder, size)
     if wrong:
-        fitting = [str(s) for s in SIZES if not _misfit(c, s)]
+        fitting = [str(s) for s in SIZES if not _undivided(family.decoder, s)]
         raise ToolkitError(
             f"--tensor-parallel-size {size} does not divide {family.name}'s {', '.join(wrong)}; use "
             f"{', '.join(fitting)}"
         )
 
 
-def _misfit(c: DecoderConfig, size: int) -> bool:
-    return bool(
-        c.heads % size
-        or c.ffn % size
-        or c.vocab_size % size
-        or (c.kv_heads % size and size % c.kv_heads)
-    )
+def _undivided(c: DecoderConfig, size: int) -> list[str]:
+    """What of a decoder `size` devices cannot share evenly, e.g. ["6 attention heads"]."""
+    counts = {
+        "attention heads": c.heads,
+        "feed-forward channels": c.ffn,
+        "vocabulary rows": c.vocab_size,
+    }
+    wrong = [f"{count} {what}" for what, count in counts.items() if count % size]
+    if c.kv_heads % size and size % c.kv_heads:
+        wrong.append(f"{c.kv_heads} key/value heads")
+    return wrong
 
 
 @dataclass(frozen=True)
@@ -83,16 +101,13 @@ class Split:
     def weights(self, table: Iterable[Weight]) -> Iterator[Weight]:
         """The weight table with every part narrowed to what this device holds."""
         for weight in table:
-            yield (
-                weight
-                if self.size == 1
-                else replace(
-                    weight,
-                    parts=tuple(
-                        piece for part in weight.parts for piece in self._pieces(weight, part)
-                    ),
-                )
-            )
+            yield weight if self.size == 1 else self._narrowed(weight)
+
+    def _narrowed(self, weight: Weight) -> Weight:
+        parts = []
+        for part in weight.parts:
+            parts += self._pieces(weight, part)
+        return replace(weight, parts=tuple(parts))
 
     def _pieces(self, weight: Weight, part: Part) -> list[Part]:
         role = part.target.role
@@ -105,87 +120,90 @@ class Split:
             return [_rows_of_piece(part, blocks)]
         return self._rows(weight, part, blocks)
 
-    def _columns(self, weight, part) -> list[Part]:
+    def _columns(self, weight: Weight, part: Part) -> list[Part]:
         tensor = part.target.tensor
         if tensor == "weight":
-            span = slice(*self.span(weight.shape[1]))
-            return [replace(part, transform=_then(part.transform, lambda rows: rows[:, span]))]
+            columns = slice(*self.span(weight.shape[1]))
+            return [replace(part, transform=_then(part.transform, lambda rows: rows[:, columns]))]
         if self.rank and tensor == "quant_bias":  # a static layer must have one
             return [replace(part, transform=torch.zeros_like)]
-        return [part] * (self.rank == 0 or tensor != "bias")
+        if self.rank and tensor == "bias":
+            return []
+        return [part]
 
-    def _rows(self, weight, part, blocks) -> list[Part]:
-        """Parts of one source whose rows fall into `blocks`, the row ranges of the whole target that are wanted."""
-        first, total = part.at or (0, weight.shape[0])
-        source, last = part.take or (0, weight.shape[0])
-        ends = list(accumulate(b - a for a, b in blocks))
-        wanted = [
-            (max(a, first), min(b, first + last - source), end - b)
-            for (a, b), end in zip(blocks, ends)
-        ]
-        wanted = [(a, b, shift) for a, b, shift in wanted if a < b]
-        if (
-            part.transform and len(wanted) > 1
-        ):  # it may move rows between q, k and v: read all of them first
-            return [
-                replace(
-                    part,
-                    at=None,
-                    transform=_then(
-                        part.transform, lambda rows: torch.cat([rows[a:b] for a, b, _ in wanted])
-                    ),
-                )
-            ]
+    def _rows(self, weight: Weight, part: Part, blocks: list[Interval]) -> list[Part]:
+        """The rows of one part that lie in `blocks`, the rows of the whole target that this device holds.
+
+        Rows are counted three ways: in the source tensor, in the whole target, and in this device's
+        target, where `blocks` lie one after another.
+        """
+        source = Interval(*(part.take or (0, weight.shape[0])))
+        first = part.at[0] if part.at else 0
+        target = source.shifted(first - source.start)
+        held = []  # (rows of the whole target, from there to this device's target)
+        end = 0
+        for block in blocks:
+            rows = block.intersection(target)
+            if rows.size:
+                held.append((rows, end - block.start))
+            end += block.size
+        if part.transform and len(held) > 1:
+            return [_transformed_whole(part, [rows for rows, _ in held])]
         return [
-            replace(part, take=(source + a - first, source + b - first), at=(a + shift, ends[-1]))
-            for a, b, shift in wanted
+            replace(
+                part,
+                take=tuple(rows.shifted(source.start - first)),
+                at=(rows.start + to_local, end),
+            )
+            for rows, to_local in held
         ]
 
-    def row_blocks(self, role: str) -> list[tuple[int, int]]:
-        """Row ranges [first, last) of the whole `role` (one of ROWS) that this device holds."""
+    def row_blocks(self, role: str) -> list[Interval]:
+        """Row ranges of the whole `role` (one of ROWS) that this device holds."""
         c = self.whole
         if role == "lm_head":
             return [self.span(c.vocab_size)]
         if role == "up":
-            halves = 2 if c.activation == "swiglu" else 1
-            return [
-                (i * c.ffn + a, i * c.ffn + b) for i in range(halves) for a, b in [self.span(c.ffn)]
-            ]
-        q = self.span(c.heads)
+            half = self.span(c.ffn)
+            return [half, half.shifted(c.ffn)] if c.activation == "swiglu" else [half]
         kv = self._kv_span()
-        dim = c.head_dim
-        return [
-            ((start + a) * dim, (start + b) * dim)
-            for start, (a, b) in ((0, q), (c.heads, kv), (c.heads + c.kv_heads, kv))
-        ]
+        heads = [self.span(c.heads), kv.shifted(c.heads), kv.shifted(c.heads + c.kv_heads)]
+        return [each.scaled(c.head_dim) for each in heads]
 
-    def span(self, count: int) -> tuple[int, int]:
+    def span(self, count: int) -> Interval:
+        """This device's share of `count` things that are dealt out evenly."""
         each = count // self.size
-        return self.rank * each, (self.rank + 1) * each
+        return Interval(self.rank * each, (self.rank + 1) * each)
 
-    def _kv_span(self) -> tuple[int, int]:
+    def _kv_span(self) -> Interval:
         if self.whole.kv_heads >= self.size:
             return self.span(self.whole.kv_heads)
         head = self.rank * self.whole.kv_heads // self.size
-        return head, head + 1
+        return Interval(head, head + 1)
 
 
-def _rows_of_piece(part: Part, blocks) -> Part:
+def _transformed_whole(part: Part, held: list[Interval]) -> Part:
+    """A transform may move rows between q, k and v: it needs all of them, then some are kept."""
+    return replace(part, at=None, transform=_then(part.transform, _keeping(held)))
+
+
+def _rows_of_piece(part: Part, blocks: list[Interval]) -> Part:
     """The rows of a quantised layer's piece that lie in `blocks`, ranges of the whole layer's rows.
 
     Here it begins behind those rows of the pieces before it that lie in `blocks` too.
     """
     first = part.target.first_row
-    rows_before = sum(max(0, min(b, first) - a) for a, b in blocks)
+    before = Interval(0, first)
+    rows_before = sum(block.intersection(before).size for block in blocks)
     part = replace(part, target=replace(part.target, first_row=rows_before))
     if part.target.tensor in SCALARS:
         return part
-    ranges = [(max(a - first, 0), b - first) for a, b in blocks if b > first]
+    held = [Interval(max(a - first, 0), b - first) for a, b in blocks if b > first]
+    return replace(part, transform=_then(part.transform, _keeping(held)))
 
-    def held(rows):
-        return torch.cat([rows[a:b] for a, b in ranges])
 
-    return replace(part, transform=_then(part.transform, held))
+def _keeping(intervals: list[Interval]) -> Callable:
+    return lambda rows: torch.cat([rows[each.start : each.end] for each in intervals])
 
 
 def _then(first: Callable | None, second: Callable) -> Callable:

@@ -1,12 +1,13 @@
-"""The processes of a model that is split over several devices (tensor parallelism), and what they say to each other.
+"""The processes of a model that is split over several devices (tensor parallelism), and the messages between them.
 
-Rank 0 is the process of the user's command or script: it reads questions, encodes pictures, samples and prints. The other
-ranks load their part of the decoder and compute what rank 0 sends: token ids (those it sampled last), picture rows, and
-the step. They are started by `Engine` itself, or by torchrun, under which every rank runs the same command and all but
-rank 0 end up in `follow`.
+Rank 0 is the process of the user's command or script: it reads questions, encodes images, samples and
+prints. The other ranks load their part of the decoder and compute what rank 0 sends: token ids (those
+it sampled last), image features, and the step. `Engine` starts them itself; or torchrun does, under
+which every rank runs the same command and all but rank 0 end up in `follow`.
 
-Messages go over gloo between the hosts' processors; sums of activations over hccl on NPUs, over gloo on CPUs. Rank 0 ends
-everything when a rank dies, and the kernel ends the others when rank 0 dies, in whatever way.
+Messages go over gloo between the hosts' processors; sums of activations go over hccl on NPUs, over
+gloo on CPUs. Rank 0 ends everything when a rank dies. The kernel ends the others when rank 0 dies, in
+whatever way.
 """
 
 import atexit
@@ -18,25 +19,26 @@ import tempfile
 import termios
 import threading
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from pathlib import Path
 
-from runtime.common.errors import CHECK_FAILED, ToolkitError
-from runtime.common.processes import die_with_parent
+from runtime.common.errors import CHECK_FAILED, MISSING_COMPONENT, ToolkitError
+from runtime.common.processes import ROOT, die_with_parent
 
-PATIENCE = timedelta(days=30)  # a user may think that long before the next question
-REPORT_SECONDS = (
-    10  # a lost connection waits so long for the thread of rank 0 that knows which one died
-)
-PORT = "ASCEND_VLM_PORT"  # tells a process we started where rank 0 listens
-FOLLOWER = "runtime.engine.follower"  # what a process we start runs
+TIMEOUT = timedelta(days=30)  # of a message: a user may think that long before the next question
+REPORT_SECONDS = 10  # that a lost connection waits for rank 0's thread, which knows which rank died
+HOST = "127.0.0.1"  # all ranks run on one machine
+PORT = "ASCEND_VLM_PORT"  # names the port of rank 0 to a process that we started
+FOLLOWER = "runtime.engine.follower"  # module of a process that we start
 
-_team = None  # of this process; torch.distributed has one group of processes, too
+# Of this process. torch.distributed has one group of processes, so there is one team as well.
+_team = None
+_workers: list[subprocess.Popen] = []  # that this process started
+_ending = threading.Lock()
 
 
 def rank_and_size() -> tuple[int, int]:
-    """What torchrun, or our own start, tells this process; (0, 1) where neither did."""
+    """What torchrun, or our own start, put into the environment; (0, 1) where neither did."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -64,62 +66,63 @@ class Team:
 
         self.rank = rank
         self.size = size
-        self.free = True
+        self.free = True  # no engine uses it
         self._dist = dist
-        self._sums = None
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks run on one machine
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
-        where = {"store": store} if store else {"init_method": "env://"}
-        dist.init_process_group("gloo", rank=rank, world_size=size, timeout=PATIENCE, **where)
+        self._device_group = None
         self._out_of_step = False
-        atexit.register(_leave)
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks run on one machine
+        torch.set_num_threads(threads_of(size))
+        where = {"store": store} if store else {"init_method": "env://"}
+        dist.init_process_group("gloo", rank=rank, world_size=size, timeout=TIMEOUT, **where)
+        atexit.register(leave)
 
     def connect(self, device: str):
         """Every rank calls this once its device is open: sums on NPUs go from device to device."""
-        if device.startswith("npu") and self._sums is None:
-            self._sums = self._dist.new_group(backend="hccl", timeout=PATIENCE)
+        if device.startswith("npu") and self._device_group is None:
+            self._device_group = self._dist.new_group(backend="hccl", timeout=TIMEOUT)
 
     def wait_for_all(self):
         """Every rank calls this once it has loaded its part."""
-        with self._alive():
+        with self._connected():
             self._dist.barrier()
 
     def send(self, message):
-        """Rank 0: tell all others."""
+        """Rank 0: send a message to all others. ToolkitError when an error has separated the ranks."""
         if self._out_of_step:
             raise ToolkitError(
                 "an error interrupted the processes of this model in the middle of a step; run the same "
                 "command again",
                 CHECK_FAILED,
             )
-        with self._alive():
+        with self._connected():
             self._dist.broadcast_object_list([message])
 
     def receive(self):
         """Other ranks: the next message, or None when rank 0 is gone."""
         message = [None]
-        with suppress(ToolkitError), self._alive():
+        with suppress(ToolkitError), self._connected():
             self._dist.broadcast_object_list(message)
         return message[0]
 
     def all_reduce(self, x):
-        """The sum of x over all ranks, in place."""
+        """The sum of x over all ranks, computed in place where x is contiguous."""
         x = x.contiguous()
-        with self._alive():
-            self._dist.all_reduce(x, group=self._sums)
+        with self._connected():
+            self._dist.all_reduce(x, group=self._device_group)
         return x
 
     def gather(self, x):
         """[T, n] of every rank -> [T, n * size], on every rank."""
         rows, columns = x.shape
         parts = x.new_empty(self.size * rows, columns)
-        with self._alive():
-            self._dist.all_gather_single(parts, x.contiguous(), group=self._sums)
+        with self._connected():
+            self._dist.all_gather_single(parts, x.contiguous(), group=self._device_group)
         return parts.view(self.size, rows, columns).transpose(0, 1).reshape(rows, -1)
 
     @contextmanager
     def in_step(self):
-        """What all ranks compute together: Ctrl-C waits until it is over; after an error they no longer agree."""
+        """Around what all ranks compute together: Ctrl-C waits until the block ends, and after an error in
+        it the ranks no longer agree about the caches, so that nothing more can be sent."""
         with deferred_interrupt():
             try:
                 yield
@@ -128,11 +131,13 @@ class Team:
                 raise
 
     @contextmanager
-    def _alive(self):
+    def _connected(self):
+        """A lost connection is a ToolkitError, or the end of this process where another rank is to blame."""
         try:
             yield
         except RuntimeError as error:
-            if _workers or PORT in os.environ:  # who watches the process that died ends us
+            if _workers or PORT in os.environ:
+                # rank 0's thread that watches the process that died ends us all, with its reason
                 threading.Event().wait(REPORT_SECONDS)
             raise ToolkitError(
                 f"rank {self.rank} lost its connection to another process ({str(error).splitlines()[0]}); "
@@ -143,17 +148,17 @@ class Team:
 
 @contextmanager
 def deferred_interrupt():
-    """Ctrl-C takes effect at the end of the block (in the main thread, which is the one that hears it)."""
+    """Ctrl-C takes effect at the end of the block (in the main thread, the only one that gets signals)."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    heard = []
-    before = signal.signal(signal.SIGINT, lambda *event: heard.append(event))
+    interrupts = []
+    before = signal.signal(signal.SIGINT, lambda *event: interrupts.append(event))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-        if heard:
+        if interrupts:
             signal.raise_signal(signal.SIGINT)
 
 
@@ -168,8 +173,10 @@ def open_team(model_dir, options, load) -> Team | None:
     """
     global _team
     rank, started = rank_and_size()
-    if options.tensor_parallel_size == 1 or (_team and rank):
-        return _team if rank else None
+    if _team and rank:  # a follower, loading what rank 0 loads
+        return _team
+    if options.tensor_parallel_size == 1:
+        return None
     if _team and not _team.free:
         raise ToolkitError(
             "this process has a model that is split over several devices already; close() that Engine first"
@@ -187,69 +194,95 @@ def _start(size: int) -> Team:
     from torch.distributed import TCPStore
 
     store = TCPStore(
-        "127.0.0.1", 0, world_size=size, is_master=True, wait_for_workers=False, timeout=PATIENCE
+        HOST, 0, world_size=size, is_master=True, wait_for_workers=False, timeout=TIMEOUT
     )
+    terminal = _terminal_settings()
     for rank in range(1, size):
-        threading.Thread(
-            target=_watch, args=(rank, size, store.port, _terminal()), daemon=True
-        ).start()
+        watcher = Watcher(rank, size, store.port, terminal)
+        threading.Thread(target=watcher.run, daemon=True).start()
     return Team(0, size, store)
 
 
-_workers: list[subprocess.Popen] = []
-_ending = threading.Lock()
+@dataclass
+class Watcher:
+    """Starts rank `rank` of `size` and waits for its end. port: of rank 0's store; terminal: settings to restore."""
+
+    rank: int
+    size: int
+    port: int
+    terminal: list | None
+
+    def run(self):
+        """Starts one rank and waits; when it exits, all ranks are terminated.
+
+        The thread lives as long as the process that it started, because the kernel kills that process
+        (processes.die_with_parent) when this thread ends.
+        """
+        with tempfile.TemporaryFile() as output:
+            try:
+                worker = self._start(output)
+            except OSError as error:  # rank 0 would wait for it
+                self._end_all(CHECK_FAILED, str(error))
+            _workers.append(worker)
+            code = worker.wait()
+            if worker in _workers:  # not closed by us
+                output.seek(0)
+                self._end_all(code, output.read().decode(errors="replace").strip())
+
+    def _start(self, output) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-m", FOLLOWER, str(os.getpid())],
+            env={**os.environ, **self._environment()},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+
+    def _environment(self) -> dict[str, str]:
+        path = [str(ROOT)]
+        if os.environ.get("PYTHONPATH"):
+            path.append(os.environ["PYTHONPATH"])
+        return {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.size),
+            "LOCAL_RANK": str(self.rank),
+            PORT: str(self.port),
+            "OMP_NUM_THREADS": str(threads_of(self.size)),
+            "PYTHONPATH": os.pathsep.join(path),
+        }
+
+    def _end_all(self, code: int, stderr_text: str):
+        """One message about why the rank ended, and the end of this process, which ends the others."""
+        _ending.acquire()  # and never released: one message is enough
+        print(
+            f"error: process {self.rank} of {self.size} (tensor parallel) {_reason(code, stderr_text)}; all were "
+            "ended, run the same command again",
+            file=sys.stderr,
+            flush=True,
+        )
+        if self.terminal:  # the prompt's line editing changed it
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, self.terminal)
+        os._exit(code if CHECK_FAILED <= code <= MISSING_COMPONENT else CHECK_FAILED)
 
 
-def _watch(rank: int, size: int, port: int, terminal):
-    """Start one rank and wait for its end, which is the end of us all. The thread lives as long as the process it started,
-    because the kernel kills that process (child.die_with_parent) when this thread ends."""
-    path = os.pathsep.join(
-        filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")))
-    )
-    environment = {
-        **os.environ,
-        "RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "LOCAL_RANK": str(rank),
-        PORT: str(port),
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // size)),
-        "PYTHONPATH": path,
-    }
-    with tempfile.TemporaryFile() as said:
-        try:
-            worker = subprocess.Popen(
-                [sys.executable, "-m", FOLLOWER, str(os.getpid())],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=said,
-                stderr=said,
-                start_new_session=True,
-            )
-        except OSError as error:  # rank 0 would wait for it
-            _end_all(rank, size, CHECK_FAILED, str(error), terminal)
-        _workers.append(worker)
-        code = worker.wait()
-        if worker in _workers:  # not closed by us
-            said.seek(0)
-            _end_all(rank, size, code, said.read().decode(errors="replace").strip(), terminal)
+def _reason(code: int, stderr_text: str) -> str:
+    """How a process ended, in its own words where it has left some; with --debug in all of them."""
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    if code == 0 or not stderr_text:
+        return f"ended with code {code}"
+    if "--debug" in sys.argv:
+        return f"failed: {stderr_text}"
+    return f"failed: {stderr_text.splitlines()[-1].removeprefix('error: ')}"
 
 
-def _end_all(rank: int, size: int, code: int, said: str, terminal):
-    _ending.acquire()  # for good: one message is enough
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    if said and code > 0:
-        how = f"failed: {said if '--debug' in sys.argv else said.splitlines()[-1].removeprefix('error: ')}"
-    print(
-        f"error: process {rank} of {size} (tensor parallel) {how}; all were ended, run the same command again",
-        file=sys.stderr,
-        flush=True,
-    )
-    if terminal:  # the prompt's line editing changed it
-        termios.tcsetattr(sys.stdin, termios.TCSANOW, terminal)
-    os._exit(code if CHECK_FAILED <= code <= 3 else CHECK_FAILED)
+def threads_of(size: int) -> int:
+    """Threads of each of `size` processes that share this machine's processors."""
+    return max(1, (os.cpu_count() or 1) // size)
 
 
-def _terminal():
+def _terminal_settings():
     with suppress(OSError, ValueError, AttributeError, termios.error):
         return termios.tcgetattr(sys.stdin)
 
@@ -257,18 +290,21 @@ def _terminal():
 def close_team():
     """End the ranks we started; those of torchrun wait for another model."""
     if _workers:
-        _leave()
+        leave()
     elif _team:
         _team.free = True
 
 
-def _leave():
-    """Also at exit: torch aborts a process that still has its connections then."""
+def leave():
+    """End the ranks we started and give up the connection.
+
+    Also called at exit: torch aborts a process that still has its connections then.
+    """
     global _team
     import torch.distributed as dist
 
     ended = _workers[:]
-    _workers[:] = []
+    _workers.clear()  # first: their watchers see that this is no failure
     for worker in ended:
         worker.kill()
         worker.wait()
@@ -286,16 +322,14 @@ def _join() -> Team:
 
     rank, size = rank_and_size()
     port = os.environ.get(PORT)
-    return Team(
-        rank,
-        size,
-        port
-        and TCPStore("127.0.0.1", int(port), world_size=size, is_master=False, timeout=PATIENCE),
-    )
+    if not port:  # torchrun's own variables say where
+        return Team(rank, size)
+    store = TCPStore(HOST, int(port), world_size=size, is_master=False, timeout=TIMEOUT)
+    return Team(rank, size, store)
 
 
 def follow(load) -> int:
-    """`load` the model that rank 0 loads and compute what it sends, until it is gone."""
+    """`load(model_dir, options)` the model that rank 0 loads and compute what it sends, until it is gone."""
     global _team
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides what Ctrl-C ends
     die_with_parent()
@@ -306,15 +340,16 @@ def follow(load) -> int:
         if kind == "load":
             engine = None  # its memory first
             model_dir, options = content
-            engine = load(model_dir, replace(options, device=_own_device(options.device)))
+            device = _own_device(options.device, _team.rank)
+            engine = load(model_dir, replace(options, device=device))
         else:
             engine.follow(*content)
     return 0
 
 
-def _own_device(device: str) -> str:
-    """The device of this rank, where rank 0 has `device`."""
+def _own_device(device: str, rank: int) -> str:
+    """The device of a rank, where rank 0 has `device`."""
     kind, _, first = device.partition(":")
     if kind == "cpu":
         return device
-    return f"{kind}:{int(first or 0) + int(os.environ.get('LOCAL_RANK', _team.rank))}"
+    return f"{kind}:{int(first or 0) + int(os.environ.get('LOCAL_RANK', rank))}"

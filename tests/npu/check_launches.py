@@ -24,7 +24,7 @@ from runtime.engine.kv_cache import KVCache
 from runtime.engine.loading.weights import MATRICES
 from runtime.engine.sequence import Sequence
 from runtime.ops import choose
-from runtime.parallel.team import Team, _leave
+from runtime.parallel.team import Team, leave
 
 ROOT = Path(__file__).resolve().parents[2]
 CHIP = os.environ["STUB_SOC"]
@@ -257,7 +257,7 @@ def team(ops):
     team.connect("npu:0")
     yield team
     ops.team = None
-    _leave()
+    leave()
 
 
 def test_collectives_are_all_that_the_launches_gain(tmp_path, ops, launches, team):
