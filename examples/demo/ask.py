@@ -1,4 +1,4 @@
-"""Draw a scene nobody has seen and ask the demo model about it, once in each language, through the public Python API.
+"""Draws a scene of an unseen seed and asks the demo model about it, once in each language, through the Python API.
 
 python examples/demo/ask.py --model examples/demo/checkpoint --seed 7 --out out/demo
 """
@@ -19,14 +19,14 @@ UNSEEN = 10**6  # training and test seeds lie elsewhere
 
 
 def pose(seed: int):
-    """(scene, one question per language, of different kinds) of an unseen seed."""
+    """(scene, [(question, language)]): one question per language, of different kinds."""
     rng = np.random.default_rng([UNSEEN, seed])
     scene = sample_scene(rng)
     turns = [turn for kind in rng.permutation(KINDS) if (turn := ask(scene, kind, rng))]
     return scene, list(zip(turns, LANGUAGES))
 
 
-def main():
+def parse():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -34,7 +34,11 @@ def main():
     parser.add_argument("--artifact", help="folder written by python -m convert")
     parser.add_argument("--seed", type=int, default=0, help="which scene")
     parser.add_argument("--out", type=Path, required=True, help="where scene.png goes")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    args = parse()
     scene, turns = pose(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     picture = args.out / "scene.png"
@@ -45,19 +49,16 @@ def main():
     right = True
     console.print(f"picture: {picture} (seed {args.seed})")
     for turn, language in turns:
-        content = [
-            {"type": "image", "image": picture},
-            {"type": "text", "text": turn.question(language)},
-        ]
-        result = engine.generate(
-            [engine.prompt([{"role": "user", "content": content}])], SamplingParams(max_tokens=48)
-        )[0]
+        question = turn.question(language)
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+        prompt = engine.prompt([{"role": "user", "content": content}])
+        [result] = engine.generate([prompt], SamplingParams(max_tokens=48))
         expected = turn.answer[language]
-        right &= result.text == expected
-        console.print(
-            f"  {turn.question(language)}  ->  [bold]{result.text}[/]"
-            + ("" if result.text == expected else f"   [red](expected {expected})[/]")
-        )
+        line = f"  {question}  ->  [bold]{result.text}[/]"
+        if result.text != expected:
+            right = False
+            line += f"   [red](expected {expected})[/]"
+        console.print(line)
     return 0 if right else 1
 
 

@@ -1,4 +1,4 @@
-"""Batches for training: scenes and patches drawn from a step's own seed, questions as packed token sequences."""
+"""Makes training batches: scenes and patches from a step's own seed, questions as packed token sequences."""
 
 import numpy as np
 import torch
@@ -26,11 +26,13 @@ def stream(stage: int, step: int, rank: int) -> np.random.Generator:
 
 
 def draw_scenes(rng, count):
-    """Full scenes more often than the grammar has them: sorting three or four objects takes longest to learn."""
-    return [
-        sample_scene(rng, rng.random() < 0.3, int(rng.choice(4, p=FULLNESS)) + 1)
-        for _ in range(count)
-    ]
+    """Scenes with more objects than the grammar's on average: sorting three or four takes longest to learn."""
+    scenes = []
+    for _ in range(count):
+        integer = rng.random() < 0.3
+        things = int(rng.choice(4, p=FULLNESS)) + 1
+        scenes.append(sample_scene(rng, integer, things))
+    return scenes
 
 
 def cut(pictures: np.ndarray) -> np.ndarray:
@@ -49,40 +51,48 @@ def draw_patches(scenes, rng, owner, keep_count):
     return torch.from_numpy(np.take_along_axis(patches, keep[..., None, None, None], axis=1)), keep
 
 
-def kept(step, args):
-    """Few patches in most steps, the whole grid in every fourth and in all at the end, as attention must know it."""
-    return 256 if step % 4 == 0 or step >= args.steps * args.partial else args.keep
+def num_patches(step, args):
+    """Few patches in most steps; all in every fourth and in the last ones, because attention must learn the whole grid."""
+    if step % 4 == 0 or step >= args.steps * args.partial:
+        return 256
+    return args.keep
 
 
 class Questions:
-    """Batches of tokenised turns."""
+    """Makes batches of tokenised turns; a turn is a question with its answer."""
 
     def __init__(self, tokenizer, weights=WEIGHTS):
         self.tokenizer = tokenizer
         self.weights = np.array([weights.get(kind, 1.0) for kind in KINDS])
         self.weights /= self.weights.sum()
-        words = [mark + word for lang, mark in (("en", "▁"), ("zh", "")) for word in SHAPE[lang]]
+        words = ["▁" + word for word in SHAPE["en"]] + list(SHAPE["zh"])
         self.shapes = {tokenizer.pieces.piece_to_id(word) for word in words}
 
     def sample(self, scenes, per_scene, rng):
-        """-> rows' owners; (ids, start of rows, answer ids) of each turn; (turn, scene, two objects) of relations."""
+        """`per_scene` random turns about each scene, as three values.
+
+        Index of the scene of each turn; (ids, start of the image rows, answer ids) of each turn; (turn, scene, two objects)
+        of each relation question.
+        """
         owners = []
         turns = []
         pairs = []
         for b, scene in enumerate(scenes):
             while len(turns) < (b + 1) * per_scene:
-                turn = ask(scene, KINDS[rng.choice(len(KINDS), p=self.weights)], rng)
-                if turn is not None:
-                    owners.append(b)
-                    pairs += [(len(turns), b, *turn.pair)] if turn.pair else []
-                    language = LANGUAGES[rng.integers(2)]
-                    turns.append(
-                        self.encode(turn, language, language if rng.random() < 0.4 else "zh")
-                    )
+                kind = KINDS[rng.choice(len(KINDS), p=self.weights)]
+                turn = ask(scene, kind, rng)
+                if turn is None:
+                    continue
+                owners.append(b)
+                if turn.pair:
+                    pairs.append((len(turns), b, *turn.pair))
+                language = LANGUAGES[rng.integers(2)]
+                wrapper = language if rng.random() < 0.4 else "zh"
+                turns.append(self.encode(turn, language, wrapper))
         return torch.tensor(owners), turns, pairs
 
     def marks(self, turns):
-        """How far before <sop> to look: 0, and for questions that name two objects the ends of both names."""
+        """[turns, 3] distances before <sop>: 0, and the ends of both names in questions that name two objects."""
         back = torch.zeros(len(turns), 3, dtype=torch.int64)
         for row, (prompt, _, _) in zip(back, turns):
             names = [len(prompt) - 1 - i for i, token in enumerate(prompt) if token in self.shapes]
@@ -91,13 +101,10 @@ class Questions:
         return back
 
     def encode(self, turn, language, wrapper):
-        """`wrapper`: English questions also stand in the release's default form, 问：…答："""
+        """(ids, start of the image rows, answer ids); wrapper "zh": in the release's default form, 问：…答："""
         ids, start = self.tokenizer.prompt(turn.question(language), wrapper, ROWS)
-        return (
-            ids,
-            start,
-            self.tokenizer.encode(turn.answer[language]) + [self.tokenizer.ids["eos_token_id"]],
-        )
+        answer = self.tokenizer.encode(turn.answer[language])
+        return ids, start, [*answer, self.tokenizer.ids["eos_token_id"]]
 
 
 def layout(prompt_length: int, answer_length: int) -> np.ndarray:
@@ -109,7 +116,7 @@ def layout(prompt_length: int, answer_length: int) -> np.ndarray:
 
 
 def pack(turns, pad):
-    """Right-padded ids, positions, contexts and labels (-100 = not an answer token)."""
+    """Turns as right-padded ids, positions, context lengths and labels (-100: not an answer token)."""
     longest = max(len(ids) + len(answer) for ids, _, answer in turns) - 1
     ids = torch.full((len(turns), longest), pad)
     labels = torch.full_like(ids, -100)
@@ -130,7 +137,7 @@ def splice(decoder, ids, start, rows):
 
 
 def answer_loss(decoder, turns, rows, pad, drop=False, taps=None, marks=None):
-    """Cross-entropy of the answer tokens. `drop` leaves the spare rows out (positions kept): far shorter sequences."""
+    """Cross-entropy of the answer tokens. `drop` leaves out the unused image rows (positions kept) to save time."""
     ids, positions, context, labels = pack(turns, pad)
     start = turns[0][1]
     x = splice(decoder, ids, start, rows)
@@ -143,4 +150,5 @@ def answer_loss(decoder, turns, rows, pad, drop=False, taps=None, marks=None):
     hidden = decoder(x, positions, context, taps)
     if taps is not None:  # what stands at the marked tokens after each layer
         taps[:] = [tap[torch.arange(len(tap))[:, None], context[:, None] - marks] for tap in taps]
-    return F.cross_entropy(decoder.lm_head(hidden[labels >= 0]).float(), labels[labels >= 0])
+    answer = labels >= 0
+    return F.cross_entropy(decoder.lm_head(hidden[answer]).float(), labels[answer])

@@ -1,4 +1,4 @@
-"""Exact-match accuracy of a demo checkpoint per question kind and language, greedy, on scenes of unseen seeds.
+"""Measures the exact-match accuracy of a demo checkpoint per question kind and language, greedy, on unseen scenes.
 
 python examples/demo/evaluate.py --checkpoint examples/demo/checkpoint --scenes 200 --renderer pil
 """
@@ -6,6 +6,7 @@ python examples/demo/evaluate.py --checkpoint examples/demo/checkpoint --scenes 
 import argparse
 import json
 from collections import defaultdict
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ def look(tower, pictures: np.ndarray) -> torch.Tensor:
 
 @torch.no_grad()
 def answers(decoder, tokenizer, rows, questions, limit=16) -> list[str]:
-    """Greedy answers to (picture index, question, language); the whole sequence is run again for every token."""
+    """Greedy answers to (image index, question, language); runs the whole sequence again for every token."""
     prompts = [tokenizer.prompt(text, language, ROWS) for _, text, language in questions]
     written = [[] for _ in prompts]
     open_ones = list(range(len(prompts)))
@@ -60,24 +61,18 @@ def answers(decoder, tokenizer, rows, questions, limit=16) -> list[str]:
 
 
 def score(tower, decoder, tokenizer, scenes, renderer, first=0, batch=25):
-    """-> {(kind, language): [right, asked]} and the wrong answers."""
+    """({(kind, language): [right, asked]}, wrong answers as (seed, question, expected, answer))."""
     counts = defaultdict(lambda: [0, 0])
     wrong = []
     for start in range(first, first + scenes, batch):
-        drawn = [
-            test_scene(seed, integer=seed % 3 == 0)
-            for seed in range(start, min(start + batch, first + scenes))
-        ]
+        seeds = range(start, min(start + batch, first + scenes))
+        drawn = [test_scene(seed, integer=seed % 3 == 0) for seed in seeds]
         rows = look(tower, np.stack([renderer(scene) for scene, _ in drawn]))
-        asked = [
-            (i, turn, lang)
-            for i, (_, turns) in enumerate(drawn)
-            for turn in turns
-            for lang in LANGUAGES
-        ]
-        replies = answers(
-            decoder, tokenizer, rows, [(i, turn.question(lang), lang) for i, turn, lang in asked]
-        )
+        asked = []
+        for i, (_, turns) in enumerate(drawn):
+            asked += [(i, turn, lang) for turn, lang in product(turns, LANGUAGES)]
+        questions = [(i, turn.question(lang), lang) for i, turn, lang in asked]
+        replies = answers(decoder, tokenizer, rows, questions)
         for (i, turn, lang), reply in zip(asked, replies):
             right = reply == turn.answer[lang]
             counts[turn.kind, lang][0] += right
@@ -88,40 +83,44 @@ def score(tower, decoder, tokenizer, scenes, renderer, first=0, batch=25):
 
 
 def report(counts) -> str:
+    """The table of `counts`, as text."""
     lines = ["kind         " + "".join(f"{lang:>16}" for lang in LANGUAGES)]
     for kind in (*KINDS, "all"):
-        cells = []
-        for lang in LANGUAGES:
-            pairs = [v for (k, g), v in counts.items() if g == lang and kind in (k, "all")]
-            right, asked = (sum(p[i] for p in pairs) for i in (0, 1))
-            cells.append(f"{100 * right / max(asked, 1):8.2f}% {asked:6d}")
+        cells = [accuracy_cell(counts, kind, lang) for lang in LANGUAGES]
         lines.append(f"{kind:13}" + "".join(cells))
     return "\n".join(lines)
 
 
+def accuracy_cell(counts, kind, language) -> str:
+    right = 0
+    asked = 0
+    for (other_kind, other_language), (some_right, some_asked) in counts.items():
+        if other_language == language and kind in (other_kind, "all"):
+            right += some_right
+            asked += some_asked
+    return f"{100 * right / max(asked, 1):8.2f}% {asked:6d}"
+
+
 def write_samples(folder: Path, count=3) -> None:
-    """Sample pictures and their questions, all of unseen seeds."""
+    """Writes sample images and questions.jsonl, all of unseen seeds."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for seed in range(10_000, 10_000 + count):
         scene, turns = test_scene(seed)
         Image.fromarray(draw_pil(scene)).save(folder / f"scene{seed}.png")
-        lines += [
-            {
+        for turn, lang in product(turns, LANGUAGES):
+            line = {
                 "image": f"scene{seed}.png",
                 "prompt": turn.question(lang),
                 "answer": turn.answer[lang],
                 "lang": lang,
                 "kind": turn.kind,
             }
-            for turn in turns
-            for lang in LANGUAGES
-        ]
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    (folder / "questions.jsonl").write_text(text, encoding="utf-8")
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    (folder / "questions.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def main():
+def parse():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -134,20 +133,19 @@ def main():
         "--samples", type=Path, help="write sample pictures and questions.jsonl here and stop"
     )
     parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    args = parse()
     torch.set_num_threads(args.threads)
     if args.samples:
         write_samples(args.samples)
         return
     _, tower, decoder = load_release(args.checkpoint)
-    counts, wrong = score(
-        tower,
-        decoder,
-        Tokenizer(args.checkpoint),
-        args.scenes,
-        RENDERERS[args.renderer],
-        args.first,
-    )
+    renderer = RENDERERS[args.renderer]
+    tokenizer = Tokenizer(args.checkpoint)
+    counts, wrong = score(tower, decoder, tokenizer, args.scenes, renderer, args.first)
     print(report(counts))
     for line in wrong[: args.wrong]:
         print(*line, sep=" | ")

@@ -1,4 +1,4 @@
-"""The demo network: the product's own vision encoder, a dense trainable ChatGLM-6B decoder, and the release layout."""
+"""The demo network: the toolkit's own vision encoder, a trainable ChatGLM-6B decoder, and the release's file layout."""
 
 import json
 import math
@@ -78,7 +78,8 @@ def make_tower(config: dict) -> VisionEncoder:
     tower = VisionEncoder(config)
     for name, p in tower.named_parameters():
         if p.dim() > 1 and "position" not in name and "queries" not in name:
-            nn.init.normal_(p, std=1 / math.sqrt(p[0].numel() if p.dim() == 4 else p.shape[0]))
+            fan_in = p[0].numel() if p.dim() == 4 else p.shape[0]
+            nn.init.normal_(p, std=1 / math.sqrt(fan_in))
         elif name.endswith(("position", "cls", "queries")):
             nn.init.normal_(p, std=0.5 if "queries" in name else 0.1)
         elif "bias" in name:
@@ -121,9 +122,8 @@ class Layer(nn.Module):
 
     def forward(self, h, turn, mask):
         x = self.input_layernorm(h)
-        q, k, v = (
-            self.query_key_value(x).unflatten(2, (self.heads, -1)).transpose(1, 2).chunk(3, dim=-1)
-        )
+        heads = self.query_key_value(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        q, k, v = heads.chunk(3, dim=-1)
         scores = rotate(q, turn) @ rotate(k, turn).transpose(2, 3) / math.sqrt(k.shape[-1])
         mixed = torch.softmax(scores + mask.to(scores.dtype), dim=-1) @ v
         x = self.post_attention_layernorm(x * ALPHA + self.dense(mixed.transpose(1, 2).flatten(2)))
@@ -131,7 +131,7 @@ class Layer(nn.Module):
 
 
 def rotate(t, turn):
-    """Both halves of the head turn on their own: the first by position, the second by block position."""
+    """Rotary embedding: the first half of the head is rotated by position, the second by block position."""
     cos, sin = turn
     a, b = t.unflatten(-1, (2, 2, -1)).unbind(-2)
     return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-2).flatten(-3).to(t.dtype)
@@ -150,15 +150,10 @@ class Decoder(nn.Module):
 
     def _start(self):
         nn.init.normal_(self.word_embeddings.weight, std=0.2)
-        for layer in (
-            self.layers
-        ):  # alpha shrinks every branch against its residual: start the branches larger
-            for name, gain in (
-                ("query_key_value", 1),
-                ("dense", 3),
-                ("dense_h_to_4h", 1),
-                ("dense_4h_to_h", 3),
-            ):
+        # alpha shrinks every branch against its residual: start the branches larger
+        gains = {"query_key_value": 1, "dense": 3, "dense_h_to_4h": 1, "dense_4h_to_h": 3}
+        for layer in self.layers:
+            for name, gain in gains.items():
                 linear = getattr(layer, name)
                 nn.init.normal_(linear.weight, std=gain / math.sqrt(linear.in_features))
                 nn.init.zeros_(linear.bias)
@@ -169,9 +164,8 @@ class Decoder(nn.Module):
         angles = positions[..., None].float() * self.inv_freq  # [B, T, 2, d]
         turn = angles.cos()[:, None], angles.sin()[:, None]
         steps = torch.arange(x.shape[1])
-        hidden = (steps[None, :] > steps[:, None]) & (
-            steps[None, None, :] >= context[:, None, None]
-        )
+        later = steps[None, :] > steps[:, None]
+        hidden = later & (steps[None, None, :] >= context[:, None, None])
         mask = torch.zeros(hidden.shape).masked_fill(hidden, -1e4)
         for layer in self.layers:
             x = layer(x, turn, mask[:, None])
@@ -261,11 +255,8 @@ def save_release(folder: Path, config: dict, tower: nn.Module, decoder: nn.Modul
         tensors[decoder_name(name)] = value
     for i in range(config["num_layers"]):
         tensors[f"transformer.layers.{i}.attention.rotary_emb.inv_freq"] = decoder.inv_freq.clone()
-    save_file(
-        {k: v.detach().half().contiguous() for k, v in tensors.items()},
-        str(folder / "model.safetensors"),
-        metadata={"format": "pt"},
-    )
+    halves = {name: value.detach().half().contiguous() for name, value in tensors.items()}
+    save_file(halves, str(folder / "model.safetensors"), metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 

@@ -1,6 +1,7 @@
 """Questions about a scene and their exact answers, one wording per kind and language. README.md lists them as a table.
 
-Every kind has a function (scene, rng) -> slots and answer, or None where the scene allows no unambiguous question.
+Every kind has a function (scene, rng) -> (slots, answer), both functions of the language; a relation adds the two objects.
+It returns None where the scene allows no unambiguous question.
 """
 
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ KINDS = tuple(WORDING)
 
 @dataclass(frozen=True)
 class Turn:
-    """One question with its answer; `slots` fill the wording, per language, as `answer` does."""
+    """One question with its answer. slots: language -> words that fill the WORDING; answer: language -> text."""
 
     kind: str
     slots: dict
@@ -58,13 +59,14 @@ class Turn:
 
 
 def ask(scene: Scene, kind: str, rng: np.random.Generator) -> Turn | None:
+    """A random question of this kind, or None if the scene allows no unambiguous one."""
     found = ASKERS[kind](scene, rng)
     if found is None:
         return None
-    slots, answer, *pair = found
-    return Turn(
-        kind, {g: slots(g) for g in LANGUAGES}, {g: answer(g) for g in LANGUAGES}, tuple(pair)
-    )
+    slots_in, answer_in, *pair = found
+    slots = {language: slots_in(language) for language in LANGUAGES}
+    answer = {language: answer_in(language) for language in LANGUAGES}
+    return Turn(kind, slots, answer, tuple(pair))
 
 
 def name(thing: Thing, language: str) -> str:
@@ -105,9 +107,10 @@ def _count(scene, rng):
 def _count_shape(scene, rng):
     """Half the time a shape that is there, half the time any of the four."""
     shapes = [t.shape for t in scene.things]
-    shape = (
-        shapes[rng.integers(len(shapes))] if rng.random() < 0.5 else int(rng.integers(len(SHAPES)))
-    )
+    if rng.random() < 0.5:
+        shape = shapes[rng.integers(len(shapes))]
+    else:
+        shape = int(rng.integers(len(SHAPES)))
     return lambda g: (PLURAL[g][shape],), lambda g: str(shapes.count(shape))
 
 
@@ -128,26 +131,26 @@ def _absent(present, thing, rng):
         color = int(rng.integers(len(COLORS)))
         shape = int(rng.integers(len(SHAPES)))
         near = rng.integers(3)
-        pair = (
-            (thing.color, shape)
-            if near == 0
-            else (color, thing.shape)
-            if near == 1
-            else (color, shape)
-        )
-        if pair not in present:
-            return pair
+        if near == 0:
+            color = thing.color
+        elif near == 1:
+            shape = thing.shape
+        if (color, shape) not in present:
+            return color, shape
 
 
 def _extreme(scene, rng):
-    """Only where the extreme centre is clear of the next one."""
+    """Only where the extreme centre is at least CLEAR pixels beyond the next one."""
     which = int(rng.integers(4))
     sign = -1 if which % 2 else 1
-    keyed = sorted(scene.things, key=lambda t: sign * (t.x, t.y)[which // 2])
-    values = [sign * (t.x, t.y)[which // 2] for t in keyed]
-    if len(keyed) < 2 or values[1] - values[0] < CLEAR:
+
+    def place(thing):
+        return sign * (thing.y if which >= 2 else thing.x)
+
+    things = sorted(scene.things, key=place)
+    if len(things) < 2 or place(things[1]) - place(things[0]) < CLEAR:
         return None
-    return lambda g: (EXTREME[g][which],), lambda g: name(keyed[0], g)
+    return lambda g: (EXTREME[g][which],), lambda g: name(things[0], g)
 
 
 def _relation(scene, rng):

@@ -1,7 +1,7 @@
-"""The scene grammar: sample a scene from a seed, draw it, ask about it. README.md states the same rules in words.
+"""The scene grammar: samples a scene from a seed and draws it. README.md states the same rules in words.
 
-Two renderers that share nothing: a signed-distance one in numpy (fast, soft edges, fractional centres) and one on PIL's
-polygon drawing (supersampled). Training mixes them so that the model learns the grammar, not a renderer.
+There are two renderers that share nothing: a signed-distance one in numpy (fast, soft edges, fractional centres) and one
+with PIL's polygon drawing (supersampled). Training mixes them so that the model learns the grammar, not a renderer.
 """
 
 from dataclasses import dataclass
@@ -39,6 +39,7 @@ PAPERS = {
 }
 BACKGROUNDS = ("plain", "gradient", "stripes")
 STRIPE = 16  # width of a stripe in pixels
+RESAMPLERS = (Image.Resampling.LANCZOS, Image.Resampling.BOX, Image.Resampling.BICUBIC)
 
 COLOR_RGB = np.array(list(COLORS.values()), np.float32)
 PAPER_RGB = np.array(list(PAPERS.values()), np.float32)
@@ -93,14 +94,20 @@ def _place(rng, radii, integer):
             if integer:
                 x = round(x)
                 y = round(y)
-            if all(
-                max(abs(x - a), abs(y - b)) >= radius + r + GAP for (a, b), r in zip(placed, radii)
-            ):
+            if _is_free(x, y, radius, placed, radii):
                 placed.append((float(x), float(y)))
                 break
         else:
             return None
     return placed
+
+
+def _is_free(x, y, radius, placed, radii) -> bool:
+    """A box around (x, y) keeps GAP pixels from the boxes placed before, in one direction at least."""
+    return all(
+        max(abs(x - other_x), abs(y - other_y)) >= radius + other_radius + GAP
+        for (other_x, other_y), other_radius in zip(placed, radii)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- renderers
@@ -118,9 +125,8 @@ def paper(scene: Scene) -> np.ndarray:
     else:
         rows[:] = np.tile(first, CANVAS)
     if kind == "gradient":
-        rows += (np.arange(CANVAS, dtype=np.float32) / (CANVAS - 1))[:, None] * np.tile(
-            second - first, CANVAS
-        )
+        share = np.arange(CANVAS, dtype=np.float32) / (CANVAS - 1)
+        rows += share[:, None] * np.tile(second - first, CANVAS)
     return rows.reshape(CANVAS, CANVAS, 3)
 
 
@@ -190,9 +196,7 @@ def _draw_mask(draw, thing, scale, left, top):
 def draw_mixed(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     """The training mix: mostly signed distance of varying softness, some PIL at several scales, jitter, noise."""
     if rng.random() < 0.12:
-        resample = (Image.Resampling.LANCZOS, Image.Resampling.BOX, Image.Resampling.BICUBIC)[
-            rng.integers(3)
-        ]
+        resample = RESAMPLERS[rng.integers(3)]
         picture = draw_pil(scene, int(rng.integers(1, 4)), resample)
     else:
         picture = draw_sdf(scene, float(rng.uniform(0.3, 1.8)))

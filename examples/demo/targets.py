@@ -1,7 +1,7 @@
-"""What the stages learn from besides answers: the true scene as codes for the image rows, and as classes of patches.
+"""Training targets besides answers: the true scene as codes for the image rows, and as classes of patches.
 
-Rows 0-3 are to hold the objects from left to right, rows 4-7 from top to bottom, as a fixed orthonormal code of
-their properties. So the decoder can learn to read scenes before the tower can see, and the tower knows what to say.
+Rows 0-3 should hold the objects from left to right, rows 4-7 from top to bottom, as a fixed orthonormal code of their
+properties. So the decoder can learn to read scenes before the tower can see, and the tower has a target of its own.
 """
 
 import numpy as np
@@ -11,7 +11,9 @@ from scenes import CANVAS, RADIUS
 from torch import nn
 from torch.nn import functional as F
 
-PATCH, GRID, MOST = 14, 16, 4
+PATCH = 14  # pixels
+GRID = 16  # patches per side
+MOST = 4  # objects in a scene
 GROUPS = {
     "empty": 2,
     "color": 8,
@@ -32,21 +34,24 @@ def codebook(width: int) -> torch.Tensor:
 
 def table(scenes) -> dict[str, np.ndarray]:
     """Objects as arrays [B, 4]; missing ones have class 0 and `there` False."""
-    out = {
-        key: np.zeros((len(scenes), MOST), np.float32 if key in "xy" else np.int64)
-        for key in ("color", "shape", "size", "x", "y")
-    }
+    out = {}
+    for key in ("color", "shape", "size", "x", "y"):
+        out[key] = np.zeros((len(scenes), MOST), np.float32 if key in "xy" else np.int64)
     there = np.zeros((len(scenes), MOST), bool)
     for b, scene in enumerate(scenes):
         for k, thing in enumerate(scene.things):
             there[b, k] = True
             for key in out:
                 out[key][b, k] = getattr(thing, key)
-    ranks = {
-        axis: np.argsort(np.argsort(np.where(there, out[axis], 1e9), axis=1), axis=1)
-        for axis in "xy"
-    }
-    return {**out, "there": there, "across": ranks["x"], "down": ranks["y"]}
+    across = _ranks(out["x"], there)
+    down = _ranks(out["y"], there)
+    return {**out, "there": there, "across": across, "down": down}
+
+
+def _ranks(values, there):
+    """Rank of each object in its scene by `values`; missing ones come last."""
+    order = np.argsort(np.where(there, values, 1e9), axis=1)
+    return np.argsort(order, axis=1)
 
 
 def row_labels(objects) -> dict[str, torch.Tensor]:
@@ -121,20 +126,18 @@ def patch_owner(objects) -> np.ndarray:
         high = (centre + radius)[..., None]
         return np.clip(np.minimum(high, edge + PATCH) - np.maximum(low, edge), 0, None)
 
-    area = (
-        covered(objects["y"])[..., :, None]
-        * covered(objects["x"])[..., None, :]
-        * objects["there"][..., None, None]
-    )
+    heights = covered(objects["y"])[..., :, None]
+    widths = covered(objects["x"])[..., None, :]
+    area = heights * widths * objects["there"][..., None, None]
     area = area.reshape(*area.shape[:2], -1)
     return np.where(area.max(1) >= PATCH * PATCH / 4, area.argmax(1), -1)
 
 
 class PairHeads(nn.Module):
-    """Thrown away after training: ranks of the objects of a relation question, read in the decoder's inner layers.
+    """Reads the ranks of a relation question's objects in the decoder's inner layers; discarded after training.
 
-    At the two names (before the last two layers) the object's own ranks, at <sop> (before the last layer) all four.
-    Without them the decoder answers relations by chance for very long: yes and no say little about the error.
+    At the two names (before the last two layers) it reads the object's own ranks, at <sop> (before the last layer) all
+    four. Without these heads the decoder answers relations by chance for very long: yes and no carry little information.
     """
 
     def __init__(self, width: int):
@@ -145,9 +148,10 @@ class PairHeads(nn.Module):
 
     def forward(self, taps, objects, pairs):
         turns, scenes, *both = np.array(pairs).T
-        ranks = np.stack(
-            [objects[axis][scenes, k] for k in both for axis in ("across", "down")], axis=1
-        )
+        columns = []
+        for index in both:
+            columns += [objects["across"][scenes, index], objects["down"][scenes, index]]
+        ranks = np.stack(columns, axis=1)
         early, late = (F.layer_norm(tap[turns].float(), tap.shape[-1:]) for tap in taps[-3:-1])
         scores = (self.early(early[:, 1:]), self.late(late[:, 1:]), self.answer(late[:, 0]))
         labels = torch.from_numpy(ranks.ravel())
@@ -155,7 +159,7 @@ class PairHeads(nn.Module):
 
 
 class PatchHeads(nn.Module):
-    """Thrown away after training: classes of the object under each patch, and where its centre is."""
+    """Reads the classes and the centre of the object under each patch; discarded after training."""
 
     def __init__(self, width: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Build the demo's `ice_text.model`: the released sentencepiece layout with the few words the grammar needs.
+"""Builds the demo's `ice_text.model`: the released sentencepiece layout with the few words that the grammar needs.
 
 Pieces: <unk> <s> </s> <pad> | <n> and normal pieces | [MASK] .. <dBLOCK> | <|tab|> <|blank_2|> .. <|blank_80|> | bytes.
 """
@@ -56,11 +56,9 @@ def build(folder: Path) -> None:
 
 def _words():
     """Whole words: English ones with the word-start mark, Chinese ones bare (the mark stands alone before them)."""
-    english = [
-        w
-        for form in WORDING.values()
-        for w in form["en"].replace("?", " ").replace(".", " ").split()
-    ]
+    english = []
+    for form in WORDING.values():
+        english += form["en"].replace("?", " ").replace(".", " ").split()
     for table in (COLOR, SHAPE, PLURAL, SIZE, EXTREME, SIDE, TRUTH):
         english += [w for phrase in table["en"] for w in phrase.split()]
     chinese = [w for table in (COLOR, SHAPE, EXTREME, SIDE) for w in table["zh"]]
@@ -135,10 +133,8 @@ class Tokenizer:
         return self.pieces.decode(ids).strip()
 
     def prompt(self, question: str, language: str, rows: int) -> tuple[list[int], int]:
-        """ids up to <sop> with `rows` placeholders, and where the placeholders start."""
+        """(ids up to <sop> with `rows` placeholders, index of the first placeholder)."""
         head = self.encode("<img>")
         tail = self.encode("</img>" + PROMPT[language].format(question))
-        return head + [0] * rows + tail + [
-            self.ids["gmask_token_id"],
-            self.ids["bos_token_id"],
-        ], len(head)
+        end = [self.ids["gmask_token_id"], self.ids["bos_token_id"]]
+        return head + [0] * rows + tail + end, len(head)

@@ -1,10 +1,10 @@
-"""Train the demo model on a CPU: python examples/demo/train.py --out DIR. Every stage can be stopped and resumed.
+"""Trains the demo model on a CPU: python examples/demo/train.py --out DIR. Every stage can be stopped and resumed.
 
-tower     the encoder learns to write the scene's code into its rows (patches dropped first, whole grids at the end)
-language  the decoder learns to answer from ideal codes; needs no pictures, so it may run beside `tower`
+tower     the encoder learns to write the scene's code into its rows (few patches at first, whole grids at the end)
+language  the decoder learns to answer from ideal codes; needs no images, so it may run beside `tower`
 relate    the same with mostly relation questions
-read      the decoder goes on with what the tower really writes about pictures (tower fixed)
-save      weights as a released checkpoint: fp16 safetensors, config.json, tokenizer
+read      the decoder continues with what the tower really writes about images (tower fixed)
+save      writes a checkpoint in the release's layout: fp16 safetensors, config.json, tokenizer
 """
 
 import argparse
@@ -16,7 +16,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from batches import SEED, WEIGHTS, Questions, answer_loss, draw_patches, draw_scenes, kept, stream
+from batches import (
+    SEED,
+    WEIGHTS,
+    Questions,
+    answer_loss,
+    draw_patches,
+    draw_scenes,
+    num_patches,
+    stream,
+)
 from net import Decoder, make_config, make_tower, save_release, see
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from targets import (
@@ -50,12 +59,13 @@ class Tower(nn.Module):
         scenes = draw_scenes(rng, args.batch)
         objects = table(scenes)
         owner = patch_owner(objects)
-        patches, keep = draw_patches(scenes, rng, owner, kept(step, args))
-        owner = owner if keep is None else np.take_along_axis(owner, keep, axis=1)
+        patches, keep = draw_patches(scenes, rng, owner, num_patches(step, args))
+        positions = None
+        if keep is not None:
+            owner = np.take_along_axis(owner, keep, axis=1)
+            positions = torch.from_numpy(keep)
         with torch.autocast("cpu", torch.bfloat16):
-            rows, tokens = see(
-                self.tower, patches, None if keep is None else torch.from_numpy(keep)
-            )
+            rows, tokens = see(self.tower, patches, positions)
         loss, right = row_loss(rows.float(), row_labels(objects), self.codes)
         patch = self.heads(tokens, objects, owner, keep)
         return loss + patch, {"rows": loss.item(), "patch": patch.item(), **right}
@@ -92,7 +102,7 @@ class Language(nn.Module):
 
 
 class Relate(Language):
-    """More of the hardest kind."""
+    """Language with more questions of the hardest kind."""
 
     name = "relate"
     weights = {**WEIGHTS, "relation": 15.0}
@@ -142,23 +152,22 @@ def optimizers(module, rate):
 
 
 def rate_at(step, args):
-    """Linear warm-up over 100 steps, flat, then linear to zero over the last `decay` part."""
-    return (
-        min((step + 1) / 100, (args.steps - step) / max(args.steps * args.decay, 1), 1.0)
-        * args.rate
-    )
+    """Learning rate: linear warm-up over 100 steps, flat, then linear to zero over the last `decay` part."""
+    warm_up = (step + 1) / 100
+    decay = (args.steps - step) / max(args.steps * args.decay, 1)
+    return min(warm_up, decay, 1.0) * args.rate
 
 
 def load_part(module, part, path):
-    """The weights that the stage stored in `path` keeps under `part`."""
+    """Loads the weights named `part`.* of the state in `path` into the module."""
     saved = torch.load(path, weights_only=True)["model"]
-    module.load_state_dict(
-        {k.removeprefix(part + "."): v for k, v in saved.items() if k.startswith(part + ".")}
-    )
+    prefix = part + "."
+    own = {name.removeprefix(prefix): v for name, v in saved.items() if name.startswith(prefix)}
+    module.load_state_dict(own)
 
 
 def begin(name, module, out):
-    """Fresh weights for the first two stages; the decoder of the stage before for the others."""
+    """Starts a stage: the first two keep their fresh weights, the others take the decoder of the stage before."""
     before = {"relate": "language", "read": "relate"}.get(name)
     if before:
         load_part(module.decoder, "decoder", out / f"{before}.pt")
@@ -203,7 +212,7 @@ def advance(module, tools, step, args, log):
 
 
 def average_gradients(module):
-    """Over the processes of torchrun: two processes with a thread each are faster than one with two."""
+    """Averages over the processes of torchrun: two processes with a thread each are faster than one with two."""
     if WORLD > 1:
         gradients = [p.grad for p in module.parameters()]
         flat = torch.cat([g.flatten() for g in gradients])
@@ -213,7 +222,7 @@ def average_gradients(module):
 
 
 def keep(path, module, tools, step):
-    """Written aside first: a killed run leaves the previous state whole."""
+    """Saves the state under a temporary name first: a killed run leaves the previous state whole."""
     aside = path.with_suffix(".tmp")
     torch.save(
         {"model": module.state_dict(), "tools": [t.state_dict() for t in tools], "step": step},
@@ -223,7 +232,7 @@ def keep(path, module, tools, step):
 
 
 class Log:
-    """Mean of the numbers since the last line, appended to a text file."""
+    """Appends the means of the numbers since the last line to a text file."""
 
     def __init__(self, path):
         self.path = path
@@ -256,36 +265,17 @@ def save(out, folder, config, tokenizer):
         path.chmod(0o644)
 
 
+# fmt: off
 DEFAULTS = {
-    "tower": {
-        "steps": 3000,
-        "batch": 32,
-        "rate": 2e-3,
-        "decay": 0.5,
-        "partial": 0.9,
-        "per_scene": 0,
-    },
-    "language": {
-        "steps": 1500,
-        "batch": 16,
-        "rate": 2e-3,
-        "decay": 0.5,
-        "partial": 0.9,
-        "per_scene": 4,
-    },
-    "relate": {
-        "steps": 2000,
-        "batch": 16,
-        "rate": 4e-3,
-        "decay": 0.5,
-        "partial": 0.9,
-        "per_scene": 6,
-    },
-    "read": {"steps": 300, "batch": 12, "rate": 6e-4, "decay": 0.7, "partial": 0.0, "per_scene": 5},
+    "tower":    {"steps": 3000, "batch": 32, "rate": 2e-3, "decay": 0.5, "partial": 0.9, "per_scene": 0},
+    "language": {"steps": 1500, "batch": 16, "rate": 2e-3, "decay": 0.5, "partial": 0.9, "per_scene": 4},
+    "relate":   {"steps": 2000, "batch": 16, "rate": 4e-3, "decay": 0.5, "partial": 0.9, "per_scene": 6},
+    "read":     {"steps": 300, "batch": 12, "rate": 6e-4, "decay": 0.7, "partial": 0.0, "per_scene": 5},
 }
+# fmt: on
 
 
-def main():
+def parse():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -305,7 +295,26 @@ def main():
     )
     parser.add_argument("--every", type=int, default=50, help="steps between saves and log lines")
     parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def settings(args, stage: str) -> argparse.Namespace:
+    """The flags, with the stage's defaults where none was given."""
+    given = {}
+    for key in ("steps", "rate", "batch", "per_scene"):
+        if getattr(args, key) is not None:
+            given[key] = getattr(args, key)
+    return argparse.Namespace(**{**vars(args), **DEFAULTS[stage], **given})
+
+
+def stages_of(args) -> list[str]:
+    if args.stage == "all":
+        return list(DEFAULTS)
+    return [args.stage] if args.stage in DEFAULTS else []
+
+
+def main():
+    args = parse()
     torch.set_num_threads(args.threads)
     if WORLD > 1:
         dist.init_process_group("gloo")
@@ -323,21 +332,8 @@ def main():
         TimeRemainingColumn(),
     )
     with Progress(*columns) as progress:
-        for name in (
-            DEFAULTS if args.stage == "all" else [args.stage] if args.stage in DEFAULTS else []
-        ):
-            given = {
-                k: getattr(args, k)
-                for k in ("steps", "rate", "batch", "per_scene")
-                if getattr(args, k) is not None
-            }
-            train(
-                name,
-                argparse.Namespace(**{**vars(args), **DEFAULTS[name], **given}),
-                config,
-                tokenizer,
-                progress,
-            )
+        for name in stages_of(args):
+            train(name, settings(args, name), config, tokenizer, progress)
     if args.stage in ("save", "all") and RANK == 0:
         save(args.out, args.out / "checkpoint", config, tokenizer)
 
