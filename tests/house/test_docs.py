@@ -12,6 +12,7 @@ OF_OTHERS = {
     "examples/1.jpeg",  # of the VisualGLM guide
     "examples/save_sharded_state_310.py",  # of vllm-ascend
 }
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 NAMED_FILE = re.compile(rf"(?<![\w./-])((?:{'|'.join(TOP)})/[\w./*-]*(?:\.\w+|/))(?![\w*])")
 LINK = re.compile(r"\]\((?!https?://)([^)#\s]+)(?:#[^)\s]*)?\)")
 NAMED_FUNCTION = re.compile(r"`([\w/]+\.py): ([\w., ]+)`")
@@ -51,10 +52,10 @@ def definitions(path: Path) -> set[str]:
     """Functions and classes of a module, and the methods of its classes as `Class.method`."""
     found = set()
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
             found.add(node.name)
         if isinstance(node, ast.ClassDef):
-            methods = (inner for inner in node.body if isinstance(inner, ast.FunctionDef))
+            methods = (inner for inner in node.body if isinstance(inner, FUNCTIONS))
             found |= {f"{node.name}.{method.name}" for method in methods}
     return found
 
