@@ -1,8 +1,12 @@
-"""What a model is: released checkpoints of the GLM families, read without their Python code."""
+"""What a model is: released checkpoints of the GLM families, read without their Python code.
+
+Takes a checkpoint's directory, returns its Family.
+"""
 
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +16,9 @@ from .errors import ModelError
 if TYPE_CHECKING:  # `--help` does without numpy
     from .family import Family
 
-# module -> class; the module is imported when its turn comes
+RELEASED = Path(__file__).parent / "released"  # configs of the released checkpoints, a file each
+
+# module -> class; `known_families` imports the module
 FAMILIES = {
     "visualglm": "VisualGLM",
     "glm4": "Glm4",
@@ -21,7 +27,7 @@ FAMILIES = {
     "glm_edge": "GlmEdge",
 }
 
-# Relatives that look alike but are other networks: (fields of config.json as regular expressions, name, reason).
+# Models that look alike but are other networks: (fields of config.json as regular expressions, name, reason).
 RELATIVES = (
     (
         {"model_type": "chatglm", "padded_vocab_size": "65024"},
@@ -57,7 +63,8 @@ RELATIVES = (
     ),
     (
         {
-            "model_type": "llama|mistral.*|mixtral|deepseek.*|internlm.*|internvl.*|baichuan|gemma.*|phi.*|minicpm.*"
+            "model_type": "llama|mistral.*|mixtral|deepseek.*|internlm.*|internvl.*|baichuan"
+            "|gemma.*|phi.*|minicpm.*"
         },
         "a model of another family",
         "only GLM and LLaVA-1.5 models are known",
@@ -66,20 +73,22 @@ RELATIVES = (
 
 
 def known_families() -> list[type[Family]]:
-    from importlib import import_module
-
-    return [
-        getattr(import_module(f"{__name__}.families.{module}"), cls)
-        for module, cls in FAMILIES.items()
-    ]
+    families = []
+    for module, name in FAMILIES.items():
+        families.append(getattr(import_module(f"{__name__}.families.{module}"), name))
+    return families
 
 
 def family_of(directory) -> Family:
-    """The family that owns the checkpoint in `directory`, by the structure of its config. ModelError if none."""
+    """The family that owns the checkpoint in `directory`, by the structure of its config.
+
+    ModelError without such a directory or config, for a known relative, and if no family owns it.
+    """
     directory = Path(directory)
     if not directory.is_dir():
         raise ModelError(
-            f"model folder {directory} does not exist; give --model the folder of a downloaded checkpoint"
+            f"model folder {directory} does not exist; "
+            "give --model the folder of a downloaded checkpoint"
         )
     sat = directory / "model_config.json"
     config = read_json(sat if sat.is_file() else directory / "config.json")
@@ -93,7 +102,8 @@ def family_of(directory) -> Family:
         if rule:
             return _build(family, directory, config, rule)
     raise ModelError(
-        f"{directory} holds no model this toolkit knows ({_kind(config)}); known: {', '.join(FAMILIES)}"
+        f"{directory} holds no model this toolkit knows ({_kind(config)}); "
+        f"known: {', '.join(FAMILIES)}"
     )
 
 

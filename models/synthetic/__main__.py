@@ -2,30 +2,27 @@
 
     python -m models.synthetic --like visualglm-6b --out DIR [--scale full|tiny] [--seed 0]
 
-A release's config (models/released/*.json) flows in; names and shapes come from the family's own weight table;
-safetensors shards, index, tokenizer and config.json flow out. Tensors are streamed in small blocks and seeded one by
-one, so that the bytes do not depend on where a run was interrupted. Finished shards are kept; index and config.json
-come last.
+Takes a release's config (models/released/*.json); names and shapes come from the family's own weight
+table. Writes safetensors shards, index, tokenizer and config.json. Tensors are streamed in small
+blocks and seeded one by one, so that the bytes do not depend on where a run was interrupted. Finished
+shards are kept; index and config.json come last.
 """
 
 import argparse
 import sys
 
+from models import RELEASED
 from models.errors import ModelError
-
-from .releases import RELEASES
-from .write import write_checkpoint
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m models.synthetic",
-        description="Write a checkpoint in a released "
-        "layout with random weights. An interrupted run goes on where it stopped.",
+        description="Write a checkpoint in a released layout with random weights. "
+        "An interrupted run goes on where it stopped.",
     )
-    parser.add_argument(
-        "--like", required=True, choices=sorted(RELEASES), help="the release to imitate"
-    )
+    names = sorted(file.stem for file in RELEASED.glob("*.json"))
+    parser.add_argument("--like", required=True, choices=names, help="the release to imitate")
     parser.add_argument("--out", required=True, help="directory to write, new or empty")
     parser.add_argument(
         "--scale",
@@ -50,6 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
         TransferSpeedColumn,
     )
 
+    from .write import write_checkpoint
+
     columns = (
         TextColumn("writing"),
         BarColumn(),
@@ -68,19 +67,19 @@ def main(arguments: list[str] | None = None) -> int:
                 bar.console.print,
                 lambda done, total: bar.update(task, completed=done, total=total),
             )
-    except (
-        ModelError,
-        OSError,
-        KeyboardInterrupt,
-    ) as error:  # `models` may not import runtime's run_command
+    except KeyboardInterrupt:
         if options.debug:
             raise
-        interrupted = isinstance(error, KeyboardInterrupt)
-        message = "interrupted; run the same command again to go on" if interrupted else error
-        print(f"error: {message}", file=sys.stderr)
-        return 130 if interrupted else 2
+        print("error: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    except (ModelError, OSError) as error:
+        if options.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(
-        f"{options.out} is a complete checkpoint; next: python -m convert --model {options.out} --out ARTIFACT"
+        f"{options.out} is a complete checkpoint; "
+        f"next: python -m convert --model {options.out} --out ARTIFACT"
     )
     return 0
 

@@ -1,6 +1,6 @@
 """Stand-in tokenizer files in the released formats and sizes, for synthetic checkpoints and the demo model.
 
-Sentences flow in, the bytes of a vocabulary file flow out; the same input gives the same bytes.
+Takes sentences or pieces, returns the bytes of a vocabulary file: the same for the same input.
 """
 
 import base64
@@ -8,6 +8,8 @@ import io
 import itertools
 import string
 from collections.abc import Iterable, Iterator
+
+from models.prompt.tokenizers import TiktokenTokenizer
 
 ICE_SPECIAL = ("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>")
 ICE_BLANKS = ("<|tab|>", *(f"<|blank_{n}|>" for n in range(2, 81)))
@@ -60,8 +62,6 @@ def json_file_of(pieces: Iterable[bytes], special: Iterable[str]) -> bytes:
     """A `tokenizer.json` with the ids and the splitting of `rank_lines`; the special pieces come last."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    from models.prompt.tokenizers import TiktokenTokenizer
-
     shown = byte_characters()
     vocabulary = {"".join(shown[byte] for byte in piece): rank for rank, piece in enumerate(pieces)}
     tokenizer = Tokenizer(models.BPE(vocabulary, [], ignore_merges=True))
@@ -77,8 +77,11 @@ def json_file_of(pieces: Iterable[bytes], special: Iterable[str]) -> bytes:
 
 
 def llama_file(count: int, added: Iterable[str]) -> bytes:
-    """A `tokenizer.json` like LLaMA's: 3 control pieces, 256 bytes, then ASCII characters, made-up words and Chinese
-    characters up to `count` pieces; `added` tokens come last."""
+    """A `tokenizer.json` like LLaMA's.
+
+    3 control pieces, 256 bytes, then ASCII characters, made-up words and Chinese characters up to
+    `count` pieces; `added` tokens come last.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     control = ("<unk>", "<s>", "</s>")

@@ -1,4 +1,4 @@
-"""Writes synthetic checkpoints: released config and tensor names, random weights."""
+"""Writes synthetic checkpoints. Takes the name of a release, writes its config and tensor names with random weights."""
 
 import hashlib
 import json
@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from models import RELEASED, known_families
+from models.checkpoint.shards import grouped_by_size, safetensors_header
 from models.checkpoint.table import Weight
 from models.config import read_json
 from models.errors import ModelError
 
-from .releases import RELEASES, _json
+from .releases import RELEASES, as_json_bytes
 
-RELEASED = Path(__file__).parents[1] / "released"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 2_000_000_000
 BLOCK = 1 << 20  # normal values drawn per tensor; a larger tensor repeats them, rotated at random
@@ -61,13 +63,15 @@ def write_checkpoint(
 ) -> None:
     """Write the checkpoint of release `like` into `out`, going on where an interrupted run stopped.
 
-    `changes` of the release's config, e.g. {"num_layers": 1}. `report(line)` gets the plan, `progress(done, total)` counts
-    bytes. Raises ModelError when `out` holds other files or the disk is too small.
+    `changes` of the release's config, e.g. {"num_layers": 1}. `report(line)` gets the plan,
+    `progress(done, total)` counts bytes. Raises ModelError when `out` holds other files or the disk
+    is too small.
     """
-    out, (config, files) = Path(out), _release(like, scale)
+    out = Path(out)
+    config, files = _release(like, scale)
     config = _merged(config, changes or {})
     shards, index = _plan(config, out, {"like": like, "scale": scale, "seed": seed})
-    manifest = {INDEX: _json(index), "config.json": _json(config)}
+    manifest = {INDEX: as_json_bytes(index), "config.json": as_json_bytes(config)}
     _prepare(out, shards, files | manifest, report)
     for name, content in files.items():
         _write(out / name, [content])
@@ -94,59 +98,36 @@ def _release(like: str, scale: str) -> tuple[dict, dict[str, bytes]]:
 
 
 def _merged(config: dict, changes: dict) -> dict:
-    return config | {
-        key: _merged(config[key], value) if isinstance(value, dict) else value
-        for key, value in changes.items()
-    }
+    merged = dict(config)
+    for key, value in changes.items():
+        merged[key] = _merged(config[key], value) if isinstance(value, dict) else value
+    return merged
 
 
 def _plan(config: dict, out: Path, label: dict) -> tuple[list[Shard], dict]:
     """Shards of at most SHARD_BYTES, tensors in table order, and the index that names them."""
-    import torch
-
-    from models import known_families
-
     family = next(family for family in known_families() if family.matches(config))
     dtype = getattr(torch, config["torch_dtype"])
-    groups = [[]]
-    size = 0
-    for weight in family(out, config).weights():
-        nbytes = math.prod(weight.shape) * dtype.itemsize
-        if groups[-1] and size + nbytes > SHARD_BYTES:
-            groups = [*groups, []]
-            size = 0
-        groups[-1].append(weight)
-        size += nbytes
-    shards = [
-        _shard(out / f"model-{k:05}-of-{len(groups):05}.safetensors", group, dtype, label)
-        for k, group in enumerate(groups, 1)
-    ]
-    return shards, {
-        "metadata": {"total_size": sum(shard.size - len(shard.header) for shard in shards)},
-        "weight_map": {
-            weight.source: shard.file.name for shard in shards for weight in shard.weights
-        },
-    }
+    weights = family(out, config).weights()
+    groups = grouped_by_size(
+        weights, lambda weight: math.prod(weight.shape) * dtype.itemsize, SHARD_BYTES
+    )
+    shards = []
+    for k, group in enumerate(groups, 1):
+        file = out / f"model-{k:05}-of-{len(groups):05}.safetensors"
+        shards.append(_shard(file, group, dtype, label))
+    total = sum(shard.size - len(shard.header) for shard in shards)
+    file_of = {}
+    for shard in shards:
+        file_of.update((weight.source, shard.file.name) for weight in shard.weights)
+    return shards, {"metadata": {"total_size": total}, "weight_map": file_of}
 
 
-def _shard(file: Path, weights: list[Weight], dtype, label: dict) -> Shard:
-    from models.checkpoint.shards import SAFETENSORS_DTYPES
-
-    stored = {ours: name for name, ours in SAFETENSORS_DTYPES.items()}[dtype]
-    header = {"__metadata__": {"format": "pt", "synthetic": json.dumps(label)}}
-    end = 0
-    for weight in weights:
-        start = end
-        end = end + math.prod(weight.shape) * dtype.itemsize
-        header[weight.source] = {
-            "dtype": stored,
-            "shape": weight.shape,
-            "data_offsets": (start, end),
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors start aligned
-    header = len(text).to_bytes(8, "little") + text
-    return Shard(file, header, weights, len(header) + end)
+def _shard(file: Path, weights: list[Weight], dtype: torch.dtype, label: dict) -> Shard:
+    tensors = [(weight.source, dtype, weight.shape) for weight in weights]
+    header = safetensors_header(tensors, {"format": "pt", "synthetic": json.dumps(label)})
+    values = sum(math.prod(weight.shape) for weight in weights)
+    return Shard(file, header, weights, len(header) + values * dtype.itemsize)
 
 
 def _prepare(out: Path, shards: list[Shard], others: Iterable[str], report) -> None:
@@ -160,7 +141,8 @@ def _prepare(out: Path, shards: list[Shard], others: Iterable[str], report) -> N
     foreign += [shard.file.name for shard in shards if shard.foreign]
     if foreign:
         raise ModelError(
-            f"{out} holds files of something else ({foreign[0]}); choose an empty directory as --out"
+            f"{out} holds files of something else ({foreign[0]}); "
+            "choose an empty directory as --out"
         )
     need = sum(shard.size for shard in shards if not shard.finished)
     out.mkdir(parents=True, exist_ok=True)
@@ -184,8 +166,6 @@ def _blocks(shard: Shard, dtype: str, seed: int) -> Iterator[bytes | memoryview]
 
 def _tensor_blocks(weight: Weight, dtype: str, seed: int) -> Iterator[memoryview]:
     """Bytes of one tensor: N(0, 0.02), norm weights around 1; they depend on the seed and the name only."""
-    import torch
-
     count = math.prod(weight.shape)
     dtype = getattr(torch, dtype)
     random = np.random.default_rng([seed, *hashlib.sha256(weight.source.encode()).digest()])

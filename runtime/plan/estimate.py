@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from models import family_of
+from models import RELEASED, family_of
 from models.family import Family
 from runtime.ascend.chips import CHIPS, Chip
 from runtime.common.errors import ToolkitError
@@ -18,8 +18,6 @@ from runtime.parallel.split import Split, check_split
 
 from .options import PlanOptions
 from .roofline import Roofline
-
-RELEASED = Path(__file__).parents[2] / "models" / "released"
 
 
 def find_family(model: str) -> Family:

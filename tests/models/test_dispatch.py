@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from models import RELATIVES, family_of, known_families, relative_of
+from models import RELATIVES, RELEASED, family_of, known_families, relative_of
 from models.errors import ModelError
-from models.synthetic.write import RELEASED
 
 RELEASES = {
     "visualglm-6b": "visualglm",

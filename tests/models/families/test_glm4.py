@@ -14,14 +14,13 @@ import plain_glm4 as plain
 import pytest
 import torch
 
-from models import family_of
+from models import RELEASED, family_of
 from models.errors import ModelError
 from models.families.glm4 import SPECIAL, Glm4, template_pieces
 from models.prompt.chat_template import ChatTemplate
 from models.prompt.streaming import StreamDecoder
 from models.prompt.tokenizers import JsonTokenizer, TiktokenTokenizer
 from models.synthetic.releases import glm4_files
-from models.synthetic.write import RELEASED
 from runtime import Engine, SamplingParams
 
 GOLDEN = paths.GOLDEN / "glm4"

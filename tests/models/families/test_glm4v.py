@@ -13,10 +13,10 @@ import torch
 from golden_engine import golden_engine
 from PIL import Image
 
+from models import RELEASED
 from models.errors import ModelError
 from models.families.glm4v import Glm4V
 from models.prompt.images import CLIP_MEAN, CLIP_STD
-from models.synthetic.write import RELEASED
 from runtime import Engine, SamplingParams
 
 GOLDEN = paths.GOLDEN / "glm4v"
