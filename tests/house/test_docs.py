@@ -42,7 +42,8 @@ def broken_links(text: str, folder: Path) -> list[str]:
 def missing_functions(text: str) -> list[str]:
     """Of every `path.py: name, Class.method`, the names that the file does not define."""
     missing = []
-    for path, names in NAMED_FUNCTION.findall(text):
+    one_line = " ".join(text.split())
+    for path, names in NAMED_FUNCTION.findall(one_line):
         defined = definitions(ROOT / path) if (ROOT / path).is_file() else set()
         missing += [f"{path}: {name}" for name in names.split(", ") if name not in defined]
     return missing
