@@ -19,7 +19,7 @@ import numpy as np
 
 from runtime import Engine
 from runtime.bench.workload import run, text_prompts
-from runtime.engine.loading.cpu_weights import bits
+from runtime.engine.loading.cpu_weights import bits_per_value
 
 PROMPT, ANSWER = 512, 64
 
@@ -60,7 +60,7 @@ def step_bytes(engine, kind: str) -> float:
     from runtime.engine.loading.weights import decoder_rows
 
     return sum(
-        np.prod(row.shape) * bits(str(part.target), kind, engine.plan.dtype) / 8
+        np.prod(row.shape) * bits_per_value(str(part.target), kind, engine.plan.dtype) / 8
         for row in decoder_rows(engine.family, engine.split)
         for part in row.parts
         if part.target.role != "embed"

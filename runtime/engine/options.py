@@ -1,4 +1,7 @@
-"""Options of the engine and of sampling: each field is a flag of the commands and an argument of the Python API."""
+"""Options of the engine and of sampling: takes what the user gave, returns checked dataclasses.
+
+Each field is an argument of the Python API, and a flag of the commands where it has a help text.
+"""
 
 import math
 import re
@@ -41,7 +44,7 @@ def npu(index: str) -> str:
 
 @dataclass(kw_only=True)
 class InputOptions:
-    """What every command that runs a model is told: which model, which pictures, which prompt wording."""
+    """Of every command that runs a model: which model, which images, which prompt wording."""
 
     model: str = model_flag()
     image: tuple[str, ...] = flag(
@@ -141,30 +144,30 @@ class EngineOptions:
         default=False,
         kind=bool,
     )
-    cache_tokens: int | None = (
-        None  # tokens the KV cache holds; None = as many as sequences and memory allow
-    )
+    # tokens the KV cache holds; None = as many as sequences and memory allow
+    cache_tokens: int | None = None
     layer_by_layer: bool = False  # one layer's weights in memory at a time; only for `score`
 
     def __post_init__(self):
         self.device = {"npu": "npu:0", "cuda": "cuda:0"}.get(self.device, self.device)
         self.dtype = dtype_name(self.dtype)
+        self.keep_dtype = tuple(self.keep_dtype)
         check_choices(self)
-        require(
-            self,
-            "device",
-            bool(re.fullmatch(r"cpu|(npu|cuda):\d+", self.device)),
-            "use cpu, npu, npu:N, cuda or cuda:N",
-        )
+        is_device = re.fullmatch(r"cpu|(npu|cuda):\d+", self.device)
+        require(self, "device", bool(is_device), "use cpu, npu, npu:N, cuda or cuda:N")
+        self._check_weight_forms()
+        self._check_vision_precision()
+        self._check_sizes()
+        self._check_devices()
+
+    def _check_weight_forms(self):
+        on_cpu = self.device == "cpu"
+        plain = on_cpu and self.cpu_weights == "float" and self.tensor_parallel_size == 1
         require(
             self,
             "cpu_weights",
-            self.cpu_weights == "float" or (self.device == "cpu" and self.ops != "reference"),
+            self.cpu_weights == "float" or (on_cpu and self.ops != "reference"),
             "it needs --device cpu, and --ops auto or cpu",
-        )
-        self.keep_dtype = tuple(self.keep_dtype)
-        plain = (
-            self.device == "cpu" and self.cpu_weights == "float" and self.tensor_parallel_size == 1
         )
         require(
             self,
@@ -175,40 +178,31 @@ class EngineOptions:
         require(
             self,
             "layer_by_layer",
-            not self.layer_by_layer or plain and not self.keep_dtype,
+            not self.layer_by_layer or (plain and not self.keep_dtype),
             "it needs --device cpu, --cpu-weights float and one process, and no --keep-dtype",
         )
+
+    def _check_vision_precision(self):
         require(
             self,
             "vision_precision",
             self.vision_precision == "fp32" or self.vision in ("auto", "torch"),
             f"--vision {self.vision} runs what was converted; use --vision torch",
         )
-        require(
-            self,
-            "block_size",
-            self.block_size is None or self.block_size >= 1,
-            "1 or more is needed, e.g. 16",
-        )
-        for name in ("max_num_seqs", "max_num_batched_tokens"):
-            require(
-                self,
-                name,
-                getattr(self, name) is None or getattr(self, name) >= 1,
-                "1 or more is needed, e.g. 8",
-            )
-        require(
-            self,
-            "memory_utilization",
-            0 < self.memory_utilization <= 1,
-            "above 0 and up to 1 is needed, e.g. 0.9",
-        )
-        require(
-            self,
-            "max_model_len",
-            self.max_model_len is None or self.max_model_len >= 1,
-            "1 or more is needed, e.g. 2048",
-        )
+
+    def _check_sizes(self):
+        self._check_at_least_one("block_size", 16)
+        self._check_at_least_one("max_num_seqs", 8)
+        self._check_at_least_one("max_num_batched_tokens", 8)
+        share_fits = 0 < self.memory_utilization <= 1
+        require(self, "memory_utilization", share_fits, "above 0 and up to 1 is needed, e.g. 0.9")
+        self._check_at_least_one("max_model_len", 2048)
+
+    def _check_at_least_one(self, name: str, example: int):
+        value = getattr(self, name)
+        require(self, name, value is None or value >= 1, f"1 or more is needed, e.g. {example}")
+
+    def _check_devices(self):
         check_tensor_parallel_size(self)
         require(
             self,
@@ -269,39 +263,38 @@ class SamplingParams:
     frequency_penalty: float = 0.0  # the same, for every time that the answer has them
     ignore_eos: bool = False
     stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[
-        int, ...
-    ] = ()  # end the answer and are no part of it, also with ignore_eos
-    logprobs: int | None = (
-        None  # of how many of the likeliest tokens Result.logprobs tells, besides the chosen one
-    )
+    # end the answer and are no part of it, also with ignore_eos
+    stop_token_ids: tuple[int, ...] = ()
+    # how many of the likeliest tokens stand in Result.logprobs, besides the chosen one
+    logprobs: int | None = None
 
     def __post_init__(self):
         self.stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        self._check("max_tokens", lambda n: n >= 1, "1 or more is needed, e.g. 256")
-        self._check(
-            "temperature",
-            lambda t: 0 <= t < math.inf,
-            "0 or more is needed; 0 takes the most likely token",
-        )
-        self._check(
-            "top_p",
-            lambda p: 0 < p <= 1,
-            "above 0 and up to 1 is needed; to take the most likely token give --temperature 0",
-        )
-        self._check("top_k", lambda k: k >= 0, "0 or more is needed; 0 keeps all tokens")
-        self._check(
-            "repetition_penalty",
-            lambda r: 0.01 <= r <= 100,
-            "0.01 to 100 is needed; 1 switches it off",
-        )
         self.stop_token_ids = tuple(self.stop_token_ids)
-        self._check("min_p", lambda p: 0 <= p <= 1, "0 to 1 is needed; 0 keeps all tokens")
-        for name in ("presence_penalty", "frequency_penalty"):
-            self._check(name, lambda p: -2 <= p <= 2, "-2 to 2 is needed; 0 switches it off")
-        self._check("logprobs", lambda n: n >= 0, "0 or more is needed")
-        self._check("seed", lambda n: 0 <= n < 2**63, "use a whole number from 0 up, below 2^63")
+        for name, (fits, rule) in SAMPLING_RULES.items():
+            value = getattr(self, name)
+            require(self, name, value is None or fits(value), rule)
 
-    def _check(self, name, fits, rule):
-        value = getattr(self, name)
-        require(self, name, value is None or fits(value), rule)
+
+# field of SamplingParams -> (does a value fit?, what does), in the order in which they are checked
+SAMPLING_RULES = {
+    "max_tokens": (lambda n: n >= 1, "1 or more is needed, e.g. 256"),
+    "temperature": (
+        lambda t: 0 <= t < math.inf,
+        "0 or more is needed; 0 takes the most likely token",
+    ),
+    "top_p": (
+        lambda p: 0 < p <= 1,
+        "above 0 and up to 1 is needed; to take the most likely token give --temperature 0",
+    ),
+    "top_k": (lambda k: k >= 0, "0 or more is needed; 0 keeps all tokens"),
+    "repetition_penalty": (
+        lambda r: 0.01 <= r <= 100,
+        "0.01 to 100 is needed; 1 switches it off",
+    ),
+    "min_p": (lambda p: 0 <= p <= 1, "0 to 1 is needed; 0 keeps all tokens"),
+    "presence_penalty": (lambda p: -2 <= p <= 2, "-2 to 2 is needed; 0 switches it off"),
+    "frequency_penalty": (lambda p: -2 <= p <= 2, "-2 to 2 is needed; 0 switches it off"),
+    "logprobs": (lambda n: n >= 0, "0 or more is needed"),
+    "seed": (lambda n: 0 <= n < 2**63, "use a whole number from 0 up, below 2^63"),
+}

@@ -1,7 +1,8 @@
-"""--cpu-weights: a float checkpoint's decoder packed to int8 or int4, one tensor at a time, and kept on disk.
+"""--cpu-weights: takes a float checkpoint, returns its decoder's weights packed to int8 or int4.
 
-The packed folder lies in the cache under a hash of the decoder's tensors and of how they are packed; one file per weight.
-It gets its name when it is complete, so a killed run leaves nothing that looks usable.
+They are packed one tensor at a time, and kept on disk: one file per weight, in a folder of the cache
+named by a hash of the decoder's tensors and of how they are packed. The folder gets that name when it is
+complete, so a killed run leaves nothing that looks usable.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from runtime.common.errors import ToolkitError
 from runtime.common.files import cache_root, locked, tensors_digest
 from runtime.common.notes import note
 from runtime.common.progress import byte_progress, step_progress
-from runtime.ops.cpu.packed_weights import Int4Weight, Int8Weight
+from runtime.ops.cpu.packed_weights import GROUP, Int4Weight, Int8Weight
 
 from .weights import MATRICES, decoder_rows
 
@@ -92,8 +93,10 @@ def _loaded(stored: dict, dtype):
     return next(form for name, form in FORMS.items() if name in stored).from_tensors(stored)
 
 
-def bits(target: str, kind: str, dtype: torch.dtype) -> float:
-    """Bits per value that a target takes in memory; what int4 cannot take is left out of account."""
+def bits_per_value(target: str, kind: str, dtype: torch.dtype) -> float:
+    """What a target takes in memory. Matrices that int4 cannot hold, and stay int8, are counted as int4."""
     if kind == "float" or not target.endswith(MATRICES):
         return 8 * dtype.itemsize
-    return 4 + 32 / 128 if kind == "int4" and not target.startswith("lm_head") else 8
+    if kind == "int4" and not target.startswith("lm_head"):
+        return 4 + 32 / GROUP
+    return 8

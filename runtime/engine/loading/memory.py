@@ -1,39 +1,39 @@
-"""Memory of a model: weights, vision encoder, KV cache, workspace."""
-
-from __future__ import annotations
+"""Memory of a model: takes a family and options, returns the Plan of its bytes: weights, vision encoder,
+KV cache, workspace."""
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
+import torch
+
+from models.checkpoint.quantized import stored_weights
 from models.checkpoint.table import Target, WeightTable
 from runtime.common.errors import ToolkitError
 from runtime.common.machine import gib
+from runtime.engine.kv_cache import KVCache
+from runtime.parallel.split import Split
 
-if TYPE_CHECKING:
-    import torch
+from .cpu_weights import bits_per_value
 
-COLLECTIVE_BUFFERS = (
-    400 << 20
-)  # bytes per device with more than one: HCCL_BUFFSIZE, 200 MB, for sending and for receiving
+# bytes per device where there are several: HCCL_BUFFSIZE, 200 MB, for sending and for receiving
+COLLECTIVE_BUFFERS = 400 << 20
 VISION_WORKSPACE = 0.2  # of the encoder's weights, for its activations; assumed
 KERNEL_WORKSPACE = 512 << 20  # bytes for the kernels' own scratch memory and code; assumed
 
-
-DEFAULT_MAX_NUM_SEQS = 8  # decoded together when --max-num-seqs is not given
-DEFAULT_MAX_MODEL_LEN = (
-    8192  # longest sequence when --max-model-len is not given, whatever the model could
-)
-FLOAT32_UP_TO_BYTES = (
-    2 << 30
-)  # decoders up to this many fp32 bytes run in float32 on the CPU; larger ones in bfloat16
+DEFAULT_MAX_NUM_SEQS = 8
+DEFAULT_MAX_MODEL_LEN = 8192  # or less, where the model's own limit is lower
+# decoders of up to so many float32 bytes run in float32 on the CPU, larger ones in bfloat16
+FLOAT32_UP_TO_BYTES = 2 << 30
 VISION_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}  # per weight of the encoder on the CPU
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes on each of `devices`; on the first, which has most. workspace is counted on NPUs. wanted_tokens: what the
-    cache would hold if there were memory for it."""
+    """Bytes of a model on the device that holds most of it, the first of `devices`.
+
+    cache_tokens: what the cache holds; wanted_tokens: what it would hold if there were memory for it.
+    vision and workspace are 0 where they are not counted; workspace is counted on NPUs only.
+    """
 
     weights: int
     cache: int
@@ -60,30 +60,27 @@ class Plan:
 
 
 def max_model_len_for(family, asked: int | None) -> int:
-    """Tokens of the longest sequence when --max-model-len is `asked`."""
-    most = family.decoder.max_length
-    if asked is not None and asked > most:
+    """Tokens of the longest sequence when --max-model-len is `asked`; ToolkitError if the model cannot."""
+    limit = family.decoder.max_length
+    if asked is None:
+        return min(limit, DEFAULT_MAX_MODEL_LEN)
+    if asked > limit:
         raise ToolkitError(
-            f"--max-model-len {asked} is more than the {most} tokens of {family.name}; lower it"
+            f"--max-model-len {asked} is more than the {limit} tokens of {family.name}; lower it"
         )
-    return min(most, DEFAULT_MAX_MODEL_LEN) if asked is None else asked
+    return asked
 
 
 def choose_dtype(name: str, family) -> torch.dtype:
-    import torch
-
     if name != "auto":
         return getattr(torch, name)
-    return (
-        torch.float32 if 4 * decoder_parameters(family) <= FLOAT32_UP_TO_BYTES else torch.bfloat16
-    )
+    is_small = 4 * decoder_parameters(family) <= FLOAT32_UP_TO_BYTES
+    return torch.float32 if is_small else torch.bfloat16
 
 
 def decoder_parameters(family, split=None) -> int:
     """Values in memory, of the whole decoder or on the first device of `split`; a matrix that serves as embedding and as
     output head is held twice."""
-    from runtime.parallel.split import Split
-
     split = split or Split(family.decoder)
     count = 0
     for row in WeightTable(family.weights()).decoder():
@@ -95,30 +92,25 @@ def decoder_parameters(family, split=None) -> int:
 def decoder_bytes(
     family, dtype: torch.dtype, split, cpu_weights: str = "float", one_layer: bool = False
 ) -> int:
-    """Of the directory's decoder weights on the first device of `split`, as --cpu-weights packs them; of its layers one or
-    all. Scales are counted where they are stored, and for int4."""
-    from models.checkpoint.quantized import stored_weights
+    """Bytes of the directory's decoder weights on the first device of `split`, as --cpu-weights packs them.
 
-    def share(target):
-        share = split.share(target)
-        in_layer = target.layer is not None
-        return share / family.decoder.layers if one_layer and in_layer else share
-
-    count = 0
+    one_layer: of one layer in place of all. Scales are counted where they are stored, and for int4.
+    """
+    size = 0
     for row in stored_weights(family).decoder():
         for part in row.parts:
-            bits = _bits(part.target, dtype, cpu_weights)
-            count += math.prod(row.shape) * share(part.target) * bits / 8
-    return int(count)
+            values = math.prod(row.shape) * split.share(part.target)
+            if one_layer and part.target.layer is not None:
+                values /= family.decoder.layers
+            size += values * _stored_bits(part.target, dtype, cpu_weights) / 8
+    return int(size)
 
 
-def _bits(target: Target, dtype: torch.dtype, cpu_weights: str) -> float:
-    """int8 stays int8, except in W8A16 layers."""
-    from .cpu_weights import bits
-
+def _stored_bits(target: Target, dtype: torch.dtype, cpu_weights: str) -> float:
+    """Bits per value in memory: int8 stays int8, except in W8A16 layers."""
     if target.is_piece and target.kind not in ("FLOAT", "W8A16"):
         return 8 if target.tensor == "weight" else 32
-    return bits(str(target), cpu_weights, dtype)
+    return bits_per_value(str(target), cpu_weights, dtype)
 
 
 def vision_parameters(family) -> int:
@@ -134,9 +126,6 @@ def make_plan(
     one_layer: bool = False,
 ) -> Plan:
     """The decoder's weights and cache, split over `devices`."""
-    from runtime.engine.kv_cache import KVCache
-    from runtime.parallel.split import Split
-
     dtype = choose_dtype(dtype_name, family)
     split = Split(family.decoder, devices)
     cache = KVCache.bytes_per_token(split.config, dtype) * cache_tokens
@@ -152,18 +141,15 @@ def make_plan(
 def on_npu(plan: Plan, family, longest: int, vision: bool = True) -> Plan:
     """`plan` with what an NPU holds besides: the `vision` encoder, in half precision, and memory to compute prompts of up
     to `longest` tokens."""
-    from runtime.parallel.split import Split
-
     c = Split(family.decoder, plan.devices).config
-    width = (
-        4 * c.hidden + (c.heads + 2 * c.kv_heads) * c.head_dim + 3 * c.ffn
-    )  # rows alive at once in a layer
-    workspace = (
-        longest * width * plan.dtype.itemsize
-        + KERNEL_WORKSPACE
-        + (plan.devices > 1) * COLLECTIVE_BUFFERS
-    )
-    encoder = vision * int(2 * vision_parameters(family) * (1 + VISION_WORKSPACE))
+    # rows alive at once in a layer
+    width = 4 * c.hidden + (c.heads + 2 * c.kv_heads) * c.head_dim + 3 * c.ffn
+    workspace = longest * width * plan.dtype.itemsize + KERNEL_WORKSPACE
+    if plan.devices > 1:
+        workspace += COLLECTIVE_BUFFERS
+    encoder = 0
+    if vision:
+        encoder = int(2 * vision_parameters(family) * (1 + VISION_WORKSPACE))
     return replace(plan, vision=encoder, workspace=workspace)
 
 
@@ -173,9 +159,8 @@ def plan_engine(family, dtype: str, longest: int, options, free: int | None) -> 
 
     ToolkitError when not even one sequence fits. free None: not checked.
     """
-    wanted = options.cache_tokens or max(
-        longest, (options.max_num_seqs or DEFAULT_MAX_NUM_SEQS) * longest
-    )
+    max_num_seqs = options.max_num_seqs or DEFAULT_MAX_NUM_SEQS
+    wanted = options.cache_tokens or max_num_seqs * longest
     plan = make_plan(
         family,
         dtype,
@@ -184,39 +169,44 @@ def plan_engine(family, dtype: str, longest: int, options, free: int | None) -> 
         options.cpu_weights,
         options.layer_by_layer,
     )
-    if options.device == "cpu":
-        encoder = VISION_BYTES[options.vision_precision] * vision_parameters(family)
-        plan = replace(plan, vision=encoder * (options.vision != "om"))
-    else:
-        plan = on_npu(
-            plan,
-            family,
-            longest,
-            vision="npu" in options.device and options.vision in ("auto", "om"),
-        )
+    plan = with_vision(plan, family, longest, options)
     if free is None:
         return plan
-    each = plan.cache // wanted
-    room = int(free * options.memory_utilization - (plan.total - plan.cache)) // each
+    bytes_per_token = plan.cache // wanted
+    room = int(free * options.memory_utilization - (plan.total - plan.cache)) // bytes_per_token
     if room < (options.cache_tokens or longest):
-        refuse(plan, free, options, room)
-    return replace(
-        plan, cache=min(room, wanted) * each, cache_tokens=min(room, wanted), wanted_tokens=wanted
-    )
+        raise does_not_fit(plan, free, options, room)
+    tokens = min(room, wanted)
+    return replace(plan, cache=tokens * bytes_per_token, cache_tokens=tokens, wanted_tokens=wanted)
 
 
-def refuse(plan: Plan, free: int, options, room: int):
-    """ToolkitError that says what fits: `room` tokens in the cache, or none."""
-    smaller = {
-        "cpu": "--dtype bfloat16, --cpu-weights int8 or int4,",
-        "cuda": "--dtype float16",
-    }.get(options.device.split(":")[0], "--tensor-parallel-size 2")
-    advice = (
-        f"the most that fits is one sequence of {room} tokens: --max-num-seqs 1 --max-model-len {room}"
-        if room > 0
-        else f"weights and encoder alone do not fit: use {smaller} or a machine with more memory"
-    )
-    raise ToolkitError(
+def with_vision(plan: Plan, family, longest: int, options) -> Plan:
+    """`plan` with the vision encoder where its device runs it, and with an NPU's workspace."""
+    if options.device != "cpu":
+        on_device = "npu" in options.device and options.vision in ("auto", "om")
+        return on_npu(plan, family, longest, vision=on_device)
+    if options.vision == "om":
+        return plan
+    encoder = VISION_BYTES[options.vision_precision] * vision_parameters(family)
+    return replace(plan, vision=encoder)
+
+
+def does_not_fit(plan: Plan, free: int, options, room: int) -> ToolkitError:
+    """The error that says what fits: `room` tokens in the cache, or none."""
+    if room > 0:
+        advice = (
+            f"the most that fits is one sequence of {room} tokens: --max-num-seqs 1 "
+            f"--max-model-len {room}"
+        )
+    else:
+        smaller = {
+            "cpu": "--dtype bfloat16, --cpu-weights int8 or int4,",
+            "cuda": "--dtype float16",
+        }.get(options.device.split(":")[0], "--tensor-parallel-size 2")
+        advice = (
+            f"weights and encoder alone do not fit: use {smaller} or a machine with more memory"
+        )
+    return ToolkitError(
         f"{plan.describe()}, but only {gib(free)} GiB are free, of which --memory-utilization "
         f"{options.memory_utilization:g} may be taken; {advice}"
     )
