@@ -24,7 +24,7 @@ def export_streamed(model: str, out: Path):
     from convert.pipeline import export_encoder
     from convert.verify.preflight import preflight
     from models import family_of
-    from models.checkpoint.reader import Checkpoint
+    from models.checkpoint import Checkpoint
     from runtime.vision.artifact import ONNX
     from runtime.vision.source import Source
 
@@ -41,7 +41,7 @@ def export_plain(model: str, out: Path):
     import torch
 
     from models import family_of
-    from models.checkpoint.reader import Checkpoint
+    from models.checkpoint import Checkpoint
     from runtime.vision.torch_session import plain_tower
 
     family = family_of(model)

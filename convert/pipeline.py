@@ -27,8 +27,8 @@ from convert.export.write import check_space, reuse_memory, write_onnx
 from convert.verify.preflight import preflight
 from convert.verify.verification import verify
 from models import family_of
+from models.checkpoint import Checkpoint
 from models.checkpoint.quantized import stored_weights
-from models.checkpoint.reader import Checkpoint
 from models.family import Family
 from runtime.common.errors import CHECK_FAILED, ToolkitError
 from runtime.common.files import LOCK, locked, write_atomically

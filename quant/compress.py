@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from models import family_of
+from models.checkpoint import Checkpoint
 from models.checkpoint.quantized import FILE, Description, find_description
-from models.checkpoint.reader import Checkpoint
 from models.config import read_json
 from runtime.common.errors import CHECK_FAILED, MISSING_COMPONENT, ToolkitError
 from runtime.common.files import locked, write_atomically

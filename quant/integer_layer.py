@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from models.checkpoint import Checkpoint
 from models.checkpoint.quantized import Description, quantized_weights
-from models.checkpoint.reader import Checkpoint
 from models.checkpoint.shards import Entry
 from models.checkpoint.table import WeightTable
 from models.network.decoder import Layer, LayerArithmetic, layer_of

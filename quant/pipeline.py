@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from models import family_of
+from models.checkpoint import Checkpoint
 from models.checkpoint.quantized import find_description
-from models.checkpoint.reader import Checkpoint
 from runtime.common.errors import ToolkitError
 from runtime.common.files import locked
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from models.checkpoint.reader import Checkpoint
+from models.checkpoint import Checkpoint
 from models.checkpoint.table import WeightTable
 from models.config import read_json
 from runtime.common.files import write_atomically

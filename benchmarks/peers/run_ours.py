@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from models import family_of
-from models.checkpoint.reader import Checkpoint
+from models.checkpoint import Checkpoint
 from runtime import Engine
 from runtime.bench import workload
 from runtime.bench.figures import case_figures

@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from models.checkpoint.reader import Checkpoint
+from models.checkpoint import Checkpoint
 from models.family import Family
 from runtime.common.errors import ToolkitError
 from runtime.common.processes import keep_freed_memory

@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from convert.verify.streamed_tower import StreamedTower
-from models.checkpoint.reader import Checkpoint
+from models.checkpoint import Checkpoint
 from models.family import Family
 from runtime.common.errors import CHECK_FAILED, ToolkitError
 from runtime.common.progress import step_progress

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from models.checkpoint.reader import Checkpoint
+from models.checkpoint import Checkpoint
 from models.checkpoint.table import Weight
 from models.family import Family
 from models.network.vision_blocks import repeated_lists

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from models import family_of
-from models.checkpoint.reader import Checkpoint
+from models.checkpoint import Checkpoint
 from models.family import Family
 from runtime.common.errors import CHECK_FAILED, ToolkitError
 from runtime.common.machine import available_memory, gib

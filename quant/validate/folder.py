@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from models import family_of
+from models.checkpoint import Checkpoint
 from models.checkpoint.quantized import FILE, Description, find_description, stored_weights
-from models.checkpoint.reader import Checkpoint
 from models.config import read_json
 from models.errors import ModelError
 from runtime.parallel.split import Split

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import torch
 
+from models.checkpoint import Checkpoint
 from models.checkpoint.quantized import KINDS, STATIC, TENSORS, float_scale
-from models.checkpoint.reader import Checkpoint
 
 from .findings import A2, P310, Finding
 

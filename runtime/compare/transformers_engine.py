@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from models import family_of
-from models.checkpoint.reader import Checkpoint
+from models.checkpoint import Checkpoint
 from models.family import Prompt
 from models.network.vision_blocks import Normalize
 from runtime.common.errors import MISSING_COMPONENT, ToolkitError

@@ -1,7 +1,7 @@
 """Vision sessions, one interface over several machines: takes a family, its checkpoint and what the
 user chose, returns the session that encodes images."""
 
-from models.checkpoint.reader import Checkpoint
+from models.checkpoint import Checkpoint
 from models.family import Family
 from runtime.common.errors import ToolkitError
 from runtime.common.notes import note

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.checkpoint.reader import Checkpoint
+from models.checkpoint import Checkpoint
 from models.family import Family
 from runtime.ascend.aclruntime import infer_session
 from runtime.ascend.host import Host, npu_nodes, parse_npu_smi

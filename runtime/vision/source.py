@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from models.checkpoint.reader import Checkpoint
+from models.checkpoint import Checkpoint
 from models.checkpoint.table import Weight, WeightTable
 from models.family import Family
 from runtime.common.files import tensors_digest

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from models.checkpoint.reader import Checkpoint
+from models.checkpoint import Checkpoint
 from models.family import Family
 from runtime.common.progress import byte_progress
 

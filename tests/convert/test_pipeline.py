@@ -23,7 +23,7 @@ from convert.verify.streamed_graph import StreamedGraph
 from convert.verify.streamed_tower import StreamedTower
 from convert.verify.verification import measure
 from models import family_of
-from models.checkpoint.reader import Checkpoint
+from models.checkpoint import Checkpoint
 from runtime.common.errors import ToolkitError, run_command
 from runtime.vision import artifact, open_session
 from runtime.vision.onnx_session import OnnxVision

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models import family_of
-from models.checkpoint.reader import Checkpoint
+from models.checkpoint import Checkpoint
 from models.checkpoint.table import Part, Weight
 from models.errors import ModelError
 
@@ -290,7 +290,7 @@ PEAK = """
 import re, sys, torch
 import models.checkpoint.shards
 from models.checkpoint.table import Part, Weight
-from models.checkpoint.reader import Checkpoint
+from models.checkpoint import Checkpoint
 models.checkpoint.shards.REOPEN_BYTES = 32 << 20
 def peak():         # not getrusage: that one starts with the parent's peak
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import runtime.engine.loading.build
 from models import family_of
+from models.checkpoint import Checkpoint
 from models.checkpoint.quantized import (
     KINDS,
     Quantized,
@@ -24,7 +25,6 @@ from models.checkpoint.quantized import (
     layer_of,
     stored_weights,
 )
-from models.checkpoint.reader import Checkpoint
 from models.errors import ModelError
 from models.families.llava import _decoder as llama_decoder
 from models.families.templated import TemplatedFamily

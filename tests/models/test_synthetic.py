@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from models import family_of
-from models.checkpoint.reader import Checkpoint
+from models.checkpoint import Checkpoint
 from models.checkpoint.table import Weight
 from models.config import read_json
 from models.errors import ModelError

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from models import family_of
-from models.checkpoint.reader import Checkpoint
+from models.checkpoint import Checkpoint
 from quant import gate, msmodelslim_calls, pipeline, plan
 from quant.__main__ import main
 from quant.layer_module import LayerModule, linear_groups

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from models import family_of
+from models.checkpoint import Checkpoint
 from models.checkpoint.quantized import check_stored, find_description, stored_weights
-from models.checkpoint.reader import Checkpoint
 from models.family import Family
 from models.network.decoder import Decoder
 from runtime.common.notes import note

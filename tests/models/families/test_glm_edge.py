@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from models import family_of
-from models.checkpoint.reader import Checkpoint
+from models.checkpoint import Checkpoint
 from models.config import read_json
 from models.errors import ModelError
 from models.families.glm_edge import GlmEdge

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from models import family_of
-from models.checkpoint.reader import Checkpoint
+from models.checkpoint import Checkpoint
 from models.config import read_json
 from models.errors import ModelError
 from models.families.llava import Llava

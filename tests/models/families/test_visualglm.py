@@ -8,7 +8,7 @@ import pytest
 import torch
 from golden_engine import golden_engine
 
-from models.checkpoint.reader import Checkpoint
+from models.checkpoint import Checkpoint
 from models.errors import ModelError
 from models.families.visualglm import VisualGLM
 from runtime import SamplingParams

@@ -11,8 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import family_of
+from models.checkpoint import Checkpoint
 from models.checkpoint.quantized import Description, quantized_weights
-from models.checkpoint.reader import Checkpoint
 from models.checkpoint.table import Part, Weight
 from models.network.decoder import Decoder, Step
 from models.network.linear import Stacked

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models import family_of
-from models.checkpoint.reader import Checkpoint
+from models.checkpoint import Checkpoint
 from runtime.common import files, processes
 from runtime.common.errors import ToolkitError
 from runtime.common.notes import notes_on_stderr

@@ -15,7 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from models import family_of
-from models.checkpoint.reader import Checkpoint
+from models.checkpoint import Checkpoint
 from models.config import VisionSpec
 from models.family import Prompt
 from runtime import chat

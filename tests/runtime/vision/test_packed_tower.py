@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from models import family_of
-from models.checkpoint.reader import Checkpoint
+from models.checkpoint import Checkpoint
 from runtime.common import metrics
 from runtime.common.errors import CHECK_FAILED, ToolkitError
 from runtime.engine.loading.memory import plan_engine
