@@ -133,7 +133,8 @@ def run_batches(ray, batches: list[list], arguments: tuple, actors: int, resourc
         BatchActor,
         batch_size=1,
         fn_constructor_args=arguments,
-        compute=ray.data.ActorPoolStrategy(size=actors),
+        # one at a time: a batch queued behind one that kills its actor would be lost with it
+        compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1),
         max_task_retries=RETRIES,
         **resources,
     )
