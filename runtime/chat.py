@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from models import family_of
 from models.errors import UserError
 from models.prompt.messages import content
 from runtime.common.errors import INTERRUPTED, ToolkitError, run_command
@@ -27,6 +28,8 @@ HELP = """\
 /history      show the conversation                                   查看对话历史
 /help         show this                                               查看命令
 /stop, /exit  end (or: stop, Ctrl-D)                                  退出"""
+
+SPEAKERS = {"user": "Q", "assistant": "A"}
 
 
 @dataclass(kw_only=True)
@@ -48,8 +51,6 @@ def main(argv) -> int:
         # a terminal of another encoding must not end in a traceback
         stream.reconfigure(errors="replace")
     question = one_question(options.prompt)
-    from models import family_of
-
     check_pictures(family_of(options.model), options.image)
     engine = open_engine(options.model, one_at_a_time(engine_options))
     print_status("\n".join(engine.describe()))
@@ -113,7 +114,9 @@ class Conversation:
 
     def change_image(self, file: str):
         """Begin a new conversation about the image in this file, or about none."""
-        images = [str(Path(file).expanduser())] if file else []
+        images = []
+        if file:
+            images.append(str(Path(file).expanduser()))
         check_pictures(self.engine.family, images)
         self.images = images
         self.clear()
@@ -124,8 +127,7 @@ class Conversation:
     def history(self) -> str:
         lines = [f"[{image}]" for image in self.images]
         for message in self.messages:
-            speaker = "Q" if message["role"] == "user" else "A"
-            lines.append(f"{speaker}: {text_of(message['content'])}")
+            lines.append(f"{SPEAKERS[message['role']]}: {text_of(message['content'])}")
         return "\n".join(lines) or "nothing yet / 还没有对话"
 
 

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from models import family_of
 from models.prompt.messages import content
 from runtime.common.errors import run_command
 from runtime.common.files import prepare
@@ -31,8 +32,6 @@ def main(argv: list[str]) -> int:
         {"benchmark": BenchOptions, "model": EngineOptions},
     ).parse(argv)
     join_torchrun(engine_options)
-    from models import family_of
-
     check_pictures(family_of(options.model), options.image)
     folder = prepare(options.out)
     return measure(ready_engine(options, engine_options), options, folder)

@@ -1,7 +1,7 @@
 """Progress on stderr: status lines, and bars for work counted in bytes, steps or tokens.
 
-Takes titles and counts, returns callables that move a bar. Bars are silent where stderr is not a terminal; stdout belongs to
-results.
+Takes titles and counts, returns callables that move a bar. Bars are silent where stderr is not a
+terminal; stdout belongs to results.
 """
 
 import sys
@@ -48,7 +48,8 @@ def token_progress(tokens: int):
 
 
 def track(title: str, items, quiet: bool = False):
-    """Iterate over `items` (with a length) behind a bar. quiet: no bar, because each item shows its own."""
+    """Iterate over `items` (with a length) behind a bar; none if `quiet`, where each item shows its
+    own."""
     from rich.progress import track as rich_track
 
     console = _console()

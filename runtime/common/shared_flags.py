@@ -1,6 +1,7 @@
 """Flags that several commands have, each defined once, and the checks of their values.
 
-Takes what differs between the commands (help text, default), returns a dataclass field as `flag` does.
+Takes what differs between the commands (help text, default), returns a dataclass field as `flag`
+does.
 """
 
 from .flags import flag, require

@@ -12,6 +12,9 @@ from runtime.common.progress import print_status
 from runtime.common.sample_questions import EXAMPLES
 from runtime.engine.command import check_pictures, open_engine
 
+FIRST = "首次执行时间 / first execution"
+LATER = "非首次执行时间 / later execution"
+
 
 def show_examples(options, engine_options, sampling):
     """Print three answers; the first one's time is marked, because it includes warming up."""
@@ -24,10 +27,7 @@ def show_examples(options, engine_options, sampling):
         prompt = engine.prompt([message], language=options.language)
         [result] = engine.generate([prompt], sampling)
         seconds = time.perf_counter() - start
-        if index == 0:
-            title = "首次执行时间 / first execution"
-        else:
-            title = "非首次执行时间 / later execution"
+        title = FIRST if index == 0 else LATER
         print(f"{name}: {question.text}\n{title}: {seconds:.3f} s\n{result.text}\n", flush=True)
 
 

@@ -46,6 +46,21 @@ def answer_batches(options, engine_options, sampling, batches: list[list]):
 def start_ray():
     """The module `ray`, joined to the cluster in RAY_ADDRESS, or to one of this run alone on the
     loopback interface. ToolkitError if it is not installed or does not start."""
+    ray = import_ray()
+    cluster = {"address": "local", "_node_ip_address": "127.0.0.1", "include_dashboard": False}
+    if os.environ.get("RAY_ADDRESS"):
+        cluster = {"address": os.environ["RAY_ADDRESS"]}
+    try:
+        ray.init(**cluster, log_to_driver=False, logging_level=logging.CRITICAL)
+    except Exception as error:  # of many kinds
+        raise ToolkitError(
+            f"Ray does not start ({error}); its logs lie in /tmp/ray/session_latest/logs",
+            MISSING_COMPONENT,
+        ) from error
+    return ray
+
+
+def import_ray():
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
@@ -58,16 +73,6 @@ def start_ray():
     for handler in logging.getLogger("ray.data").handlers:
         if handler.name == "console":  # what it says of lost batches is in its log file, too
             handler.setLevel(logging.CRITICAL)
-    cluster = {"address": "local", "_node_ip_address": "127.0.0.1", "include_dashboard": False}
-    if os.environ.get("RAY_ADDRESS"):
-        cluster = {"address": os.environ["RAY_ADDRESS"]}
-    try:
-        ray.init(**cluster, log_to_driver=False, logging_level=logging.CRITICAL)
-    except Exception as error:  # of many kinds
-        raise ToolkitError(
-            f"Ray does not start ({error}); its logs lie in /tmp/ray/session_latest/logs",
-            MISSING_COMPONENT,
-        ) from error
     return ray
 
 
@@ -117,12 +122,7 @@ def actor_engine_options(ray, engine_options, actors: int):
 def run_batches(ray, batches: list[list], arguments: tuple, actors: int, resources: dict):
     """Yields {"number": of the batch, "lines": json, "refused": json}, in order; lost batches are
     missing. arguments: of BatchActor."""
-    context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
-    context.max_errored_blocks = -1
-    context.max_consecutive_actor_init_deaths = RETRIES
-    context.print_on_execution_start = False
+    set_execution_options(ray.data.DataContext.get_current())
     items = []
     for number, batch in enumerate(batches):
         items.append({"number": number, "questions": pickle.dumps(batch)})
@@ -139,6 +139,14 @@ def run_batches(ray, batches: list[list], arguments: tuple, actors: int, resourc
         **resources,
     )
     return answered.iter_rows()
+
+
+def set_execution_options(context):
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    context.max_errored_blocks = -1  # lost batches do not end the run
+    context.max_consecutive_actor_init_deaths = RETRIES
+    context.print_on_execution_start = False
 
 
 def fill_lost_batches(rows, batches: list[list]):

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from models import family_of
 from runtime.common.errors import MISSING_COMPONENT, ToolkitError, run_command
 from runtime.common.flags import Parser
 from runtime.common.progress import print_status
@@ -48,8 +49,6 @@ def main(argv) -> int:
 
 def serve(uvicorn, options: ServeOptions, engine_options: EngineOptions):
     """Until a signal ends it. Raises what kept the model from loading."""
-    from models import family_of
-
     family_of(options.model)  # a folder that is no checkpoint is refused before anything listens
     server, engine_thread = build(uvicorn, options, engine_options)
     for number in (signal.SIGINT, signal.SIGTERM):

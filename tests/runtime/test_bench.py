@@ -9,7 +9,7 @@ import pytest
 
 from runtime import Engine
 from runtime.bench import __main__ as bench
-from runtime.bench import workload as load
+from runtime.bench import workload
 from runtime.bench.figures import case_figures, perf_info, serving_figures
 from runtime.bench.workload import Timeline
 from runtime.common.errors import INTERRUPTED, ToolkitError, run_command
@@ -65,19 +65,21 @@ def test_perf_info_has_the_guides_keys_and_units():
 )
 def test_prompts_have_the_exact_length_and_differ(family):
     engine = Engine(GOLDEN / family, dtype="float32", vision="torch")
-    one, two = load.text_prompts(engine, 2, 40, np.random.default_rng(0))
+    one, two = workload.text_prompts(engine, 2, 40, np.random.default_rng(0))
     assert len(one.ids) == len(two.ids) == 40 and not np.array_equal(one.ids, two.ids)
-    timelines = load.run(engine, [one, two], 3)
+    timelines = workload.run(engine, [one, two], 3)
     assert [len(line.tokens) for line in timelines] == [3, 3]
     assert all(line.tokens == sorted(line.tokens) for line in timelines)
     with pytest.raises(ToolkitError, match="--input-len 2 is too short"):
-        load.text_prompts(engine, 1, 2, np.random.default_rng(0))
+        workload.text_prompts(engine, 1, 2, np.random.default_rng(0))
 
 
 def test_progress_counts_every_token_of_prompts_and_answers():
     engine = Engine(GOLDEN / "glm4", dtype="float32")
     told = []
-    load.run(engine, load.text_prompts(engine, 2, 20, np.random.default_rng(0)), 3, told.append)
+    workload.run(
+        engine, workload.text_prompts(engine, 2, 20, np.random.default_rng(0)), 3, told.append
+    )
     assert sum(told) == 2 * (20 + 3) and len(told) == 6
 
 
@@ -125,7 +127,7 @@ def test_grid(tmp_path, capsys):
 
 
 def test_interrupted_grid_keeps_its_rows(tmp_path, monkeypatch):
-    real = load.run
+    real = workload.run
     calls = []
 
     def interrupted(*arguments):
@@ -134,7 +136,7 @@ def test_interrupted_grid_keeps_its_rows(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(load, "run", interrupted)
+    monkeypatch.setattr(workload, "run", interrupted)
     assert run(tmp_path, "--input-len", "16,20,24", "--output-len", "2") == INTERRUPTED
     assert len(rows(tmp_path / "1_batch_performance_visualglm.csv")) == 3
     stored = json.loads((tmp_path / "bench.json").read_text())

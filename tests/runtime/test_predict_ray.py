@@ -13,7 +13,7 @@ import pytest
 
 from runtime.common.errors import ToolkitError, run_command
 from runtime.predict import __main__ as predict
-from runtime.predict import on_ray as predict_ray
+from runtime.predict import on_ray
 
 ROOT = paths.ROOT
 GOLDEN = paths.GOLDEN / "visualglm"
@@ -108,7 +108,7 @@ class Cluster:
     ],
 )
 def test_who_gets_what(cluster, engine, actors, expected):
-    assert predict_ray.plan_actors(cluster, predict.EngineOptions(**engine), actors) == expected
+    assert on_ray.plan_actors(cluster, predict.EngineOptions(**engine), actors) == expected
 
 
 @pytest.mark.parametrize(
@@ -126,16 +126,14 @@ def test_who_gets_what(cluster, engine, actors, expected):
 )
 def test_more_than_there_is(cluster, engine, actors, sentence):
     with pytest.raises(ToolkitError, match=sentence):
-        predict_ray.plan_actors(cluster, predict.EngineOptions(**engine), actors)
+        on_ray.plan_actors(cluster, predict.EngineOptions(**engine), actors)
 
 
 def test_actors_of_one_machine_share_its_memory_and_see_only_their_npu():
     options = predict.EngineOptions(memory_utilization=0.9)
+    assert on_ray.actor_engine_options(Cluster(2, CPU=8.0), options, 4).memory_utilization == 0.45
     assert (
-        predict_ray.actor_engine_options(Cluster(2, CPU=8.0), options, 4).memory_utilization == 0.45
-    )
-    assert (
-        predict_ray.actor_engine_options(
+        on_ray.actor_engine_options(
             Cluster(2, NPU=8.0), predict.EngineOptions(device="npu:3"), 4
         ).device
         == "npu:0"
@@ -150,7 +148,7 @@ def test_lost_batches_become_errors_in_their_places():
         [{"prompt": "d"}],
     ]
     rows = [{"number": n, "lines": json.dumps([{"answer": n}]), "refused": "null"} for n in (0, 2)]
-    found = list(predict_ray.fill_lost_batches(rows, batches))
+    found = list(on_ray.fill_lost_batches(rows, batches))
     assert [found[0], found[2]] == [[{"answer": 0}], [{"answer": 2}]] and len(found) == 4
     assert [line["error"].split(",")[0] for line in found[1] + found[3]] == [
         "the process that computed it died or failed",
@@ -256,13 +254,13 @@ def test_a_run_killed_half_way_goes_on_with_ray_or_without(more, job, tmp_path):
 def test_a_question_that_kills_every_actor_fails_alone(job, tmp_path, monkeypatch, capsys):
     with_ray()
 
-    class Fragile(predict_ray.BatchActor):  # pickled by value, as it is local
+    class Fragile(on_ray.BatchActor):  # pickled by value, as it is local
         def __call__(self, batch):
             if b"deadly" in batch["questions"][0]:
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().__call__(batch)
 
-    monkeypatch.setattr(predict_ray, "BatchActor", Fragile)
+    monkeypatch.setattr(on_ray, "BatchActor", Fragile)
     file = tmp_path / "in.jsonl"
     file.write_text(
         "\n".join(

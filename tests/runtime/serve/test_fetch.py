@@ -12,7 +12,7 @@ import pytest
 from http_service import png
 
 from runtime.common.errors import ToolkitError
-from runtime.serve import fetch as media
+from runtime.serve import fetch
 from runtime.serve.errors import ApiError
 from runtime.serve.images import ImageRules
 from runtime.serve.options import ServeOptions
@@ -90,7 +90,7 @@ def host():
 
 @pytest.fixture
 def loopback_is_public(monkeypatch):
-    monkeypatch.setattr(media, "is_public", lambda address: address == "127.0.0.1")
+    monkeypatch.setattr(fetch, "is_public", lambda address: address == "127.0.0.1")
 
 
 def rules(*domains):
@@ -149,14 +149,14 @@ def refusal(url, *domains):
     ],
 )
 def test_addresses_that_are_refused(address):
-    assert not media.is_public(address)
+    assert not fetch.is_public(address)
 
 
 @pytest.mark.parametrize(
     "address", ["8.8.8.8", "1.1.1.1", "172.32.0.1", "2606:4700:4700::1111", "2a00:1450:4001::200e"]
 )
 def test_addresses_of_the_internet(address):
-    assert media.is_public(address)
+    assert fetch.is_public(address)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_what_a_host_may_not_answer(path, word, host, loopback_is_public):
 
 
 def test_a_slow_host_is_cut_off(host, loopback_is_public, monkeypatch):
-    monkeypatch.setattr(media, "FETCH_SECONDS", 0.3)
+    monkeypatch.setattr(fetch, "FETCH_SECONDS", 0.3)
     begun = time.monotonic()
     assert "did not arrive" in refusal(
         f"http://127.0.0.1:{host.port}/drip", f"127.0.0.1:{host.port}"
@@ -281,7 +281,7 @@ def test_the_name_is_looked_up_once(host, monkeypatch):
         ]
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    monkeypatch.setattr(media, "is_public", lambda address: address == "127.0.0.5")
+    monkeypatch.setattr(fetch, "is_public", lambda address: address == "127.0.0.5")
     before = len(host.asked)
     refusal(f"http://rebind.example:{host.port}/picture", f"rebind.example:{host.port}")
     assert looked_up == ["rebind.example"] and len(host.asked) == before
