@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
 
@@ -32,6 +31,7 @@ from models.checkpoint.quantized import stored_weights
 from models.family import Family
 from runtime.common.errors import CHECK_FAILED, ToolkitError
 from runtime.common.files import LOCK, locked, write_atomically
+from runtime.common.machine import version
 from runtime.common.progress import spinner
 from runtime.vision import artifact
 from runtime.vision.artifact import ONNX, Manifest

@@ -6,7 +6,6 @@ them.
 """
 
 import hashlib
-import importlib.metadata
 import json
 import time
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from models.checkpoint import Checkpoint
 from models.checkpoint.table import WeightTable
 from models.config import read_json
 from runtime.common.files import write_atomically
+from runtime.common.machine import version
 from runtime.common.progress import byte_progress
 
 from .msmodelslim_calls import SCHEMES, Scheme
@@ -179,7 +179,7 @@ def identity(plan: QuantPlan, lines: Lines) -> dict:
         "keep": sorted(plan.kept_float),
         "lines": digest(str(lines.calibration + lines.held_out)),
         "calibrating": plan.num_calibration,
-        "msmodelslim": importlib.metadata.version("msmodelslim"),
+        "msmodelslim": version("msmodelslim"),
     }
 
 

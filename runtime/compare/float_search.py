@@ -37,27 +37,30 @@ def find(
     found: dict,
 ) -> dict:
     """{"stages", "flags", "trials", "sentence"} for a candidate whose logits fail; outcomes: the reference's."""
-    limits = {}
-    for check in found["checks"]:
-        if check["stage"] == "decode":
-            limits[check["measure"]] = check["limit"]
     gc.collect()
     make = partial(open_engine, options=engine_options)
     candidate, _ = load("search: candidate", options.model, make)
-    dtype = dtype_of(candidate)
     same_weights = engine_options.cpu_weights == "float" and Path(options.model).samefile(
         options.reference
     )
+    dtype = dtype_of(candidate)
     only_dtype = same_weights and dtype != "float32"
-    float_dtype = "float32" if only_dtype else dtype
-    float_options = replace(engine_options, dtype=float_dtype, cpu_weights="float")
+    if only_dtype:
+        dtype = "float32"
+    float_options = replace(engine_options, dtype=dtype, cpu_weights="float")
     make = partial(open_engine, options=float_options)
     floats, _ = load("search: reference", options.reference, make)
     prompts, _ = encode(candidate, cases)
+    limits = _logit_limits(found["checks"])
     with spinner("searching"):
         search = Search(candidate, floats, prompts, outcomes, limits, only_dtype)
         stages = search.run(ranked(found["layers"]))
         return report(candidate.family, stages, search.trials, only_dtype)
+
+
+def _logit_limits(checks: list[dict]) -> dict[str, float]:
+    """Measure -> limit."""
+    return {c["measure"]: c["limit"] for c in checks if c["stage"] == "decode"}
 
 
 @dataclass
@@ -91,9 +94,11 @@ class Search:
                 high = middle
             else:
                 low = middle
-        kept = ranked[:high]
-        # the last one is needed: without it the bisection had failed
-        for stage in ranked[: high - 1]:
+        return self._without_needless(ranked[:high])
+
+    def _without_needless(self, kept: list[str]) -> list[str]:
+        """Each stage is tried without, but for the last, which is needed: without it the bisection had failed."""
+        for stage in kept[:-1]:
             fewer = [other for other in kept if other != stage]
             if self.passes(fewer):
                 kept = fewer
@@ -164,10 +169,11 @@ def report(family: Family, stages: list[str] | None, trials: int, only_dtype: bo
             "look at the embedding, the logits and the pictures"
         )
         return {"stages": [], "flags": "", "trials": trials, "sentence": sentence}
-    kind = "float32" if only_dtype else "float"
     if only_dtype:
+        kind = "float32"
         given = " ".join(f"--keep-dtype {stage}" for stage in stages)
     else:
+        kind = "float"
         given = flags(family, stages)
     sentence = f"it passes with {', '.join(stages)} in {kind}: {given}"
     return {"stages": stages, "flags": given, "trials": trials, "sentence": sentence}

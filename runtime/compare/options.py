@@ -1,4 +1,4 @@
-"""Options of `runtime.compare`."""
+"""Options of `runtime.compare`: each field is a flag."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ class CompareOptions(InputOptions):
     def __post_init__(self):
         super().__post_init__()
         self.native = self.reference == "transformers"
-        self.reference = self.model if self.native else self.reference or self.model
+        if self.native or not self.reference:
+            self.reference = self.model
         self.reference_dtype = dtype_name(self.reference_dtype)
         check_folder("reference", self.reference)
         require(self, "max_tokens", self.max_tokens >= 1, "1 or more is needed, e.g. 32")
@@ -95,5 +96,7 @@ class CompareOptions(InputOptions):
             not self.layer_by_layer or not (self.native or self.search or self.dataset),
             "leave out --search, --dataset and --reference transformers, which need a whole model",
         )
-        self.questions = read_dataset(self.dataset) if self.dataset else []
+        self.questions = []
+        if self.dataset:
+            self.questions = read_dataset(self.dataset)
         self.limit = [read_limit(text) for text in self.limit]

@@ -105,11 +105,8 @@ def run_candidate(
     prompts, features = encode(engine, cases)
     questions = list(zip(prompts, features, reference.outcomes))
     outcomes = []
-    for prompt, rows, expected in track("candidate: questions", questions, options.layer_by_layer):
-        ids = prompt.ids.tolist()
-        _check_same_model(engine.family, ids, rows, expected)
-        logits = engine.score(prompt, expected.token_ids)
-        outcomes.append(Outcome(ids, rows, expected.token_ids, expected.answer, logits))
+    for question in track("candidate: questions", questions, options.layer_by_layer):
+        outcomes.append(_candidate_outcome(engine, *question))
     same_weights = Path(options.model).samefile(options.reference)
     digest = reference.info["sha256"] if same_weights else None
     side = Side(
@@ -124,6 +121,13 @@ def run_candidate(
         side.layers = _run_layers("candidate: layers", engine, prompts, reference, quiet)
         side.noise = _run_noise(options, engine, prompts, reference)
     return side
+
+
+def _candidate_outcome(engine, prompt: Prompt, features: np.ndarray, expected: Outcome) -> Outcome:
+    ids = prompt.ids.tolist()
+    _check_same_model(engine.family, ids, features, expected)
+    logits = engine.score(prompt, expected.token_ids)
+    return Outcome(ids, features, expected.token_ids, expected.answer, logits)
 
 
 def _why_no_layers(options: CompareOptions, engine_options: EngineOptions) -> str | None:

@@ -100,7 +100,11 @@ def record(examination: Examination, host: Host) -> dict:
 
 def environment(host: Host) -> dict[str, str]:
     """The variables that decide which CANN and torch_npu are used, those that are set."""
-    return {name: host.environ[name] for name in VARIABLES if name in host.environ}
+    found = {}
+    for name in VARIABLES:
+        if name in host.environ:
+            found[name] = host.environ[name]
+    return found
 
 
 def show(examination: Examination, host: Host):

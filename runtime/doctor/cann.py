@@ -32,16 +32,24 @@ def toolkit_checks(host: Host, toolkit: Toolkit | None, chips: list[str]) -> lis
     if toolkit is None:
         return [Check("CANN toolkit", MISSING, "none found", toolkit_install("<version>"))]
     found = f"{toolkit.version} in {toolkit.path}"
-    others = [other.version for other in _others(host, toolkit)]
+    others = _others(host, toolkit)
     if others:
-        found += f" (also here: {', '.join(others)})"
+        found += f" (also here: {versions(others)})"
     kernels = [_kernels(toolkit, chip) for chip in chips]
     return [Check("CANN toolkit", OK, found), _environment(host, toolkit), *kernels]
 
 
 def _others(host: Host, toolkit: Toolkit) -> list[Toolkit]:
-    here = toolkit.path.resolve()
-    return [other for other in host.toolkits() if other.path.resolve() != here]
+    others = []
+    for other in host.toolkits():
+        if other.path.resolve() != toolkit.path.resolve():
+            others.append(other)
+    return others
+
+
+def versions(toolkits: list[Toolkit]) -> str:
+    """ "8.3.RC1, 9.1.0" """
+    return ", ".join(toolkit.version for toolkit in toolkits)
 
 
 def _environment(host: Host, toolkit: Toolkit) -> Check:
@@ -56,12 +64,12 @@ def _environment(host: Host, toolkit: Toolkit) -> Check:
     libraries = _library_folders(host)
     if not _any_below(libraries, toolkit):
         return Check("environment", MISMATCH, f"LD_LIBRARY_PATH has nothing of {home}", fix)
-    mixed = [other.version for other in _others(host, toolkit) if _any_below(libraries, other)]
+    mixed = [other for other in _others(host, toolkit) if _any_below(libraries, other)]
     if mixed:
         return Check(
             "environment",
             MISMATCH,
-            f"LD_LIBRARY_PATH mixes CANN {toolkit.version} with {', '.join(mixed)}",
+            f"LD_LIBRARY_PATH mixes CANN {toolkit.version} with {versions(mixed)}",
             f"env -u LD_LIBRARY_PATH bash -l   # then: {fix}",
         )
     opp = host.environ.get("ASCEND_OPP_PATH", "")

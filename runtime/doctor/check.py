@@ -33,8 +33,10 @@ class Check:
 
 def reason(output: str) -> str:
     """The line of a failed command that says why: one about a library, else the last one."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    for line in lines:
+    last = "no output"
+    for line in output.splitlines():
         if re.search(r"Error: .*\.so", line):
-            return line
-    return lines[-1] if lines else "no output"
+            return line.strip()
+        if line.strip():
+            last = line.strip()
+    return last

@@ -55,14 +55,16 @@ def _memory(host: Host) -> Check:
 
 def _without_npu(host: Host) -> list[Check]:
     checks = []
-    versions = [toolkit.version for toolkit in host.toolkits()]
-    if versions:
-        found = f"{', '.join(versions)} (for atc; no NPU needed)"
+    if host.toolkits():
+        found = f"{cann.versions(host.toolkits())} (for atc; no NPU needed)"
         checks.append(Check("CANN toolkit", OK, found))
     return [*checks, packages.torch(host, None)]
 
 
 def _chips(devices: list[Device]) -> list[str]:
     """Names of the known chips as CANN's packages have them: ["ascend910b"]."""
-    known = {VERSIONS["chips"].get(device.name, "") for device in devices}
-    return sorted(known - {""})
+    chips = set()
+    for device in devices:
+        if device.name in VERSIONS["chips"]:
+            chips.add(VERSIONS["chips"][device.name])
+    return sorted(chips)

@@ -25,7 +25,7 @@ def device_files(host: Host, nodes: list[str], cards: int) -> Check:
         found = f"missing: {', '.join(missing)}"
         if cards:
             found = f"{cards} cards on the PCI bus, {found}"
-        devices = " ".join(f"--device {node}" for node in NODES)
+        devices = "--device " + " --device ".join(NODES)
         return Check(
             "device files",
             MISSING,
@@ -33,8 +33,10 @@ def device_files(host: Host, nodes: list[str], cards: int) -> Check:
             f"docker run --device /dev/davinci0 {devices} ...   # in a "
             f"container; else install the driver {DOWNLOADS}",
         )
-    needed = [*nodes, *(str(host.path(node)) for node in NODES)]
-    locked = [node for node in needed if not os.access(node, os.R_OK | os.W_OK)]
+    locked = []
+    for node in (*nodes, *map(str, map(host.path, NODES))):
+        if not os.access(node, os.R_OK | os.W_OK):
+            locked.append(node)
     if locked:
         return Check(
             "device files",

@@ -73,30 +73,34 @@ def torch(host: Host, toolkit: Toolkit | None) -> Check:
 
 def torch_npu(host: Host, toolkit: Toolkit | None) -> Check:
     """Whether it suits torch and CANN, and opens the NPU."""
-    name = "torch_npu"
-    version = host.version(name)
+    version = host.version("torch_npu")
     torch_version = host.version("torch") or ""
     install = f"pip install torch_npu=={VERSIONS['torch_npu']}"
     if version is None:
-        return Check(name, MISSING, "not installed", install)
+        return Check("torch_npu", MISSING, "not installed", install)
     if numbers(version)[:2] != numbers(torch_version)[:2]:
         found = f"{version} for torch {torch_version}; the first two numbers must be the same"
-        return Check(name, MISMATCH, found, install)
+        return Check("torch_npu", MISMATCH, found, install)
     cann = VERSIONS["published"].get(version.split("+")[0], "")
-    released_for = ""
-    if cann and toolkit:
-        released_for = f", released for CANN {cann}, here is {toolkit.version}"
-        if numbers(toolkit.version)[:2] < numbers(cann):
-            fix = toolkit_install(f"{cann}.<x>")
-            return Check(name, MISMATCH, version + released_for, fix)
+    if not cann or toolkit is None:
+        return _open_npu(host, toolkit, version)
+    released_for = f", released for CANN {cann}, here is {toolkit.version}"
+    if numbers(toolkit.version)[:2] < numbers(cann):
+        fix = toolkit_install(f"{cann}.<x>")
+        return Check("torch_npu", MISMATCH, version + released_for, fix)
+    opened = _open_npu(host, toolkit, version)
+    if opened.status == OK and numbers(toolkit.version)[:2] != numbers(cann):
+        return Check("torch_npu", WARNING, opened.found + released_for)
+    return opened
+
+
+def _open_npu(host: Host, toolkit: Toolkit | None, version: str) -> Check:
+    """Whether torch_npu of this version finds an NPU in a process of its own."""
     code, output = host.run(sys.executable, "-c", PROBE_NPU, timeout=PROBE_SECONDS)
     if code:
         found = f"{version} cannot open the NPU: {reason(output)}"
-        return Check(name, MISMATCH, found, _fix_import(output, toolkit))
-    found = f"{version}: {_npus_seen(output)}"
-    if released_for and numbers(toolkit.version)[:2] != numbers(cann):
-        return Check(name, WARNING, found + released_for)
-    return Check(name, OK, found)
+        return Check("torch_npu", MISMATCH, found, _fix_import(output, toolkit))
+    return Check("torch_npu", OK, f"{version}: {_npus_seen(output)}")
 
 
 def _npus_seen(output: str) -> str:
@@ -107,9 +111,10 @@ def _npus_seen(output: str) -> str:
 
 def ais_bench(host: Host, toolkit: Toolkit | None) -> Check:
     """aclruntime and ais_bench, which run an .om."""
-    versions = {name: host.version(name) for name in ("aclruntime", "ais_bench")}
-    found = ", ".join(f"{name} {version or 'not installed'}" for name, version in versions.items())
-    if None in versions.values():
+    aclruntime = host.version("aclruntime")
+    tool = host.version("ais_bench")
+    found = f"aclruntime {aclruntime or 'not installed'}, ais_bench {tool or 'not installed'}"
+    if aclruntime is None or tool is None:
         fix = install_ais_bench()
         return Check("ais_bench", MISSING, f"{found} (vision om needs both)", fix)
     code, output = host.run(sys.executable, "-c", PROBE_OM, timeout=PROBE_SECONDS)
@@ -133,10 +138,14 @@ def _fix_import(output: str, toolkit: Toolkit | None) -> str:
     """The command that fixes an import which failed with this output."""
     library = re.search(r"(/\S*libgomp\S*?):", output)
     values = {
-        "library": library[1] if library else "/usr/lib/aarch64-linux-gnu/libgomp.so.1",
+        "library": "/usr/lib/aarch64-linux-gnu/libgomp.so.1",
         "torch_npu": VERSIONS["torch_npu"],
-        "set_env": toolkit.set_env if toolkit else "/usr/local/Ascend/cann/set_env.sh",
+        "set_env": "/usr/local/Ascend/cann/set_env.sh",
     }
+    if library:
+        values["library"] = library[1]
+    if toolkit:
+        values["set_env"] = toolkit.set_env
     for pattern, fix in CAUSES.items():
         if re.search(pattern, output):
             return fix.format(**values)

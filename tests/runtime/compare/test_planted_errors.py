@@ -278,7 +278,7 @@ def test_layer_by_layer(family, tmp_path):
     np.testing.assert_allclose(
         streamed.score(prompt, [5, 6, 7]), whole.score(prompt, [5, 6, 7]), rtol=1e-4, atol=1e-4
     )
-    assert {name.split(".")[1] for name in streamed._shelf.held} == {
+    assert {name.split(".")[1] for name in streamed._current_layer.held} == {
         str(whole.family.decoder.layers - 1)
     }
     assert streamed.plan.weights < whole.plan.weights
