@@ -111,7 +111,7 @@ def stand_in(bench, monkeypatch):
     monkeypatch.setattr(
         bench.environment,
         "install",
-        lambda peer: "could not be installed: no cmake" * (peer == "llamacpp") or None,
+        lambda peer: "could not be installed: no cmake" if peer == "llamacpp" else None,
     )
     return jobs
 
@@ -183,14 +183,14 @@ def test_our_own_worker_on_a_small_model(bench, tmp_path):
         "glm-edge-1.5b-chat", tmp_path / "checkpoint", "tiny", report=lambda line: None
     )
     entry = bench.Entry("ours", "int8", batch=2)
-    told = {
+    job = {
         "work": str(tmp_path),
         "checkpoint": str(tmp_path / "checkpoint"),
         "threads": 1,
         "prompt": 24,
         "new": 4,
     }
-    found, error = bench.run_worker(entry, told | {"task": "run"})
+    found, error = bench.run_worker(entry, job | {"task": "run"})
     assert (
         error is None
         and found["first_s"] > 0
@@ -205,12 +205,12 @@ def test_the_plain_encoder_is_measured_without_the_engine(bench, tmp_path):
     from models.synthetic.write import write_checkpoint
 
     write_checkpoint("llava-1.5-7b", tmp_path / "checkpoint", "tiny", report=lambda line: None)
-    told = {
+    job = {
         "work": str(tmp_path),
         "checkpoint": str(tmp_path / "checkpoint"),
         "threads": 1,
         "repeats": 1,
         "task": "run",
     }
-    found, error = bench.run_worker(bench.Entry("ours", "eager"), told)
+    found, error = bench.run_worker(bench.Entry("ours", "eager"), job)
     assert error is None and found["encode_s"] > 0

@@ -26,15 +26,11 @@ def test_exact_answers_about_unseen_scenes(engine, language, wrapper):
         things, rng = other_scenes.scene(f"{language}{seed}")
         picture = Image.fromarray(other_scenes.draw(things, rng))
         turns = other_scenes.questions(things, rng)
-        for (_, asked, answer), text in zip(
-            turns, answers(engine, [(picture, q[language]) for _, q, _ in turns], wrapper)
-        ):
+        asked = [(picture, question[language]) for _, question, _ in turns]
+        for (_, question, answer), text in zip(turns, answers(engine, asked, wrapper)):
             right[text == answer[language]] += 1
-            wrong += (
-                []
-                if text == answer[language]
-                else [(seed, asked[language], answer[language], text)]
-            )
+            if text != answer[language]:
+                wrong.append((seed, question[language], answer[language], text))
     assert right.total() > 6 * SCENES
     assert right[True] >= LEAST * right.total(), wrong
 
