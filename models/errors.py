@@ -2,7 +2,8 @@
 
 
 class UserError(Exception):
-    """Base of ModelError and ToolkitError: one sentence for the user, and the exit code of a command that it ends."""
+    """Base of ModelError and ToolkitError: one sentence for the user, and the exit code of a
+    command that it ends."""
 
     exit_code = 2  # a user mistake
 

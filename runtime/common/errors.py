@@ -1,7 +1,7 @@
 """User-facing errors and exit codes.
 
-Takes a command's main function, returns its exit code: 1 a check failed, 2 a user mistake, 3 a component is missing, 130
-Ctrl-C, 141 nobody reads our output any more.
+Takes a command's main function, returns its exit code: 1 a check failed, 2 a user mistake, 3 a
+component is missing, 130 Ctrl-C, 141 nobody reads our output any more.
 """
 
 import os
@@ -27,7 +27,8 @@ class ToolkitError(UserError):
 
 
 def run_command(main, argv=None) -> int:
-    """Run `main(argv) -> int | None` as a command: user errors become one line on stderr and an exit code.
+    """Run `main(argv) -> int | None` as a command: user errors become one line on stderr and an
+    exit code.
 
     `--debug` anywhere in the arguments shows the traceback instead.
     """

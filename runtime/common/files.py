@@ -19,7 +19,8 @@ READ_BYTES = 8 << 20
 
 
 def write_atomically(path: Path, text: str):
-    """Writes the file; it holds the old text or the new one, whenever the process or the machine dies."""
+    """Writes the file; it holds the old text or the new one, whenever the process or the machine
+    dies."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "w", encoding="utf-8") as stream:
@@ -32,7 +33,8 @@ def write_atomically(path: Path, text: str):
 
 
 def tensors_digest(checkpoint, names: list[str]) -> str:
-    """Digest of a Checkpoint's tensors; remembered in the cache for as long as the weight files stay untouched."""
+    """Digest of a Checkpoint's tensors; remembered in the cache for as long as the weight files
+    stay untouched."""
     states = []
     for file in checkpoint.files:
         state = file.stat()
@@ -68,7 +70,8 @@ def locked(directory: Path):
 
 
 def prepare(out: str) -> Path:
-    """The folder --out, made and tried before anything slow begins; ToolkitError if it cannot be written."""
+    """The folder --out, made and tried before anything slow begins; ToolkitError if it cannot be
+    written."""
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,9 @@
 """Dataclass fields that are also command-line flags.
 
-Takes a command line, returns instances of the dataclasses, which are also what the Python API takes. A command declares its
-fields with `flag`, checks their values in `__post_init__` with `require`, and builds its parser with `Parser`; flags that
-several commands have are in shared_flags.py. Nothing heavy is imported here, so that `--help` answers at once.
+Takes a command line, returns instances of the dataclasses, which are also what the Python API
+takes. A command declares its fields with `flag`, checks their values in `__post_init__` with
+`require`, and builds its parser with `Parser`; flags that several commands have are in
+shared_flags.py. Nothing heavy is imported here, so that `--help` answers at once.
 """
 
 import argparse
@@ -34,7 +35,8 @@ def flag(
     metavar: what `--help` shows for the value; the choices where it is not given.
     choices: the only values; `check_choices` refuses others, also those of the Python API.
     many: the flag may be repeated, and the field receives a list.
-    shorthand: (flag, kind, metavar, help) of a second flag for the same field whose value is written otherwise.
+    shorthand: (flag, kind, metavar, help) of a second flag for the same field whose value is
+        written otherwise.
     """
     if choices and not metavar:
         metavar = "{" + ",".join(choices) + "}"
@@ -58,7 +60,8 @@ def spelled(name: str) -> str:
 
 
 def require(options, name: str, fits: bool, rule: str):
-    """Raise ToolkitError about field `name` unless its value `fits`; `rule` says what does, and an example."""
+    """Raise ToolkitError about field `name` unless its value `fits`; `rule` says what does, and an
+    example."""
     if not fits:
         raise ToolkitError(f"{spelled(name)} is {getattr(options, name)!r}: {rule}")
 
@@ -73,7 +76,8 @@ def check_choices(options):
 
 
 def check_folder(name: str, path: str):
-    """ToolkitError, before anything slow begins, unless the checkpoint folder that field `name` holds exists."""
+    """ToolkitError, before anything slow begins, unless the checkpoint folder that field `name`
+    holds exists."""
     if not Path(path).exists():
         raise ToolkitError(
             f"{spelled(name)} {path} does not exist; give the folder of a downloaded checkpoint "
@@ -86,7 +90,7 @@ def check_folder(name: str, path: str):
 
 
 class Help(argparse.HelpFormatter):
-    """The same help on every Python and terminal: all spellings, then the value once; 100 columns."""
+    """The same help on every Python and terminal: all spellings, the value once; 100 columns."""
 
     def __init__(self, prog, **kwargs):
         super().__init__(prog, max_help_position=30, width=100)
@@ -103,8 +107,9 @@ class Parser(argparse.ArgumentParser):
     """The flags of one command, and those that every command has."""
 
     def __init__(self, command: str, usage: str, description: str, groups: dict[str, type]):
-        """command: "python -m runtime.chat". usage: the arguments behind it, description: the paragraph below, as `--help`
-        shows them. groups: title in `--help` -> dataclass whose fields are its flags."""
+        """command: "python -m runtime.chat". usage: the arguments behind it, description: the
+        paragraph below, as `--help` shows them. groups: title in `--help` -> dataclass whose fields
+        are its flags."""
         super().__init__(
             prog=command,
             usage=f"{command} {usage}",
@@ -122,7 +127,8 @@ class Parser(argparse.ArgumentParser):
         self._add_common(self.add_argument_group("general"))
 
     def parse(self, argv: list[str]) -> list:
-        """One instance of each dataclass, in the order of the groups. ToolkitError for what cannot be understood."""
+        """One instance of each dataclass, in the order of the groups. ToolkitError for what cannot
+        be understood."""
         values, unknown = self.parse_known_args([kebab(a) for a in argv])
         if unknown:
             self.error(f"unknown argument {unknown[0]}" + self._nearest(unknown[0]))
@@ -168,7 +174,8 @@ def kebab(argument: str) -> str:
 
 
 def _add(group, f):
-    """Add the flag of dataclass field `f` to an argparse group; what is not given is left to the dataclass."""
+    """Add the flag of dataclass field `f` to an argparse group; what is not given is left to the
+    dataclass."""
     meta = f.metadata
     settings = {
         "dest": f.name,

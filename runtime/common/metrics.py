@@ -1,7 +1,7 @@
 """How far a candidate's numbers are from the reference's.
 
-Takes two float arrays, returns float64 measures per row and their summary. Everything is computed in float64 over all
-elements: golden zeros are not skipped, and nothing is sampled.
+Takes two float arrays, returns float64 measures per row and their summary. Everything is computed
+in float64 over all elements: golden zeros are not skipped, and nothing is sampled.
 """
 
 import numpy as np
@@ -12,7 +12,8 @@ TOP = 5
 
 
 def cosine(reference: np.ndarray, candidate: np.ndarray) -> np.ndarray:
-    """Cosine per row of [n, width] -> float64 [n]; two zero rows are equal (1), one zero row is not (0)."""
+    """Cosine per row of [n, width] -> float64 [n]; two zero rows are equal (1), one zero row is not
+    (0)."""
     reference_norm = np.linalg.norm(reference, axis=1)
     candidate_norm = np.linalg.norm(candidate, axis=1)
     norms = reference_norm * candidate_norm
@@ -23,7 +24,8 @@ def cosine(reference: np.ndarray, candidate: np.ndarray) -> np.ndarray:
 
 
 def kl(reference: np.ndarray, candidate: np.ndarray) -> np.ndarray:
-    """KL(softmax(reference) || softmax(candidate)) per row of logits [n, vocab] -> float64 [n], in nats."""
+    """KL(softmax(reference) || softmax(candidate)) per row of logits [n, vocab] -> float64 [n], in
+    nats."""
     p = log_softmax(reference)
     q = log_softmax(candidate)
     return np.maximum(np.sum(np.exp(p) * (p - q), axis=1), 0.0)  # rounding may leave -1e-17
@@ -36,12 +38,13 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def compare_rows(reference: np.ndarray, candidate: np.ndarray) -> dict[str, np.ndarray]:
-    """Per row of two arrays [n, width]: {"cosine", "max_abs", "mean_abs", "mean_square", "max_relative", "mean_relative",
-    "relative_euclidean", "elements", "nonfinite"}, each [n].
+    """Per row of two arrays [n, width]: {"cosine", "max_abs", "mean_abs", "mean_square",
+    "max_relative", "mean_relative", "relative_euclidean", "elements", "nonfinite"}, each [n].
 
-    Relative errors are |error| / |reference|; where the reference is (nearly) zero, / the row's largest value times the
-    fp32 epsilon. relative_euclidean: norm of the error / norm of the reference. nonfinite counts NaN and Inf on both sides;
-    such a row's other measures are NaN. ValueError if the shapes differ.
+    Relative errors are |error| / |reference|; where the reference is (nearly) zero, / the row's
+    largest value times the fp32 epsilon. relative_euclidean: norm of the error / norm of the
+    reference. nonfinite counts NaN and Inf on both sides; such a row's other measures are NaN.
+    ValueError if the shapes differ.
     """
     if reference.shape != candidate.shape:
         raise ValueError(f"shapes differ: reference {reference.shape}, candidate {candidate.shape}")
@@ -68,10 +71,11 @@ def compare_rows(reference: np.ndarray, candidate: np.ndarray) -> dict[str, np.n
 
 
 def compare_logits(reference: np.ndarray, candidate: np.ndarray) -> dict[str, np.ndarray]:
-    """compare_rows of logits [n, vocab], and {"kl", "reference_top1", "candidate_top1", "agree", "top5", "reference_loss",
-    "candidate_loss"}, each [n].
+    """compare_rows of logits [n, vocab], and {"kl", "reference_top1", "candidate_top1", "agree",
+    "top5", "reference_loss", "candidate_loss"}, each [n].
 
-    top5: share of the reference's five best tokens among the candidate's five. losses: -log p(reference_top1), in nats.
+    top5: share of the reference's five best tokens among the candidate's five. losses: -log
+    p(reference_top1), in nats.
     """
     measures = compare_rows(reference, candidate)
     bad = measures["nonfinite"] > 0
@@ -102,7 +106,7 @@ def _losses(logits: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
 
 
 def shared_tops(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Share of each row's TOP largest elements that are the same in both arrays [n, vocab] -> [n]."""
+    """Share of each row's TOP largest elements that both arrays [n, vocab] have -> [n]."""
     count = min(TOP, a.shape[1])
     best_a = np.argpartition(-a, count - 1, axis=1)[:, :count].tolist()
     best_b = np.argpartition(-b, count - 1, axis=1)[:, :count].tolist()
@@ -110,16 +114,19 @@ def shared_tops(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def concatenate(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Measures of several comparisons, one behind the other: measure -> [all rows]; {} of no comparison."""
+    """Measures of several comparisons, one behind the other: measure -> [all rows]; {} of no
+    comparison."""
     if not parts:
         return {}
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def summarize(parts: list[dict[str, np.ndarray]]) -> dict:
-    """One number per measure over the rows of several comparisons; {"rows": 0} when nothing was compared.
+    """One number per measure over the rows of several comparisons; {"rows": 0} when nothing was
+    compared.
 
-    "worst" is where the smallest cosine (or the first NaN) is: {"case": which part, "row": which of its rows}.
+    "worst" is where the smallest cosine (or the first NaN) is: {"case": which part, "row": which of
+    its rows}.
     """
     rows = concatenate(parts)
     if not len(rows.get("cosine", ())):

@@ -1,7 +1,8 @@
-"""Notes: one line each about what the library is doing, e.g. the memory plan, or a conversion that begins.
+"""Notes: one line each about what the library is doing, e.g. the memory plan, or a conversion that
+begins.
 
-A note goes to the logger "ascend_vlm" at level INFO. A script that imports the library prints nothing unless it configures
-that logger; commands print the bare lines on stderr.
+A note goes to the logger "ascend_vlm" at level INFO. A script that imports the library prints
+nothing unless it configures that logger; commands print the bare lines on stderr.
 """
 
 import logging

@@ -14,7 +14,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
 
 
 def output_of(module: str, *arguments) -> tuple[int, bytes]:
-    """(exit status, stdout) of `python -m module arguments`, which should call `die_with_parent`; Ctrl-C ends it too."""
+    """(exit status, stdout) of `python -m module arguments`, which should call `die_with_parent`;
+    Ctrl-C ends it too."""
     with start_module(
         module, *arguments, stdout=subprocess.PIPE, start_new_session=True
     ) as process:
@@ -35,7 +36,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def start_module(module: str, *arguments, **options) -> subprocess.Popen:
-    """`python -m module arguments` of ours, found however this process was started; paths must be absolute."""
+    """`python -m module arguments` of ours, found however this process was started; paths must be
+    absolute."""
     environment = {**os.environ, "ASCEND_VLM_CACHE": str(cache_root().absolute())}
     return subprocess.Popen(
         [sys.executable, "-m", module, *map(str, arguments)], cwd=ROOT, env=environment, **options

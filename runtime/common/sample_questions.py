@@ -1,4 +1,5 @@
-"""The built-in questions of `runtime.compare` and `runtime.predict --examples`, with a drawn image and without one."""
+"""The built-in questions of `runtime.compare` and `runtime.predict --examples`, with a drawn image
+and without one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +9,8 @@ SIZE = 448
 
 @dataclass(frozen=True)
 class Question:
-    """language = wording of the prompt around it; scene draws the image it is about (None: no image)."""
+    """language = wording of the prompt around it; scene draws the image it is about (None: no
+    image)."""
 
     language: str
     text: str
@@ -74,7 +76,8 @@ QUESTIONS = (
     Question("en", "Name three kinds of fruit."),
 )
 
-# the predict mode of the VisualGLM guide asks these about examples/1.jpeg, 2.jpeg and 3.jpeg of the checkpoint
+# the predict mode of the VisualGLM guide asks these about examples/1.jpeg, 2.jpeg and 3.jpeg of
+# the checkpoint
 EXAMPLES = (
     Question("zh", "描述一下这个场景,这个场景是一部电影中的经典桥段", house),
     Question("zh", "这是什么东西", shapes),

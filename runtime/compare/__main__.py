@@ -1,9 +1,11 @@
-"""`python -m runtime.compare`: is the candidate still the model that the reference is? Exit 0 yes, 1 no.
+"""`python -m runtime.compare`: is the candidate still the model that the reference is? Exit 0 yes,
+1 no.
 
-Takes a checkpoint and a candidate's options, returns report.json and report.html. The reference (plain torch, fp32) answers
-a few questions greedily; its tokens are fed to both sides one by one, and every step's logits are compared, as are the
-vision features, and every layer on the reference's own input (runs.py, layerwise.py). What fails is looked into: the first
-vision module (vision_nodes.py), the layers that must be kept in a wider form (float_search.py).
+Takes a checkpoint and a candidate's options, returns report.json and report.html. The reference
+(plain torch, fp32) answers a few questions greedily; its tokens are fed to both sides one by one,
+and every step's logits are compared, as are the vision features, and every layer on the reference's
+own input (runs.py, layerwise.py). What fails is looked into: the first vision module
+(vision_nodes.py), the layers that must be kept in a wider form (float_search.py).
 """
 
 from __future__ import annotations

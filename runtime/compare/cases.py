@@ -21,7 +21,8 @@ if TYPE_CHECKING:  # `--help` does without numpy
 
 @dataclass
 class Case:
-    """One question and its images (paths or PIL images); language None = the family's default wording."""
+    """One question and its images (paths or PIL images); language None = the family's default
+    wording."""
 
     question: str
     language: str | None

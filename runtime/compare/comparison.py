@@ -20,7 +20,7 @@ from .verdict import judge
 def compare(
     options: CompareOptions, engine_options: EngineOptions, cases: list[Case], out: Path
 ) -> dict:
-    """What the report says (keys: docs/compare.md); `out` receives work files for the time being."""
+    """What the report says (keys: docs/compare.md); `out` holds work files for the time being."""
     with TemporaryDirectory(prefix=".streams-", dir=out) as work:
         reference = run_reference(options, engine_options.max_model_len, cases, Path(work))
         gc.collect()  # one model in memory at a time

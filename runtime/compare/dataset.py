@@ -1,8 +1,9 @@
 """`runtime.compare --dataset FILE.jsonl`: questions whose answers are known.
 
-Takes the file, returns its questions; takes both sides' answers, returns how many are right. A line is one of
-`runtime.predict` with "answer", and "choices" where it is one of several: the choice of the largest probability counts.
-Without choices the greedy text counts, exactly, but for blanks around it.
+Takes the file, returns its questions; takes both sides' answers, returns how many are right. A line
+is one of `runtime.predict` with "answer", and "choices" where it is one of several: the choice of
+the largest probability counts. Without choices the greedy text counts, exactly, but for blanks
+around it.
 """
 
 from pathlib import Path
@@ -31,7 +32,7 @@ def read(path: str) -> list[dict]:
 
 
 def summary(path: str, questions: list[dict], reference: list[str], candidate: list[str]) -> dict:
-    """Shares of right answers, of equal ones, and the questions that the sides answer differently."""
+    """Shares of right answers, of equal ones, and the questions with different answers."""
     differences = []
     for number, question in enumerate(questions, 1):
         answers = {"reference": reference[number - 1], "candidate": candidate[number - 1]}

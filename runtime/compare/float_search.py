@@ -1,9 +1,11 @@
-"""Finds the layers that must stay float: the reference's weights are put back, layer by layer, until the candidate passes.
+"""Finds the layers that must stay float: the reference's weights are put back, layer by layer,
+until the candidate passes.
 
-Takes the candidate's engine, the reference's weights in the candidate's operators, and what the layers were judged by;
-returns a small set of stages and the flags that keep them: `--keep-float` of `python -m quant` where the weights differ,
-`--keep-dtype` of the candidate where only fp16 or bf16 is to blame. A bisection over the stages, the worst first, finds how
-many of them must go back; then each of these is tried without. Both models are in memory.
+Takes the candidate's engine, the reference's weights in the candidate's operators, and what the
+layers were judged by; returns a small set of stages and the flags that keep them: `--keep-float` of
+`python -m quant` where the weights differ, `--keep-dtype` of the candidate where only fp16 or bf16
+is to blame. A bisection over the stages, the worst first, finds how many of them must go back; then
+each of these is tried without. Both models are in memory.
 """
 
 import gc
@@ -36,7 +38,8 @@ def find(
     outcomes: list[Outcome],
     found: dict,
 ) -> dict:
-    """{"stages", "flags", "trials", "sentence"} for a candidate whose logits fail; outcomes: the reference's."""
+    """{"stages", "flags", "trials", "sentence"} for a candidate whose logits fail; outcomes: the
+    reference's."""
     gc.collect()
     make = partial(open_engine, options=engine_options)
     candidate, _ = load("search: candidate", options.model, make)
@@ -65,8 +68,8 @@ def _logit_limits(checks: list[dict]) -> dict[str, float]:
 
 @dataclass
 class Search:
-    """candidate, floats: engines; only_dtype: floats is the same checkpoint in float32. prompts, outcomes: of every question.
-    limits: measure -> limit of the logits."""
+    """candidate, floats: engines; only_dtype: floats is the same checkpoint in float32. prompts,
+    outcomes: of every question. limits: measure -> limit of the logits."""
 
     candidate: object
     floats: object
@@ -80,9 +83,11 @@ class Search:
         self.own_layers = list(self.candidate.layers())
 
     def run(self, ranked: list[str]) -> list[str] | None:
-        """Stages, the worst first -> the smallest set found whose return to float makes the logits pass; None if all do not.
+        """Stages, the worst first -> the smallest set found whose return to float makes the logits
+        pass; None if all do not.
 
-        The first half of the search supposes that more float layers are never worse, the second supposes nothing.
+        The first half of the search supposes that more float layers are never worse, the second
+        supposes nothing.
         """
         if not self.passes(ranked):
             return None
@@ -97,7 +102,8 @@ class Search:
         return self._without_needless(ranked[:high])
 
     def _without_needless(self, kept: list[str]) -> list[str]:
-        """Each stage is tried without, but for the last, which is needed: without it the bisection had failed."""
+        """Each stage is tried without, but for the last, which is needed: without it the bisection
+        had failed."""
         for stage in kept[:-1]:
             fewer = [other for other in kept if other != stage]
             if self.passes(fewer):
@@ -124,7 +130,8 @@ class Search:
             layers[index] = replace(layers[index], **weights)
 
     def _float_weights(self, layer, names: tuple[str, ...]) -> dict:
-        """Fields of a layer that take part; where only the dtype differs, the linear layers in float32."""
+        """Fields of a layer that take part; where only the dtype differs, the linear layers in
+        float32."""
         if not self.only_dtype:
             return {name: getattr(layer, name) for name in names}
         dtype = self.candidate.plan.dtype
@@ -149,7 +156,8 @@ def ranked(layers: list[dict]) -> list[str]:
 
 
 def flags(family: Family, stages: list[str]) -> str:
-    """The linear layers of these stages by their names in the checkpoint, as flags of `python -m quant`."""
+    """The linear layers of these stages by their names in the checkpoint, as flags of `python -m
+    quant`."""
     table = WeightTable(family.weights())
     names = []
     for stage in stages:

@@ -1,10 +1,11 @@
 """Which layer deviates.
 
-Takes a question and two engines, returns measures of every stage of the candidate's decoder, each computed from the
-reference's own input. The reference writes the residual stream behind every stage to a file while it scores a question
-(`RecordingTap`); the candidate then scores the same tokens, and each of its stages gets the reference's stream in place of
-its own (`ReplayTap`). So an error shows in the stage that makes it and nowhere behind it. Stages: the embedding (with the
-image rows), the attention and the MLP of every layer, the final norm, and the logits.
+Takes a question and two engines, returns measures of every stage of the candidate's decoder, each
+computed from the reference's own input. The reference writes the residual stream behind every stage
+to a file while it scores a question (`RecordingTap`); the candidate then scores the same tokens,
+and each of its stages gets the reference's stream in place of its own (`ReplayTap`). So an error
+shows in the stage that makes it and nowhere behind it. Stages: the embedding (with the image rows),
+the attention and the MLP of every layer, the final norm, and the logits.
 """
 
 import math
@@ -26,8 +27,8 @@ SINGLE_GAIN = 5e-7  # the same in fp32 (measured: 2e-8)
 
 
 class RecordingTap:
-    """Writes the streams of one question to a file, float32 [stages, tokens, hidden]: a full-size model's would fill the
-    memory."""
+    """Writes the streams of one question to a file, float32 [stages, tokens, hidden]: a full-size
+    model's would fill the memory."""
 
     def __init__(self, path: Path, stages: list[str], tokens: int, hidden: int):
         self.stages = {stage: index for index, stage in enumerate(stages)}
@@ -46,8 +47,8 @@ class RecordingTap:
 
 
 class ReplayTap:
-    """Compares each stage's stream with the recorded one and hands on the recorded one. Image rows, which are judged as
-    vision features, count as equal."""
+    """Compares each stage's stream with the recorded one and hands on the recorded one. Image rows,
+    which are judged as vision features, count as equal."""
 
     def __init__(self, recording: RecordingTap, image_rows: list[slice]):
         self.recording = recording
@@ -72,7 +73,8 @@ class ReplayTap:
         return torch.from_numpy(expected).to(x)
 
     def _equate_images(self, found: np.ndarray, expected: np.ndarray, start: int):
-        """Overwrites the image rows of `found`, whose first row is token `start`, by the expected ones."""
+        """Overwrites the image rows of `found`, whose first row is token `start`, by the expected
+        ones."""
         for image in self.image_rows:
             span = slice(max(image.start - start, 0), max(image.stop - start, 0))
             found[span] = expected[span]
@@ -88,7 +90,8 @@ def record(engine, prompt, token_ids: list[int], path: Path) -> tuple[np.ndarray
 def compare_stages(
     engine, prompt, token_ids: list[int], recording: RecordingTap, logits: np.ndarray
 ) -> dict[str, list]:
-    """Stage -> measures of what it computes from the recorded stream before it; logits [n, vocab] are the reference's."""
+    """Stage -> measures of what it computes from the recorded stream before it; logits [n, vocab]
+    are the reference's."""
     image_rows = []
     if prompt.pixels:
         rows = engine.family.vision.output_shape[1]
@@ -107,10 +110,12 @@ def _tapped_score(engine, tap, prompt, token_ids: list[int]) -> np.ndarray:
 
 
 def measure(expected: np.ndarray, found: np.ndarray, added_to=0.0) -> dict[str, np.ndarray]:
-    """metrics.compare_rows of two streams [n, hidden], and per row: {"relative", "scale", "gain", "largest"}.
+    """metrics.compare_rows of two streams [n, hidden], and per row: {"relative", "scale", "gain",
+    "largest"}.
 
-    relative: error / what the stage adds to the stream. scale: 1 + stream / what it adds, how much a rounding of the sum
-    weighs in that. gain: what the candidate adds, as a multiple of what the reference adds. largest: absolute value.
+    relative: error / what the stage adds to the stream. scale: 1 + stream / what it adds, how much
+    a rounding of the sum weighs in that. gain: what the candidate adds, as a multiple of what the
+    reference adds. largest: absolute value.
     """
     measures = metrics.compare_rows(expected, found)
     is_finite = (measures["nonfinite"] == 0)[:, None]
@@ -159,9 +164,11 @@ def _summary(parts: list[dict[str, np.ndarray]]) -> dict:
 def judge(
     found: dict[str, dict], noise: dict[str, dict] | None, limits: dict[str, float]
 ) -> list[dict]:
-    """Every stage with its limits and whether it is within them; `limits` holds those that are given: relative, gain.
+    """Every stage with its limits and whether it is within them; `limits` holds those that are
+    given: relative, gain.
 
-    noise: the same stages of plain torch in the candidate's dtype, against the same reference; None: it computes in fp32.
+    noise: the same stages of plain torch in the candidate's dtype, against the same reference;
+    None: it computes in fp32.
     """
     judged = []
     for stage, measures in found.items():
@@ -185,5 +192,6 @@ def _judged(measures: dict, noise: dict | None, limits: dict[str, float]) -> dic
 
 
 def _finite(value: float, otherwise: float) -> float:
-    """Plain torch in fp16 overflows too where a model does not fit it; a limit is a number all the same."""
+    """Plain torch in fp16 overflows too where a model does not fit it; a limit is a number all the
+    same."""
     return value if math.isfinite(value) else otherwise

@@ -1,7 +1,7 @@
 """What decides a comparison.
 
-Takes --threshold and --limit, returns {stage: {measure: limit}}; the stages are vision, layers and decode. What is missing
-there is decided by the dtype, when it is known (verdict.py, layerwise.py).
+Takes --threshold and --limit, returns {stage: {measure: limit}}; the stages are vision, layers and
+decode. What is missing there is decided by the dtype, when it is known (verdict.py, layerwise.py).
 """
 
 from runtime.common.errors import ToolkitError
@@ -36,8 +36,9 @@ def all_limits(
 ) -> dict[str, dict[str, float]]:
     """Stage -> measure -> limit; the limits `given` one by one win.
 
-    rounded: the candidate's weights are rounded to 8 or 4 bits and the reference's are not. That moves logits by more than
-    any kernel does; what it may cost is judged by `python -m quant`, here a broken scale shows.
+    rounded: the candidate's weights are rounded to 8 or 4 bits and the reference's are not. That
+    moves logits by more than any kernel does; what it may cost is judged by `python -m quant`, here
+    a broken scale shows.
     """
     limits = {"vision": {"cosine_min": threshold or EXACT}, "decode": {}, "layers": {}}
     if rounded:

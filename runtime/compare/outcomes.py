@@ -11,9 +11,11 @@ from .layerwise import RecordingTap
 
 @dataclass
 class Outcome:
-    """One side's numbers of one case. features float32 [rows, hidden], logits float32 [len(token_ids), vocab].
+    """One side's numbers of one case. features float32 [rows, hidden], logits float32
+    [len(token_ids), vocab].
 
-    token_ids: what was fed behind the prompt `ids`. streams: of the reference's decoder, where they were recorded.
+    token_ids: what was fed behind the prompt `ids`. streams: of the reference's decoder, where they
+    were recorded.
     """
 
     ids: list[int]
@@ -39,8 +41,8 @@ class Noise:
 class Side:
     """One model's outcomes, its family (for token texts) and what the report says about it.
 
-    layers: stage -> measures, as layerwise.judge takes them; None where `note` says why there are none.
-    answers: to the questions of the data set.
+    layers: stage -> measures, as layerwise.judge takes them; None where `note` says why there are
+    none. answers: to the questions of the data set.
     """
 
     info: dict

@@ -1,8 +1,9 @@
 """The two sides of a comparison.
 
-Takes questions and options, returns what the reference, the candidate, and rounding alone compute for every question:
-logits, vision features and the measures of every layer; one model in memory at a time (with --layer-by-layer one layer of
-it). The reference answers greedily; its tokens are fed to all sides.
+Takes questions and options, returns what the reference, the candidate, and rounding alone compute
+for every question: logits, vision features and the measures of every layer; one model in memory at
+a time (with --layer-by-layer one layer of it). The reference answers greedily; its tokens are fed
+to all sides.
 """
 
 import gc
@@ -32,7 +33,8 @@ from .transformers_engine import TransformersEngine
 def run_reference(
     options: CompareOptions, max_model_len: int | None, cases: list[Case], work: Path
 ) -> Side:
-    """Greedy answers in plain torch (or transformers), the logits of every step, and in `work` the streams of every layer."""
+    """Greedy answers in plain torch (or transformers), the logits of every step, and in `work` the
+    streams of every layer."""
     engine, seconds = _load_reference(options, max_model_len)
     prompts, features = encode(engine, cases)
     questions = list(zip(prompts, features))
@@ -54,7 +56,8 @@ def run_reference(
 
 
 def _load_reference(options: CompareOptions, max_model_len: int | None) -> tuple:
-    """(engine, seconds it took); an error's sentence names the reference's flags instead of the candidate's."""
+    """(engine, seconds it took); an error's sentence names the reference's flags instead of the
+    candidate's."""
     try:
         if options.native:
             make = partial(TransformersEngine, dtype=options.reference_dtype)
@@ -78,8 +81,8 @@ def _load_reference(options: CompareOptions, max_model_len: int | None) -> tuple
 
 
 def _fed_tokens(engine, prompt: Prompt, options: CompareOptions) -> tuple[list[int], str]:
-    """The greedy answer's ids and text. With --layer-by-layer, where every new token would read all weights again, the
-    prompt's last ids over and over: any tokens will do to compare on."""
+    """The greedy answer's ids and text. With --layer-by-layer, where every new token would read all
+    weights again, the prompt's last ids over and over: any tokens will do to compare on."""
     family = engine.family
     if options.layer_by_layer:
         rows = family.vision.rows if prompt.pixels else 0
@@ -99,7 +102,8 @@ def _fed_tokens(engine, prompt: Prompt, options: CompareOptions) -> tuple[list[i
 def run_candidate(
     options: CompareOptions, engine_options: EngineOptions, cases: list[Case], reference: Side
 ) -> Side:
-    """The reference's tokens, fed to the candidate step by step; then every layer on the reference's streams."""
+    """The reference's tokens, fed to the candidate step by step; then every layer on the
+    reference's streams."""
     given = replace(one_at_a_time(engine_options), layer_by_layer=options.layer_by_layer)
     engine, seconds = load("candidate", options.model, partial(open_engine, options=given))
     prompts, features = encode(engine, cases)
@@ -195,7 +199,8 @@ def load(role: str, model: str, make: Callable) -> tuple:
 
 
 def encode(engine, cases: list[Case]) -> tuple[list[Prompt], list[np.ndarray]]:
-    """(prompts, vision features) of all cases; the first image may convert the vision encoder, which then prints that."""
+    """(prompts, vision features) of all cases; the first image may convert the vision encoder,
+    which then prints that."""
     prompts = [engine.prompt(case.messages, language=case.language) for case in cases]
     return prompts, [engine.features(prompt) for prompt in prompts]
 

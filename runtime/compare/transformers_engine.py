@@ -1,7 +1,9 @@
-"""transformers' own implementation as the reference of a comparison, for the families that it knows natively.
+"""transformers' own implementation as the reference of a comparison, for the families that it knows
+natively.
 
-Takes our prompt (ids and images as our family file makes them), returns features, greedy tokens and teacher-forced logits,
-computed by none of our code. Nothing else in the toolkit imports transformers.
+Takes our prompt (ids and images as our family file makes them), returns features, greedy tokens and
+teacher-forced logits, computed by none of our code. Nothing else in the toolkit imports
+transformers.
 """
 
 import numpy as np
@@ -20,7 +22,8 @@ NATIVE = {"llava": "AutoModelForImageTextToText", "glm": "AutoModelForCausalLM"}
 
 
 class TransformersEngine:
-    """The part of Engine's interface that a comparison needs; float32 on the CPU unless `dtype` says otherwise."""
+    """The part of Engine's interface that a comparison needs; float32 on the CPU unless `dtype`
+    says otherwise."""
 
     def __init__(self, model_dir, dtype: str = "float32"):
         self.family = family_of(model_dir)
@@ -73,7 +76,7 @@ class TransformersEngine:
         return Result(tokens, text, finish_reason)
 
     def score(self, prompt: Prompt, token_ids: list[int]) -> np.ndarray:
-        """float32 [n, vocab]: one forward pass over prompt and tokens; row i predicts token_ids[i]."""
+        """float32 [n, vocab] of one pass over prompt and tokens; row i predicts token_ids[i]."""
         with torch.inference_mode():
             logits = self.model(**self._inputs(prompt, token_ids[:-1])).logits
         return logits[0, len(prompt.ids) - 1 :].float().numpy()

@@ -1,8 +1,8 @@
 """Whether a candidate passes.
 
-Takes the outcomes of both sides, returns the findings of the report: measures per stage, the checks that decide, one
-sentence. A check is {"stage", "measure", "value", "limit", "passed", "nonfinite", "worst"}; worst: where the worst value
-stands.
+Takes the outcomes of both sides, returns the findings of the report: measures per stage, the checks
+that decide, one sentence. A check is {"stage", "measure", "value", "limit", "passed", "nonfinite",
+"worst"}; worst: where the worst value stands.
 """
 
 import numpy as np
@@ -25,7 +25,8 @@ Measures = dict[str, np.ndarray]  # of metrics.compare_rows or compare_logits, e
 
 
 def judge(reference: Side, candidate: Side, cases: list[Case], limits: dict) -> dict:
-    """The findings: summary per stage, the checks that decide, every layer, case and token (keys: docs/compare.md).
+    """The findings: summary per stage, the checks that decide, every layer, case and token (keys:
+    docs/compare.md).
 
     limits: stage -> measure -> limit, as `limits.all_limits` returns them.
     """
@@ -67,7 +68,8 @@ def _judge_layers(candidate: Side, limits: dict[str, float]) -> list[dict]:
 
 
 def vision_limit(info: dict) -> float:
-    """Largest relative Euclidean distance of an image row: an .om computes in fp16, everything else in fp32."""
+    """Largest relative Euclidean distance of an image row: an .om computes in fp16, everything else
+    in fp32."""
     if any(stage.startswith("vision: om") for stage in info["stages"]):
         return OM_DISTANCE
     return FP32_DISTANCE
@@ -76,7 +78,8 @@ def vision_limit(info: dict) -> float:
 def with_rounding(
     limits: dict[str, float], reference: Side, noise: Noise | None
 ) -> dict[str, float]:
-    """The decoder's limits, with a cosine where none was given: 0.9999, or what rounding alone leaves in this dtype.
+    """The decoder's limits, with a cosine where none was given: 0.9999, or what rounding alone
+    leaves in this dtype.
 
     bf16 is below 0.9999 on some models, and a candidate cannot be better than its dtype.
     """
@@ -114,7 +117,8 @@ def _check(name: str, stage: dict, measure: str, limit: float) -> dict:
 
 
 def layer_checks(layers: list[dict]) -> list[dict]:
-    """At most one check: of the first stage outside its limits, or, if all pass, of the one closest to its limit."""
+    """At most one check: of the first stage outside its limits, or, if all pass, of the one closest
+    to its limit."""
     if not layers:
         return []
     failed = [stage for stage in layers if not stage["passed"]]
@@ -138,7 +142,8 @@ def layer_checks(layers: list[dict]) -> list[dict]:
 
 
 def histogram(pairs: list[tuple[Outcome, Outcome]]) -> dict:
-    """How many logits deviate by which power of ten: {"edges" [n + 1], "counts" [n]}; equal ones are left out."""
+    """How many logits deviate by which power of ten: {"edges" [n + 1], "counts" [n]}; equal ones
+    are left out."""
     counts = np.zeros(len(POWERS) - 1, np.int64)
     for expected, found in pairs:
         error = np.abs(expected.logits.astype(np.float64) - found.logits)

@@ -1,7 +1,9 @@
-"""Finds the first module or ONNX node of the vision encoder that deviates, where vision features fail.
+"""Finds the first module or ONNX node of the vision encoder that deviates, where vision features
+fail.
 
-Takes the findings, adds one sentence to them and to their verdict. `python -m convert.nodes` runs as a process of its own
-against the reference's checkpoint and leaves its table, nodes.csv, in the report's folder.
+Takes the findings, adds one sentence to them and to their verdict. `python -m convert.nodes` runs
+as a process of its own against the reference's checkpoint and leaves its table, nodes.csv, in the
+report's folder.
 """
 
 import csv
@@ -17,7 +19,8 @@ ARTIFACT = ", artifact "  # how OnnxVision.describe ends
 
 
 def look_into(options: CompareOptions, found: dict, out: Path):
-    """Sets found["vision_node"]; for an .om, which cannot be looked into here, to the command that can."""
+    """Sets found["vision_node"]; for an .om, which cannot be looked into here, to the command that
+    can."""
     stages = found["candidate"]["stages"]
     stage = next(line for line in stages if line.startswith("vision: "))
     if stage.startswith("vision: om"):
@@ -50,7 +53,7 @@ def _first_that_deviates(options: CompareOptions, stage: str, table: Path) -> di
 
 
 def _write_nodes(options: CompareOptions, stage: str, table: Path):
-    """Runs convert.nodes on the artifact that `stage` names, or else on the candidate's checkpoint."""
+    """Runs convert.nodes on the artifact that `stage` names, else on the candidate's checkpoint."""
     arguments = ["--model", Path(options.reference).absolute()]
     if ARTIFACT in stage:
         arguments += ["--artifact", Path(stage.partition(ARTIFACT)[2]).absolute()]

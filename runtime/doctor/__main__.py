@@ -1,7 +1,8 @@
-"""`python -m runtime.doctor`: is everything here that this machine could use, and how to get what is not.
+"""`python -m runtime.doctor`: is everything here that this machine could use, and how to get what
+is not.
 
-Takes facts of the machine (checks.py), returns a table or JSON; exit 3 when something for a present NPU, or a package for the
-CPU, is missing or does not match.
+Takes facts of the machine (checks.py), returns a table or JSON; exit 3 when something for a present
+NPU, or a package for the CPU, is missing or does not match.
 """
 
 import json
@@ -108,7 +109,8 @@ def environment(host: Host) -> dict[str, str]:
 
 
 def show(examination: Examination, host: Host):
-    """A table, the variables that are set, and below it the commands to copy, which a table would wrap."""
+    """A table, the variables that are set, and below it the commands to copy, which a table would
+    wrap."""
     print(platform.platform())
     try:
         print_table(examination.checks)

@@ -90,7 +90,8 @@ def _any_below(folders: list[Path], toolkit: Toolkit) -> bool:
 
 
 def _kernels(toolkit: Toolkit, chip: str) -> Check:
-    """The operator package of the chip is installed apart from the toolkit; without it every operator fails (561103)."""
+    """The operator package of the chip is installed apart from the toolkit; without it every
+    operator fails (561103)."""
     folder = toolkit.path / "opp/built-in/op_impl/ai_core/tbe/kernel" / chip
     if folder.is_dir() and len(list(folder.iterdir())) > 1:
         return Check("CANN kernels", OK, f"for {chip}")

@@ -1,7 +1,7 @@
 """What every check of `runtime.doctor` returns, and what several of them share.
 
-Takes a component, a status and the command that fixes it, returns a Check. Versions are compared with the table in
-versions.json.
+Takes a component, a status and the command that fixes it, returns a Check. Versions are compared
+with the table in versions.json.
 """
 
 import json

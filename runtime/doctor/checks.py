@@ -23,7 +23,8 @@ class Examination:
 
 
 def examine(host: Host) -> Examination:
-    """Everything that can be seen; of a machine without an NPU what is missing for one does not count."""
+    """Everything that can be seen; of a machine without an NPU what is missing for one does not
+    count."""
     nodes = npu_nodes(host.root)
     cards = host.cards()
     devices, smi = npu.list_devices(host)

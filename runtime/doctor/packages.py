@@ -1,7 +1,7 @@
 """Checks of Python and its packages.
 
-Takes a Host (and the CANN toolkit in use), returns a Check each. torch and torch_npu are never imported here: without CANN
-even `import torch` may fail, so a child process tries it.
+Takes a Host (and the CANN toolkit in use), returns a Check each. torch and torch_npu are never
+imported here: without CANN even `import torch` may fail, so a child process tries it.
 """
 
 import json

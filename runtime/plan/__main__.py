@@ -1,7 +1,8 @@
-"""`python -m runtime.plan`: what a model needs in memory on an Ascend chip, and roughly how fast it will be.
+"""`python -m runtime.plan`: what a model needs in memory on an Ascend chip, and roughly how fast it
+will be.
 
-Takes a config.json (weights are not needed), prints bytes per device, whether they fit, and estimated times. `Engine` makes
-the same plan, prints it and checks it before anything is loaded.
+Takes a config.json (weights are not needed), prints bytes per device, whether they fit, and
+estimated times. `Engine` makes the same plan and checks it before anything is loaded.
 """
 
 import json

@@ -100,7 +100,7 @@ def _milliseconds(seconds: float) -> float:
 
 
 def roofline_of(family: Family, plan: Plan, chip: Chip) -> Roofline:
-    """The times of the planned model; of its embedding, which is read row by row, no bytes count."""
+    """Times of the planned model; of its embedding, which is read row by row, no bytes count."""
     decoder = family.decoder
     itemsize = plan.dtype.itemsize
     embedding = decoder.vocab_size * decoder.hidden * itemsize

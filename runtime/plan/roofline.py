@@ -1,9 +1,10 @@
 """How long a decoder's step takes on an Ascend chip.
 
-Takes a chip, a split decoder and the bytes of its weights, returns seconds: the larger of arithmetic and memory time, plus
-kernel launches and, over several devices, their sums. Nothing of this was measured by us. Every parameter is named and says
-where it comes from; docs/plan.md sets the results beside the figures that others published. Images are not in it: their
-encoder is another program.
+Takes a chip, a split decoder and the bytes of its weights, returns seconds: the larger of
+arithmetic and memory time, plus kernel launches and, over several devices, their sums. Nothing of
+this was measured by us. Every parameter is named and says where it comes from; docs/plan.md sets
+the results beside the figures that others published. Images are not in it: their encoder is another
+program.
 """
 
 from models.config import DecoderConfig
@@ -13,8 +14,8 @@ from runtime.parallel.split import Split
 COMPUTE_EFFICIENCY = 0.6  # of the peak, long prompts; Huawei's msmodeling starts from 0.7
 MATRIX_LAUNCH = 5e-6  # seconds on the device per matmul or attention kernel (msmodeling's cost)
 VECTOR_LAUNCH = 2e-6  # the same for norms, rope, activations, cache writes
-# A kernel launched from Python: Qwen3-4B, some 430 launches, ran 17 tokens/s without graphs on a 910B3 (vllm-ascend issue
-# 770). An upper bound: vLLM's own work is in it.
+# A kernel launched from Python: Qwen3-4B, some 430 launches, ran 17 tokens/s without graphs on a
+# 910B3 (vllm-ascend issue 770). An upper bound: vLLM's own work is in it.
 HOST_LAUNCH = 135e-6
 COLLECTIVE = 10e-6  # a sum or gather over devices, besides its bytes (msmodeling)
 LINK_EFFICIENCY = 0.7  # of the links between devices (msmodeling)
@@ -28,7 +29,8 @@ OUTER_KERNELS = 4  # before and after the layers
 
 
 class Roofline:
-    """Times of a split decoder on a chip; weight_bytes: per device, without the embedding; itemsize: of the cache's dtype."""
+    """Times of a split decoder on a chip; weight_bytes: per device, without the embedding;
+    itemsize: of the cache's dtype."""
 
     def __init__(self, chip: Chip, split: Split, weight_bytes: int, itemsize: int):
         self.chip = chip
@@ -37,13 +39,14 @@ class Roofline:
         self.itemsize = itemsize
 
     def token(self, sequences: int, length: int) -> float:
-        """Seconds per decoding step of `sequences`, each with `length` tokens in the cache; recorded graphs."""
+        """Seconds per decoding step of `sequences`, each with `length` tokens in the cache;
+        recorded graphs."""
         cached = sequences * length
         return self._seconds(sequences, sequences, pairs=cached, cached=cached)
 
     def prompt(self, length: int, bidirectional: bool = False) -> float:
-        """Seconds until the first token. bidirectional (VisualGLM): all but the last token see each other, then the last
-        one is decoded."""
+        """Seconds until the first token. bidirectional (VisualGLM): all but the last token see each
+        other, then the last one is decoded."""
         pairs = length * length
         if bidirectional:
             return self._seconds(length, 1, pairs, length) + self.token(1, length)
@@ -71,8 +74,8 @@ class Roofline:
         return kernels
 
     def _seconds(self, tokens: int, sequences: int, pairs: int, cached: int) -> float:
-        """A pass over `tokens`, with logits of `sequences`; pairs: of a query and a key that it sees, per head and layer;
-        cached: tokens whose keys and values are read."""
+        """A pass over `tokens`, with logits of `sequences`; pairs: of a query and a key that it
+        sees, per head and layer; cached: tokens whose keys and values are read."""
         chip = self.chip
         arithmetic = self._operations(tokens, sequences, pairs) / (chip.flops * COMPUTE_EFFICIENCY)
         memory = self._bytes(cached) / (chip.bandwidth * chip.memory_efficiency)
@@ -97,7 +100,8 @@ class Roofline:
         return self.weight_bytes + 2 * c.layers * c.kv_heads * c.head_dim * self.itemsize * cached
 
     def _collectives(self, tokens: int, sequences: int) -> float:
-        """Two sums per layer and a gather of the logits, each device sending its share of the bytes to all others."""
+        """Two sums per layer and a gather of the logits, each device sending its share of the bytes
+        to all others."""
         c = self.split.config
         size = self.split.size
         if size == 1:

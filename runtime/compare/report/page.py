@@ -1,8 +1,8 @@
 """The files of a precision report.
 
-Takes the findings (a dict), returns report.json, layers.csv and one self-contained report.html. SCHEMA names the JSON layout
-(docs/compare.md); its version grows when a key changes meaning or goes. NaN is written as null. Headings of the page are in
-labels.json, in every language.
+Takes the findings (a dict), returns report.json, layers.csv and one self-contained report.html.
+SCHEMA names the JSON layout (docs/compare.md); its version grows when a key changes meaning or
+goes. NaN is written as null. Headings of the page are in labels.json, in every language.
 """
 
 import base64
@@ -30,7 +30,8 @@ SPAN = '<span class="en">{}</span><span class="zh" lang="zh">{}</span>'
 
 
 def write(found: dict, images: list[list], out: Path):
-    """Completes `found` and writes layers.csv, report.html, then report.json. images: of every case, paths or PIL images.
+    """Completes `found` and writes layers.csv, report.html, then report.json. images: of every
+    case, paths or PIL images.
 
     ToolkitError if a file cannot be written.
     """
@@ -43,7 +44,8 @@ def write(found: dict, images: list[list], out: Path):
 
 
 def layers_csv(found: dict) -> str:
-    """Every stage as a row of msit's comparison table (common/msit.py); what is not measured here stays empty."""
+    """Every stage as a row of msit's comparison table (common/msit.py); what is not measured here
+    stays empty."""
     stored = io.StringIO()
     rows = csv.DictWriter(stored, MSIT_COLUMNS, restval="", lineterminator="\n")
     rows.writeheader()
@@ -54,7 +56,7 @@ def layers_csv(found: dict) -> str:
 
 
 def _msit_row(stage: dict) -> dict:
-    """NPUDump is the candidate, GroundTruth the reference; the cosine is the smallest of a token."""
+    """NPUDump is the candidate, GroundTruth the reference; cosine: the smallest of a token."""
     return {
         "OpType": stage["stage"].rpartition(".")[2],
         "NPUDump": stage["stage"],

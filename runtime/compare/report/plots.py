@@ -25,7 +25,8 @@ STYLE = {
 
 
 def plots(found: dict, labels: dict) -> list[dict]:
-    """[{title, svg}]: every measure over the tokens of all questions, the layers' errors, and how large errors are."""
+    """[{title, svg}]: every measure over the tokens of all questions, the layers' errors, and how
+    large errors are."""
     drawn = []
 
     def add(label: str, draw: Callable, *what):

@@ -1,7 +1,7 @@
 """The verdict of a comparison in words.
 
-Takes the checks of `compare.verdict`, returns one line of text per language. Each language is a table of templates; a
-failed check chooses one of them by its kind.
+Takes the checks of `compare.verdict`, returns one line of text per language. Each language is a
+table of templates; a failed check chooses one of them by its kind.
 """
 
 from dataclasses import dataclass
@@ -15,9 +15,10 @@ from . import formats
 class Wording:
     """Templates of one language.
 
-    features: stage -> what is compared there. places: stage -> where its worst value stands. failures: kind of a failed
-    check (`kind_of`) -> sentence. failed: the whole verdict, of which `{failures}` are joined with `between`.
-    more_stages: what a sentence about the layers ends with when several of them deviate.
+    features: stage -> what is compared there. places: stage -> where its worst value stands.
+    failures: kind of a failed check (`kind_of`) -> sentence. failed: the whole verdict, of which
+    `{failures}` are joined with `between`. more_stages: what a sentence about the layers ends with
+    when several of them deviate.
     """
 
     features: dict[str, str]
