@@ -16,6 +16,7 @@ from runtime.__main__ import main as runtime_main
 from runtime.common.errors import run_command
 from runtime.predict import __main__ as predict
 from runtime.predict import answer_file
+from runtime.predict.questions import read_question
 
 KILLS = int(os.environ.get("PREDICT_KILLS", 3))
 ROOT = paths.ROOT
@@ -203,6 +204,12 @@ def test_a_partial_file_that_is_not_ours(change, sentence, mixed, tmp_path, caps
 def test_mistakes(given, sentence, capsys):
     assert run_command(predict.main, ["--model", str(GOLDEN), *given]) == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("field", ["history", "image"])
+def test_a_field_that_is_no_list_is_an_error_of_its_line(field):
+    error = read_question(json.dumps({"prompt": "x", field: 5}))
+    assert f'"{field}" is n' in str(error)
 
 
 def test_empty_input(tmp_path, capsys):

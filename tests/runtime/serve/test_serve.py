@@ -19,6 +19,7 @@ from PIL import Image
 
 from runtime.common.errors import run_command
 from runtime.serve.__main__ import main
+from runtime.serve.schema import LegacyRequest
 
 ROOT = paths.ROOT
 GOLDEN = paths.GOLDEN
@@ -587,3 +588,9 @@ def test_what_cannot_start(tmp_path, capsys, signals):
         assert run_command(main, ["--port", str(service.free_port()), *argv]) == 2
         printed = capsys.readouterr().err
         assert word in printed and "Traceback" not in printed, printed
+
+
+def test_max_length_counts_the_prompt_and_leaves_at_least_one_token():
+    request = LegacyRequest(text="x", max_length=10)
+    assert [request.max_new_tokens(prompt_tokens) for prompt_tokens in (4, 10, 12)] == [6, 1, 1]
+    assert LegacyRequest(text="x").max_new_tokens(4) is None
