@@ -1,1 +1,1 @@
-"""Checkpoint -> verified ONNX -> the atc command; `python -m convert` is the command, `__main__.py` has its steps."""
+"""`python -m convert`: checkpoint -> verified ONNX -> .om. The steps stand in pipeline.py."""

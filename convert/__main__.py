@@ -1,7 +1,8 @@
-"""`python -m convert`. Takes a checkpoint directory, writes an artifact directory with a verified vision encoder.
+"""`python -m convert`. Takes a checkpoint directory, writes an artifact directory with a verified
+vision encoder.
 
-Steps (pipeline.py): export, preflight, verify, publish; then, where CANN is installed, atc and the verification of its
-.om. Idempotent: a second run does only what is missing.
+Steps (pipeline.py): export, preflight, verify, publish; then, where CANN is installed, atc and the
+verification of its .om. Idempotent: a second run does only what is missing.
 """
 
 import sys

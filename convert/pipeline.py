@@ -1,8 +1,9 @@
 """The conversion: export -> preflight -> verify -> publish -> atc.
 
-Takes a Source and an artifact directory, leaves there a verified vision.onnx and, where CANN is installed, an .om.
-Everything is made in a work directory inside the artifact directory (same file system) and published when it is proved:
-a killed run leaves nothing that looks complete, and the next run continues after the last completed step.
+Takes a Source and an artifact directory, leaves there a verified vision.onnx and, where CANN is
+installed, an .om. Everything is made in a work directory inside the artifact directory (same file
+system) and published when it is proved: a killed run leaves nothing that looks complete, and the
+next run continues after the last completed step.
 """
 
 import errno
@@ -43,7 +44,7 @@ SHOWN = 10  # findings of the preflight on screen
 
 
 def vision_family(model_dir: str) -> Family:
-    """The family of a checkpoint; ToolkitError if it has no vision encoder. Reads config.json only."""
+    """The family of a checkpoint, by its config.json; ToolkitError without a vision encoder."""
     family = family_of(model_dir)
     if family.vision is None:
         raise ToolkitError(
@@ -66,7 +67,9 @@ def convert(
     installed: InstalledAtc | None,
     force: bool,
 ):
-    """Make what the artifact lacks: the verified ONNX, then, with an installed atc, the .om. `force`: replace any artifact."""
+    """Make what the artifact lacks: the verified ONNX, then, with an installed atc, the .om.
+    `force`: replace any artifact.
+    """
     make_writable(artifact_dir)
     with locked(artifact_dir):
         if force or not is_current(source, artifact_dir):
@@ -93,7 +96,10 @@ def make_writable(artifact_dir: Path):
 
 
 def is_current(source: Source, artifact_dir: Path) -> bool:
-    """Whether the artifact is complete and made from `source`; ToolkitError if it was made from another checkpoint."""
+    """Whether the artifact is complete and made from `source`.
+
+    ToolkitError if it was made from another checkpoint.
+    """
     try:
         manifest = artifact.load(artifact_dir)
     except ToolkitError:
@@ -127,7 +133,7 @@ def make_artifact(source: Source, artifact_dir: Path):
 
 
 def resume_export(source: Source, work_dir: Path) -> dict | None:
-    """{file: {bytes, sha256}} of an export of `source` that an interrupted run completed, else None."""
+    """{file: {bytes, sha256}} of an export that an interrupted run completed; None without one."""
     record = work_dir / EXPORTED
     if not record.is_file():
         return None
@@ -171,7 +177,7 @@ def _removed_on_failure(work_dir: Path) -> Iterator[None]:
 
 
 def _in_background(function: Callable) -> Future:
-    """The result of function(), computed in a thread that does not keep an interrupted program alive."""
+    """The result of function(); its thread does not keep an interrupted program alive."""
     future = Future()
 
     def run():
@@ -200,7 +206,7 @@ def check_graph(family: Family, work_dir: Path):
 
 
 def verify_export(family: Family, work_dir: Path) -> dict:
-    """{image: measured errors} of ONNX Runtime against torch; ToolkitError (exit 1) if they disagree."""
+    """{image: errors} of ONNX Runtime against torch; ToolkitError (exit 1) if they disagree."""
     start = time.perf_counter()
     results = verify(family, work_dir)
     for name, result in results.items():

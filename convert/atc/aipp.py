@@ -1,6 +1,7 @@
 """AIPP, the NPU's image preprocessing: its configuration file, and the same arithmetic in numpy.
 
-Takes a family whose tower normalises its input once, returns the file that has AIPP do it in front of the graph.
+Takes a family whose tower normalises its input once, returns the file that has AIPP do it in front
+of the graph.
 """
 
 import numpy as np
@@ -33,8 +34,8 @@ def normalization(family: Family) -> tuple[str, Normalize]:
 def aipp_config(family: Family) -> str:
     """AIPP file: uint8 RGB NHWC in, (x - mean - min) * var_reci per channel out, as NCHW.
 
-    The mean is split into a whole number and a rest, because AIPP holds the rest in fp16: 122 + 0.7709 is exact to
-    0.0005, 122.7709 only to 0.06.
+    The mean is split into a whole number and a rest, because AIPP holds the rest in fp16:
+    122 + 0.7709 is exact to 0.0005, 122.7709 only to 0.06.
     """
     _, height, width, _ = family.vision.input_shape
     _, module = normalization(family)
@@ -60,7 +61,10 @@ def aipp_config(family: Family) -> str:
 
 
 def apply_aipp(config: str, pixels: np.ndarray, dtype=np.float32) -> np.ndarray:
-    """What AIPP makes of raw pixels [n, H, W, 3] (whole numbers) with the numbers of its file: [n, 3, H, W] of `dtype`."""
+    """What AIPP makes of raw pixels with the numbers of its file.
+
+    [n, H, W, 3], whole numbers 0..255 -> [n, 3, H, W] of `dtype`
+    """
     values = dict(line.strip().split(": ") for line in config.splitlines() if ": " in line)
     mean = _per_channel(values, "mean", dtype)
     rest = _per_channel(values, "min", dtype)

@@ -1,8 +1,9 @@
 """From a verified ONNX artifact to an .om: compilation, and the precision ladder on a device.
 
-Takes an artifact directory and a request, returns nothing; the manifest then records the .om. Without a device the .om is
-recorded as compiled, not verified. With one it is measured against ONNX Runtime on the verification images, and the next
-precision mode is compiled until the family's threshold holds; an .om that misses it is deleted.
+Takes an artifact directory and a request, returns nothing; the manifest then records the .om.
+Without a device the .om is recorded as compiled, not verified. With one it is measured against ONNX
+Runtime on the verification images, and the next precision mode is compiled until the family's
+threshold holds; an .om that misses it is deleted.
 """
 
 import os
@@ -37,7 +38,10 @@ class OmBuild:
     attempts: list[dict] = field(default_factory=list)
 
     def run(self):
-        """Compile in the request's precision modes until one is good enough; ToolkitError (exit 1) if none is."""
+        """Compile in the request's precision modes until one is good enough.
+
+        ToolkitError (exit 1) if none is.
+        """
         manifest = artifact.load(self.artifact_dir)
         current = self._current_om(manifest)
         if current and manifest.status == OM_VERIFIED:
@@ -72,7 +76,10 @@ class OmBuild:
         return atc_command(self.request, self.family, mode)
 
     def _compile(self, mode: str) -> Path | None:
-        """The new .om in the work directory; None if it does not compile after another mode was measured."""
+        """The new .om in the work directory.
+
+        None if it does not compile and an earlier mode did; a first mode that does not is an error.
+        """
         start = time.perf_counter()
         log = self.artifact_dir / log_name(mode)
         try:
@@ -111,7 +118,7 @@ class OmBuild:
         return True
 
     def _publish(self, om: Path, mode: str, status: str) -> Path:
-        """Move the .om and its weights out of the work directory, and record them; the manifest comes last."""
+        """Move the .om and its weights out of the work directory, then record them in the manifest."""
         manifest = remove_om_record(self.artifact_dir)
         if om.parent != self.artifact_dir:
             om = replace_om(om, self.artifact_dir)
@@ -162,7 +169,7 @@ def check_disk(artifact_dir: Path, needed: int):
 
 
 def remove_om_record(artifact_dir: Path) -> Manifest:
-    """Save and return the manifest without an .om, so that none is recorded while its files are replaced."""
+    """Save the manifest without an .om, so that none is recorded while files are replaced."""
     manifest = replace(
         artifact.load(artifact_dir),
         soc_version=None,
@@ -175,7 +182,7 @@ def remove_om_record(artifact_dir: Path) -> Manifest:
 
 
 def replace_om(om: Path, artifact_dir: Path) -> Path:
-    """Move the .om and its weight directory into the artifact, in place of older ones; its new path."""
+    """Move the .om and its weights into the artifact, in place of older ones; its new path."""
     for old in om_files(artifact_dir):
         old.unlink()
     shutil.rmtree(artifact_dir / WEIGHTS, ignore_errors=True)

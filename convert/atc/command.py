@@ -1,7 +1,8 @@
 """The `atc` command that compiles the exported graph to vision.om.
 
-Takes what the user wants of the .om, returns a checked command line. atc leaves files in its working directory, so it
-runs in a directory of its own inside the artifact directory, and every path is `../name`.
+Takes what the user wants of the .om, returns a checked command line. atc leaves files in its
+working directory, so it runs in a directory of its own inside the artifact directory, and every
+path is `../name`.
 """
 
 import json
@@ -28,7 +29,7 @@ OM_PART_BYTES = 4 << 30  # limit of one part of an .om: weights above it go besi
 
 @dataclass(frozen=True)
 class OmRequest:
-    """What to compile: `gears` = batch sizes (none: one image), `extra` = further atc options of the user."""
+    """What to compile. `gears`: batch sizes (none: one image); `extra`: the user's own options."""
 
     soc_version: str
     precision_mode: str = "auto"
@@ -48,7 +49,7 @@ class OmRequest:
 
 
 def check_modes(request: OmRequest, family: Family, cann: str | None):
-    """ToolkitError for what atc of this CANN version (None = any) would refuse, in any of the modes."""
+    """ToolkitError for what atc of this CANN (None = any) would refuse, in any of the modes."""
     for mode in request.modes:
         check_options(atc_options(request, family, mode), cann)
 
@@ -62,8 +63,8 @@ def atc_command(request: OmRequest, family: Family, mode: str) -> list[str]:
 def atc_options(request: OmRequest, family: Family, mode: str) -> dict[str, str]:
     """atc's options in one precision mode; what the user gives replaces defaults of the same name.
 
-    Input and output of the .om are fp16, as in existing blip2.om files (raw 0..255 values are exact in fp16); with AIPP
-    the input is uint8.
+    Input and output of the .om are fp16, as in existing blip2.om files (raw 0..255 values are exact
+    in fp16); with AIPP the input is uint8.
     """
     name, value = precision_option(mode)
     options = {
@@ -71,7 +72,8 @@ def atc_options(request: OmRequest, family: Family, mode: str) -> dict[str, str]
         "framework": "5",
         "output": NAME,
         "soc_version": request.soc_version,
-        "input_format": "NCHW",  # with NHWC input only a label, and the one existing OMs were built with
+        # with NHWC input only a label, and the one that existing OMs were built with
+        "input_format": "NCHW",
         "input_shape": _input_shape(request, family),
         **_input_options(request, family),
         "output_type": "FP16",
@@ -86,7 +88,7 @@ def atc_options(request: OmRequest, family: Family, mode: str) -> dict[str, str]
 
 
 def _input_shape(request: OmRequest, family: Family) -> str:
-    """The form of --input_shape, e.g. "input:1,224,224,3"; a batch of -1 means that the gears decide."""
+    """Value of --input_shape, e.g. "input:1,224,224,3"; a batch of -1 stands for the gears."""
     batch, height, width, channels = family.vision.input_shape
     if request.gears:
         batch = -1

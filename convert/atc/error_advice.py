@@ -1,6 +1,7 @@
-"""Advice for atc's error codes. Takes what atc printed, returns one sentence per cause, in the user's language.
+"""Advice for atc's error codes. Takes what atc printed, returns one sentence per cause, in the
+user's language.
 
-`error_advice.json` maps codes, families of codes and known phrases to {language: [meaning, action]}.
+`error_advice.json` maps codes, families of codes and phrases to {language: [meaning, action]}.
 """
 
 import json

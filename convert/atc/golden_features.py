@@ -1,7 +1,8 @@
 """Golden features: what ONNX Runtime computes for the verification images.
 
-Takes a graph (vision.onnx, or the variant made for ATC), returns the features that an .om is measured against. Computed in
-a child process (`python -m convert.atc.golden_features`), because ONNX Runtime gives no memory back.
+Takes a graph (vision.onnx, or the variant made for ATC), returns the features that an .om is
+measured against. Computed in a child process (`python -m convert.atc.golden_features`), because
+ONNX Runtime gives no memory back.
 """
 
 import functools
@@ -23,12 +24,12 @@ from .aipp import apply_aipp
 
 @functools.lru_cache(maxsize=1)
 def golden(family: Family, artifact_dir: Path) -> np.ndarray:
-    """Features of vision.onnx, which its variant and every .om are compared with; computed once per conversion."""
+    """Features of vision.onnx, which its variant and every .om are compared with; computed once."""
     return features(family, artifact_dir / ONNX)
 
 
 def features(family: Family, graph: Path, aipp: Path | None = None) -> np.ndarray:
-    """float32 [images, rows, hidden]; `aipp`: the AIPP file to apply in front of `graph`, if there is one.
+    """float32 [images, rows, hidden]. `aipp`: the AIPP file to apply in front of `graph`, if any.
 
     ToolkitError when ONNX Runtime cannot run the graph.
     """

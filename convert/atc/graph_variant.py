@@ -1,9 +1,9 @@
-"""The graph for ATC where it must differ from vision.onnx: a batch of any size, or AIPP in front of the input.
+"""The graph for ATC where it must differ from vision.onnx: a free batch, or AIPP at the input.
 
-Takes vision.onnx, writes vision_atc.onnx beside it, with the same weights in the same vision.onnx.data. Free batch (for
---dynamic-batch): no constant may hold the batch size 1 any more. AIPP: the input becomes the normalised image as NCHW,
-because AIPP stands in front of an NCHW input and does the arithmetic of `Normalize`; the .om's own input is the raw
-image, uint8 NHWC.
+Takes vision.onnx, writes vision_atc.onnx beside it, with the same weights in the same
+vision.onnx.data. Free batch (for --dynamic-batch): no constant may hold the batch size 1.
+AIPP: the input becomes the normalised image as NCHW, because AIPP stands in front of an NCHW input
+and does the arithmetic of `Normalize`; the .om's own input is the raw image, uint8 NHWC.
 """
 
 from pathlib import Path
@@ -22,7 +22,10 @@ BATCH = "batch"
 
 
 def write_variant(family: Family, artifact_dir: Path, request: OmRequest, path: Path):
-    """Write the graph as `request` needs it to `path` in the artifact; ToolkitError (exit 1) if it cannot be changed so."""
+    """Write the graph as `request` needs it to `path`, a file in the artifact.
+
+    ToolkitError (exit 1) if the graph cannot be changed so.
+    """
     model = ir.load(artifact_dir / ONNX)
     if request.aipp:
         cut_normalize(model.graph, family)
@@ -35,7 +38,7 @@ def write_variant(family: Family, artifact_dir: Path, request: OmRequest, path: 
 
 
 def cut_normalize(graph: ir.Graph, family: Family):
-    """Remove the nodes of `Normalize`; their result becomes the graph's input, [batch, channels, height, width]."""
+    """Remove the nodes of `Normalize`; their result [batch, 3, H, W] becomes the graph's input."""
     path, _ = normalization(family)
     nodes = [node for node in graph if node.name.startswith(path + "/")]
     batch, height, width, channels = family.vision.input_shape
@@ -55,7 +58,7 @@ def cut_normalize(graph: ir.Graph, family: Family):
 
 
 def free_batch(graph: ir.Graph):
-    """Let the first dimension of input and output be of any size; ToolkitError where an operator forbids it."""
+    """Free the first dimension of input and output; ToolkitError where an operator forbids it."""
     image = graph.inputs[0]
     batched = _follow_batch(graph, image)
     if graph.outputs[0] not in batched:
@@ -113,17 +116,12 @@ def _free_reshape(graph: ir.Graph, node: ir.Node):
 
 
 def _concat_by_adding(graph: ir.Graph, node: ir.Node, batched: set[ir.Value]):
-    """Replace a Concat of rows with and without a batch by the sum of its inputs, each padded with zeros to the full
-    length: a sum broadcasts over the batch, and needs no arithmetic on shapes."""
-    axis = node.attributes["axis"].as_int()
-    rank = len(node.outputs[0].shape)
-    sizes = [value.shape[axis] for value in node.inputs]
+    """Replace a Concat of rows with and without a batch by the sum of its inputs, each padded with
+    zeros to the full length: a sum broadcasts over the batch, and needs no arithmetic on shapes.
+    """
     total = None
     for index, value in enumerate(node.inputs):
-        pads = np.zeros((2, rank), np.int64)
-        pads[:, axis] = sum(sizes[:index]), sum(sizes[index + 1 :])
-        pad_inputs = [value, _constant(graph, pads.ravel())]
-        padded = _insert(node, "Pad", pad_inputs, f"{node.name}/Pad_{index}")
+        padded = _insert_pad(graph, node, index)
         if value in batched:
             batched.add(padded)
         if total is None:
@@ -134,6 +132,16 @@ def _concat_by_adding(graph: ir.Graph, node: ir.Node, batched: set[ir.Value]):
         batched.add(total)
     node.outputs[0].replace_all_uses_with(total, replace_graph_outputs=True)
     graph.remove(node, safe=True)
+
+
+def _insert_pad(graph: ir.Graph, concat: ir.Node, index: int) -> ir.Value:
+    """Input `index` of a Concat, padded with zeros to where it lies in the result."""
+    axis = concat.attributes["axis"].as_int()
+    sizes = [value.shape[axis] for value in concat.inputs]
+    pads = np.zeros((2, len(concat.outputs[0].shape)), np.int64)
+    pads[:, axis] = sum(sizes[:index]), sum(sizes[index + 1 :])
+    inputs = [concat.inputs[index], _constant(graph, pads.ravel())]
+    return _insert(concat, "Pad", inputs, f"{concat.name}/Pad_{index}")
 
 
 def _insert(before: ir.Node, op_type: str, inputs: list[ir.Value], name: str) -> ir.Value:

@@ -1,7 +1,7 @@
 """The files that an atc command names.
 
-Takes an artifact with a verified vision.onnx, writes beside it atc.sh, the AIPP file, the list for mixed precision and
-the graph made for ATC, which is verified against vision.onnx.
+Takes an artifact with a verified vision.onnx, writes beside it atc.sh, the AIPP file, the list for
+mixed precision and the graph made for ATC, which is verified against vision.onnx.
 """
 
 import os

@@ -1,4 +1,7 @@
-"""Whether an .om computes what the ONNX graph does. Takes a session on a device, returns the record of an attempt."""
+"""Whether an .om computes what the ONNX graph does.
+
+Takes a session on a device, returns the record of an attempt.
+"""
 
 import time
 
@@ -16,9 +19,10 @@ RUNS = 5  # timed, after one that is not
 
 
 def measure_om(family: Family, session: VisionSession, golden: np.ndarray, mode: str) -> dict:
-    """{mode, passed, cosine (lowest of all rows), distance (relative) to `golden`, latency_ms per image}.
+    """Record of the .om against the features `golden`, float32 [images, rows, hidden].
 
-    An .om that gives NaN or Inf has {mode, passed, error}.
+    {mode, passed, cosine (lowest of all rows), distance (relative), latency_ms (per image)};
+    of an .om that gives NaN or Inf {mode, passed, error}.
     """
     pixels = verification_pixels(family)
     try:

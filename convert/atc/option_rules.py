@@ -1,7 +1,7 @@
-"""ATC's option grammar. Takes options, raises in one sentence what atc itself would refuse only after minutes.
+"""ATC's option grammar. Takes options, raises at once what atc would refuse after minutes.
 
-The table `option_rules.json` holds names, values and the first CANN version of each option (7.0 to 9.x; none = all of
-them), and what convert sets itself.
+The table `option_rules.json` holds names, values and the first CANN version of each option (7.0 to
+9.x; none = all of them), and what convert sets itself.
 """
 
 import json
@@ -30,7 +30,7 @@ def table() -> dict:
 
 
 def parse_extra(arguments) -> dict[str, str]:
-    """Values of --atc-arg, KEY=VALUE or --key=value, as {option: value}; ToolkitError for anything else."""
+    """{option: value} of --atc-arg's values, KEY=VALUE or --key=value; ToolkitError for others."""
     options = {}
     for argument in arguments:
         name, equals, value = argument.strip().lstrip("-").partition("=")
@@ -102,7 +102,10 @@ def precision_option(mode: str) -> tuple[str, str]:
 
 
 def check_soc(name: str):
-    """ToolkitError unless `name` is a --soc_version; Ascend910B without a digit is older than 910B1 to 910B4."""
+    """ToolkitError unless `name` is a --soc_version.
+
+    Ascend910B without a digit is another, older chip than 910B1 to 910B4.
+    """
     if name == "Ascend910B":
         raise ToolkitError(
             "--soc-version Ascend910B is the first 910, not an Atlas A2; "
@@ -121,7 +124,10 @@ def check_soc(name: str):
 
 
 def check_options(options: dict[str, str], cann: str | None):
-    """ToolkitError for a value, a combination or an option that atc of this CANN ("8.0.RC2"; None = any) refuses."""
+    """ToolkitError for an option, a value or a combination that atc refuses.
+
+    `cann`: the version that atc belongs to, e.g. "8.0.RC2"; None: any.
+    """
     version = numbers(cann)[:2] if cann else None
     if version and version < OLDEST:
         raise ToolkitError(f"CANN {cann} does not read opset 17 graphs; install CANN 7.0 or newer")
@@ -201,7 +207,10 @@ def _check_precision(options: dict[str, str]):
 
 
 def check_path(path: str | Path):
-    """ToolkitError unless atc takes the path: letters, digits, Chinese, `_`, `-`, `.`, and no more than PATH_MAX."""
+    """ToolkitError unless atc takes the path.
+
+    Letters, digits, Chinese characters, `_`, `-` and `.`, of at most MAX_PATH bytes in all.
+    """
     text = str(path)
     odd = sorted(set(PATH.sub("", CHINESE.sub("", text))))
     if odd:

@@ -1,4 +1,4 @@
-"""What atc would run, before anything is compiled. Takes a request, returns the lines that --dry-run prints."""
+"""What atc would run. Takes a request, returns the lines that are printed where atc is not run."""
 
 import shlex
 from pathlib import Path
@@ -11,7 +11,10 @@ from .run import InstalledAtc
 
 
 def check_request(family: Family, request: OmRequest, installed: InstalledAtc | None):
-    """ToolkitError, before anything slow begins, for what atc (without one: of any CANN version) would refuse."""
+    """ToolkitError, before anything slow begins, for what atc would refuse.
+
+    Without an installed atc: for what every CANN version would refuse.
+    """
     check_modes(request, family, installed.cann if installed else None)
     if request.aipp:
         normalization(family)

@@ -1,7 +1,8 @@
-"""Running atc. Takes a checked command, returns the path of one .om, or raises one sentence with advice for its errors.
+"""Running atc. Takes a checked command, returns the path of one .om, or raises advice for errors.
 
-atc is a bash wrapper around atc.bin. Every failure exits with 255 and names its causes on stdout, so success is three
-things: exit status 0, the success line, and the file, `vision.om` or (with code for the host) `vision_<os>_<arch>.om`.
+atc is a bash wrapper around atc.bin. Every failure exits with 255 and names its causes on stdout,
+so success is three things: exit status 0, the success line, and the file, `vision.om` or (with code
+for the host) `vision_<os>_<arch>.om`.
 """
 
 import os
@@ -26,7 +27,7 @@ KILLED = 128  # a shell reports a process ended by signal n as 128 + n
 
 @dataclass(frozen=True)
 class InstalledAtc:
-    """An installed atc and the CANN version it belongs to, e.g. "8.0.RC2" (None where no version file is found)."""
+    """`cann`: the version that atc belongs to, e.g. "8.0.RC2"; None without a version file."""
 
     atc: Path
     cann: str | None
@@ -45,7 +46,7 @@ def find_atc() -> InstalledAtc | None:
 
 
 def run_atc(installed: InstalledAtc, arguments: list[str], work_dir: Path, log: Path) -> Path:
-    """Path in `work_dir` (emptied first) of the .om that `arguments` make; what atc prints is kept in `log`.
+    """Path in `work_dir` (emptied first) of the .om that `arguments` make; `log` keeps the output.
 
     ToolkitError (exit 1) when atc fails, is killed, or does not leave exactly one .om.
     """

@@ -1,8 +1,9 @@
-"""The external data file of an ONNX model. Takes one tensor after another, returns the place of each in the file.
+"""The external data file of an ONNX model. Takes tensor after tensor, returns each one's place.
 
-Hashing and writing run in threads, one tensor behind, so that they overlap with reading the next tensor. Written data
-does not pass through the page cache where the file system can do without it: gigabytes of fresh cache pages cost more than
-the disk does, above all in virtual machines, and would push out what other programs have cached.
+Hashing and writing run in threads, one tensor behind, so that they overlap with reading the next
+tensor. Written data does not pass through the page cache where the file system can do without it:
+gigabytes of fresh cache pages cost more than the disk does, above all in virtual machines, and
+would push out what other programs have cached.
 """
 
 import errno
@@ -21,7 +22,7 @@ OVERLAP_BYTES = 64 << 20  # larger tensors are alone in memory
 
 
 class DataFile:
-    """Context manager; after it, `size` and `sha256` describe the file, which is then on the disk."""
+    """Context manager; after it the file is on the disk, `size` and `sha256` describe it."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -98,7 +99,7 @@ class DataFile:
                     self._flush()
 
     def _flush(self):
-        """Write whole pages only; what the last write adds beyond the end is cut off in `__exit__`."""
+        """Write whole pages only; `__exit__` cuts off what the last one adds beyond the end."""
         pages = -(-self._filled // ALIGNMENT)
         data = memoryview(self._stage)[: pages * ALIGNMENT]
         while len(data):

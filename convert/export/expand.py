@@ -1,11 +1,12 @@
 """Expansion of a folded tower's ONNX graph.
 
-Takes the graph with placeholders and one body per kind of block, leaves in it a copy of the body for every placeholder,
-bound to the weights of the block that it stands for.
+Takes the graph with placeholders and one body per kind of block, leaves in it a copy of the body
+for every placeholder, bound to the weights of the block that it stands for.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import onnx_ir as ir
 
@@ -17,7 +18,7 @@ TEMPLATES = "templates."  # in front of the weights of Folded.templates
 
 @dataclass
 class Body:
-    """The ONNX nodes of one kind of block; a placeholder's values take the place of `inputs` and `output`."""
+    """The ONNX nodes of one kind of block, with the values that flow in and out."""
 
     inputs: list[ir.Value]
     output: ir.Value
@@ -25,7 +26,7 @@ class Body:
 
 
 def expand(model: ir.Model, folded: Folded, weights: dict[str, ir.Value]):
-    """Replace every placeholder by a copy of its kind's nodes. `weights`: the folded tower's, by name.
+    """Replace every placeholder by a copy of its kind's nodes. `weights`: {name: graph input}.
 
     Afterwards the graph's inputs are the pixels and the tower's weights.
     """
@@ -41,12 +42,16 @@ def expand(model: ir.Model, folded: Folded, weights: dict[str, ir.Value]):
     for body in bodies:
         traced += reversed(body.nodes)
     graph.remove(traced)
-    graph.inputs[:] = [pixels]
+    graph.inputs[:] = [pixels, *_tower_weights(weights)]
+    model.opset_imports.pop(PLACEHOLDER, None)
+
+
+def _tower_weights(weights: dict[str, ir.Value]) -> Iterator[ir.Value]:
+    """The weights without those of the templates, renamed as in the tower."""
     for name, value in weights.items():
         if not name.startswith(TEMPLATES):
             value.name = name
-            graph.inputs.append(value)
-    model.opset_imports.pop(PLACEHOLDER, None)
+            yield value
 
 
 def _bodies(graph: ir.Graph, folded: Folded) -> list[Body]:
@@ -54,7 +59,7 @@ def _bodies(graph: ir.Graph, folded: Folded) -> list[Body]:
     rest = iter(graph.inputs[1:])
     bodies = []
     for template_inputs, output in zip(folded.template_inputs, graph.outputs[1:]):
-        inputs = [next(rest) for _ in template_inputs]
+        inputs = list(islice(rest, len(template_inputs)))
         bodies.append(Body(inputs, output, _nodes_before(graph, output)))
     return bodies
 
@@ -74,7 +79,10 @@ def _nodes_before(graph: ir.Graph, output: ir.Value) -> list[ir.Node]:
 def _inline(
     placeholder: ir.Node, body: Body, path: str, template: str, weights: dict[str, ir.Value]
 ):
-    """Put a copy of the body before `placeholder`, with the weights below `path` in place of those below `template`."""
+    """Replace `placeholder` by a copy of the body.
+
+    The copy has the weights of the module at `path` in place of those of `template`.
+    """
     values = dict(zip(body.inputs, placeholder.inputs))
     for suffix, original in list(_below(weights, template)):
         name = path + suffix
@@ -82,9 +90,8 @@ def _inline(
             weights[name] = ir.Value(name=name, shape=original.shape, type=original.type)
         values[original] = weights[name]
     for node in body.nodes:
-        copy = _copy(node, values)
-        scopes = node.metadata_props.get(SCOPES, "[]")
-        copy.metadata_props[SCOPES] = scopes.replace(template, path)
+        scopes = node.metadata_props.get(SCOPES, "[]").replace(template, path)
+        copy = _copy(node, values, scopes)
         values.update(zip(node.outputs, copy.outputs))
         placeholder.prepend(copy)
     result = values[body.output]
@@ -99,7 +106,7 @@ def _below(weights: dict[str, ir.Value], path: str) -> Iterator[tuple[str, ir.Va
             yield name.removeprefix(path), value
 
 
-def _copy(node: ir.Node, values: dict[ir.Value, ir.Value]) -> ir.Node:
+def _copy(node: ir.Node, values: dict[ir.Value, ir.Value], scopes: str) -> ir.Node:
     """The same operator with new outputs; inputs that `values` maps are replaced."""
     return ir.Node(
         "",
@@ -107,4 +114,5 @@ def _copy(node: ir.Node, values: dict[ir.Value, ir.Value]) -> ir.Node:
         [values.get(value, value) for value in node.inputs],
         node.attributes.values(),
         outputs=[ir.Value(shape=value.shape, type=value.type) for value in node.outputs],
+        metadata_props={SCOPES: scopes},
     )

@@ -1,11 +1,12 @@
 """Folding of a tower before it is traced: blocks of one kind are traced once.
 
-Takes a tower, returns a module in which every repeated block is a placeholder operator, with one block of each kind
-beside it. `expand.py` undoes this in the ONNX graph.
+Takes a tower, returns a module in which every repeated block is a placeholder operator, with one
+block of each kind beside it. `expand.py` undoes this in the ONNX graph.
 """
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import nn
@@ -17,7 +18,10 @@ PLACEHOLDER = "placeholder"  # domain of our own operators
 
 @dataclass
 class Call:
-    """One repeated block of the tower: its path, and the tensors of a forward pass. `kind` is set by `fold`."""
+    """One repeated block of the tower: its path, and its tensors of a forward pass.
+
+    `kind`: the index of the template that it equals, set by `fold`.
+    """
 
     path: str
     block: nn.Module
@@ -26,7 +30,7 @@ class Call:
     kind: int | None = None
 
     def signature(self) -> tuple:
-        """Equal for blocks that trace to the same graph: classes, settings, parameter and input shapes."""
+        """Equal for blocks that trace to the same graph: classes, settings, shapes, dtypes."""
         modules = []
         for path, module in self.block.named_modules():
             settings = {k: v for k, v in vars(module).items() if not k.startswith("_")}
@@ -38,7 +42,7 @@ class Call:
 
 
 class Placeholder(nn.Module):
-    """Stands for a block during the trace: one ONNX node of our own domain, `name` as its operator."""
+    """Stands for a block during the trace: one ONNX node whose operator is `name`."""
 
     def __init__(self, name: str, like: torch.Tensor):
         super().__init__()
@@ -53,7 +57,10 @@ class Placeholder(nn.Module):
 
 
 class Folded(nn.Module):
-    """The tower with placeholders, and one block of each kind (`templates`) applied to inputs of its own."""
+    """The tower with placeholders, and beside it `templates`: one block of each kind.
+
+    A forward pass applies every template to inputs of its own.
+    """
 
     def __init__(self, tower: nn.Module, calls: list[Call], templates: list[Call]):
         super().__init__()
@@ -66,12 +73,12 @@ class Folded(nn.Module):
         rest = iter(inputs)
         outputs = []
         for block, own in zip(self.templates, self.template_inputs):
-            outputs.append(block(*(next(rest) for _ in own)))
+            outputs.append(block(*islice(rest, len(own))))
         return self.tower(pixels), *outputs
 
 
 def fold(tower: nn.Module, pixels: torch.Tensor) -> Folded:
-    """Replace the repeated blocks of `tower` by placeholders named call0, call1, ...; one block of each kind is kept."""
+    """Replace the repeated blocks of `tower` by placeholders named call0, call1, ..."""
     calls = repeated_blocks(tower, pixels)
     signatures = [call.signature() for call in calls]
     templates = {}
@@ -85,7 +92,7 @@ def fold(tower: nn.Module, pixels: torch.Tensor) -> Folded:
 
 
 def repeated_blocks(tower: nn.Module, pixels: torch.Tensor) -> list[Call]:
-    """Members of the tower's outermost ModuleLists that map tensors to one tensor, in the order of their calls."""
+    """Members of the tower's outermost ModuleLists that map tensors to one tensor, as called."""
     calls = []
     hooks = []
     for path in repeated_lists(tower):

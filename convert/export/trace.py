@@ -1,9 +1,10 @@
-"""The trace of a vision tower. Takes the tower without weight values, returns its ONNX graph at opset 17, with the weights
-as inputs without data.
+"""The trace of a vision tower. Takes the tower without weight values, returns its ONNX graph at
+opset 17, with the weights as inputs without data.
 
-Towers repeat one block dozens of times, and tracing costs most of a second per block. So every distinct block is traced
-once: in the tower it is replaced by a placeholder operator (fold.py), the blocks are part of the same export with inputs
-and outputs of their own, and the placeholders are expanded in the ONNX graph (expand.py).
+Towers repeat one block dozens of times, and tracing costs most of a second per block. So every
+distinct block is traced once: in the tower it is replaced by a placeholder operator (fold.py), the
+blocks are part of the same export with inputs and outputs of their own, and the placeholders are
+expanded in the ONNX graph (expand.py).
 """
 
 import ast
@@ -31,10 +32,12 @@ TRACE_OPSET = 18  # the oldest that torch writes; see `_relabel`
 
 
 def trace(build: Callable[[], nn.Module], spec: VisionSpec) -> ir.Model:
-    """ONNX graph of the tower that `build()` makes: input and output as `spec` says, opset 17, fp32, static shapes.
+    """ONNX graph of the tower that `build()` makes: input and output as `spec` says, opset 17,
+    fp32, static shapes.
 
-    The tower's parameters are graph inputs without data, named as in the module; the caller gives them values. Nodes
-    are named after the module they come from. ToolkitError if an operator has no opset-17 form.
+    The tower's parameters are graph inputs without data, named as in the module; the caller gives
+    them values. Nodes are named after the module they come from. ToolkitError if an operator has no
+    opset-17 form.
     """
     with torch.device("meta"), torch.no_grad():
         tower = build().eval().requires_grad_(False)
@@ -50,7 +53,7 @@ def trace(build: Callable[[], nn.Module], spec: VisionSpec) -> ir.Model:
 
 
 def _export(folded: Folded, pixels: torch.Tensor) -> ir.Model:
-    """`folded` and `pixels` are on the meta device; the exporter sees CPU tensors without memory."""
+    """`folded` and `pixels` are on the meta device; the exporter sees fake CPU tensors."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), _quiet():
         inputs = [torch.empty(pixels.shape, dtype=pixels.dtype)]
         for template_inputs in folded.template_inputs:
@@ -68,7 +71,10 @@ def _export(folded: Folded, pixels: torch.Tensor) -> ir.Model:
 
 
 def _weights_to_inputs(graph: ir.Graph) -> dict[str, ir.Value]:
-    """Make graph inputs of the parameters, so that no pass asks for their data; true constants stay. {name: value}."""
+    """Make graph inputs of the parameters, so that no pass asks for their data; {name: value}.
+
+    True constants stay as they are.
+    """
     weights = {}
     for name, value in list(graph.initializers.items()):
         if isinstance(getattr(value.const_value, "raw", None), nn.Parameter):
@@ -79,7 +85,7 @@ def _weights_to_inputs(graph: ir.Graph) -> dict[str, ir.Value]:
 
 
 def _relabel(model: ir.Model):
-    """Opset 18 -> 17 by number, after a check that both define every operator in use identically."""
+    """Opset 18 -> 17 by number, if both define every operator in use identically."""
     changed = set()
     for node in model.graph:
         if node.domain == "":
@@ -96,7 +102,17 @@ def _relabel(model: ir.Model):
 
 
 def _name(graph: ir.Graph, spec: VisionSpec):
-    """Nodes get module path / operator, values the name of their node; input and output get the spec's names."""
+    """Name nodes "module path/operator", values after their node, input and output as `spec`."""
+    _name_nodes(graph)
+    for index, value in enumerate(list(graph.initializers.values())):
+        value.name = f"constant_{index}"
+    graph.inputs[0].name = spec.input_name
+    graph.outputs[0].name = spec.output_name
+    graph.name = "vision"
+    graph.metadata_props.clear()
+
+
+def _name_nodes(graph: ir.Graph):
     seen = Counter()
     for node in graph:
         base = _module_and_operator(node)
@@ -105,12 +121,6 @@ def _name(graph: ir.Graph, spec: VisionSpec):
         for index, value in enumerate(node.outputs):
             value.name = f"{node.name}_output_{index}"
         node.metadata_props.clear()
-    for index, value in enumerate(list(graph.initializers.values())):
-        value.name = f"constant_{index}"
-    graph.inputs[0].name = spec.input_name
-    graph.outputs[0].name = spec.output_name
-    graph.name = "vision"
-    graph.metadata_props.clear()
 
 
 def _module_and_operator(node: ir.Node) -> str:
@@ -124,7 +134,7 @@ def _module_and_operator(node: ir.Node) -> str:
 
 @contextmanager
 def _quiet():
-    """torch.onnx warns about opsets, torchvision and its own deprecations; none of it concerns the user."""
+    """Silence torch.onnx about opsets, torchvision and its deprecations: no user's concern."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         disabled = logging.root.manager.disable

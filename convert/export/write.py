@@ -1,7 +1,7 @@
-"""Writing an export. Takes a traced graph and a checkpoint, writes vision.onnx and vision.onnx.data, one tensor in memory
-at a time.
+"""Writing an export. Takes a traced graph and a checkpoint, writes vision.onnx + vision.onnx.data.
 
-The graph is traced without weights; each weight becomes a reference into the data file when it is written.
+One tensor is in memory at a time: the graph is traced without weights, and each weight becomes a
+reference into the data file when it is written.
 """
 
 import shutil
@@ -31,7 +31,7 @@ def bytes_needed(family: Family) -> int:
 
 
 def check_space(family: Family, artifact_dir: Path) -> str:
-    """A line about what will be written; ToolkitError if it does not fit on the disk of `artifact_dir`."""
+    """A line about what will be written; ToolkitError if the disk has no room for it."""
     needed = bytes_needed(family)
     free = shutil.disk_usage(artifact_dir).free
     if needed > free:
@@ -43,7 +43,7 @@ def check_space(family: Family, artifact_dir: Path) -> str:
 
 
 def write_onnx(model: ir.Model, family: Family, checkpoint: Checkpoint, onnx_dir: Path) -> dict:
-    """Write the traced `model` and its weights, in fp32, into `onnx_dir`; {file name: {bytes, sha256}}.
+    """Write the traced `model` and its weights, in fp32; {file name: {bytes, sha256}}.
 
     ToolkitError if the family's table does not fill its tower exactly.
     """
@@ -68,8 +68,9 @@ def write_onnx(model: ir.Model, family: Family, checkpoint: Checkpoint, onnx_dir
 
 
 def reuse_memory():
-    """Make malloc keep the memory of freed tensors (up to KEPT_BYTES each) for the next ones: fresh pages from the
-    system cost more than the copies into them, above all in virtual machines."""
+    """Make malloc keep the memory of freed tensors (up to KEPT_BYTES each) for the next ones: fresh
+    pages from the system cost more than the copies into them, above all in virtual machines.
+    """
     keep_freed_memory(KEPT_BYTES, 2 * KEPT_BYTES)
 
 

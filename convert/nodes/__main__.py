@@ -1,9 +1,10 @@
-"""`python -m convert.nodes`: at which node does an encoder leave the reference? Exit 0: at none, 1: the first is named.
+"""`python -m convert.nodes` finds the first node of an encoder that deviates (exit 1) or none (0).
 
-Takes one image and one of three candidates, writes a table under msit's columns. An exported graph: the ONNX node that
-ends a torch module against that module (graph.py). Another checkpoint's tower: module against module (modules.py). The
-dump of an .om: every dumped operator against its ONNX node (om_dump.py). torch runs block by block and leaves its results
-in files, the graph runs in pieces; all elements are compared.
+Takes one image and one of three candidates, writes a table under msit's columns. An exported graph:
+the ONNX node that ends a torch module against that module (graph.py). Another checkpoint's tower:
+module against module (modules.py). The dump of an .om: every dumped operator against its ONNX node
+(om_dump.py). torch runs block by block and leaves its results in files, the graph runs in pieces;
+all elements are compared.
 """
 
 import sys

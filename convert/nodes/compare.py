@@ -1,4 +1,4 @@
-"""One encoder from the inside. Takes checked options, returns a comparison per node, whichever the candidate is."""
+"""One encoder from the inside. Takes checked options, returns a comparison per node."""
 
 import tempfile
 from pathlib import Path
@@ -16,7 +16,10 @@ from .om_dump import compare_dump
 
 
 def compare_nodes(options) -> list[NodeComparison]:
-    """In the order of computation. `options`: NodesOptions. ToolkitError when nothing can be compared."""
+    """In the order of computation. `options`: NodesOptions of `__main__`.
+
+    ToolkitError when nothing can be compared.
+    """
     family = family_of(options.model)
     if family.vision is None:
         raise ToolkitError(

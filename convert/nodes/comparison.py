@@ -1,4 +1,4 @@
-"""One node's comparison. Takes the values that reference and candidate have at one place of an encoder, returns measures."""
+"""One node's comparison. Takes the values of reference and candidate, returns measures."""
 
 from dataclasses import dataclass
 
@@ -9,8 +9,9 @@ from runtime.common.metrics import TINY, compare_rows, kl, summarize
 
 @dataclass
 class NodeComparison:
-    """`candidate`: node of the graph, module of the other tower, or dumped operator. `golden`: torch module or ONNX
-    node. "*" stands for a side that has no such node. `reason`: why it could not be compared; then `measures` is None.
+    """`candidate`: node of the graph, module of the other tower, or dumped operator. `golden`:
+    torch module or ONNX node. "*" stands for a side that has no such node. `reason`: why it could
+    not be compared; then `measures` is None.
     """
 
     index: int
@@ -25,10 +26,10 @@ class NodeComparison:
 
 
 def measure(reference: np.ndarray, candidate: np.ndarray) -> dict:
-    """Metrics of two arrays of one shape, each taken as a single row, and what only msit's table has.
+    """Metrics of two arrays of one shape, each taken as a single row, and what only msit has.
 
-    gain: |projection of the candidate onto the reference - 1|; accumulated: sum of |errors| / sum of |reference|;
-    moments: (mean, standard deviation) of candidate and reference.
+    gain: |projection of the candidate onto the reference - 1|; accumulated: sum of |errors| / sum
+    of |reference|; moments: (mean, standard deviation) of candidate and reference.
     """
     a = reference.reshape(1, -1).astype(np.float64)
     b = candidate.reshape(1, -1).astype(np.float64)
@@ -45,7 +46,7 @@ def measure(reference: np.ndarray, candidate: np.ndarray) -> dict:
 
 
 def _projection(reference: np.ndarray, candidate: np.ndarray) -> float:
-    """What the candidate gives where the reference gives 1, by least squares; 1 for a reference of zeros."""
+    """What the candidate gives where the reference gives 1; 1 for a reference of zeros."""
     if not reference.any():
         return 1.0
     square = max(np.sum(reference * reference), TINY)

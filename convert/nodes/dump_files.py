@@ -1,8 +1,8 @@
-"""The files of an .om's dump. Takes a directory, returns the first output of every operator on the device.
+"""The files of an .om's dump. Takes a directory, returns the first output of every operator.
 
-The device writes one file per operator, `type.name.task.stream.timestamp` (some CANN versions have fewer or more
-numbers); `msaccucmp.py convert` makes of it `….output.index[.shape].npy` or `.bin`. In names, `/`, `.` and blanks have
-become `_`.
+The device writes one file per operator, `type.name.task.stream.timestamp` (some CANN versions have
+fewer or more numbers); `msaccucmp.py convert` makes of it `….output.index[.shape].npy` or `.bin`.
+In names, `/`, `.` and blanks have become `_`.
 """
 
 import re
@@ -25,7 +25,7 @@ FLOATS = {2: "float16", 4: "float32", 8: "float64"}  # of a .bin, by the bytes o
 
 @dataclass
 class DumpedOutput:
-    """The first output of an operator on the device. `time`: the largest number of the file's name."""
+    """The first output of an operator. `time`: the largest number of the file's name."""
 
     name: str
     operator: str
@@ -34,9 +34,9 @@ class DumpedOutput:
 
 
 def read_dump(dump_dir: Path) -> list[DumpedOutput]:
-    """The first output of every operator, of its last run, from all directories below; inputs are left out.
+    """The first output of every operator, of its last run, from all directories below.
 
-    ToolkitError if there is none.
+    Inputs are left out. ToolkitError if there is no output.
     """
     latest = {}
     for path in sorted(dump_dir.rglob("*")):

@@ -1,5 +1,5 @@
-"""An exported graph against the tower. Takes the recorded results of the tower's modules, returns a comparison for every
-ONNX node that ends a module.
+"""An exported graph against the tower. Takes the recorded results of the tower's modules, returns a
+comparison for every ONNX node that ends a module.
 """
 
 from pathlib import Path
@@ -24,7 +24,9 @@ def compare_graph(
     work_dir: Path,
     shapes: dict[str, tuple],
 ) -> list[NodeComparison]:
-    """`shapes`: {module path: shape} of the results that `work_dir` holds. ToolkitError if no node ends a module."""
+    """`shapes`: {module path: shape} of the results that `work_dir` holds. ToolkitError if no node
+    ends a module.
+    """
     graph = StreamedGraph(artifact_dir, PIECE_BYTES)
     nodes = ends_of_modules(graph.model.graph, shapes)
     if not nodes:
@@ -42,8 +44,9 @@ def compare_graph(
 
 
 def ends_of_modules(graph: onnx.GraphProto, shapes: dict[str, tuple]) -> list[NodeComparison]:
-    """Nodes are named `module path/operator`. The last node below a module's path computes the module's result, provided
-    that it is the module's own and has the result's shape. In the order of the graph.
+    """Nodes are named `module path/operator`. The last node below a module's path computes the
+    module's result, provided that it is the module's own and has the result's shape. In the order
+    of the graph.
     """
     last = {}
     for index, node in enumerate(graph.node):

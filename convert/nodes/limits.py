@@ -1,11 +1,12 @@
-"""Limits of a node's measures. Takes a comparison, returns whether it passes, and a sentence about what does not."""
+"""Limits of a node's measures. Takes a comparison, returns whether it passes, and what does not."""
 
 from runtime.common.errors import ToolkitError
 from runtime.common.flags import limit_value
 
 from .comparison import NodeComparison
 
-# The largest values that pass; of "cosine_min" the smallest. Clean towers of all families: up to 2e-6 and 3e-8.
+# The largest values that pass; of "cosine_min" the smallest.
+# Clean towers of all families have up to 2e-6 and 3e-8.
 FP32 = {"relative_euclidean": 3e-5, "gain": 5e-7}
 MSIT = {
     "cosine_min": 0.99,
@@ -17,7 +18,10 @@ MSIT = {
 
 
 def read_limits(texts: list[str], defaults: dict[str, float]) -> dict[str, float]:
-    """`defaults`, overridden by texts such as "relative_euclidean=0.01"; ToolkitError for an unknown measure."""
+    """`defaults`, overridden by texts such as "relative_euclidean=0.01".
+
+    ToolkitError for an unknown measure.
+    """
     limits = dict(defaults)
     for text in texts:
         name = text.partition("=")[0].replace("-", "_")

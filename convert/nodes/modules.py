@@ -1,5 +1,5 @@
-"""A tower's modules. Takes a family and pixels, records the result of every module in a file, or compares another
-checkpoint's modules with the recorded ones.
+"""A tower's modules. Takes a family and pixels, records the result of every module in a file, or
+compares another checkpoint's modules with the recorded ones.
 """
 
 from collections import Counter
@@ -21,7 +21,7 @@ from .comparison import NodeComparison, measure
 def run_modules(
     family: Family, pixels: np.ndarray, on_result: Callable[[str, nn.Module, np.ndarray], None]
 ):
-    """Run the tower in torch; on_result(path, module, array) for every module's result, the inner ones first."""
+    """Run the tower in torch; on_result(path, module, array) is called when a module is done."""
     streamed = StreamedTower(family, Checkpoint(family.directory))
     for path, module in streamed.tower.named_modules():
         if path:
@@ -35,7 +35,10 @@ def run_modules(
 
 
 def record_modules(family: Family, pixels: np.ndarray, work_dir: Path) -> dict[str, tuple]:
-    """Write every module's result to `work_dir`/PATH.npy. {path: shape} of the modules that are called once."""
+    """Write every module's result to `work_dir`/PATH.npy.
+
+    Returns {path: shape} of the modules that are called once.
+    """
     calls = Counter()
     shapes = {}
 
@@ -51,7 +54,10 @@ def record_modules(family: Family, pixels: np.ndarray, work_dir: Path) -> dict[s
 def compare_towers(
     family: Family, pixels: np.ndarray, work_dir: Path, shapes: dict[str, tuple]
 ) -> list[NodeComparison]:
-    """Another checkpoint's modules against the recorded ones of equal path and shape; ToolkitError if there are none."""
+    """Another checkpoint's modules against the recorded ones of equal path and shape.
+
+    ToolkitError if there are none.
+    """
     nodes = []
 
     def compare(path, module, output):

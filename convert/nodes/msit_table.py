@@ -1,4 +1,4 @@
-"""The table of all compared nodes. Takes the comparisons, returns CSV text under msit's columns; NPUDump is the candidate."""
+"""msit's table. Takes the comparisons, returns CSV text; its column NPUDump is the candidate."""
 
 import csv
 import io

@@ -1,7 +1,7 @@
-"""An .om's dump against its ONNX graph. Takes both and the pixels, returns a comparison per operator.
+"""An .om's dump against its ONNX graph. Takes both and pixels, returns a comparison per operator.
 
-The golden values are the graph's own, computed in fp32 by ONNX Runtime in pieces. An operator that ATC fused carries the
-names of the nodes in it one after another, and gives the last one's result.
+The golden values are the graph's own, computed in fp32 by ONNX Runtime in pieces. An operator that
+ATC fused carries the names of the nodes in it one after another, and gives the last one's result.
 """
 
 from pathlib import Path
@@ -29,9 +29,7 @@ def compare_dump(artifact_dir: Path, dump_dir: Path, pixels: np.ndarray) -> list
     graph = StreamedGraph(artifact_dir, PIECE_BYTES)
     dumped = read_dump(dump_dir)
     pairs = match_outputs(graph.model.graph, dumped)
-    nodes = []
-    for index, node in enumerate(graph.model.graph.node):
-        nodes.append(_to_compare(index, node, pairs.get(node.output[0])))
+    nodes = _to_compare(graph.model.graph, pairs)
     by_output = {node.output: node for node in nodes if not node.reason}
     if not by_output:
         raise ToolkitError(
@@ -49,8 +47,10 @@ def compare_dump(artifact_dir: Path, dump_dir: Path, pixels: np.ndarray) -> list
 
 
 def match_outputs(graph: onnx.GraphProto, dumped: list[DumpedOutput]) -> dict[str, DumpedOutput]:
-    """{name of a float value in the graph: what the device computed for it}. Matched by the node's name, or else by the
-    end of the operator's name, which is the last node of a fused operator."""
+    """{name of a float value in the graph: what the device computed for it}.
+
+    Matched by the node's name, else by the end of the operator's name: a fused operator's last node.
+    """
     outputs = _float_outputs(graph)
     longest_first = sorted(outputs, key=len, reverse=True)
     pairs = {}
@@ -65,7 +65,7 @@ def match_outputs(graph: onnx.GraphProto, dumped: list[DumpedOutput]) -> dict[st
 
 
 def _float_outputs(graph: onnx.GraphProto) -> dict[str, str]:
-    """{node's name as in file names: its first output}, of the nodes whose first output is float32."""
+    """{node's name as in file names: its first output}, of the outputs in float32."""
     floats = set()
     for value in (*graph.value_info, *graph.output):
         if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT:
@@ -77,13 +77,19 @@ def _float_outputs(graph: onnx.GraphProto) -> dict[str, str]:
     return outputs
 
 
-def _to_compare(index: int, node: onnx.NodeProto, file: DumpedOutput | None) -> NodeComparison:
-    """The comparison without measures; one that the dump lacks says so as its reason."""
-    if file is None:
-        candidate, operator, reason = "*", node.op_type, MISSING
-    else:
-        candidate, operator, reason = file.path.name, file.operator or node.op_type, ""
-    return NodeComparison(index, candidate, operator, node.output[0], node.name, reason=reason)
+def _to_compare(graph: onnx.GraphProto, pairs: dict[str, DumpedOutput]) -> list[NodeComparison]:
+    """All nodes, without measures; those that the dump lacks have the reason MISSING."""
+    nodes = []
+    for index, node in enumerate(graph.node):
+        output = node.output[0]
+        compared = NodeComparison(index, "*", node.op_type, output, node.name, reason=MISSING)
+        if output in pairs:
+            file = pairs[output]
+            compared.candidate = file.path.name
+            compared.operator = file.operator or node.op_type
+            compared.reason = ""
+        nodes.append(compared)
+    return nodes
 
 
 def _compare(node: NodeComparison, path: Path, golden: np.ndarray):

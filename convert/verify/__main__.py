@@ -1,4 +1,7 @@
-"""`python -m convert.verify MODEL_DIR ONNX_DIR`: the child process of `verify`; prints {image: Comparison} as JSON."""
+"""`python -m convert.verify MODEL_DIR ONNX_DIR`, the child process of `verify`.
+
+Takes the two directories, prints {image: Comparison} as JSON.
+"""
 
 import json
 import sys
@@ -12,8 +15,7 @@ from .verification import measure
 
 def main(argv: list[str]) -> int:
     die_with_parent()
-    results = measure(*argv)
-    print(json.dumps({name: asdict(result) for name, result in results.items()}))
+    print(json.dumps(measure(*argv), default=asdict))
     return 0
 
 

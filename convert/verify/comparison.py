@@ -40,7 +40,7 @@ class Comparison:
 
 
 def compare(reference: np.ndarray, candidate: np.ndarray) -> Comparison:
-    """Two arrays of the same shape -> Comparison, in float64. ToolkitError when the shapes differ."""
+    """Comparison of two arrays of one shape, in float64. ToolkitError when the shapes differ."""
     if reference.shape != candidate.shape:
         raise ToolkitError(
             f"output shapes differ: torch {list(reference.shape)}, ONNX {list(candidate.shape)}",

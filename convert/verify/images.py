@@ -1,4 +1,4 @@
-"""The images on which a graph is verified. Takes nothing but a size, returns the same images on every machine."""
+"""The images on which a graph is verified. Takes a size, returns the same images everywhere."""
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -7,7 +7,7 @@ SHAPES = 12
 
 
 def verification_images(size: int = 448) -> dict[str, Image.Image]:
-    """Two RGB images of size x size: "scene" (gradients, shapes, texture, like a photo) and "noise"."""
+    """Two RGB images, size x size: "scene" (gradients, shapes, texture, like a photo), "noise"."""
     rng = np.random.default_rng(7)
     scene = Image.fromarray(_gradients(size))
     _draw_shapes(scene, rng)

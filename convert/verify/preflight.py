@@ -1,8 +1,8 @@
-"""Preflight. Takes an ONNX file, returns everything in it that ATC would refuse, before ATC is started.
+"""Preflight. Takes an ONNX file, returns everything in it that ATC would refuse.
 
 The rules are those of ATC's ONNX parser and of the NPU: operators registered for the graph's opset
-(`onnx_ops_cann.json`: operator -> opsets, per CANN generation), static shapes of few dimensions, no integer index
-arithmetic, and weights that can be found beside the file.
+(`onnx_ops_cann.json`: operator -> opsets, per CANN generation), static shapes of few dimensions, no
+integer index arithmetic, and weights that can be found beside the file.
 """
 
 import json
@@ -34,7 +34,7 @@ class Finding:
 
 
 def preflight(path: Path, spec: VisionSpec, opset: int) -> tuple[list[Finding], Counter]:
-    """Findings (none = fit for ATC) and the number of nodes per operator of the ONNX file at `path`.
+    """Findings in the ONNX file (none = fit for ATC), and the number of nodes per operator.
 
     The weights are not read, only the place and size that the file gives for them.
     """
@@ -78,8 +78,12 @@ def _operator_findings(graph: onnx.GraphProto, opset: int) -> Iterator[Finding]:
 
 
 def _generations_without(known: dict[str, str], opset: int) -> list[str]:
-    """CANN generations that do not know an operator at this opset; `known`: {generation: opsets}."""
-    return [cann for cann in CANN_GENERATIONS if not _covers(known.get(cann, ""), opset)]
+    """CANN generations that lack an operator at this opset; `known`: {generation: opsets}."""
+    missing = []
+    for generation in CANN_GENERATIONS:
+        if not _covers(known.get(generation, ""), opset):
+            missing.append(generation)
+    return missing
 
 
 def _covers(spans: str, opset: int) -> bool:
@@ -123,7 +127,7 @@ def _value_findings(graph: onnx.GraphProto) -> Iterator[Finding]:
 
 def _value_problems(operator: str, value: onnx.ValueInfoProto) -> Iterator[str]:
     shape = _shape(value)
-    if not all(isinstance(size, int) and size > 0 for size in shape):
+    if not all(map(_is_fixed, shape)):
         yield (
             f"{operator} writes the shape {list(shape)}; all dimensions must be fixed and above 0"
         )
@@ -135,14 +139,23 @@ def _value_problems(operator: str, value: onnx.ValueInfoProto) -> Iterator[str]:
         )
 
 
+def _is_fixed(size: int | str) -> bool:
+    return isinstance(size, int) and size > 0
+
+
 def _dtype_name(value: onnx.ValueInfoProto) -> str:
     return TensorProto.DataType.Name(value.type.tensor_type.elem_type).lower()
 
 
 def _shape(value: onnx.ValueInfoProto) -> tuple:
     """Numbers; for a free dimension its name, or "?"."""
-    dims = value.type.tensor_type.shape.dim
-    return tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or "?" for d in dims)
+    shape = []
+    for dim in value.type.tensor_type.shape.dim:
+        if dim.HasField("dim_value"):
+            shape.append(dim.dim_value)
+        else:
+            shape.append(dim.dim_param or "?")
+    return tuple(shape)
 
 
 def _constant_findings(graph: onnx.GraphProto) -> Iterator[Finding]:

@@ -1,7 +1,7 @@
-"""The ONNX side of the verification, with a part of the weights in memory at a time, whatever the graph's size.
+"""The ONNX side of the verification, with a part of the weights in memory at a time.
 
-Takes a directory with vision.onnx, returns what ONNX Runtime computes. The graph is cut where few values are alive; its
-pieces refer to the one data file and run one after another.
+Takes a directory with vision.onnx, returns what ONNX Runtime computes. The graph is cut where few
+values are alive; its pieces refer to the one data file and run one after another.
 """
 
 import math
@@ -15,6 +15,7 @@ from onnx import TensorProto, helper
 
 from runtime.vision.artifact import ONNX
 
+FLOAT_BYTES = 4
 PIECE_BYTES = 1 << 30  # of weights; a smaller graph stays whole
 ACTIVATIONS = 4  # values of the largest size at a time: scores, softmax, and what the arena keeps
 PIECE_FILE = "piece.onnx"
@@ -29,9 +30,18 @@ class Piece:
     inputs: list[str]
     outputs: list[str]
 
+    def read(self) -> set[str]:
+        """Names of all values that its nodes read, weights among them."""
+        return set().union(*(node.input for node in self.nodes))
+
+    def computed(self) -> set[str]:
+        """Names of all values that its nodes compute."""
+        return set().union(*(node.output for node in self.nodes))
+
 
 class StreamedGraph:
-    """vision.onnx of `onnx_dir` on the CPU, in `steps` pieces of about `limit` bytes of weights each.
+    """vision.onnx of `onnx_dir` on the CPU, in `steps` pieces of about `limit` bytes of weights
+    each.
 
     A piece lies as a file in `onnx_dir` while it runs. `advance()` is called after each.
     """
@@ -53,16 +63,16 @@ class StreamedGraph:
         return [state[graph.output[0].name] for state in states]
 
     def values(self, pixels: np.ndarray, names: list[str]) -> Iterator[tuple[str, np.ndarray]]:
-        """Yields (name, value) of these values inside the graph, in the order in which the pieces run."""
+        """Yields (name, value) of these values inside the graph, piece by piece."""
         wanted = set(names)
         state = {self.model.graph.input[0].name: pixels}
         for piece in self.pieces:
-            computed = {name for node in piece.nodes for name in node.output}
-            inner = sorted(computed & wanted - set(piece.outputs))
-            (state,) = self._run(Piece(piece.nodes, piece.inputs, piece.outputs + inner), [state])
-            for name, value in state.items():
+            inner = wanted.intersection(piece.computed()).difference(piece.outputs)
+            outputs = [*piece.outputs, *sorted(inner)]
+            [state] = self._run(Piece(piece.nodes, piece.inputs, outputs), [state])
+            for name in outputs:
                 if name in wanted:
-                    yield name, value
+                    yield name, state[name]
             self.advance()
 
     def _run(self, piece: Piece, states: list[dict]) -> list[dict]:
@@ -84,8 +94,8 @@ class StreamedGraph:
         return results
 
     def _write(self, piece: Piece) -> Path:
-        used = {name for node in piece.nodes for name in node.input}
-        weights = [tensor for tensor in self.model.graph.initializer if tensor.name in used]
+        read = piece.read()
+        weights = [tensor for tensor in self.model.graph.initializer if tensor.name in read]
         graph = helper.make_graph(
             piece.nodes, "piece", _float_infos(piece.inputs), _float_infos(piece.outputs), weights
         )
@@ -102,42 +112,59 @@ def _float_infos(names: list[str]) -> list[onnx.ValueInfoProto]:
 
 
 def memory_needed(onnx_dir: Path) -> int:
-    """Bytes that a piece and the largest activations take; ONNX Runtime holds packed weights a second time."""
+    """Bytes for a piece, whose weights ONNX Runtime holds twice (packed), and its activations."""
     graph = onnx.load(onnx_dir / ONNX, load_external_data=False).graph
     weights = sum(_weight_sizes(graph).values())
     largest = 0
     for value in graph.value_info:
         dims = value.type.tensor_type.shape.dim
-        largest = max(largest, 4 * math.prod(dim.dim_value for dim in dims))
+        largest = max(largest, FLOAT_BYTES * math.prod(dim.dim_value for dim in dims))
     return 2 * min(weights, PIECE_BYTES) + ACTIVATIONS * largest
 
 
 def _weight_sizes(graph: onnx.GraphProto) -> dict[str, int]:
     """{name: bytes} of the float32 weights."""
-    return {tensor.name: 4 * math.prod(tensor.dims) for tensor in graph.initializer}
+    sizes = {}
+    for tensor in graph.initializer:
+        sizes[tensor.name] = FLOAT_BYTES * math.prod(tensor.dims)
+    return sizes
 
 
 def cut(graph: onnx.GraphProto, limit: int) -> list[Piece]:
-    """Pieces of about `limit` bytes of weights each, in order. A cut lies where at most ALIVE float values cross it."""
+    """Pieces of about `limit` bytes of weights each, in order.
+
+    A cut lies where at most ALIVE float values cross it.
+    """
     sizes = _weight_sizes(graph)
-    last_use = {}
-    for index, node in enumerate(graph.node):
-        for name in node.input:
-            last_use[name] = index
+    last_use = _last_uses(graph)
     pieces = []
-    start = 0
+    nodes = []
     held = 0
     alive = {graph.input[0].name}
     inputs = sorted(alive)
     for index, node in enumerate(graph.node):
+        nodes.append(node)
         held += sum(sizes.get(name, 0) for name in node.input)
-        alive.update(node.output)
-        alive = {name for name in alive if last_use.get(name, -1) > index}
+        alive = _still_used(alive.union(node.output), last_use, index)
         if held >= limit and 0 < len(alive) <= ALIVE:
             outputs = sorted(alive)
-            pieces.append(Piece(list(graph.node[start : index + 1]), inputs, outputs))
-            start = index + 1
+            pieces.append(Piece(nodes, inputs, outputs))
+            nodes = []
             held = 0
             inputs = outputs
-    pieces.append(Piece(list(graph.node[start:]), inputs, [graph.output[0].name]))
+    pieces.append(Piece(nodes, inputs, [graph.output[0].name]))
     return pieces
+
+
+def _last_uses(graph: onnx.GraphProto) -> dict[str, int]:
+    """{value: index of the last node that reads it}."""
+    last_use = {}
+    for index, node in enumerate(graph.node):
+        for name in node.input:
+            last_use[name] = index
+    return last_use
+
+
+def _still_used(names: set[str], last_use: dict[str, int], index: int) -> set[str]:
+    """Those that a node after `index` reads."""
+    return {name for name in names if last_use.get(name, -1) > index}

@@ -1,6 +1,7 @@
 """The torch side of the verification, with the weights of one block in memory at a time.
 
-Takes a family and its checkpoint, returns the features that the family's own module computes in fp32.
+Takes a family and its checkpoint, returns the features that the family's own module computes in
+fp32.
 """
 
 import numpy as np
@@ -14,7 +15,8 @@ from models.network.vision_blocks import repeated_lists
 
 
 class StreamedTower:
-    """The family's own tower on the CPU; `steps` blocks get their weights from the checkpoint for the moment they run.
+    """The family's own tower on the CPU; `steps` blocks get their weights from the checkpoint for
+    the moment they run.
 
     `advance()` is called after each block.
     """

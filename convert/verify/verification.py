@@ -1,7 +1,7 @@
-"""Verification of an exported encoder: ONNX Runtime against the family's own torch module in fp32, on two images.
+"""Verification of an exported encoder: ONNX Runtime against the family's own module in torch.
 
-Takes a checkpoint and a directory with vision.onnx, returns one Comparison per image. Names, shapes and dtypes are
-compared first, then the values of all elements.
+Takes a checkpoint and a directory with vision.onnx, returns one Comparison per image. Names, shapes
+and dtypes are compared first, then the values of all elements.
 """
 
 import json
@@ -23,8 +23,8 @@ from .streamed_tower import StreamedTower
 
 
 def verify(family: Family, onnx_dir: Path) -> dict[str, Comparison]:
-    """`measure` in a child process (`python -m convert.verify`), because neither torch nor ONNX Runtime gives memory
-    back. The child opens family and checkpoint again from their directory.
+    """`measure` in a child process (`python -m convert.verify`), because neither torch nor ONNX
+    Runtime gives memory back. The child opens family and checkpoint again from their directory.
 
     ToolkitError when memory is short or the child fails.
     """
@@ -52,7 +52,7 @@ def measure(model_dir: str | Path, onnx_dir: str | Path) -> dict[str, Comparison
     for finding in interface_findings(graph.model.graph, family.vision):
         raise ToolkitError(str(finding), CHECK_FAILED)
     images = verification_images()
-    pixels = [family.pixels(image) for image in images.values()]
+    pixels = list(map(family.pixels, images.values()))
     with step_progress("verifying: torch", len(pixels) * tower.steps) as tower.advance:
         references = [tower.run(array) for array in pixels]
     with step_progress("verifying: ONNX Runtime", graph.steps) as graph.advance:
