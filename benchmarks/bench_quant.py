@@ -1,13 +1,13 @@
-"""Quantising against msmodelslim's own whole-model run on the same samples, and W8A8 against
-bfloat16 on this CPU.
+"""Quantising against msmodelslim's whole-model run, and W8A8 against bfloat16 on this CPU.
 
-python benchmarks/bench_quant.py [--layers 20] [--work FOLDER]
+    python benchmarks/bench_quant.py [--layers 20] [--work FOLDER]
 
-A random GLM (286 M parameters with 20 layers) is made in FOLDER, and one as wide as GLM-Edge-1.5B
-with 4 layers for the second part. Prints seconds, CPU seconds (what is left of a time on a busy
-machine), peak memory and ratios, measured in one run, each quantisation in a process of its own.
-Times include loading Python packages on both sides (byte-compiled before, as pip leaves them), and
-on ours the quality gate, which msmodelslim has none of; ratios are printed with and without it.
+Both sides quantise on the same samples. A random GLM (286 M parameters with 20 layers) is made in
+FOLDER, and one as wide as GLM-Edge-1.5B with 4 layers for the second part. Prints seconds, CPU
+seconds (which a busy machine does not lengthen), peak memory and ratios, all measured in one run,
+each quantisation in a process of its own. Times include loading Python packages on both sides
+(byte-compiled before, as pip leaves them), and on ours the quality gate, which msmodelslim does not
+have; ratios are printed with and without it.
 """
 
 import argparse
@@ -24,9 +24,14 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-SAMPLES, HELD, TOKENS, VOCAB = 9, 3, 128, 32000
-PREFILL, DECODE, ROUNDS = 512, 32, 3
-WIDE = 2048, 8192
+SAMPLES = 9  # to calibrate on
+HELD_OUT = 3  # to judge on
+TOKENS = 128  # of a sample
+VOCAB = 32000
+PREFILL = 512  # tokens
+DECODE = 32  # tokens
+ROUNDS = 3
+WIDE = {"hidden": 2048, "ffn": 8192}
 IMPORTED = "import msmodelslim.pytorch.llm_ptq.anti_outlier, transformers.models.glm.modeling_glm\n"
 
 CLASSIC = """
@@ -46,7 +51,7 @@ calibrator.save(out, save_type=["ascendV1"], part_file_size=1)
 
 
 def make_model(folder: Path, layers: int, hidden: int = 1024, ffn: int = 2816):
-    """A GLM in the -hf layout, bfloat16, weights from a seed."""
+    """Write a GLM in the -hf layout, bfloat16, weights from a seed -> number of parameters."""
     from safetensors.torch import save_file
 
     from models import family_of
@@ -76,18 +81,20 @@ def make_model(folder: Path, layers: int, hidden: int = 1024, ffn: int = 2816):
     }
     (folder / "config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
-    tensors = {
-        w.source: (torch.randn(w.shape) * 0.03 + (w.source.endswith("norm.weight"))).bfloat16()
-        for w in family_of(folder).weights()
-    }
+    tensors = {}
+    for weight in family_of(folder).weights():
+        mean = 1 if weight.source.endswith("norm.weight") else 0
+        tensors[weight.source] = (torch.randn(weight.shape) * 0.03 + mean).bfloat16()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return sum(t.numel() for t in tensors.values())
+    return sum(tensor.numel() for tensor in tensors.values())
 
 
 def write_lines(file: Path):
     random = np.random.default_rng(0)
-    lines = [{"ids": random.integers(3, VOCAB, TOKENS).tolist()} for _ in range(SAMPLES + HELD)]
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines = []
+    for _ in range(SAMPLES + HELD_OUT):
+        lines.append(json.dumps({"ids": random.integers(3, VOCAB, TOKENS).tolist()}) + "\n")
+    file.write_text("".join(lines))
 
 
 @functools.cache
@@ -123,25 +130,10 @@ def measured(command: list[str], work: Path) -> tuple[float, float, float]:
 
 
 def our_command(model: Path, out: Path, lines: Path) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "quant",
-        "--model",
-        str(model),
-        "--out",
-        str(out),
-        "--calib",
-        str(lines),
-        "--act-method",
-        "1",
-        "--disable-level",
-        "L0",
-        "--max-kl",
-        "100",
-        "--min-top1",
-        "0",
-    ]
+    files = ["--model", str(model), "--out", str(out), "--calib", str(lines)]
+    method = ["--act-method", "1", "--disable-level", "L0"]
+    open_gate = ["--max-kl", "100", "--min-top1", "0"]
+    return [sys.executable, "-m", "quant", *files, *method, *open_gate]
 
 
 def quantisation(work: Path):
@@ -153,13 +145,13 @@ def quantisation(work: Path):
     judging = json.loads((work / "ours" / "quant_report.json").read_text())["seconds"]["judging"]
     print(f"{'quantise, ours':40} {show(ours)}, of these {judging:.1f} s the quality gate")
     for dtype in ("bfloat16", "float32"):
-        theirs = measured(
-            [sys.executable, "-c", CLASSIC, str(model), str(lines), str(work / dtype), dtype], work
-        )
+        arguments = [str(model), str(lines), str(work / dtype), dtype]
+        theirs = measured([sys.executable, "-c", CLASSIC, *arguments], work)
+        ratios = ", ".join(f"{a / b:.2f}" for a, b in zip(ours, theirs))
+        without_gate = (ours[0] - judging) / theirs[0]
         print(
-            f"{'quantise, msmodelslim classic ' + dtype:40} {show(theirs)}; ours is "
-            + ", ".join(f"{a / b:.2f}" for a, b in zip(ours, theirs))
-            + f" x, without the gate {(ours[0] - judging) / theirs[0]:.2f} x in time"
+            f"{'quantise, msmodelslim classic ' + dtype:40} {show(theirs)}; ours is {ratios} x, "
+            f"without the gate {without_gate:.2f} x in time"
         )
 
 
@@ -186,20 +178,18 @@ def speed(engine, clock) -> tuple[float, float]:
 def inference(floats: Path, quantised: Path):
     from runtime import Engine
 
-    engines = {
-        name: Engine(folder, dtype="bfloat16", max_model_len=1024)
-        for name, folder in (("bfloat16", floats), ("W8A8", quantised))
-    }
+    engines = {}
+    for name, folder in (("bfloat16", floats), ("W8A8", quantised)):
+        engines[name] = Engine(folder, dtype="bfloat16", max_model_len=1024)
     for unit, clock in (("s", time.perf_counter), ("CPU s", time.process_time)):
         times = {name: speed(engine, clock) for name, engine in engines.items()}
         for name, (prefill, decode) in times.items():
             print(
-                f"{name:9} prefill {PREFILL} tokens {prefill:6.3f} {unit:5}   decode {decode:7.4f} {unit} per token"
+                f"{name:9} prefill {PREFILL} tokens {prefill:6.3f} {unit:5}   "
+                f"decode {decode:7.4f} {unit} per token"
             )
-        print(
-            f"W8A8 is   {times['bfloat16'][0] / times['W8A8'][0]:.2f} x in prefill, "
-            f"{times['bfloat16'][1] / times['W8A8'][1]:.2f} x in decoding"
-        )
+        prefill, decode = (a / b for a, b in zip(times["bfloat16"], times["W8A8"]))
+        print(f"W8A8 is   {prefill:.2f} x in prefill, {decode:.2f} x in decoding")
 
 
 def main():
@@ -218,8 +208,8 @@ def main():
         )
         quantisation(work)
         inference(work / "float", work / "ours")
-        print(f"the same, width {WIDE[0]} and {WIDE[1]}, 4 layers")
-        make_model(work / "wide", 4, *WIDE)
+        print(f"the same, width {WIDE['hidden']} and {WIDE['ffn']}, 4 layers")
+        make_model(work / "wide", 4, **WIDE)
         measured(our_command(work / "wide", work / "ours-wide", work / "lines.jsonl"), work)
         inference(work / "wide", work / "ours-wide")
 

@@ -1,5 +1,6 @@
-"""`python -m quant`: takes a float checkpoint, writes a quantised one that MindIE and vllm-ascend
-load.
+"""`python -m quant`: quantises a checkpoint.
+
+Takes a float checkpoint, writes a quantised one that MindIE and vllm-ascend load.
 
 Stages: measure, quantise layer by layer with msmodelslim, judge, publish. A killed run resumes
 after its last finished layer; nothing that looks finished is written unless the quality gate holds.

@@ -146,7 +146,8 @@ class Ranking:
         return sorted(self.quantised, key=errors.get, reverse=True)
 
     def _errors(self) -> dict[Group, float]:
-        """One pass of the held-out samples over the float model."""
+        """{group: error of its layer with this group alone quantised}, on the held-out samples as
+        the float model feeds them."""
         errors = {}
         streams = held_out_samples(self._plan)
         for index in range(self._plan.num_layers):
@@ -155,7 +156,9 @@ class Ranking:
             for group in groups:
                 others = [other for other in groups if other != group]
                 outputs = run_finished_layer(self._plan, self._folder, index, others, streams)
-                errors[group] = relative_error(*map(packed, (float_outputs, outputs, streams)))
+                errors[group] = relative_error(
+                    packed(float_outputs), packed(outputs), packed(streams)
+                )
             streams = float_outputs
             release_memory()
         return errors
@@ -191,14 +194,13 @@ def run_finished_layer(
     float_groups: list[Group],
     streams: dict[int, torch.Tensor],
 ) -> dict[int, torch.Tensor]:
-    """Residual streams before the layer -> after it, with those of `float_groups` that are of it in
-    float."""
+    """Residual streams before the layer -> after it; its groups in `float_groups` are in float."""
     tensors, kinds = finished_tensors(plan, folder, index, float_groups)
     return run_layer(plan, integer_layer(plan.family, index, tensors, kinds), streams)
 
 
 class Head:
-    """Final norm and output matrix of the float model."""
+    """Final norm and output matrix of the float model, which quantisation leaves as they are."""
 
     def __init__(self, plan: QuantPlan):
         family = plan.family
@@ -227,18 +229,21 @@ class Head:
 
 
 def figures(expected: np.ndarray, found: np.ndarray) -> Figures:
-    """Of logits [tokens, vocab] of the float and of the quantised model; KL is infinite if a logit
-    is not finite."""
-    divergences = []
-    for start in range(0, len(expected), TOKENS):
-        rows = slice(start, start + TOKENS)
-        with np.errstate(invalid="ignore"):
-            divergences.append(
-                kl(expected[rows].astype(np.float64), found[rows].astype(np.float64))
-            )
-    divergence = np.concatenate(divergences)
+    """Figures from logits [tokens, vocab] of the float and of the quantised model; KL is infinite
+    if a logit is not finite."""
+    divergence = divergences(expected, found)
     tokens = len(divergence)
     if not np.isfinite(divergence).all():
         return Figures(float("inf"), 0.0, tokens)
     top1 = (expected.argmax(1) == found.argmax(1)).mean()
     return Figures(divergence.mean().item(), float(top1), tokens)
+
+
+def divergences(expected: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """KL(expected || found) of every token, from logits [tokens, vocab] -> float64 [tokens]."""
+    parts = []
+    for start in range(0, len(expected), TOKENS):
+        rows = slice(start, start + TOKENS)
+        with np.errstate(invalid="ignore"):
+            parts.append(kl(expected[rows].astype(np.float64), found[rows].astype(np.float64)))
+    return np.concatenate(parts)

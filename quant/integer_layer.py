@@ -61,18 +61,19 @@ def run_layer(
 def finished_tensors(
     plan: QuantPlan, folder: WorkFolder, index: int, float_groups: Iterable[tuple[int, str]]
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """(tensors, kinds) of a finished layer, those of `float_groups` (layer, group) that are of it
-    back in float."""
+    """(tensors, kinds) of a finished layer, by name; its groups in `float_groups` (layer, group)
+    are put back to float."""
     finished = folder.layer(index)
     back_to_float = set()
     for layer, group in float_groups:
         if layer == index:
             back_to_float.update(finished.groups[group])
-    stored = load_file(folder.weights(index))
-    tensors = {
-        name: t for name, t in stored.items() if name.rpartition(".")[0] not in back_to_float
-    }
-    kinds = {name: finished.kinds[name] for name in tensors}
+    tensors = {}
+    kinds = {}
+    for name, tensor in load_file(folder.weights(index)).items():
+        if name.rpartition(".")[0] not in back_to_float:
+            tensors[name] = tensor
+            kinds[name] = finished.kinds[name]
     floats = float_tensors(plan, folder, index, back_to_float)
     return tensors | floats, kinds | dict.fromkeys(floats, "FLOAT")
 

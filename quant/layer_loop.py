@@ -58,8 +58,8 @@ def embedded_samples(plan: QuantPlan) -> ResidualStreams:
 def quantise_layer(
     plan: QuantPlan, folder: WorkFolder, index: int, streams: ResidualStreams
 ) -> tuple[FinishedLayer, ResidualStreams]:
-    """streams: before the layer -> (finished layer, residual streams after it), both saved in
-    `folder`."""
+    """Residual streams before the layer -> (finished layer, residual streams after it), which are
+    saved in `folder`."""
     layer = LayerModule(plan.family, plan.checkpoint, index, [s.step for s in plan.samples])
     set_config(layer, plan.dtype)
     with plan.timed("judging"):
@@ -107,8 +107,8 @@ def keep_float(plan: QuantPlan, layer: LayerModule) -> LayerTensors:
 
 
 def calibrate(plan: QuantPlan, layer: LayerModule, streams: ResidualStreams) -> LayerTensors:
-    """Quantise the layer with msmodelslim, on what the quantised layers before it make of the
-    samples."""
+    """Quantise the layer with msmodelslim, calibrated on the residual streams after the quantised
+    layers before it."""
     kept_float = plan.kept_float.intersection(layer.linear_names)
     config = quant_config(plan.scheme, plan.act_method, plan.fraction, kept_float)
     float_inputs = []
@@ -120,11 +120,19 @@ def calibrate(plan: QuantPlan, layer: LayerModule, streams: ResidualStreams) -> 
         inputs = [streams.quantised[number] for number in plan.calibration]
     with plan.timed("calibrating"):
         tensors, kinds = quantise_linears(layer, config, float_inputs, inputs, plan.input_ranges)
-    for name, kind in kinds.items():
-        # norms keep their biases in float32
-        if kind == "FLOAT" and not name.endswith("norm.bias"):
-            tensors[name] = tensors[name].to(plan.dtype)
-    return LayerTensors(tensors, kinds, layer.outputs)
+    return LayerTensors(in_result_dtype(plan, tensors, kinds), kinds, layer.outputs)
+
+
+def in_result_dtype(
+    plan: QuantPlan, tensors: dict[str, torch.Tensor], kinds: dict[str, str]
+) -> dict[str, torch.Tensor]:
+    """Float tensors in the result's float type, but for the biases of norms, which stay float32."""
+    converted = {}
+    for name, tensor in tensors.items():
+        if kinds[name] == "FLOAT" and not name.endswith("norm.bias"):
+            tensor = tensor.to(plan.dtype)
+        converted[name] = tensor
+    return converted
 
 
 def all_outputs(

@@ -39,14 +39,17 @@ REPORT = "quant_report.json"
 
 @dataclass
 class QuantPlan:
-    """samples: on the first num_calibration activations are measured, on the others the result is
-    judged.
+    """samples: the first num_calibration are for measuring activations, the others for judging the
+    result.
 
-    dtype: float type of the result. kept_float: linear layers that stay float from the start. anti:
-    anti-outlier method. input_ranges: {linear layer: max |x| / standard deviation of its input}, {}
-    where nothing depends on them, None where msmodelslim measures them layer by layer. statistics:
-    what was measured for the plan, {} for nothing. identity: everything that decides the result, as
-    JSON values. seconds: time that this run has spent, by purpose.
+    dtype: float type of the result.
+    kept_float: names of the linear layers that stay float from the start.
+    anti: anti-outlier method, None for none.
+    input_ranges: {linear layer: max |x| / standard deviation of its input}; {} where nothing
+        depends on them, None where msmodelslim measures them layer by layer.
+    statistics: what was measured to make the plan, {} for nothing.
+    identity: everything that decides the result, as JSON values.
+    seconds: {purpose: time that this run has spent on it}.
     """
 
     family: object
@@ -105,7 +108,10 @@ def make_plan(
     lines: Lines,
     work: Path,
 ) -> QuantPlan:
-    """work: folder in which the measured input ranges are kept."""
+    """Resolve the options into a plan; ToolkitError or ModelError if they do not fit the model.
+
+    work: folder in which the measured input ranges are kept for the next run.
+    """
     recipe = chosen_recipe(family, options.scheme, recipe_options)
     scheme = SCHEMES[options.scheme]
     samples = make_samples(family, checkpoint, lines.calibration + lines.held_out)
@@ -120,21 +126,20 @@ def make_plan(
     kept_float |= kept_by_range(family, statistics.get("ranges", {}), count, kept_float)
     ranges = {}
     if observers_by_range:
-        # anti-outlier changes the inputs, layer by layer
-        ranges = None if recipe.anti else statistics["ranges"]
+        ranges = None if recipe.anti else statistics["ranges"]  # anti-outlier changes the inputs
     plan = QuantPlan(
-        family,
-        checkpoint,
-        scheme,
-        target_dtype(family, checkpoint, options.dtype),
-        samples,
-        len(lines.calibration),
-        kept_float,
-        recipe.anti,
-        recipe.act_method,
-        recipe_options.fraction,
-        ranges,
-        statistics,
+        family=family,
+        checkpoint=checkpoint,
+        scheme=scheme,
+        dtype=target_dtype(family, checkpoint, options.dtype),
+        samples=samples,
+        num_calibration=len(lines.calibration),
+        kept_float=kept_float,
+        anti=recipe.anti,
+        act_method=recipe.act_method,
+        fraction=recipe_options.fraction,
+        input_ranges=ranges,
+        statistics=statistics,
     )
     plan.identity = identity(plan, lines)
     return plan

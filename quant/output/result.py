@@ -91,15 +91,22 @@ def layer_files(
     changed = {index for index, _ in float_groups}
     folder.mkdir(exist_ok=True)
     for index in range(plan.num_layers):
-        file = work.weights(index)
-        layer_kinds = work.layer(index).kinds
         if index in changed:
-            file = folder / file.name
-            tensors, layer_kinds = finished_tensors(plan, work, index, float_groups)
-            store(tensors, file)
-        kinds |= layer_kinds
-        files.append(file)
+            files.append(folder / work.weights(index).name)
+            kinds |= store_layer(plan, work, index, float_groups, files[-1])
+        else:
+            files.append(work.weights(index))
+            kinds |= work.layer(index).kinds
     return kinds, files
+
+
+def store_layer(
+    plan: QuantPlan, work: WorkFolder, index: int, float_groups: list[Group], file: Path
+) -> dict[str, str]:
+    """Write the layer with its groups in `float_groups` in float -> kinds of its tensors."""
+    tensors, kinds = finished_tensors(plan, work, index, float_groups)
+    store(tensors, file)
+    return kinds
 
 
 def report(plan: QuantPlan, work: WorkFolder, verdict: Verdict) -> str:

@@ -58,11 +58,7 @@ def _findings(folder: Path) -> Iterator[Finding]:
 
 def _findings_of(folder: Path, top: Path, size: int, rank: int) -> Iterator[Finding]:
     """Of the weights in `folder`, which are those of `rank` of `size`; config.json is in `top`."""
-    description = find_description(folder)
-    if description is None:
-        raise ModelError(
-            f"{folder} has no quant_model_description.json; it is no quantised directory"
-        )
+    description = _description(folder)
     config = read_json(top / "config.json")
     dtype = _dtype(config)
     yield from _file_findings(folder, description)
@@ -75,6 +71,15 @@ def _findings_of(folder: Path, top: Path, size: int, rank: int) -> Iterator[Find
     yield from _fused_findings(description)
     for layer in _quantised_layers(description):
         yield from layer_findings(layer, description.kind(layer), checkpoint, dtype)
+
+
+def _description(folder: Path) -> Description:
+    description = find_description(folder)
+    if description is None:
+        raise ModelError(
+            f"{folder} has no quant_model_description.json; it is no quantised directory"
+        )
+    return description
 
 
 def _dtype(config: dict) -> str | None:

@@ -3,6 +3,7 @@ engineer gets wrong."""
 
 import json
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -58,21 +59,17 @@ def texts(tmp_path_factory):
 
 
 def quantise(out, *arguments, model=GLM, lines=None):
-    given = [
-        "--model",
-        str(model),
-        "--out",
-        str(out),
-        *OPEN_GATE,
-        *(("--calib", str(lines[0])) if lines else ()),
-        *arguments,
-    ]
-    assert main(given) == 0
+    calibration = ["--calib", str(lines[0])] if lines else []
+    folders = ["--model", str(model), "--out", str(out)]
+    assert main([*folders, *OPEN_GATE, *calibration, *arguments]) == 0
     return tensors_of(out), json.loads((out / "quant_model_description.json").read_text())
 
 
 def tensors_of(folder):
-    return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+    tensors = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= load_file(file)
+    return tensors
 
 
 def relative(a, b):
@@ -126,16 +123,8 @@ def upstream(lines, tmp_path, monkeypatch):
 )
 def test_layer_by_layer_equals_the_whole_model_run(scheme, settings, lines, upstream, tmp_path):
     """Weights bit for bit, scales of activations up to the last bit of the mean over samples."""
-    ours, _ = quantise(
-        tmp_path / "ours",
-        "--scheme",
-        scheme,
-        "--disable-level",
-        "L0",
-        "--act-method",
-        "1",
-        lines=lines,
-    )
+    arguments = ["--scheme", scheme, "--disable-level", "L0", "--act-method", "1"]
+    ours, _ = quantise(tmp_path / "ours", *arguments, lines=lines)
     theirs = upstream(**settings)
     kept = {"qkv": "_proj", "up": "gate_up_proj", "down": "down_proj"} if scheme == "w8a8s" else {}
     names = [n for n in theirs if n in ours and theirs[n].dtype == ours[n].dtype and "layers." in n]
@@ -208,10 +197,7 @@ def test_every_family(family, texts, tmp_path):
         for n, kind in kinds.items()
         if n.endswith(".weight") and kind == "W8A8"
     }
-    assert (
-        quantised <= {name for group in linear_groups(family).values() for name in group}
-        and quantised
-    )
+    assert quantised and quantised <= set(chain.from_iterable(linear_groups(family).values()))
     vision = [w.source for w in family.weights() if w.parts and w.target.in_vision]
     assert all(
         torch.equal(ours[name], stored.tensor(name).to(ours[name].dtype))
@@ -219,10 +205,10 @@ def test_every_family(family, texts, tmp_path):
         if name in ours
     )
     text = [{"role": "user", "content": "描述这张图片。hello"}]
-    logits = [
-        (e := Engine(folder, dtype="float32", max_model_len=128)).prefill_logits(e.prompt(text))
-        for folder in (source, tmp_path)
-    ]
+    logits = []
+    for folder in (source, tmp_path):
+        engine = Engine(folder, dtype="float32", max_model_len=128)
+        logits.append(engine.prefill_logits(engine.prompt(text)))
     assert 0 < relative(logits[1], logits[0]) < 0.2
 
 
@@ -314,23 +300,19 @@ def test_gate_puts_the_worst_back_to_float(lines, tmp_path):
     figures = json.loads((tmp_path / "all" / "quant_report.json").read_text())["gate"]
     assert figures["kept_float"] == [] and figures["kl"] > 0
     limit = figures["kl"] / 2
-    _, kinds = quantise(
-        tmp_path / "some",
-        "--disable-level",
-        "L0",
-        "--act-method",
-        "1",
-        "--max-kl",
-        str(limit),
-        lines=lines,
-    )
+    arguments = ["--disable-level", "L0", "--act-method", "1", "--max-kl", str(limit)]
+    _, kinds = quantise(tmp_path / "some", *arguments, lines=lines)
     report = json.loads((tmp_path / "some" / "quant_report.json").read_text())["gate"]
     kept = report["kept_float"]
     assert 0 < len(kept) < 8 and report["kl"] <= limit
     assert report["tried"][str(len(kept) - 1)]["kl"] > limit
     groups = linear_groups(family_of(GLM))
-    names = {n for group in kept for n in groups[int(group.split(".")[1]), group.split(".")[2]]}
-    assert {n for g in groups.values() for n in g if kinds[n + ".weight"] == "FLOAT"} == names
+    names = set()
+    for name in kept:
+        _, index, group = name.split(".")
+        names.update(groups[int(index), group])
+    linear_layers = chain.from_iterable(groups.values())
+    assert {n for n in linear_layers if kinds[n + ".weight"] == "FLOAT"} == names
     assert msmodelslim_calls.SCHEMES["w8a8"].kind in kinds.values()
 
 
@@ -387,14 +369,38 @@ def test_killed_run_goes_on(lines, tmp_path, monkeypatch):
         assert (tmp_path / "killed" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_other_settings_start_afresh(lines, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        pipeline, "pass_gate", lambda *rest: (_ for _ in ()).throw(KeyboardInterrupt)
-    )
-    for method in ("1", "2"):
+def test_resumed_run_keeps_the_order_of_samples(tmp_path, monkeypatch):
+    """More than ten samples of different lengths: a file lists "float.10" before "float.2"."""
+    file = tmp_path / "ids.jsonl"
+    lines = [{"ids": list(range(3, 23 + i))} for i in range(16)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = ("--anti", "m2", "--act-method", "3")
+    quantise(tmp_path / "straight", *arguments, lines=[file])
+    real = WorkFolder.save_layer
+
+    def killed(self, index, *rest):
+        if index == 1:
+            raise KeyboardInterrupt
+        real(self, index, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkFolder, "save_layer", killed)
         with pytest.raises(KeyboardInterrupt):
-            quantise(tmp_path, "--act-method", method, lines=lines)
-    monkeypatch.undo()
+            quantise(tmp_path / "killed", *arguments, lines=[file])
+    quantise(tmp_path / "killed", *arguments, lines=[file])
+    for weights in (tmp_path / "straight").glob("quant_model*"):
+        assert (tmp_path / "killed" / weights.name).read_bytes() == weights.read_bytes()
+
+
+def test_other_settings_start_afresh(lines, tmp_path, monkeypatch):
+    def killed(*rest):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "pass_gate", killed)
+        for method in ("1", "2"):
+            with pytest.raises(KeyboardInterrupt):
+                quantise(tmp_path, "--act-method", method, lines=lines)
     again, _ = quantise(tmp_path, "--act-method", "2", lines=lines)
     fresh, _ = quantise(tmp_path / "fresh", "--act-method", "2", lines=lines)
     assert all(torch.equal(again[n], fresh[n]) for n in fresh)
