@@ -16,7 +16,7 @@ from models.prompt.messages import content
 from runtime.common.errors import INTERRUPTED, ToolkitError, run_command
 from runtime.common.flags import Parser, flag
 from runtime.common.progress import print_status
-from runtime.engine.command import check_pictures, join_torchrun, open_engine
+from runtime.engine.command import check_images, join_torchrun, open_engine
 from runtime.engine.options import EngineOptions, InputOptions, SamplingParams, one_at_a_time
 
 WELCOME = """\
@@ -51,7 +51,7 @@ def main(argv) -> int:
         # a terminal of another encoding must not end in a traceback
         stream.reconfigure(errors="replace")
     question = one_question(options.prompt)
-    check_pictures(family_of(options.model), options.image)
+    check_images(family_of(options.model), options.image)
     engine = open_engine(options.model, one_at_a_time(engine_options))
     print_status("\n".join(engine.describe()))
     conversation = Conversation(engine, options, sampling)
@@ -117,7 +117,7 @@ class Conversation:
         images = []
         if file:
             images.append(str(Path(file).expanduser()))
-        check_pictures(self.engine.family, images)
+        check_images(self.engine.family, images)
         self.images = images
         self.clear()
 

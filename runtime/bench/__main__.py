@@ -15,7 +15,7 @@ from runtime.common.errors import run_command
 from runtime.common.files import prepare
 from runtime.common.flags import Parser
 from runtime.common.progress import print_status
-from runtime.engine.command import check_pictures, join_torchrun, open_engine
+from runtime.engine.command import check_images, join_torchrun, open_engine
 from runtime.engine.options import EngineOptions, SamplingParams
 
 from .options import BenchOptions
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
         {"benchmark": BenchOptions, "model": EngineOptions},
     ).parse(argv)
     join_torchrun(engine_options)
-    check_pictures(family_of(options.model), options.image)
+    check_images(family_of(options.model), options.image)
     folder = prepare(options.out)
     return measure(ready_engine(options, engine_options), options, folder)
 

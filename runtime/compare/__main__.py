@@ -17,7 +17,7 @@ from models import family_of
 from runtime.common import files, machine
 from runtime.common.errors import CHECK_FAILED, run_command
 from runtime.common.flags import Parser
-from runtime.engine.command import check_pictures, join_torchrun
+from runtime.engine.command import check_images, join_torchrun
 from runtime.engine.options import EngineOptions
 
 from .cases import check_same_family, choose_cases
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     from .report import page, terminal
 
     family = family_of(options.model)
-    check_pictures(family, options.image)
+    check_images(family, options.image)
     check_same_family(options, family)
     out = files.prepare(options.out)
     cases = choose_cases(options, family)

@@ -1,4 +1,4 @@
-"""Token ids of an answer -> the text the release shows, in pieces that never have to be taken back."""
+"""Text of an answer: takes its token ids, returns what the release shows, in pieces that never change later."""
 
 from models.prompt.streaming import StreamDecoder, partial_match
 
@@ -6,7 +6,7 @@ from models.prompt.streaming import StreamDecoder, partial_match
 class AnswerText:
     """Decodes token by token, cleans as the family does, and cuts at the first stop string.
 
-    `push` and `finish` return the new text; their concatenation is `text`. `stopped` tells that a stop string was met.
+    `push` and `finish` return the new text; their concatenation is `text`. stopped: a stop string was met.
     """
 
     def __init__(self, family, stop: tuple[str, ...] = ()):
@@ -28,17 +28,18 @@ class AnswerText:
     def _advance(self, final: bool) -> str:
         if self.stopped:
             return ""
-        cut = min((at for at in map(self._raw.find, self._stop) if at >= 0), default=None)
-        self.stopped = cut is not None
-        raw = self._raw[:cut]
+        found = [self._raw.find(stop) for stop in self._stop]
+        cuts = [position for position in found if position >= 0]
+        self.stopped = bool(cuts)
+        raw = self._raw[: min(cuts)] if cuts else self._raw
         if not (final or self.stopped):
-            raw = raw[: len(raw) - self._held(raw)]
+            raw = raw[: len(raw) - self._held_back(raw)]
         cleaned = self._family.clean(raw)
         new = cleaned[len(self.text) :]
         self.text = cleaned
         return new
 
-    def _held(self, raw: str) -> int:
+    def _held_back(self, raw: str) -> int:
         """How many characters at the end may still change: the family's rule, or the beginning of a stop string."""
-        held = self._family.unstable_tail(raw)
-        return max(held, *(partial_match(stop, raw) for stop in self._stop)) if self._stop else held
+        begun = [partial_match(stop, raw) for stop in self._stop]
+        return max([self._family.unstable_tail(raw), *begun])

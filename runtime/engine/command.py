@@ -1,4 +1,7 @@
-"""What the commands that run a model share: their rank under torchrun, checked images, an open engine."""
+"""What the commands that run a model share: takes their options, returns an open engine.
+
+Nothing heavy is imported at the top, so that `--help` answers at once.
+"""
 
 from runtime.common.errors import ToolkitError
 
@@ -19,13 +22,13 @@ def open_engine(model, options: EngineOptions):
     return Engine.from_options(model, options)
 
 
-def check_pictures(family, pictures):
-    """Raises, before a model is loaded, for a text-only family, too many pictures, or a file that is not a picture."""
-    if pictures and family.vision is None:
+def check_images(family, images):
+    """Raises, before a model is loaded, for a text-only family, too many images, or a file that is no image."""
+    if images and family.vision is None:
         raise ToolkitError(
-            f"{family.name} is a text model and takes no picture; leave out --image {pictures[0]}"
+            f"{family.name} is a text model and takes no picture; leave out --image {images[0]}"
         )
-    if pictures:
-        family.check_image_count(len(pictures))
-    for picture in pictures:
-        family.pixels(picture)
+    if images:
+        family.check_image_count(len(images))
+    for image in images:
+        family.pixels(image)

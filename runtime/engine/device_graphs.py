@@ -1,8 +1,9 @@
 """Decode steps recorded as NPU or CUDA graphs: one per batch size, replayed with new inputs in the same tensors.
 
-A host step and token ids flow in, logits flow out. A batch is filled up to the next recorded size with rows that read
-and write a cache block of their own. Lengths that the attention kernels take from the host are renewed inside the graph
-by torch_npu (task update), layer by layer while the graph runs; lengths in device memory are inputs like the others.
+Takes a host step and token ids, returns logits. A batch is filled up to the next recorded size with
+padding rows that read and write a cache block of their own. Lengths that the attention kernels take from
+the host are updated inside the graph by torch_npu (task update), layer by layer while the graph runs;
+lengths in device memory are inputs like the others.
 """
 
 from dataclasses import dataclass, replace
@@ -36,7 +37,7 @@ class DecodeGraphs:
         self._width = width
         self._device = device
         self._torch = decoder.ops.accelerator  # torch.npu or torch.cuda: the same calls
-        self._spare = int(cache.allocate(1)[0])
+        self._padding_block = int(cache.allocate(1)[0])
         self._recordings: dict[int, Recording] = {}
 
     @torch.inference_mode()
@@ -69,16 +70,12 @@ class DecodeGraphs:
         return recording.logits[:batch].clone()
 
     def _record(self, size, pool) -> Recording:
-        turn = torch.zeros(0, self._decoder.config.head_dim, dtype=self._decoder.embedding.dtype)
-        slots = torch.zeros(0, dtype=torch.int64)
-        tables = torch.zeros(0, self._width, dtype=torch.int32)
-        nobody = Step(turn, turn, slots, tables, [], [])
         ids = torch.zeros(size, dtype=torch.int64, device=self._device)
-        step = self._begin(self._fill_up(nobody, size), self._device)
+        step = self._begin(self._padded(self._empty_step(), size), self._device)
         self._compute(ids, step)  # warm-up: compiles kernels, makes masks
         self._torch.synchronize()
-        graph, told = self._decoder.ops.new_graph(step)
-        with self._torch.graph(graph, pool=pool, **told):
+        graph, options = self._decoder.ops.new_graph(step)
+        with self._torch.graph(graph, pool=pool, **options):
             logits = self._compute(ids, step)
         return Recording(graph, ids, step, logits)
 
@@ -89,9 +86,16 @@ class DecodeGraphs:
     def _load(self, recording, ids, step):
         size = len(recording.ids)
         recording.ids.copy_(F.pad(ids, (0, size - len(ids))))
-        fresh = self._decoder.ops.graph_inputs(self._begin(self._fill_up(step, size), "cpu"))
+        fresh = self._decoder.ops.graph_inputs(self._begin(self._padded(step, size), "cpu"))
         for name, target in self._decoder.ops.graph_inputs(recording.step).items():
             target.copy_(fresh[name])
+
+    def _empty_step(self) -> Step:
+        config = self._decoder.config
+        angles = torch.zeros(0, config.head_dim, dtype=self._decoder.embedding.dtype)
+        slots = torch.zeros(0, dtype=torch.int64)
+        tables = torch.zeros(0, self._width, dtype=torch.int32)
+        return Step(angles, angles, slots, tables, q_lens=[], kv_lens=[])
 
     def _begin(self, step, device):
         return self._decoder.ops.begin(step, self._decoder.config, device)
@@ -99,17 +103,18 @@ class DecodeGraphs:
     def _kv_lens(self, recording, step):
         return step.kv_lens + [1] * (len(recording.ids) - len(step.kv_lens))
 
-    def _fill_up(self, step: Step, size: int) -> Step:
-        """`step` with rows of one token each added up to `size`, in the spare block, and a table of full width."""
-        rows = size - len(step.slots)
-        tables = F.pad(step.block_table, (0, self._width - step.block_table.shape[1], 0, rows))
-        tables[len(step.slots) :] = self._spare
-        slots = self._spare * self._cache.block_size + torch.arange(len(step.slots), size)
-        cos, sin = (F.pad(t, (0, 0, 0, rows)) for t in (step.cos, step.sin))
+    def _padded(self, step: Step, size: int) -> Step:
+        """`step` with padding rows of one token each up to `size`, and a block table of full width."""
+        batch = len(step.slots)
+        rows = size - batch
+        columns = self._width - step.block_table.shape[1]
+        tables = F.pad(step.block_table, (0, columns, 0, rows))
+        tables[batch:] = self._padding_block
+        slots = self._padding_block * self._cache.block_size + torch.arange(batch, size)
         return replace(
             step,
-            cos=cos,
-            sin=sin,
+            cos=F.pad(step.cos, (0, 0, 0, rows)),
+            sin=F.pad(step.sin, (0, 0, 0, rows)),
             slots=torch.cat((step.slots, slots)),
             block_table=tables,
             q_lens=[1] * size,

@@ -1,4 +1,7 @@
-"""From logits to the next token: penalties, temperature, min-p, top-k, top-p, in vLLM's order, which is the releases'."""
+"""Sampling: takes logits, returns the next token.
+
+Penalties, temperature, min-p, top-k and top-p are applied in vLLM's order, which is also the releases'.
+"""
 
 import math
 
@@ -16,9 +19,13 @@ def sample(
     settings,
     generator: torch.Generator,
 ) -> int:
-    """logits float32 [vocab]; seen, answer: int64 ids of prompt and answer so far, and of the answer alone; temperature 0
-    takes the most likely token."""
-    if not all(math.isfinite(end) for end in logits.aminmax()):  # NaN is both ends
+    """The id of the next token; with temperature 0 the most likely one.
+
+    logits float32 [vocab]; seen int64: ids of prompt and answer so far; answer int64: of the answer alone.
+    ToolkitError for NaN or Inf.
+    """
+    smallest, largest = logits.aminmax()  # each is NaN if there is one
+    if not (math.isfinite(smallest) and math.isfinite(largest)):
         raise ToolkitError(
             "the decoder's logits contain NaN or Inf; try --dtype float32, or compare the checkpoint with "
             "python -m runtime.compare",
@@ -51,12 +58,13 @@ def discourage(logits, answer, presence: float, frequency: float):
 
 def min_p(logits, p: float):
     """Drop what is less likely than p times the likeliest (Nguyen et al. 2024)."""
-    return (
-        logits.masked_fill(logits < logits.max() + math.log(p), float("-inf")) if p > 0 else logits
-    )
+    if p <= 0:
+        return logits
+    return logits.masked_fill(logits < logits.max() + math.log(p), float("-inf"))
 
 
 def top_k(logits, k: int):
+    """Keep the k most likely tokens; 0 keeps all."""
     if not 0 < k < len(logits):
         return logits
     return logits.masked_fill(logits < logits.topk(k).values[-1], float("-inf"))
@@ -67,5 +75,6 @@ def nucleus(logits, p: float):
     if p >= 1:
         return logits
     ordered, order = logits.sort(descending=True)
-    before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+    probabilities = ordered.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities  # of all that are more likely
     return logits.index_fill(0, order[1:][before[1:] >= p], float("-inf"))

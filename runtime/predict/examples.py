@@ -10,7 +10,7 @@ from models import family_of
 from models.prompt.messages import content
 from runtime.common.progress import print_status
 from runtime.common.sample_questions import EXAMPLES
-from runtime.engine.command import check_pictures, open_engine
+from runtime.engine.command import check_images, open_engine
 
 FIRST = "首次执行时间 / first execution"
 LATER = "非首次执行时间 / later execution"
@@ -18,7 +18,7 @@ LATER = "非首次执行时间 / later execution"
 
 def show_examples(options, engine_options, sampling):
     """Print three answers; the first one's time is marked, because it includes warming up."""
-    check_pictures(family_of(options.model), [EXAMPLES[0].scene()])
+    check_images(family_of(options.model), [EXAMPLES[0].scene()])
     images = example_images(Path(options.model) / "examples")
     engine = open_engine(options.model, engine_options)
     for index, (question, (name, image)) in enumerate(zip(EXAMPLES, images)):

@@ -1,7 +1,7 @@
-"""A decoder with one layer's weights in memory at a time: for checking models that are larger than it.
+"""A decoder with one layer's weights in memory at a time: for checking models that are larger than memory.
 
-A checkpoint flows in; out flow weights whose linear layers are read when their turn comes, and logits of a whole question in
-one pass through the layers (two where a prompt's tokens see each other both ways).
+Takes a checkpoint, returns weights whose linear layers are read when they are computed, and logits of a
+whole question in one pass through the layers (two where a prompt's tokens see each other both ways).
 """
 
 from functools import partial
@@ -25,47 +25,47 @@ class CurrentLayerWeights:
         self.family = family
         self.dtype = dtype
         self.ops = ops
-        self.rows = {i: [] for i in range(family.decoder.layers)}
-        self.resident = []
+        self.rows = {i: [] for i in range(family.decoder.layers)}  # of each layer's linear layers
+        self.resident = []  # all other rows
         for row in decoder_rows(family, split):
-            self._place(row).append(row)
-        self.index = None
+            target = row.target
+            if target.layer is not None and target.role in BRANCH:
+                self.rows[target.layer].append(row)
+            else:
+                self.resident.append(row)
+        self.index = None  # the layer that is in memory
         self.held = {}
         self.advance = lambda: None
 
     def weights(self) -> dict:
-        """As loading.decoder_weights, with LazyLinear ones in place of the layers' linear layers."""
+        """As `decoder_weights`, with LazyLinear ones in place of the layers' linear layers."""
         resident = load_rows(self.checkpoint, self.resident, self.dtype, "cpu", self.ops)
-        return without_zero_biases(resident, self.family) | {
-            f"layers.{i}.{name}": LazyLinear(partial(self._linear, i, name))
-            for i in self.rows
-            for name in BRANCH
-        }
+        weights = without_zero_biases(resident, self.family)
+        for index in self.rows:
+            for name in BRANCH:
+                linear = LazyLinear(partial(self._linear, index, name))
+                weights[f"layers.{index}.{name}"] = linear
+        return weights
 
     def score(self, runner, sequence, features, token_ids: list[int]) -> np.ndarray:
         """Engine.score in one piece: float32 [n, vocab], row i predicts token_ids[i]."""
         sequence.token_ids.extend(token_ids[:-1])
         chunk = Chunk(sequence, sequence.num_tokens, features)
-        with step_progress("layers", len(self.rows) * len(chunk.spans())) as self.advance:
-            return runner.run([chunk], all_logits=True)[-len(token_ids) :].numpy()
-
-    def _place(self, row) -> list:
-        target = row.target
-        if target.layer is not None and target.role in BRANCH:
-            return self.rows[target.layer]
-        return self.resident
+        reads = len(self.rows) * len(chunk.spans())
+        with step_progress("layers", reads) as self.advance:
+            logits = runner.run([chunk], all_logits=True)
+        return logits[-len(token_ids) :].numpy()
 
     def _linear(self, index: int, name: str):
         if index != self.index:
             self.held = {}  # before the next one is read
             self.held = read_rows(
-                self.checkpoint,
-                self.rows[index],
-                self.dtype,
-                "cpu",
-                self.ops,
-                lambda done, total: None,
+                self.checkpoint, self.rows[index], self.dtype, "cpu", self.ops, update=ignore
             )
             self.index = index
             self.advance()
         return linear_of(self.held, f"layers.{index}.{name}")
+
+
+def ignore(done: int, total: int):
+    """A layer's bytes are no progress worth a bar of their own."""

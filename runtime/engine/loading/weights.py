@@ -1,4 +1,7 @@
-"""Reads the decoder's weights from the checkpoint straight into the backend's form, one tensor at a time."""
+"""Reads the decoder's weights: takes a checkpoint, returns tensors in the form that the operators want.
+
+One tensor at a time is read and packed, so that memory never holds much more than the result.
+"""
 
 from collections import Counter, defaultdict
 from fnmatch import fnmatchcase
@@ -49,28 +52,29 @@ def without_zero_biases(weights: dict, family) -> dict:
 
 def kept_rows(rows: list[Weight], patterns) -> list[Weight]:
     """The rows of float linear layers in stages whose names match; ToolkitError for a pattern that matches none."""
+    stages = float_stages(rows)
+    for pattern in patterns:
+        if not any(fnmatchcase(stage, pattern) for stage in stages):
+            known = "the checkpoint is quantised"
+            if stages:
+                known = f"they are {next(iter(stages))} to {list(stages)[-1]}"
+            raise ToolkitError(f"--keep-dtype {pattern} names no stage with float weights; {known}")
+    kept = []
+    for stage, its_rows in stages.items():
+        if any(fnmatchcase(stage, pattern) for pattern in patterns):
+            kept += its_rows
+    return kept
+
+
+def float_stages(rows: list[Weight]) -> dict[str, list[Weight]]:
+    """Stage, as "layers.0.mlp", -> the rows of its linear layers that are not quantised."""
     stages = {}
     for row in rows:
         target = row.target
         if target.layer is not None and target.role in BRANCH and not target.is_piece:
             stage = f"layers.{target.layer}.{BRANCH[target.role]}"
             stages.setdefault(stage, []).append(row)
-    for pattern in patterns:
-        if not any(fnmatchcase(stage, pattern) for stage in stages):
-            raise ToolkitError(
-                f"--keep-dtype {pattern} names no stage with float weights; "
-                + (
-                    f"they are {next(iter(stages))} to {list(stages)[-1]}"
-                    if stages
-                    else "the checkpoint is quantised"
-                )
-            )
-    return [
-        row
-        for stage, some in stages.items()
-        if any(fnmatchcase(stage, p) for p in patterns)
-        for row in some
-    ]
+    return stages
 
 
 def load_rows(checkpoint, rows: list[Weight], dtype: torch.dtype, device: str, ops) -> dict:
@@ -83,18 +87,28 @@ def read_rows(checkpoint, rows: list[Weight], dtype: torch.dtype, device: str, o
     """load_rows; calls update(done, total) with bytes."""
     plain = [row for row in rows if not row.target.is_piece]
     pieces = [row for row in rows if row.target.is_piece]
-    total = sum(checkpoint.nbytes(row.source) for row in rows if row.source in checkpoint.shapes)
-    weights = {
-        name: ops.pack(tensor.to(device)) if name.endswith(MATRICES) else tensor.to(device)
-        for name, tensor in checkpoint.assemble(
-            plain, dtype=dtype, progress=lambda done, _: update(done, total)
-        )
-    }
-    before = sum(checkpoint.nbytes(row.source) for row in plain if row.source in checkpoint.shapes)
-    tensors = checkpoint.assemble(pieces, progress=lambda done, _: update(before + done, total))
+    plain_bytes = stored_bytes(checkpoint, plain)
+    total = plain_bytes + stored_bytes(checkpoint, pieces)
+
+    def plain_progress(done, _):
+        update(done, total)
+
+    def piece_progress(done, _):
+        update(plain_bytes + done, total)
+
+    weights = {}
+    for name, tensor in checkpoint.assemble(plain, dtype=dtype, progress=plain_progress):
+        tensor = tensor.to(device)
+        weights[name] = ops.pack(tensor) if name.endswith(MATRICES) else tensor
+    tensors = checkpoint.assemble(pieces, progress=piece_progress)
     for name, layer in _layers(tensors, pieces, dtype):
         weights[name] = _packed(layer, dtype, device, ops)
     return weights
+
+
+def stored_bytes(checkpoint, rows: list[Weight]) -> int:
+    """Bytes of the rows' sources; optional ones may be missing."""
+    return sum(checkpoint.nbytes(row.source) for row in rows if row.source in checkpoint.shapes)
 
 
 def _layers(tensors, rows, dtype):
@@ -115,7 +129,6 @@ def _packed(layer, dtype, device, ops):
     if isinstance(layer, Stacked):
         return Stacked([_packed(part, dtype, device, ops) for part in layer.parts])
     if isinstance(layer, Linear):
-        return Linear(
-            ops.pack(layer.weight.to(device)), None if layer.bias is None else layer.bias.to(device)
-        )
+        bias = None if layer.bias is None else layer.bias.to(device)
+        return Linear(ops.pack(layer.weight.to(device)), bias)
     return ops.pack_quantized(layer.to(device), dtype)
