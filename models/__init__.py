@@ -27,7 +27,8 @@ FAMILIES = {
     "glm_edge": "GlmEdge",
 }
 
-# Models that look alike but are other networks: (fields of config.json as regular expressions, name, reason).
+# Models that look alike but are other networks: (fields of config.json as regular expressions,
+# name, reason).
 RELATIVES = (
     (
         {"model_type": "chatglm", "padded_vocab_size": "65024"},

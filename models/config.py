@@ -1,4 +1,4 @@
-"""What a config says: JSON files, and the decoder, rotary and vision settings read from them."""
+"""What a config says. Takes JSON files, returns the decoder, rotary and vision settings in them."""
 
 import json
 from dataclasses import dataclass
@@ -9,9 +9,11 @@ from .errors import ModelError
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary angles: `channels` position channels, each with angles pos / theta^(2j/dim), j < dim/2.
+    """Rotary angles: `channels` position channels, each with angles pos / theta^(2j/dim), j <
+    dim/2.
 
-    The row handed to the kernels is [c, c], c = angles of all channels, then zeros (no rotation) up to head_dim/2.
+    The row that the kernels take is [c, c] with c [head_dim / 2] = angles of all channels, then
+    zeros (no rotation).
     """
 
     dim: int
@@ -34,9 +36,8 @@ class DecoderConfig:
     max_length: int
     norm: str = "rms"  # "rms" | "layer"
     activation: str = "swiglu"  # "swiglu" | "gelu_tanh"
-    residual_alpha: float | None = (
-        None  # ChatGLM-6B: x = norm(x) * alpha + branch(norm(x)); None = plain pre-norm
-    )
+    # ChatGLM-6B: x = norm(x) * alpha + branch(norm(x)); None = plain pre-norm
+    residual_alpha: float | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class VisionSpec:
 
 
 def read_json(path: Path) -> dict:
+    """ModelError if the file is missing or no JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -64,8 +66,17 @@ def read_json(path: Path) -> dict:
         raise ModelError(f"{path} is not valid JSON ({error}); download it again") from None
 
 
+def read_optional_json(path: Path) -> dict:
+    """As read_json; {} without the file."""
+    return read_json(path) if Path(path).is_file() else {}
+
+
 def rope_of(config: dict, head_dim: int, factor: float = 1.0) -> Rope:
-    """Rotary settings from old (rope_theta) and new (rope_parameters) spellings; `factor` = rotated part by default."""
+    """Rotary settings in old (rope_theta) or new (rope_parameters) spelling.
+
+    factor: the part of head_dim that is rotated when the config does not say. ModelError for scaled
+    positions, which this toolkit does not compute.
+    """
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind != "default":

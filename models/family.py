@@ -1,10 +1,15 @@
-"""What a family fills in: decoder settings, weight table, prompt layout, image rule. Pure data and types, no device.
+"""What a family fills in: decoder settings, weight table, prompt layout, image rule. No device.
 
-Canonical decoder names (what `decoder.py` and the runtime know); every family maps its checkpoint onto them:
-    embed.weight  layers.{i}.attention_norm  layers.{i}.qkv  layers.{i}.out  layers.{i}.mlp_norm  layers.{i}.up
-    layers.{i}.down  final_norm  lm_head.weight                                  (.weight [out, in], .bias where present)
-qkv holds the rows [q; k; v], heads in order, q and k rows permuted so that one full-width half-rotation serves every
-family. `up` is the fused [gate; up] for SwiGLU. Vision weights keep the tower module's own names, prefixed "vision.".
+Canonical names of the decoder's tensors, .weight [out, in] and .bias where there is one, which the
+decoder and the runtime know; every family maps its checkpoint onto them:
+
+    embed.weight  lm_head.weight  final_norm
+    layers.{i}.attention_norm  layers.{i}.qkv  layers.{i}.out
+    layers.{i}.mlp_norm        layers.{i}.up   layers.{i}.down
+
+qkv holds the rows [q; k; v], heads in order, q and k rows permuted so that one full-width
+half-rotation serves every family. `up` is the fused [gate; up] for SwiGLU. Vision weights keep the
+tower module's own names, prefixed "vision.".
 """
 
 import hashlib
@@ -14,17 +19,18 @@ from pathlib import Path
 
 import numpy as np
 
-from .config import VisionSpec, read_json
+from .config import VisionSpec, read_optional_json
 from .errors import ModelError
 
 
 @dataclass
 class Layout:
-    """How a prompt of T tokens lies in the sequence.
+    """Positions and attention of a prompt of T tokens.
 
-    positions [T, channels] int64; the first generated token is at next_position [channels] and every later one moves by
-    position_step [channels]. The first `bidirectional` tokens see each other both ways (prefix-LM), the rest is causal.
-    image_starts: row where each image's features are spliced in.
+    positions [T, channels] int64; the first generated token is at next_position [channels] and
+    every later one moves by position_step [channels]. The first `bidirectional` tokens attend to
+    each other in both directions (prefix-LM), the rest is causal. image_starts: the row at which
+    each image's features begin.
     """
 
     positions: np.ndarray
@@ -36,7 +42,10 @@ class Layout:
 
 @dataclass
 class Prompt:
-    """ids int64 [T] after image expansion; pixels: one array per image, in the vision encoder's input layout."""
+    """ids int64 [T], with a placeholder for every image row.
+
+    pixels: one array per image, float32 [1, S, S, 3], the vision encoder's input.
+    """
 
     ids: np.ndarray
     pixels: list[np.ndarray]
@@ -51,7 +60,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """What the release samples with when the user says nothing; generation_config.json overrides it."""
+    """What the release samples with by default; generation_config.json overrides it."""
 
     max_length: int  # prompt + answer, as the releases count
     temperature: float = 1.0
@@ -61,17 +70,18 @@ class SamplingDefaults:
 
 
 class Family:
-    """One released model family. A subclass file holds all that is particular to it; see `visualglm.py`.
+    """One released model family. The file of a subclass holds all that is particular to it.
 
-    To fill in: `name`, `matches`, `decoder`, `weights`, `tokenizer`, `prompt`, `prompt_from_ids`, `release_sampling`,
-    `stop_ids`; for a family with images `vision`, `vision_encoder` and `pixels` too.
+    To fill in: `name`, `matches`, `decoder`, `weights`, `tokenizer`, `prompt`, `prompt_from_ids`,
+    `release_sampling`, `stop_ids`; for a family with images `vision`, `vision_encoder` and `pixels`
+    too. `visualglm.py` does all of it without a base class between.
     """
 
     name: str
     vision: VisionSpec | None = None
     encoder_cosine = 0.999  # of every feature row, below which a compiled encoder is not used
-    takes_tools = False  # knows functions to call: has `tool_call` and `may_be_tool_call` beside what is below
-    prefix_lm = False  # a prompt's tokens, but for its last, see each other both ways
+    takes_tools = False  # can call functions; such a family has `tool_call` and `may_be_tool_call`
+    prefix_lm = False  # a prompt's tokens, except its last, attend to each other in both directions
     languages = ("zh", "en")  # prompt wordings; the first is the default
 
     def __init__(self, directory: Path, config: dict):
@@ -87,7 +97,10 @@ class Family:
         """Release defaults, overridden by the directory's generation_config.json."""
         defaults = self.release_sampling(with_image)
         given = self._generation_config()
-        known = {k: given[k] for k in defaults.__dataclass_fields__ if given.get(k) is not None}
+        known = {}
+        for name in defaults.__dataclass_fields__:
+            if given.get(name) is not None:
+                known[name] = given[name]
         if given.get("do_sample") is False:
             known["temperature"] = 0.0
         return replace(defaults, **known)
@@ -97,15 +110,15 @@ class Family:
         return answer
 
     def unstable_tail(self, answer: str) -> int:
-        """How many characters at the end of an unfinished answer `clean` may still change when more text follows."""
+        """How many characters at the end of an unfinished answer `clean` may still change."""
         return 0
 
     def check_image_count(self, images: int):
+        """ModelError if the family does not take so many images in one conversation."""
         if images > 1:
             raise ModelError(
                 f"{self.name} takes one picture per conversation, {images} given; send one picture"
             )
 
     def _generation_config(self) -> dict:
-        path = self.directory / "generation_config.json"
-        return read_json(path) if path.is_file() else {}
+        return read_optional_json(self.directory / "generation_config.json")

@@ -1,13 +1,14 @@
-"""Quantised checkpoints as msmodelslim writes them: which tensors a linear layer has, what they mean.
+"""Quantised checkpoints as msmodelslim writes them: which tensors a linear layer has, what they
+mean.
 
 Takes a directory's description (`quant_model_description.json`, tensor name -> kind) and a family's
 float weight table; returns the weight table of the quantised directory and, from its tensors, the
 layers that the operators compute with. Names are those of the float checkpoint: linear layer X has
 X.weight int8 and, according to its kind, some of TENSORS.
 
-Row permutations that unify the ropes apply to int8 rows, their scales and their biases alike. Layers
-that become one (q, k, v) may differ in kind, so their pieces are kept apart until all are read: each
-has a Target of its own, with its kind and the row at which it begins.
+Row permutations that unify the ropes apply to int8 rows, their scales and their biases alike.
+Layers that become one (q, k, v) may differ in kind, so their pieces are kept apart until all are
+read: each has a Target of its own, with its kind and the row at which it begins.
 """
 
 from collections.abc import Iterable, Iterator
@@ -39,7 +40,8 @@ NOT_TENSORS = {
     "optional",
 }
 
-# tensor of a linear layer [n, k] -> (its shape, dtypes). D in msmodelslim's files: the model's float type, or float32
+# tensor of a linear layer [n, k] -> (its shape, dtypes). D in msmodelslim's files: the model's
+# float type, or float32
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 TENSORS = {
     "weight": (lambda n, k: (n, k), (torch.int8,)),
@@ -77,10 +79,11 @@ COMPRESSED = {
 class Quantized:
     """Linear layer [n, k] with int8 weights. Symmetric rows: w[i, j] = weight[i, j] * scale[i].
 
-    W8A8, W8A8S: q = clamp(round(x / input_scale + input_offset), -128, 127); y = (q @ weight.T + bias) * scale, where
-    scale float32 [n] is deq_scale and bias int32 [n] is quant_bias (the float bias and the offset are in it).
-    W8A8_DYNAMIC: s = max|x| / 127 of each token, q = round(x / s); y = (q @ weight.T) * s * scale + bias.
-    W8A16: y = x @ (weight * scale).T + bias.  bias float32 [n] or None in the last two.
+    W8A8, W8A8S: q = clamp(round(x / input_scale + input_offset), -128, 127); y = (q @ weight.T +
+    bias) * scale, where scale float32 [n] is deq_scale and bias int32 [n] is quant_bias (the float
+    bias and the offset are in it). W8A8_DYNAMIC: s = max|x| / 127 of each token, q = round(x / s);
+    y = (q @ weight.T) * s * scale + bias. W8A16: y = x @ (weight * scale).T + bias.  bias float32
+    [n] or None in the last two.
     """
 
     kind: str
@@ -101,14 +104,18 @@ class Quantized:
 
 @dataclass
 class Description:
-    """What `quant_model_description.json` says: kind of every tensor, and the directory's type (as MindIE calls it)."""
+    """What `quant_model_description.json` says: kind of every tensor, and the directory's type (as
+    MindIE calls it).
+    """
 
     file: Path
     type: str
     kinds: dict[str, str]
 
     def kind(self, layer: str) -> str:
-        """Kind of the linear layer's weight; "FLOAT" if it is not quantised (or is no linear layer)."""
+        """Kind of the linear layer's weight; "FLOAT" if it is not quantised (or is no linear
+        layer).
+        """
         kind = self.kinds.get(layer + ".weight", "FLOAT")
         twin = layer.endswith(".module")  # the older layout's second copy of a norm
         return kind if (kind in KINDS or kind in COMPRESSED) and not twin else "FLOAT"
@@ -128,7 +135,9 @@ def read_description(file: Path) -> Description:
 
 
 def find_description(directory) -> Description | None:
-    """The directory's description, also under its older name quant_model_description_<kind>.json; None: a float checkpoint."""
+    """The directory's description, also under its older name quant_model_description_<kind>.json;
+    None: a float checkpoint.
+    """
     directory = Path(directory)
     files = [directory / FILE, *sorted(directory.glob("quant_model_description_*.json"))]
     return next((read_description(file) for file in files if file.is_file()), None)
@@ -143,7 +152,9 @@ def stored_weights(family: Family) -> WeightTable:
 
 
 def quantized_weights(weights: Iterable[Weight], description: Description) -> Iterator[Weight]:
-    """The float table's rows -> rows of the quantised directory. ModelError for kinds that cannot be computed."""
+    """The float table's rows -> rows of the quantised directory. ModelError for kinds that cannot
+    be computed.
+    """
     refuse_unknown(description)
     rows = list(weights)
     in_pieces = set()  # modules of which at least one piece is quantised
@@ -174,7 +185,9 @@ def refuse_unknown(description: Description):
 
 
 def check_stored(description: Description, checkpoint: Checkpoint):
-    """ModelError unless description and weights name the same tensors, and int8 layers have the dtypes of TENSORS."""
+    """ModelError unless description and weights name the same tensors, and int8 layers have the
+    dtypes of TENSORS.
+    """
     described = set(description.kinds)
     stored = set(checkpoint.names)
     problems = [
@@ -234,7 +247,9 @@ def _layer_rows(row: Weight, kind: str) -> Iterator[Weight]:
 
 
 def _norm_extras(row: Weight, rows: list[Weight], description: Description) -> Iterator[Weight]:
-    """Anti-outlier gives a norm a bias; the older layout writes weight and bias a second time as X.module.*."""
+    """Anti-outlier gives a norm a bias; the older layout writes weight and bias a second time as
+    X.module.*.
+    """
     if not row.parts or row.target.role not in NORMS or row.tensor != "weight":
         return
     bias = row.module + ".bias"
@@ -248,7 +263,8 @@ def _norm_extras(row: Weight, rows: list[Weight], description: Description) -> I
 
 
 def layer_of(pieces: dict[int, tuple[str, dict[str, torch.Tensor]]], dtype: torch.dtype):
-    """A complete layer's pieces {first row: (kind, tensors)} -> Quantized, Linear (of `dtype`), or Stacked if they differ.
+    """A complete layer's pieces {first row: (kind, tensors)} -> Quantized, Linear (of `dtype`), or
+    Stacked if they differ.
 
     ModelError for a weight offset: the symmetric kernels of the NPU have no place for it.
     """
@@ -263,7 +279,9 @@ def layer_of(pieces: dict[int, tuple[str, dict[str, torch.Tensor]]], dtype: torc
 
 
 def float_scale(deq_scale: torch.Tensor) -> torch.Tensor:
-    """deq_scale as float32: stored so for bfloat16 models; for float16 ones its bits are the low half of an int64."""
+    """deq_scale as float32: stored so for bfloat16 models; for float16 ones its bits are the low
+    half of an int64.
+    """
     return (
         deq_scale.to(torch.int32).view(torch.float32)
         if deq_scale.dtype == torch.int64
@@ -299,7 +317,9 @@ def _quantized(kind: str, t: dict[str, torch.Tensor]) -> Quantized:
 
 
 def _joined(first, second):
-    """One layer that does the work of both, or None: kinds, activation scales and presence of a bias must be equal."""
+    """One layer that does the work of both, or None: kinds, activation scales and presence of a
+    bias must be equal.
+    """
 
     def shared(layer):
         return [getattr(layer, name, None) for name in ("kind", "input_scale", "input_offset")] + [

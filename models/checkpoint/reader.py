@@ -1,8 +1,8 @@
 """A checkpoint directory: safetensors shards, .bin shards or the SAT layout (see shards.py).
 
 Takes a directory, returns named tensors. Only headers are read until a tensor is asked for. Every
-problem of a directory, and every difference between its names and a weight table, is reported in one
-message. Tensors come one at a time, in memory of their own.
+problem of a directory, and every difference between its names and a weight table, is reported in
+one message. Tensors come one at a time, in memory of their own.
 """
 
 import hashlib
@@ -26,7 +26,8 @@ SHOWN = 8  # name groups shown per kind of problem
 
 
 class Checkpoint:
-    """The tensors of `directory`. `format` is "safetensors" (preferred), "bin" or "sat"; `files` are the files in use.
+    """The tensors of `directory`. `format` is "safetensors" (preferred), "bin" or "sat"; `files`
+    are the files in use.
 
     Raises ModelError with every missing, truncated, unreadable or contradicting file at once.
     """
@@ -92,14 +93,15 @@ class Checkpoint:
         dtype: torch.dtype | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields (canonical name, tensor in its own memory) of every target as soon as it is complete.
+        """Yields (canonical name, tensor in its own memory) of every target as soon as it is
+        complete.
 
         Only targets whose names start with `prefix`. Floating-point ones are converted to `dtype`
         (None: as stored). `progress(done, total)` counts source bytes.
 
         At most one source is in memory beside the targets; large sources come first, so the peak is
-        about the sum of the targets the caller keeps. Of a source whose parts all `take` some of its
-        rows, only those rows are read. Raises ModelError if a target stays incomplete.
+        about the sum of the targets the caller keeps. Of a source whose parts all `take` some of
+        its rows, only those rows are read. Raises ModelError if a target stays incomplete.
         """
         rows = self._rows_for(weights, prefix)
         total = sum(self._bytes_read(*row) for row in rows)
@@ -119,7 +121,9 @@ class Checkpoint:
             raise ModelError("\n".join([title, *incomplete]))
 
     def digest(self, names: Iterable[str]) -> str:
-        """sha256 (hex) of names, dtypes, shapes and bytes: the same however the tensors are sharded or packed."""
+        """sha256 (hex) of names, dtypes, shapes and bytes: the same however the tensors are sharded
+        or packed.
+        """
         hasher = hashlib.sha256()
         for name in sorted(names):
             entry = self._entries[name]
@@ -232,7 +236,9 @@ def _place(part: Part, piece: torch.Tensor, dtype: torch.dtype | None, pending: 
 
 
 def _copy(piece: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
-    """`into.copy_(piece)`; matrices that change dtype go through fp32 block by block, 4x faster than fp16 -> bf16."""
+    """`into.copy_(piece)`; matrices that change dtype go through fp32 block by block, 4x faster
+    than fp16 -> bf16.
+    """
     if piece.dtype == into.dtype or piece.dim() < 2:
         return into.copy_(piece)
     rows = max(1, CONVERT_BLOCK // max(1, math.prod(piece.shape[1:])))

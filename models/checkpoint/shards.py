@@ -1,8 +1,8 @@
 """The files of a checkpoint: which belong to it, what their headers say, how one tensor is read.
 
-Takes a directory, returns entries (file, dtype, shape, place) and tensors. Formats: safetensors, .bin
-(pickled state dicts, read as tensors only) and the SAT layout (`latest` + one .pt). Nothing stays
-mapped for long, because mapped pages count as resident memory.
+Takes a directory, returns entries (file, dtype, shape, place) and tensors. Formats: safetensors,
+.bin (pickled state dicts, read as tensors only) and the SAT layout (`latest` + one .pt). Nothing
+stays mapped for long, because mapped pages count as resident memory.
 """
 
 import json
@@ -228,7 +228,9 @@ def _pickled_entries(file: Path) -> dict[str, Entry]:
 
 
 def _load_pickled(file: Path) -> dict[str, torch.Tensor]:
-    """State dict of a .bin or .pt; zip files (torch >= 1.6) are mapped, older ones are loaded whole."""
+    """State dict of a .bin or .pt; zip files (torch >= 1.6) are mapped, older ones are loaded
+    whole.
+    """
     with open(file, "rb") as stream:
         mapped = stream.read(2) == b"PK"
     try:
@@ -253,7 +255,8 @@ def _load_pickled(file: Path) -> dict[str, torch.Tensor]:
 class TensorReader:
     """Reads tensors into memory of their own.
 
-    One pickled file is open at a time, and is reopened regularly to free the mapped pages read so far.
+    One pickled file is open at a time, and is reopened regularly to free the mapped pages read so
+    far.
     """
 
     def __init__(self):

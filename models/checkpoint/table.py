@@ -15,8 +15,9 @@ LAYER = re.compile(r"layers\.(\d+)\.")
 class Target:
     """A tensor of the model: `tensor` ("weight", "bias", ...) of `module` ("layers.0.qkv").
 
-    Of a quantised layer the pieces are kept apart until all are read: `kind` is then the kind of the
-    piece ("FLOAT" or one of quantized.KINDS) and `first_row` the row of the module at which it begins.
+    Of a quantised layer the pieces are kept apart until all are read: `kind` is then the kind of
+    the piece ("FLOAT" or one of quantized.KINDS) and `first_row` the row of the module at which it
+    begins.
     """
 
     module: str
@@ -77,7 +78,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Weight:
-    """One row of a weight table: checkpoint name, its exact shape, and where its parts go (none = known and dropped)."""
+    """One row of a weight table: checkpoint name, its exact shape, and where its parts go (none =
+    known and dropped).
+    """
 
     source: str
     shape: tuple[int, ...]
@@ -143,7 +146,9 @@ class WeightTable:
 
 
 def pair(source: str, shape: tuple[int, ...], target: str, transform=None, bias: bool = True):
-    """Table rows of a layer's weight and bias; the bias has the weight's first dimension and the same transform."""
+    """Table rows of a layer's weight and bias; the bias has the weight's first dimension and the
+    same transform.
+    """
     yield Weight(source + ".weight", shape, (Part(target + ".weight", transform=transform),))
     if bias:
         yield Weight(source + ".bias", shape[:1], (Part(target + ".bias", transform=transform),))
@@ -162,7 +167,8 @@ def dense(source: str, outputs: int, inputs: int, target: str, bias: bool = True
 
 
 def fused_dense(source: str, outputs: int, inputs: int, target: str, names: str):
-    """Table rows of a tower's fused projection, whose row blocks of `outputs` each become linear layers.
+    """Table rows of a tower's fused projection, whose row blocks of `outputs` each become linear
+    layers.
 
     names: one letter per layer, in the order of the rows; they stand behind `target`.
     """

@@ -102,7 +102,9 @@ class Glm4(TemplatedFamily):
         )
 
     def clean(self, answer):
-        """Without the line break the model begins with. A tool call keeps the tool's name, its first line."""
+        """Without the line break the model begins with. A tool call keeps the tool's name, its
+        first line.
+        """
         return with_training_date(answer)
 
     def unstable_tail(self, answer):
@@ -173,7 +175,9 @@ class Glm4(TemplatedFamily):
         return split_content(message["content"])
 
     def _pieces(self, messages, tools) -> list[str]:
-        """The prompt as the directory's template words it, or as the release's first tokenizer code did."""
+        """The prompt as the directory's template words it, or as the release's first tokenizer code
+        did.
+        """
         template = directory_template(self.directory, bool(tools))
         if template is None:
             return released_pieces(messages, tools)
@@ -239,8 +243,8 @@ def released_pieces(messages: list[dict], tools=None) -> list[str]:
     """The prompt as the release's first tokenizer code worded it.
 
     Header and content are pieces of their own, so that a header's line break never merges with the
-    text behind it. Tools are described in a system turn before their message; an empty message is no
-    turn.
+    text behind it. Tools are described in a system turn before their message; an empty message is
+    no turn.
     """
     pieces = [SpecialToken("[gMASK]"), SpecialToken("<sop>")]
     for message in with_tools(messages, tools):
@@ -313,7 +317,9 @@ def chatglm_decoder(config: dict) -> DecoderConfig:
 
 
 def hf_decoder(config: dict) -> DecoderConfig:
-    """Fields of transformers' `glm` layout; defaults are those of its GlmConfig, which are GLM-4-9B's."""
+    """Fields of transformers' `glm` layout; defaults are those of its GlmConfig, which are
+    GLM-4-9B's.
+    """
     check_fields(config, {"hidden_act": "silu"}, NOT_RELEASED)
     head_dim = config.get("head_dim", 128)
     return DecoderConfig(
@@ -331,7 +337,9 @@ def hf_decoder(config: dict) -> DecoderConfig:
 
 
 def chatglm_weights(d: DecoderConfig, qkv_bias: bool):
-    """Weight table of the `chatglm` layout: qkv rows are [q; k; v] already, in adjacent rotary pairs."""
+    """Weight table of the `chatglm` layout: qkv rows are [q; k; v] already, in adjacent rotary
+    pairs.
+    """
     rows = (d.heads + 2 * d.kv_heads) * d.head_dim
     fold = functools.partial(
         fold_qkv, rotated=(d.heads + d.kv_heads) * d.head_dim, order=rotary_order(d)

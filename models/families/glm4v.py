@@ -35,7 +35,9 @@ class PostNormBlock(nn.Module):
 
 
 class Tower(nn.Module):
-    """NHWC image [B, S, S, 3], raw 0..255 -> [B, width, grid, grid]. No norm before or after the blocks."""
+    """NHWC image [B, S, S, 3], raw 0..255 -> [B, width, grid, grid]. No norm before or after the
+    blocks.
+    """
 
     def __init__(self, config: dict):
         super().__init__()
@@ -60,9 +62,11 @@ class Tower(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """NHWC image [B, S, S, 3], raw 0..255 -> rows to splice [B, 1 + patches / 4 + 1, decoder hidden].
+    """NHWC image [B, S, S, 3], raw 0..255 -> rows to splice [B, 1 + patches / 4 + 1, decoder
+    hidden].
 
-    The rows of the begin and end marks are learned here, and all rows are divided by the release's scaling factor.
+    The rows of the begin and end marks are learned here, and all rows are divided by the release's
+    scaling factor.
     """
 
     def __init__(self, config: dict, hidden: int, inner: int):
@@ -110,7 +114,9 @@ class Glm4V(Glm4):
         return squash(open_image(source, upright=False), side)
 
     def _content(self, message):
-        """The release's own message form is taken too: {"role": "user", "image": image, "content": text}."""
+        """The release's own message form is taken too: {"role": "user", "image": image, "content":
+        text}.
+        """
         images, text = super()._content(message)
         if message.get("image") is not None:
             images = [message["image"], *images]
@@ -178,7 +184,9 @@ class Glm4V(Glm4):
 
 
 def expanded_layout(length: int, start: int, patches: int) -> Layout:
-    """All patch rows share one position, so that text after the image counts on as if they were one token."""
+    """All patch rows share one position, so that text after the image counts on as if they were one
+    token.
+    """
     place = np.arange(length)
     first = start + 1  # of the patch rows
     positions = np.where(place < first, place, np.maximum(place - patches + 1, first))

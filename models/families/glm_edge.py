@@ -1,7 +1,8 @@
-"""GLM-Edge-1.5B/4B-chat and GLM-Edge-V-2B/5B: a small GLM decoder, in V behind a SigLIP tower and an adapter.
+"""GLM-Edge-1.5B/4B-chat and GLM-Edge-V-2B/5B: a small GLM decoder, in V behind a SigLIP tower and
+an adapter.
 
-Takes config.json and messages; returns weight table, vision encoder and prompts. The chat template of
-a V model itself writes one `<|begin_of_image|>` per image row (578).
+Takes config.json and messages; returns weight table, vision encoder and prompts. The chat template
+of a V model itself writes one `<|begin_of_image|>` per image row (578).
 """
 
 import functools
@@ -84,9 +85,11 @@ class SiglipTower(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """NHWC image [B, S, S, 3], raw 0..255 -> rows to splice [B, 1 + patches / 4 + 1, decoder hidden].
+    """NHWC image [B, S, S, 3], raw 0..255 -> rows to splice [B, 1 + patches / 4 + 1, decoder
+    hidden].
 
-    The rows of the begin and end marks are learned here; they are not the word embeddings of these tokens.
+    The rows of the begin and end marks are learned here; they are not the word embeddings of these
+    tokens.
     """
 
     def __init__(self, siglip: dict, hidden: int, inner: int):
@@ -150,7 +153,9 @@ class GlmEdge(TemplatedFamily):
         return answer.strip()
 
     def prompt_from_ids(self, ids, pixels=None, image_starts=None):
-        """As in TemplatedFamily; the all-zero image that the release feeds with a text prompt is left out."""
+        """As in TemplatedFamily; the all-zero image that the release feeds with a text prompt is
+        left out.
+        """
         return super().prompt_from_ids(ids, pixels if np.any(pixels) else None, image_starts)
 
     def fit(self, source, side):

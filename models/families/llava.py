@@ -1,8 +1,9 @@
-"""LLaVA-1.5-7B as llava-hf releases it: CLIP ViT-L/14-336 and a projector in front of LLaMA (Vicuna 7B).
+"""LLaVA-1.5-7B as llava-hf releases it: CLIP ViT-L/14-336 and a projector in front of LLaMA (Vicuna
+7B).
 
-Takes config.json, whose gaps are the defaults of transformers' classes, and messages; returns weight
-table, vision encoder and prompts. Every `<image>` of a prompt becomes as many tokens as the image has
-rows (576).
+Takes config.json, whose gaps are the defaults of transformers' classes, and messages; returns
+weight table, vision encoder and prompts. Every `<image>` of a prompt becomes as many tokens as the
+image has rows (576).
 """
 
 import functools
@@ -12,7 +13,14 @@ import torch
 from torch import nn
 
 from models.checkpoint.table import Part, Weight, dense, pair
-from models.config import DecoderConfig, VisionSpec, check_fields, chosen, read_json, rope_of
+from models.config import (
+    DecoderConfig,
+    VisionSpec,
+    check_fields,
+    chosen,
+    read_optional_json,
+    rope_of,
+)
 from models.errors import ModelError
 from models.family import SamplingDefaults
 from models.network.vision_blocks import (
@@ -81,7 +89,8 @@ TEMPLATE = """\
 
 
 class ClipTower(nn.Module):
-    """NHWC image [B, S, S, 3], raw 0..255 -> hidden states [B, 1 + patches, width] after `layers` blocks.
+    """NHWC image [B, S, S, 3], raw 0..255 -> hidden states [B, 1 + patches, width] after `layers`
+    blocks.
 
     The class token is first. CLIP's last norm is not applied to hidden states.
     """
@@ -185,9 +194,7 @@ class Llava(TemplatedFamily):
         if not model.is_file():
             return MissingTokenizer(json)
         added = added_tokens(self.directory / "tokenizer_config.json")
-        file = self.directory / "added_tokens.json"
-        if file.is_file():
-            added |= read_json(file)
+        added |= read_optional_json(self.directory / "added_tokens.json")
         return SentencePieceTokenizer(model, added, self.text["bos_token_id"])
 
     def release_sampling(self, with_image):
@@ -211,7 +218,9 @@ class Llava(TemplatedFamily):
         return self.config.get("multimodal_projector_bias", True)
 
     def _feature_layers(self) -> int:
-        """How many blocks run: vision_feature_layer counts hidden states, of which there is one more than blocks."""
+        """How many blocks run: vision_feature_layer counts hidden states, of which there is one
+        more than blocks.
+        """
         layer = self.config.get("vision_feature_layer", -2)
         blocks = self.clip["num_hidden_layers"]
         if not isinstance(layer, int) or not -blocks - 1 <= layer <= blocks:

@@ -1,7 +1,7 @@
 """VisualGLM-6B: EVA-ViT-g, Q-Former and projection in front of ChatGLM-6B (first generation).
 
-Takes the config of the released or of the SAT layout, and messages; returns decoder settings, weight
-table, vision encoder and prompts.
+Takes the config of the released or of the SAT layout, and messages; returns decoder settings,
+weight table, vision encoder and prompts.
 """
 
 import functools
@@ -56,7 +56,9 @@ class Vit(nn.Module):
 
 
 class QFormerLayer(nn.Module):
-    """Post-norm BERT layer whose residuals are the *normalised* values; cross-attention in some layers only."""
+    """Post-norm BERT layer whose residuals are the *normalised* values; cross-attention in some
+    layers only.
+    """
 
     def __init__(self, width, heads, inner, context_width, cross: bool, eps: float):
         super().__init__()
@@ -217,8 +219,8 @@ class VisualGLM(Family):
     def prompt_from_ids(self, ids, pixels=None, image_starts=None) -> Prompt:
         """Token ids as the release feeds its model -> Prompt.
 
-        ids [T]: with 32 placeholders, gMASK and <sop>. pixels [n, 3, S, S]: as its processor returns
-        them.
+        ids [T]: with 32 placeholders, gMASK and <sop>. pixels [n, 3, S, S]: as its processor
+        returns them.
         """
         ids = np.asarray(ids, dtype=np.int64).reshape(-1)
         images = []
@@ -386,7 +388,9 @@ def _qformer_weights(root, config, rows):
 
 
 def fold_head_major_qkv(rows, heads, order):
-    """Released layout: rows per head (q, k, v) -> rows [q; k; v], q and k permuted for the full-width rotation."""
+    """Released layout: rows per head (q, k, v) -> rows [q; k; v], q and k permuted for the
+    full-width rotation.
+    """
     q, k, v = rows.view(heads, 3, len(order), *rows.shape[1:]).unbind(1)
     return torch.cat((q[:, order], k[:, order], v)).reshape(rows.shape)
 

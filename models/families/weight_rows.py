@@ -1,32 +1,32 @@
-"""What checkpoints in transformers' own layout share: spellings of config fields, and the weight names of decoders and
-towers. A config and the names in a checkpoint flow in, table rows flow out.
+"""Table rows of checkpoints in transformers' own layout: decoders, towers and adapters.
 
-One architecture is saved under several prefixes (model.X, language_model.model.X, ...). `prefix` reads from the
-checkpoint's names which one it is.
+Takes decoder settings and the names in a checkpoint, returns table rows. One architecture is saved
+under several prefixes (model.X, language_model.model.X, ...); `prefix` reads from the checkpoint's
+names which one it is.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 from models.checkpoint.table import Part, Weight, dense, pair
 from models.config import DecoderConfig
 from models.network.rope import permute_heads
 
-BUFFERS = (
-    "rotary_emb.inv_freq",
-    "position_ids",
-)  # tables that older releases of transformers saved
+# computed tables that older releases of transformers saved
+BUFFERS = ("rotary_emb.inv_freq", "position_ids")
 
 
 def prefix(names: Iterable[str], ending: str, default: str) -> str:
-    """What stands before `ending` in the name that ends so; `default` when there is none."""
-    return next(
-        (name.removesuffix(ending) for name in sorted(names) if name.endswith(ending)), default
-    )
+    """What stands before `ending` in the first name that ends so; `default` when there is none."""
+    for name in sorted(names):
+        if name.endswith(ending):
+            return name.removesuffix(ending)
+    return default
 
 
 def output_matrix(names, default: str, tied: bool | None) -> str | None:
-    """Name of the output matrix; None if it is `tied` to the embeddings and the checkpoint does not store it."""
+    """Name of the output matrix; None if it is `tied` to the embeddings and not stored."""
     head = prefix(names, "lm_head.weight", default) + "lm_head.weight"
     return None if tied and names and head not in names else head
 
@@ -41,20 +41,25 @@ def decoder_weights(
     mlp_bias=False,
     fused_mlp=False,
 ) -> Iterator[Weight]:
-    """Rows of a LLaMA-like decoder under `root`. `head`: name of the output matrix, None = the embeddings serve for it.
+    """Rows of a LLaMA-like decoder under `root`.
 
-    `order` [head_dim] permutes the q and k rows of every head (None: they stand right already); `fused_mlp`: gate and
-    up are one matrix.
+    head: name of the output matrix; None: the embeddings are used for it too. order [head_dim]
+    permutes the q and k rows of every head; None: they are in our order already. fused_mlp: gate
+    and up are one matrix.
     """
-    rotated = (lambda rows: permute_heads(rows, order)) if order is not None else None
+    rotated = None
+    if order is not None:
+        rotated = partial(permute_heads, order=order)
     q = d.heads * d.head_dim
     kv = d.kv_heads * d.head_dim
-    tied = () if head else (Part("lm_head.weight"),)
-    yield Weight(
-        root + "embed_tokens.weight", (d.vocab_size, d.hidden), (Part("embed.weight"), *tied)
-    )
+    matrix = (d.vocab_size, d.hidden)
+    embed = Part("embed.weight")
+    output = Part("lm_head.weight")
     if head:
-        yield Weight(head, (d.vocab_size, d.hidden), (Part("lm_head.weight"),))
+        yield Weight(root + "embed_tokens.weight", matrix, (embed,))
+        yield Weight(head, matrix, (output,))
+    else:
+        yield Weight(root + "embed_tokens.weight", matrix, (embed, output))
     yield from pair(root + "norm", (d.hidden,), "final_norm", bias=False)
     for i in range(d.layers):
         layer = f"{root}layers.{i}."
@@ -66,14 +71,10 @@ def decoder_weights(
         yield from pair(
             layer + "post_attention_layernorm", (d.hidden,), ours + "mlp_norm", bias=False
         )
-        gates = (
-            [("gate_up_proj", 2 * d.ffn)]
-            if fused_mlp
-            else [("gate_proj", d.ffn), ("up_proj", d.ffn)]
-        )
-        yield from joined(
-            layer + "mlp.", [(*gate, None) for gate in gates], d.hidden, ours + "up", mlp_bias
-        )
+        gates = [("gate_proj", d.ffn, None), ("up_proj", d.ffn, None)]
+        if fused_mlp:
+            gates = [("gate_up_proj", 2 * d.ffn, None)]
+        yield from joined(layer + "mlp.", gates, d.hidden, ours + "up", mlp_bias)
         yield from pair(layer + "mlp.down_proj", (d.hidden, d.ffn), ours + "down", bias=mlp_bias)
 
 
@@ -84,16 +85,18 @@ def joined(
     target: str,
     bias: bool,
 ) -> Iterator[Weight]:
-    """Rows of linear layers (name, outputs, transform of their rows) that lie one below the other in `target`."""
+    """Rows of several linear layers whose rows follow one another in `target`.
+
+    projections: (name, outputs, transform of its rows) of each.
+    """
     total = sum(outputs for _, outputs, _ in projections)
     offset = 0
     for name, outputs, transform in projections:
-        for suffix, shape in ((".weight", (outputs, inputs)), (".bias", (outputs,)))[: 1 + bias]:
-            yield Weight(
-                root + name + suffix,
-                shape,
-                (Part(target + suffix, at=(offset, total), transform=transform),),
-            )
+        place = {"at": (offset, total), "transform": transform}
+        weight = Part(target + ".weight", **place)
+        yield Weight(f"{root}{name}.weight", (outputs, inputs), (weight,))
+        if bias:
+            yield Weight(f"{root}{name}.bias", (outputs,), (Part(target + ".bias", **place),))
         offset += outputs
 
 
@@ -109,16 +112,15 @@ def tower_block(root: str, width: int, inner: int, target: str) -> Iterator[Weig
 
 def unused(rows: Iterable[Weight]) -> Iterator[Weight]:
     """The same rows, known and dropped; a checkpoint may leave them out."""
-    return (replace(row, parts=(), optional=True) for row in rows)
+    for row in rows:
+        yield replace(row, parts=(), optional=True)
 
 
 def buffers(shapes: dict[str, tuple[int, ...]]) -> Iterator[Weight]:
     """Rows that drop the computed tables a checkpoint carries."""
-    return (
-        Weight(name, shape, optional=True)
-        for name, shape in shapes.items()
-        if name.endswith(BUFFERS)
-    )
+    for name, shape in shapes.items():
+        if name.endswith(BUFFERS):
+            yield Weight(name, shape, optional=True)
 
 
 def glu_adapter_weights(source: str, target: str, width: int, hidden: int, inner: int):

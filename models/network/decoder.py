@@ -23,9 +23,10 @@ NORMS = ("attention_norm", "mlp_norm")
 class Step:
     """One forward pass over the packed tokens of B sequences.
 
-    cos, sin [T, head_dim]: rotary row of every token.  slots int64 [T]: cache slot, block * block_size + offset.
-    block_table int32 [B, blocks].  q_lens, kv_lens: per sequence, tokens in this step and in the cache after it.
-    causal: a token sees itself and what is before it; else all kv_lens tokens (prefix-LM context).
+    cos, sin [T, head_dim]: rotary row of every token.  slots int64 [T]: cache slot, block *
+    block_size + offset. block_table int32 [B, blocks].  q_lens, kv_lens: per sequence, tokens in
+    this step and in the cache after it. causal: a token sees itself and what is before it; else all
+    kv_lens tokens (prefix-LM context).
     """
 
     cos: torch.Tensor
@@ -76,7 +77,9 @@ class LayerArithmetic:
         return self._tapped(f"layers.{index}.mlp", x, residual, next_norm)
 
     def _add(self, branch, x, residual, norm: Norm | None):
-        """Adds a branch's output to the stream -> (the stream normalised, None without `norm`; the stream)."""
+        """Adds a branch's output to the stream -> (the stream normalised, None without `norm`; the
+        stream).
+        """
         branch = self.ops.all_reduce(branch)
         alpha = self.config.residual_alpha
         if alpha is not None:  # ChatGLM-6B: the residual is the norm's output times alpha
@@ -120,7 +123,8 @@ class LayerArithmetic:
 
 
 class Decoder(LayerArithmetic):
-    """Takes weights by canonical name (see models/family.py) in the wanted dtype, 2-D ones packed by the backend.
+    """Takes weights by canonical name (see models/family.py) in the wanted dtype, 2-D ones packed
+    by the backend.
 
     A quantised linear layer stands under its name without suffix ("layers.0.qkv"), as the backend's
     `pack_quantized` made it.
@@ -143,7 +147,9 @@ class Decoder(LayerArithmetic):
         return cos.to(self.embedding.dtype), sin.to(self.embedding.dtype)
 
     def forward(self, x: torch.Tensor, step: Step, cache) -> torch.Tensor:
-        """x [T, hidden] -> normalised hidden states [T, hidden]; writes this step's keys and values into `cache`."""
+        """x [T, hidden] -> normalised hidden states [T, hidden]; writes this step's keys and values
+        into `cache`.
+        """
         if self.tap is None:
             hidden = self.ops.all_layers(self, x, step, cache)
             return self._all_layers(x, step, cache) if hidden is None else hidden

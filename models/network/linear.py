@@ -1,4 +1,6 @@
-"""Weights of the decoder as the operators take them: linear layers in their several forms, and norms."""
+"""Weights of the decoder as the operators take them: linear layers in their several forms, and
+norms.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +10,9 @@ import torch
 
 @dataclass
 class Linear:
-    """y = x @ weight.T + bias, weight [out, in]. A backend may put a packed form in place of `weight`."""
+    """y = x @ weight.T + bias, weight [out, in]. A backend may put a packed form in place of
+    `weight`.
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
@@ -16,14 +20,17 @@ class Linear:
 
 @dataclass
 class Float32Linear:
-    """A float32 linear layer in a decoder of a narrower dtype: takes float32, returns `output_dtype`."""
+    """A float32 linear layer in a decoder of a narrower dtype: takes float32, returns
+    `output_dtype`.
+    """
 
     linear: Linear
     output_dtype: torch.dtype
 
 
 def as_float32(name: str, linear: Linear, dtype: torch.dtype) -> Float32Linear:
-    """The linear layer `name` (a field of Layer) of a decoder that computes in `dtype`, kept in float32.
+    """The linear layer `name` (a field of Layer) of a decoder that computes in `dtype`, kept in
+    float32.
 
     Inside an MLP values stay float32: only `up`, which opens it, returns float32.
     """

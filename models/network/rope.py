@@ -6,9 +6,11 @@ from models.config import Rope
 
 
 def rotary_angles(rope: Rope, head_dim: int, positions: torch.Tensor):
-    """positions int [T, channels] -> (cos, sin) fp32 [T, head_dim] for the half-rotation x * cos + rotate_half(x) * sin.
+    """positions int [T, channels] -> (cos, sin) fp32 [T, head_dim] for the half-rotation x * cos +
+    rotate_half(x) * sin.
 
-    Angles pos * theta^(-2j/dim), channel after channel, then zeros up to head_dim / 2; the row is that half twice.
+    Angles pos * theta^(-2j/dim), channel after channel, then zeros up to head_dim / 2; the row is
+    that half twice.
     """
     inv = 1.0 / rope.theta ** (torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim)
     if rope.half_rounded:
@@ -19,13 +21,16 @@ def rotary_angles(rope: Rope, head_dim: int, positions: torch.Tensor):
 
 
 def two_halves_order(head_dim: int) -> torch.Tensor:
-    """Row order that turns ChatGLM-6B's two independent half-width rotations into one full-width half-rotation."""
+    """Row order that turns ChatGLM-6B's two independent half-width rotations into one full-width
+    half-rotation.
+    """
     a, b, c, d = torch.arange(head_dim).chunk(4)
     return torch.cat((a, c, b, d))
 
 
 def interleaved_order(head_dim: int, rotary_dim: int) -> torch.Tensor:
-    """Row order that turns adjacent-pair rotation of the first `rotary_dim` channels into the half-rotation.
+    """Row order that turns adjacent-pair rotation of the first `rotary_dim` channels into the
+    half-rotation.
 
     The untouched channels are shared out behind both halves, where their angle is zero.
     """

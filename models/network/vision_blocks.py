@@ -1,7 +1,9 @@
-"""Shared blocks of the vision towers: plain torch modules that trace to few, ATC-friendly ONNX operators.
+"""Shared blocks of the vision towers: plain torch modules that trace to few, ATC-friendly ONNX
+operators.
 
-Linear weights are kept as [in, out] so that a projection is one MatMul without a Transpose, q, k and v are separate
-projections (no Slice/Squeeze chains), and attention is written out (MatMul, Softmax, MatMul).
+Linear weights are kept as [in, out] so that a projection is one MatMul without a Transpose, q, k
+and v are separate projections (no Slice/Squeeze chains), and attention is written out (MatMul,
+Softmax, MatMul).
 """
 
 import math
@@ -12,7 +14,9 @@ from torch.nn import functional as F
 
 
 def repeated_lists(tower: nn.Module) -> list[str]:
-    """Paths of the outermost ModuleLists: their members are the blocks that make up nearly all of a tower."""
+    """Paths of the outermost ModuleLists: their members are the blocks that make up nearly all of a
+    tower.
+    """
     lists = [name for name, module in tower.named_modules() if isinstance(module, nn.ModuleList)]
     return [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
 
@@ -31,7 +35,9 @@ class Dense(nn.Module):
 
 
 class Attention(nn.Module):
-    """Bidirectional multi-head attention; `context_width` is the width of the keys' source where that is another one."""
+    """Bidirectional multi-head attention; `context_width` is the width of the keys' source where
+    that is another one.
+    """
 
     def __init__(self, width: int, heads: int, context_width: int | None = None):
         super().__init__()
@@ -107,10 +113,11 @@ class Normalize(nn.Module):
 
 
 class GluAdapter(nn.Module):
-    """From tower to decoder (GLM-4V, GLM-Edge-V): patches [B, width, g, g] -> [B, (g/2)^2 + 2, hidden].
+    """From tower to decoder (GLM-4V, GLM-Edge-V): patches [B, width, g, g] -> [B, (g/2)^2 + 2,
+    hidden].
 
-    Four patches become one row (convolution), then projection, norm and a gated MLP; the learned rows of the begin and
-    end marks stand around them.
+    Four patches become one row (convolution), then projection, norm and a gated MLP; the learned
+    rows of the begin and end marks stand around them.
     """
 
     def __init__(self, width: int, hidden: int, inner: int):

@@ -1,13 +1,14 @@
-"""Chat templates: messages in, prompt text out, exactly as transformers renders the model directory's own template.
+"""Chat templates: prompt text exactly as transformers renders a model directory's own template.
 
-No code of the checkpoint runs: a template is Jinja, rendered in jinja2's immutable sandbox.
+Takes messages, returns the prompt's text. No code of the checkpoint runs: a template is Jinja,
+rendered in jinja2's immutable sandbox.
 """
 
 import json
 from datetime import datetime
 from pathlib import Path
 
-from models.config import read_json
+from models.config import read_optional_json
 from models.errors import ModelError
 
 SPECIAL = (
@@ -22,7 +23,10 @@ SPECIAL = (
 
 
 class ChatTemplate:
-    """A compiled template. `tokens` are the special tokens it may name (bos_token, ...), `origin` is for errors."""
+    """A compiled template.
+
+    tokens: the special tokens that it may name (bos_token, ...). origin: what messages call it.
+    """
 
     def __init__(
         self,
@@ -44,7 +48,10 @@ class ChatTemplate:
             ) from None
 
     def render(self, messages: list[dict], tools: list[dict] | None = None, **variables) -> str:
-        """Prompt text up to where the answer begins. ModelError if the template refuses messages or tools."""
+        """Prompt text up to where the answer begins.
+
+        ModelError if the template refuses the messages or has no place for tools.
+        """
         if tools and "tools" not in self.source:
             raise ModelError(f"{self.origin} has no place for tools; leave the tools out")
         try:
@@ -61,18 +68,23 @@ class ChatTemplate:
 
 
 def directory_template(directory: Path, tools: bool = False) -> ChatTemplate | None:
-    """The template of a model directory, from the first that has one: chat_template.jinja, chat_template.json,
-    tokenizer_config.json. Of several named ones "default", or "tool_use" with `tools`. None if there is none."""
-    settings = _json(directory / "tokenizer_config.json")
-    tokens = special_tokens(_json(directory / "special_tokens_map.json") | settings)
+    """The template of a model directory; None if it has none.
+
+    Of chat_template.jinja, chat_template.json and tokenizer_config.json the first that has one. Of
+    several named ones "default", or "tool_use" with `tools`.
+    """
+    settings = read_optional_json(directory / "tokenizer_config.json")
+    named_tokens = read_optional_json(directory / "special_tokens_map.json")
+    tokens = special_tokens(named_tokens | settings)
     file = directory / "chat_template.jinja"
     if file.is_file():
         return ChatTemplate(file.read_text(encoding="utf-8"), tokens, str(file))
-    for name, content in (
-        ("chat_template.json", _json(directory / "chat_template.json")),
-        ("tokenizer_config.json", settings),
-    ):
-        source = _named(content.get("chat_template"), tools)
+    contents = {
+        "chat_template.json": read_optional_json(directory / "chat_template.json"),
+        "tokenizer_config.json": settings,
+    }
+    for name, content in contents.items():
+        source = _select(content.get("chat_template"), tools)
         if source is not None:
             return ChatTemplate(source, tokens, f"the chat template in {directory / name}")
     return None
@@ -80,23 +92,23 @@ def directory_template(directory: Path, tools: bool = False) -> ChatTemplate | N
 
 def special_tokens(settings: dict) -> dict[str, str]:
     """Special tokens of a tokenizer_config.json: plain strings, or dicts with a "content"."""
-    given = {name: settings[name] for name in SPECIAL if settings.get(name)}
-    return {
-        name: token["content"] if isinstance(token, dict) else token
-        for name, token in given.items()
-    }
+    tokens = {}
+    for name in SPECIAL:
+        token = settings.get(name)
+        if token:
+            tokens[name] = token["content"] if isinstance(token, dict) else token
+    return tokens
 
 
-def _named(template, tools: bool) -> str | None:
+def _select(template: str | dict | list | None, tools: bool) -> str | None:
+    """The source of a chat_template field, which may be one or several named templates."""
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}
-    if isinstance(template, dict):
-        return template.get("tool_use" if tools and "tool_use" in template else "default")
-    return template
-
-
-def _json(path: Path) -> dict:
-    return read_json(path) if path.is_file() else {}
+    if not isinstance(template, dict):
+        return template
+    if tools and "tool_use" in template:
+        return template["tool_use"]
+    return template.get("default")
 
 
 def _environment():
@@ -105,7 +117,7 @@ def _environment():
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """{% generation %} marks what an assistant said, for training; for rendering it is transparent."""
+        """{% generation %} marks an assistant's text for training; rendering ignores it."""
 
         tags = {"generation"}
 

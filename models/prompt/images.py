@@ -1,7 +1,8 @@
-"""Images to arrays: open safely, bring to RGB upright, resize and crop as each family's original does.
+"""Images to arrays: open safely, bring to RGB upright, resize and crop as each family's original
+does.
 
-A path, bytes or PIL image flows in; float32 NHWC [1, S, S, 3] with raw values 0..255 flows out. Mean and standard
-deviation are applied inside the vision encoder's graph, not here.
+Takes a path, bytes or PIL image; returns float32 NHWC [1, S, S, 3] with raw values 0..255. Mean and
+standard deviation are applied inside the vision encoder's graph, not here.
 """
 
 import io
@@ -22,16 +23,21 @@ WHOLE = 1e-3  # a denormalised value this close to a whole number was that numbe
 
 
 def open_image(source, upright: bool = True) -> Image.Image:
-    """Path, bytes or PIL image -> decoded RGB image of the same size; ModelError says in a sentence why it cannot.
+    """Path, bytes or PIL image -> decoded RGB image of the same size.
 
-    Every mode becomes RGB the way the originals do it, by PIL's `convert`: alpha is dropped (not blended), grey is
-    repeated, palettes are looked up, the first frame of an animation counts. `upright` applies the camera's EXIF
-    rotation first, as transformers' image loader (LLaVA, GLM-Edge-V) does and as a person sees the image; the
-    VisualGLM and GLM-4V demos ignore the tag, pass False for their exact pixels of a rotated photo.
+    ModelError says in a sentence why it cannot be used. Every mode becomes RGB the way the
+    originals do it, by PIL's `convert`: alpha is dropped (not blended), grey is repeated, palettes
+    are looked up, the first frame of an animation counts.
+
+    upright: apply the camera's EXIF rotation first, as transformers' image loader (LLaVA,
+    GLM-Edge-V) does and as a person sees the image. The VisualGLM and GLM-4V demos ignore the tag:
+    pass False for their exact pixels of a rotated photo.
     """
     name, image = _open(source)
     try:
-        return _rgb(ImageOps.exif_transpose(image) if upright else image)
+        if upright:
+            image = ImageOps.exif_transpose(image)
+        return _rgb(image)
     except Exception as error:  # PIL's decoders raise whatever their parsers stumble over
         raise ModelError(
             f"{name} is damaged or truncated ({_brief(error)}); use another copy of it"
@@ -44,7 +50,9 @@ def squash(image: Image.Image, size: int) -> np.ndarray:
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """Shorter edge to `size` (the other one truncated to whole pixels), then the centre: CLIP, LLaVA."""
+    """Shorter edge to `size` (the other one truncated to whole pixels), then the centre: CLIP,
+    LLaVA.
+    """
     short = min(image.size)
     long = max(image.size)
     scaled = int(size * long / short)
@@ -53,7 +61,8 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
             f"a picture of {image.width}x{image.height} is too narrow: its longer edge would become "
             f"{scaled:,} pixels (limit {MAX_PIXELS // size:,}); crop it first"
         )
-    width, height = (size, scaled) if image.width <= image.height else (scaled, size)
+    width = size if image.width <= image.height else scaled
+    height = size + scaled - width
     left = (width - size) // 2
     top = (height - size) // 2
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -76,36 +85,39 @@ def fit_pad(image: Image.Image, size: int) -> np.ndarray:
 
 
 def denormalize(pixels: np.ndarray, mean, std, shape: tuple[int, ...]) -> np.ndarray:
-    """Undo (x / 255 - mean) / std: float NCHW -> float32 NHWC of `shape`, raw 0..255; ModelError if it does not fit.
+    """Undo (x / 255 - mean) / std: float NCHW -> float32 NHWC of `shape`, raw 0..255.
 
-    Values that come from an 8-bit image come back as exactly its whole numbers.
+    Values that come from an 8-bit image become exactly its whole numbers again. ModelError for
+    another shape or no floats.
     """
     batch, height, width, channels = shape
-    if pixels.shape != (batch, channels, height, width) or not np.issubdtype(
-        pixels.dtype, np.floating
-    ):
+    is_float = np.issubdtype(pixels.dtype, np.floating)
+    if pixels.shape != (batch, channels, height, width) or not is_float:
         raise ModelError(
             f"pixels are {pixels.dtype} {list(pixels.shape)}, expected normalised float values "
             f"{[batch, channels, height, width]} as the release's preprocessor returns them"
         )
     raw = (pixels.astype(np.float64).transpose(0, 2, 3, 1) * std + mean) * 255
     whole = np.rint(raw)
-    return (whole if np.abs(raw - whole).max() < WHOLE else raw).astype(np.float32)
+    if np.abs(raw - whole).max() < WHOLE:
+        raw = whole
+    return raw.astype(np.float32)
 
 
 def _open(source) -> tuple[str, Image.Image]:
     """Name for messages, and the image with its header read but nothing decoded."""
     if isinstance(source, Image.Image):
         return "the picture", source
-    name = (
-        f"the picture ({len(source):,} bytes)" if isinstance(source, bytes) else f"picture {source}"
-    )
+    if isinstance(source, bytes):
+        name = f"the picture ({len(source):,} bytes)"
+        file = io.BytesIO(source)
+    else:
+        name = f"picture {source}"
+        file = Path(source)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return name, Image.open(
-                io.BytesIO(source) if isinstance(source, bytes) else Path(source)
-            )
+            return name, Image.open(file)
     except FileNotFoundError:
         raise ModelError(f"{name} does not exist; check --image") from None
     except IsADirectoryError:
@@ -125,9 +137,8 @@ def _open(source) -> tuple[str, Image.Image]:
 
 def _rgb(image: Image.Image) -> Image.Image:
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", UserWarning
-        )  # "palette images with transparency": dropped on purpose
+        # "palette images with transparency": dropped on purpose
+        warnings.simplefilter("ignore", UserWarning)
         return image.convert("RGB")
 
 

@@ -32,7 +32,8 @@ def parse_messages(messages: list[dict]) -> tuple[list[dict], list]:
 def parse_content(content: str | list[dict]) -> tuple[list[dict], list]:
     """A message's content -> (its parts, the images in order).
 
-    An image part keeps its place and becomes {"type": "image"}. ModelError for other kinds of parts.
+    An image part keeps its place and becomes {"type": "image"}. ModelError for other kinds of
+    parts.
     """
     if isinstance(content, str):
         return [{"type": "text", "text": content}], []

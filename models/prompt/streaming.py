@@ -1,4 +1,6 @@
-"""Text of a growing answer. Takes token ids or text so far, returns only what no later token can change."""
+"""Text of a growing answer. Takes token ids or text so far, returns only what no later token can
+change.
+"""
 
 TRAINING_DATE = "[[训练时间]]"  # what the GLM models write for the date of their training
 
@@ -16,9 +18,9 @@ def partial_match(mark: str, text: str) -> int:
 class StreamDecoder:
     """Token by token -> text pieces whose concatenation equals decode(all ids).
 
-    A piece is returned only when it ends on a whole character; only a short window of ids is decoded
-    again. After one of the tokenizer's `byte_ids` nothing is returned: it decodes a run of them as a
-    whole, and one wrong byte at the end makes the whole run unreadable.
+    A piece is returned only when it ends on a whole character; only a short window of ids is
+    decoded again. After one of the tokenizer's `byte_ids` nothing is returned: it decodes a run of
+    them as a whole, and one wrong byte at the end makes the whole run unreadable.
     """
 
     def __init__(self, tokenizer):

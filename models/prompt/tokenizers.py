@@ -1,28 +1,31 @@
-"""Tokenizers read straight from the vocabulary files, and streaming decode that never splits a character."""
+"""Tokenizers. Each takes a vocabulary file, encodes text to ids and decodes ids to text.
+
+No code of the checkpoint runs, and no tokenizer class of transformers is needed.
+"""
 
 import base64
 import re
 from pathlib import Path
 
-from models.config import read_json
+from models.config import read_optional_json
 from models.errors import ModelError
 
 
 class IceTokenizer:
     """ChatGLM-6B's sentencepiece file `ice_text.model`, without the remote tokenizer class.
 
-    Line breaks, tabs and runs of blanks have pieces of their own. `offset` is added to every piece id (20000 image
-    tokens of the first ChatGLM-6B files, 0 in the release); it follows from where the config says that <sop> is.
+    Line breaks, tabs and runs of blanks have pieces of their own. `offset` is added to every piece
+    id (20000 for the image tokens of the first ChatGLM-6B files, 0 in the release); it follows from
+    the config's id of <sop>.
     """
-
-    LONGEST_BLANK = 80
 
     def __init__(self, path: Path, sop_id: int):
         import sentencepiece
 
         if not path.is_file():
             raise ModelError(
-                f"tokenizer file {path} is missing (released size about 2.7 MB); copy it from the release"
+                f"tokenizer file {path} is missing (released size about 2.7 MB); "
+                "copy it from the release"
             )
         try:
             self._pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -40,17 +43,18 @@ class IceTokenizer:
 
     def decode(self, ids) -> str:
         known = range(self._pieces.get_piece_size())
-        text = self._pieces.decode(
-            [int(i) - self.offset for i in ids if int(i) - self.offset in known]
-        )
+        pieces = [int(i) - self.offset for i in ids]
+        text = self._pieces.decode([piece for piece in pieces if piece in known])
         text = text.replace("<n>", "\n").replace("<|tab|>", "\t")
         return re.sub(r"<\|blank_(\d+)\|>", lambda mark: " " * int(mark[1]), text)
 
 
 class TiktokenTokenizer:
-    """GLM-4's `tokenizer.model`: one "base64-bytes rank" line per token, byte-pair encoding by rank.
+    """GLM-4's `tokenizer.model`: one "base64-bytes rank" line per token, byte-pair encoding by
+    rank.
 
-    Special pieces have ids of their own behind the ranks: those of tokenizer_config.json, else `special` in order.
+    Special tokens have ids of their own behind the ranks: those of tokenizer_config.json, else
+    those of `special` in order.
     """
 
     PATTERN = (
@@ -79,13 +83,14 @@ class TiktokenTokenizer:
 
     def decode(self, ids) -> str:
         """Special and unknown ids are left out; bytes that are no UTF-8 become U+FFFD."""
-        return b"".join(self._pieces.get(int(i), b"") for i in ids).decode(
-            "utf-8", errors="replace"
-        )
+        text = b"".join(self._pieces.get(int(i), b"") for i in ids)
+        return text.decode("utf-8", errors="replace")
 
 
 class MissingTokenizer:
-    """A checkpoint without tokenizer file still takes prompts that are token ids already; its answers are ids too."""
+    """Stands in where a checkpoint has no tokenizer file: prompts must be ids, answers have no
+    text.
+    """
 
     def __init__(self, path: Path):
         self._path = path
@@ -111,15 +116,16 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
 
 
 def added_tokens(path: Path) -> dict[str, int]:
-    """Special pieces of a tokenizer_config.json -> their ids; empty without file or list."""
-    added = (read_json(path) if path.is_file() else {}).get("added_tokens_decoder", {})
+    """Special tokens of a tokenizer_config.json -> their ids; empty without file or list."""
+    added = read_optional_json(path).get("added_tokens_decoder", {})
     return {entry["content"]: int(token_id) for token_id, entry in added.items()}
 
 
 class JsonTokenizer:
-    """A `tokenizer.json` of the tokenizers library. `bos_id` (None: no such token) goes in front of every text, once.
+    """A `tokenizer.json` of the tokenizers library.
 
-    plain: what looks like a special token in a text is spelled out.
+    bos_id: goes in front of every text, once; None: no such token. plain: what looks like a special
+    token in a text is spelled out.
     """
 
     def __init__(self, path: Path, bos_id: int | None = None, plain: bool = False):
@@ -153,8 +159,9 @@ class JsonTokenizer:
 class SentencePieceTokenizer:
     """LLaMA's `tokenizer.model`, for directories without a tokenizer.json: the same ids.
 
-    `added` {token: id} are the tokens beside the sentencepiece file; they and its control pieces (<s>, </s>, <unk>) are
-    recognised in a text first. Only the very beginning of a text gets sentencepiece's blank in front.
+    added: {token: id} of the tokens that are not in the sentencepiece file; they and its control
+    pieces (<s>, </s>, <unk>) are recognised in a text first. Only the beginning of a text gets
+    sentencepiece's blank in front.
     """
 
     def __init__(self, path: Path, added: dict[str, int], bos_id: int):
@@ -171,15 +178,13 @@ class SentencePieceTokenizer:
             raise ModelError(
                 f"{path} is not a sentencepiece file ({error}); download it again"
             ) from None
-        control = [
-            i
-            for i in range(len(self._pieces))
-            if self._pieces.is_control(i) or self._pieces.is_unknown(i)
-        ]
-        self._special = {self._pieces.id_to_piece(i): i for i in control} | added
-        self._split = re.compile(
-            "(" + "|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) + ")"
-        )
+        self._special = {}
+        for i in range(len(self._pieces)):
+            if self._pieces.is_control(i) or self._pieces.is_unknown(i):
+                self._special[self._pieces.id_to_piece(i)] = i
+        self._special |= added
+        longest_first = sorted(self._special, key=len, reverse=True)
+        self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         self._bos = bos_id
 
     def token_id(self, token: str) -> int | None:
@@ -191,18 +196,16 @@ class SentencePieceTokenizer:
     def encode(self, text: str) -> list[int]:
         ids = []
         for part in filter(None, self._split.split(text)):
-            blank = "" if ids or part.startswith(" ") else " "
-            ids += (
-                [self._special[part]]
-                if part in self._special
-                else self._pieces.encode(blank + part)
-            )
+            if part in self._special:
+                ids.append(self._special[part])
+            elif ids or part.startswith(" "):
+                ids += self._pieces.encode(part)
+            else:
+                ids += self._pieces.encode(" " + part)
         return ids if ids[:1] == [self._bos] else [self._bos, *ids]
 
     def decode(self, ids) -> str:
         """Text of the ids; special tokens and ids beyond the vocabulary are left out."""
-        left_out = set(self._special.values())
-        text = self._pieces.decode(
-            [int(i) for i in ids if int(i) < len(self._pieces) and int(i) not in left_out]
-        )
+        shown = set(range(len(self._pieces))) - set(self._special.values())
+        text = self._pieces.decode([int(i) for i in ids if int(i) in shown])
         return text.removeprefix(" ")

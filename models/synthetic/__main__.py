@@ -1,11 +1,12 @@
-"""Synthetic checkpoints: a released layout at real shapes with random weights, to rehearse before downloading.
+"""Synthetic checkpoints: a released layout at real shapes with random weights, to rehearse before
+downloading.
 
     python -m models.synthetic --like visualglm-6b --out DIR [--scale full|tiny] [--seed 0]
 
-Takes a release's config (models/released/*.json); names and shapes come from the family's own weight
-table. Writes safetensors shards, index, tokenizer and config.json. Tensors are streamed in small
-blocks and seeded one by one, so that the bytes do not depend on where a run was interrupted. Finished
-shards are kept; index and config.json come last.
+Takes a release's config (models/released/*.json); names and shapes come from the family's own
+weight table. Writes safetensors shards, index, tokenizer and config.json. Tensors are streamed in
+small blocks and seeded one by one, so that the bytes do not depend on where a run was interrupted.
+Finished shards are kept; index and config.json come last.
 """
 
 import argparse

@@ -1,4 +1,6 @@
-"""Writes synthetic checkpoints. Takes the name of a release, writes its config and tensor names with random weights."""
+"""Writes synthetic checkpoints. Takes the name of a release, writes its config and tensor names
+with random weights.
+"""
 
 import hashlib
 import json
@@ -28,7 +30,9 @@ SPREAD = 0.02  # standard deviation of matrices and biases, and of norm weights 
 
 @dataclass(frozen=True)
 class Shard:
-    """A file to write, `size` bytes: `header` (safetensors, its length in front), then the tensors in order."""
+    """A file to write, `size` bytes: `header` (safetensors, its length in front), then the tensors
+    in order.
+    """
 
     file: Path
     header: bytes
@@ -131,7 +135,9 @@ def _shard(file: Path, weights: list[Weight], dtype: torch.dtype, label: dict) -
 
 
 def _prepare(out: Path, shards: list[Shard], others: Iterable[str], report) -> None:
-    """Refuse a directory with other files and a disk too small; then nothing in `out` may look whole any more."""
+    """Refuse a directory with other files and a disk too small; then nothing in `out` may look
+    whole any more.
+    """
     from rich.filesize import decimal
 
     ours = {shard.file.name for shard in shards} | set(others)
@@ -165,7 +171,9 @@ def _blocks(shard: Shard, dtype: str, seed: int) -> Iterator[bytes | memoryview]
 
 
 def _tensor_blocks(weight: Weight, dtype: str, seed: int) -> Iterator[memoryview]:
-    """Bytes of one tensor: N(0, 0.02), norm weights around 1; they depend on the seed and the name only."""
+    """Bytes of one tensor: N(0, 0.02), norm weights around 1; they depend on the seed and the name
+    only.
+    """
     count = math.prod(weight.shape)
     dtype = getattr(torch, dtype)
     random = np.random.default_rng([seed, *hashlib.sha256(weight.source.encode()).digest()])
