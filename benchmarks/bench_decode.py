@@ -2,9 +2,10 @@
 
     python benchmarks/bench_decode.py --model DIR [--dtype bfloat16] [--cpu-weights float|int8|int4] [--batch 1,8]
 
-Prints seconds to the first token of 512, ms per token (median and best of 63 steps), what of it is spent outside the
-decoder, and the share of the read bandwidth that the weights of a step were read with; bandwidth is measured on 1 GiB right
-before and after. Peak memory is that of loading, beside what the plan said.
+Prints seconds to the first token of 512, ms per token (median and best of 63 steps), what of it is
+spent outside the decoder, and the share of the read bandwidth that the weights of a step were read
+with; bandwidth is measured on 1 GiB right before and after. Peak memory is that of loading, beside
+what the plan said.
 """
 
 import argparse

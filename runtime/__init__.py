@@ -2,14 +2,14 @@
 
 import os
 
-# Large tensors in pages of 2 MB: weights are read through once per token, and with pages of 4 KB looking addresses up can
-# cost more than reading. torch asks for it with its first tensor; 0 switches it off.
+# Large tensors in pages of 2 MB: weights are read through once per token, and with pages of 4 KB the
+# lookup of addresses can cost more than reading. torch reads this with its first tensor; 0 switches
+# it off.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
-def __getattr__(
-    name,
-):  # torch is imported with the first use, so that `--help` of a command answers at once
+def __getattr__(name):
+    # torch is imported with the first use, so that `--help` of a command answers at once
     if name == "Engine":
         from runtime.engine.engine import Engine
 

@@ -1,4 +1,5 @@
-"""Text of an answer: takes its token ids, returns what the release shows, in pieces that never change later."""
+"""Text of an answer: takes its token ids, returns what the release shows, in pieces that never
+change later."""
 
 from models.prompt.streaming import StreamDecoder, partial_match
 
@@ -6,7 +7,8 @@ from models.prompt.streaming import StreamDecoder, partial_match
 class AnswerText:
     """Decodes token by token, cleans as the family does, and cuts at the first stop string.
 
-    `push` and `finish` return the new text; their concatenation is `text`. stopped: a stop string was met.
+    `push` and `finish` return the new text; their concatenation is `text`. stopped: a stop string
+    was met.
     """
 
     def __init__(self, family, stop: tuple[str, ...] = ()):
@@ -40,6 +42,7 @@ class AnswerText:
         return new
 
     def _held_back(self, raw: str) -> int:
-        """How many characters at the end may still change: the family's rule, or the beginning of a stop string."""
+        """How many characters at the end may still change: the family's rule, or the beginning of a
+        stop string."""
         begun = [partial_match(stop, raw) for stop in self._stop]
         return max([self._family.unstable_tail(raw), *begun])

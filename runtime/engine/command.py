@@ -9,7 +9,8 @@ from .options import EngineOptions
 
 
 def join_torchrun(options: EngineOptions):
-    """Under torchrun only rank 0 returns; the other ranks follow it until it ends. Without torchrun nothing happens."""
+    """Under torchrun only rank 0 returns; the other ranks follow it until it ends. Without torchrun
+    nothing happens."""
     from runtime.parallel import team
 
     team.join_torchrun(options.tensor_parallel_size, open_engine)
@@ -23,7 +24,8 @@ def open_engine(model, options: EngineOptions):
 
 
 def check_images(family, images):
-    """Raises, before a model is loaded, for a text-only family, too many images, or a file that is no image."""
+    """Raises, before a model is loaded, for a text-only family, too many images, or a file that is
+    no image."""
     if images and family.vision is None:
         raise ToolkitError(
             f"{family.name} is a text model and takes no picture; leave out --image {images[0]}"

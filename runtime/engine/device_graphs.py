@@ -1,9 +1,10 @@
-"""Decode steps recorded as NPU or CUDA graphs: one per batch size, replayed with new inputs in the same tensors.
+"""Decode steps recorded as NPU or CUDA graphs: one per batch size, replayed with new inputs in the
+same tensors.
 
 Takes a host step and token ids, returns logits. A batch is filled up to the next recorded size with
-padding rows that read and write a cache block of their own. Lengths that the attention kernels take from
-the host are updated inside the graph by torch_npu (task update), layer by layer while the graph runs;
-lengths in device memory are inputs like the others.
+padding rows that read and write a cache block of their own. Lengths that the attention kernels take
+from the host are updated inside the graph by torch_npu (task update), layer by layer while the
+graph runs; lengths in device memory are inputs like the others.
 """
 
 from dataclasses import dataclass, replace
@@ -20,7 +21,8 @@ BATCH_SIZES = (8, 4, 2, 1)  # the largest first: the others fit into its memory
 
 @dataclass
 class Recording:
-    """One graph and the tensors it reads and writes: ids int64 [batch], step, logits float32 [batch, vocab]."""
+    """One graph and the tensors it reads and writes: ids int64 [batch], step, logits float32
+    [batch, vocab]."""
 
     graph: object
     ids: torch.Tensor
@@ -42,7 +44,8 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def record(self):
-        """Warm up and record every batch size, with a progress bar; ToolkitError when the driver refuses."""
+        """Warm up and record every batch size, with a progress bar; ToolkitError when the driver
+        refuses."""
         pool = self._torch.graph_pool_handle()
         for size in track("recording decode graphs", BATCH_SIZES):
             try:
@@ -104,7 +107,7 @@ class DecodeGraphs:
         return step.kv_lens + [1] * (len(recording.ids) - len(step.kv_lens))
 
     def _padded(self, step: Step, size: int) -> Step:
-        """`step` with padding rows of one token each up to `size`, and a block table of full width."""
+        """`step` with padding rows of one token each up to `size`, its block table of full width."""
         batch = len(step.slots)
         rows = size - batch
         columns = self._width - step.block_table.shape[1]

@@ -1,4 +1,5 @@
-"""Engine: one model, loaded once; takes prompts, returns answers (or features, or logits). The public Python API."""
+"""Engine: one model, loaded once; takes prompts, returns answers (or features, or logits). The
+public Python API."""
 
 from contextlib import contextmanager
 from functools import partial
@@ -20,8 +21,9 @@ from .sequence import Sequence
 
 
 class Engine:
-    """Engine(model_dir, **fields of options.EngineOptions). Loading reads the decoder; the vision session opens with the
-    first image. Raises ToolkitError or ModelError, each one sentence, before memory is touched where that is possible.
+    """Engine(model_dir, **fields of options.EngineOptions). Loading reads the decoder; the vision
+    session opens with the first image. Raises ToolkitError or ModelError, each one sentence, before
+    memory is touched where that is possible.
     """
 
     def __init__(self, model_dir, **options):
@@ -65,7 +67,8 @@ class Engine:
     def prompt(
         self, messages, language: str | None = None, tools: list[dict] | None = None
     ) -> Prompt:
-        """Chat messages -> Prompt. content: text, or parts {"type": "image", "image": path | PIL} and {"type": "text", ...}.
+        """Chat messages -> Prompt. content: text, or parts {"type": "image", "image": path | PIL}
+        and {"type": "text", ...}.
 
         tools: functions the model may call, as OpenAI describes them.
         """
@@ -77,7 +80,8 @@ class Engine:
         return self.family.prompt(messages, language or self.family.languages[0], tools)
 
     def prompt_from_ids(self, ids, pixels=None, image_starts=None) -> Prompt:
-        """Already tokenised: ids as the original implementation feeds its model, pixels as its preprocessor returns them."""
+        """Already tokenised: ids as the original implementation feeds its model, pixels as its
+        preprocessor returns them."""
         prompt = self.family.prompt_from_ids(ids, pixels, image_starts)
         bad = prompt.ids[(prompt.ids < 0) | (prompt.ids >= self.family.decoder.vocab_size)]
         if len(bad):
@@ -87,7 +91,7 @@ class Engine:
         return prompt
 
     def check_length(self, prompt: Prompt, max_tokens: int = 1):
-        """ToolkitError for an empty prompt, or one that leaves no room for `max_tokens` new tokens."""
+        """ToolkitError for a prompt that is empty or leaves no room for `max_tokens` new tokens."""
         if len(prompt.ids) == 0:
             raise ToolkitError("the prompt is empty; give --prompt some text")
         if len(prompt.ids) + max_tokens > self.max_model_len:
@@ -134,7 +138,8 @@ class Engine:
             return self._runner.prefill(sequence, features, all_logits=True).numpy()
 
     def score(self, prompt: Prompt, token_ids) -> np.ndarray:
-        """Teacher-forced decoding: float32 [n, vocab], row i predicts token_ids[i] after the prompt and token_ids[:i]."""
+        """Teacher-forced decoding: float32 [n, vocab], row i predicts token_ids[i] after the prompt
+        and token_ids[:i]."""
         token_ids = [int(t) for t in token_ids]
         self.check_length(prompt, len(token_ids))
         with self._sequence(prompt, len(token_ids)) as sequence:
@@ -148,7 +153,7 @@ class Engine:
     def generate(
         self, prompts: list[Prompt], params: SamplingParams | list[SamplingParams] | None = None
     ) -> list[Result]:
-        """Answers in the order of the prompts, decoded together; `params` for all, or one for each."""
+        """Answers in the order of the prompts, decoded together; params: for all, or one each."""
         each = params if isinstance(params, list) else [params] * len(prompts)
         requests = [
             self._request(prompt, chosen) for prompt, chosen in zip(prompts, each, strict=True)
@@ -177,8 +182,9 @@ class Engine:
         return request
 
     def step(self) -> list[tuple[Request, str]]:
-        """One pass of the decoder over the requests that have room: (request, new text) of each that got a token or
-        ended; a request that failed has finish_reason "error" and says why in `error`."""
+        """One pass of the decoder over the requests that have room: (request, new text) of each
+        that got a token or ended; a request that failed has finish_reason "error" and says why in
+        `error`."""
         return self._scheduler.step()
 
     def cancel(self, request: Request):
@@ -213,7 +219,8 @@ class Engine:
         ]
 
     def close(self):
-        """Give the decoder's memory back, and end the processes it was split over. The engine is of no use afterwards."""
+        """Give the decoder's memory back, and end the processes it was split over. The engine is of
+        no use afterwards."""
         self._runner = None
         self._cache = None
         self._scheduler = None
@@ -229,8 +236,9 @@ class Engine:
         return self._runner.decoder
 
     def tap(self, tap=None) -> list[str]:
-        """From now on `tap(stage, x)` sees the residual stream x [T, hidden] behind every stage of the decoder, and the next
-        stage gets what it returns; None ends that. Returns the stages in order. ToolkitError for a decoder that is split."""
+        """From now on `tap(stage, x)` sees the residual stream x [T, hidden] behind every stage of
+        the decoder, and the next stage gets what it returns; None ends that. Returns the stages in
+        order. ToolkitError for a decoder that is split."""
         if self._team:
             raise ToolkitError(
                 "the layers of a decoder split over several devices cannot be watched; use one device"
@@ -239,7 +247,8 @@ class Engine:
         return self.decoder.stages()
 
     def layers(self) -> list:
-        """The decoder's layers (models.network.decoder.Layer); what is put into the list is what runs."""
+        """The decoder's layers (models.network.decoder.Layer); what is put into the list is what
+        runs."""
         return self.decoder.layers
 
     def follow(self, *work):
@@ -250,7 +259,8 @@ class Engine:
 
     @contextmanager
     def _sequence(self, prompt, new_tokens):
-        """A sequence beside the scheduler's; ToolkitError when requests that are under way left no room for it."""
+        """A sequence beside the scheduler's; ToolkitError when requests that are under way left no
+        room for it."""
         tokens = len(prompt.ids) + new_tokens
         if self._cache.blocks_for(tokens) > self._cache.free_blocks:
             raise ToolkitError(
@@ -268,7 +278,8 @@ class Engine:
         return Request(self.family, prompt, params, self.settings(prompt, params))
 
     def _run(self, requests):
-        """Step until all are finished, and yield in between; others make progress too. Raises what ended one."""
+        """Step until all are finished, and yield in between; others make progress too. Raises what
+        ended one."""
         for request in requests:
             self._scheduler.add(request)
         try:

@@ -1,4 +1,5 @@
-"""`python -m runtime.engine.follower PID`: one rank of a split model, started by rank 0, whose process id is PID."""
+"""`python -m runtime.engine.follower PID`: one rank of a split model, started by rank 0, whose
+process id is PID."""
 
 import os
 import sys

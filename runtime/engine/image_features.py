@@ -17,7 +17,8 @@ class ImageFeatures:
         self._remembered = OrderedDict()  # digest of an image -> its features
 
     def of(self, prompt) -> list[np.ndarray]:
-        """float32 [rows, hidden] of each image of a prompt; those not seen before are encoded in one call."""
+        """float32 [rows, hidden] of each image of a prompt; those not seen before are encoded in
+        one call."""
         new = {
             digest: pixels
             for digest, pixels in zip(prompt.image_digests, prompt.pixels)
@@ -32,7 +33,7 @@ class ImageFeatures:
         return features
 
     def timed(self, prompt) -> tuple[list[np.ndarray], float]:
-        """`of`, and the seconds that it took; opening the session is not part of an image's time."""
+        """`of`, and the seconds that it took; opening the session does not count."""
         self.session()
         start = time.perf_counter()
         return self.of(prompt), time.perf_counter() - start

@@ -1,8 +1,8 @@
 """The paged key/value cache: takes numbers of tokens, returns blocks to hold their keys and values.
 
-A full block may be remembered under a key that says what its tokens and all before them are; a later
-sequence that begins the same finds it, in use or free, until the block is given to another sequence
-(least recently used first).
+A full block may be remembered under a key that says what its tokens and all before them are; a
+later sequence that begins the same finds it, in use or free, until the block is given to another
+sequence (least recently used first).
 """
 
 from collections import OrderedDict
@@ -45,8 +45,8 @@ class KVCache:
     def release(self, blocks: list[int]):
         """A sequence no longer needs `blocks`.
 
-        Blocks without a key are reused first, which keeps a sequence's blocks contiguous; of those with
-        a key, a sequence's last ones.
+        Blocks without a key are reused first, which keeps a sequence's blocks contiguous; of those
+        with a key, a sequence's last ones.
         """
         for block in reversed(blocks):
             self._num_users[block] -= 1
@@ -56,14 +56,15 @@ class KVCache:
                     self._free.move_to_end(block, last=False)
 
     def remember(self, block: int, key: bytes):
-        """Let `find` return a full `block` under `key`, unless another block has that key already."""
+        """Let `find` return a full `block` under `key`, unless another block has that key."""
         if key not in self._block_of:
             self._forget(block)
             self._block_of[key] = block
             self._key_of[block] = key
 
     def find(self, keys: list[bytes]) -> list[int]:
-        """The blocks of the longest run of remembered `keys` from the first on, without taking them."""
+        """The blocks of the longest run of remembered `keys` from the first on, without taking
+        them."""
         found = []
         for key in keys:
             if key not in self._block_of:

@@ -64,7 +64,8 @@ class InputOptions:
 
 @dataclass
 class EngineOptions:
-    """Where and how a model runs; Engine(model_dir, **these). ToolkitError for a value that cannot be."""
+    """Where and how a model runs; Engine(model_dir, **these). ToolkitError for a value that cannot
+    be."""
 
     device: str = flag(
         "where the decoder runs: cpu, npu, npu:N, cuda or cuda:N",
@@ -213,13 +214,15 @@ class EngineOptions:
 
 
 def one_at_a_time(options: EngineOptions) -> EngineOptions:
-    """For a command that answers one question after another: no cache for more, unless the user says so."""
+    """For a command that answers one question after another: no cache for more, unless the user
+    says so."""
     return replace(options, max_num_seqs=options.max_num_seqs or 1)
 
 
 @dataclass
 class SamplingParams:
-    """How one answer is sampled; None = the default of the model's release. ToolkitError for a value that cannot be."""
+    """How one answer is sampled; None = the default of the model's release. ToolkitError for a
+    value that cannot be."""
 
     max_tokens: int | None = flag(
         "longest answer in tokens (default: up to the model's length limit)",

@@ -1,4 +1,5 @@
-"""A prompt on its way to an answer: its sequence in the cache, sampling state, text so far, what it cost."""
+"""A prompt on its way to an answer: its sequence in the cache, sampling state, text so far, what it
+cost."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -15,9 +16,10 @@ from .sequence import Sequence
 class Result:
     """The answer, while it grows and afterwards.
 
-    finish_reason: "" until it is finished, then "stop" (stop token or string), "length", "cancelled" or "error".
-    metrics: seconds and token counts; cached_tokens of the prompt were already in the cache. logprobs, where asked for:
-    per token {id: log probability} of the most likely ones and of the token itself, before temperature and penalties.
+    finish_reason: "" until it is finished, then "stop" (stop token or string), "length",
+    "cancelled" or "error". metrics: seconds and token counts; cached_tokens of the prompt were
+    already in the cache. logprobs, where asked for: per token {id: log probability} of the most
+    likely ones and of the token itself, before temperature and penalties.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -42,7 +44,8 @@ class Settings:
 
 
 class Request:
-    """`error` is what ended it when finish_reason is "error". features: of its images, until they are computed."""
+    """`error` is what ended it when finish_reason is "error". features: of its images, until they
+    are computed."""
 
     def __init__(self, family, prompt, params, settings: Settings):
         self.prompt = prompt
@@ -82,7 +85,8 @@ class Request:
         self.result.metrics[stage] += seconds
 
     def sample_next(self, logits) -> str:
-        """Sample the next token from float32 logits [vocab]; returns the new text. Finishes when it is the last."""
+        """Sample the next token from float32 logits [vocab]; returns the new text. Finishes when it
+        is the last."""
         seen = torch.from_numpy(self.sequence.ids(0, self.sequence.num_tokens))
         answer = seen[len(self.prompt.ids) :]
         try:
@@ -112,7 +116,8 @@ class Request:
         return piece
 
     def block_keys(self, blocks: int, block_size: int) -> list[bytes]:
-        """Keys of its first full `blocks`: digests of all tokens up to their end, with positions and images."""
+        """Keys of its first full `blocks`: digests of all tokens up to their end, with positions
+        and images."""
         for block in range(len(self._block_keys), blocks):
             self._block_keys.append(self._block_key(block * block_size, (block + 1) * block_size))
         return self._block_keys[:blocks]

@@ -1,7 +1,8 @@
 """Runs the decoder over sequences: takes chunks, returns logits.
 
-Builds the positions, slots and lengths of each pass and splices in image features. What `compute` gets is all that the
-decoder needs, so that other devices can compute their part of it from the same message.
+Builds the positions, slots and lengths of each pass and splices in image features. What `compute`
+gets is all that the decoder needs, so that other devices can compute their part of it from the same
+message.
 """
 
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ from .sequence import Chunk, Pass, Sequence, passes_of
 class PackedTokens:
     """The tokens of several passes, one after another.
 
-    ids int64 [T]; images: (first row, float32 [rows, hidden]) of image features in place of embeddings;
-    last_rows int64 [B]: row of each chunk's last token.
+    ids int64 [T]; images: (first row, float32 [rows, hidden]) of image features in place of
+    embeddings; last_rows int64 [B]: row of each chunk's last token.
     """
 
     ids: torch.Tensor
@@ -29,7 +30,8 @@ class PackedTokens:
 
 class Runner:
     def __init__(self, decoder, cache, graphs=None, team=None):
-        """graphs: recorded decode steps (DecodeGraphs) or None. team: the Team of a split decoder or None."""
+        """graphs: recorded decode steps (DecodeGraphs) or None. team: the Team of a split decoder
+        or None."""
         self.decoder = decoder
         self.cache = cache
         self.graphs = graphs
@@ -37,7 +39,8 @@ class Runner:
         self._device = decoder.embedding.device
 
     def prefill(self, sequence: Sequence, features=None, all_logits=False) -> torch.Tensor:
-        """The whole prompt in one piece -> float32 logits [1, vocab] of the last token, or [T, vocab] with `all_logits`."""
+        """The whole prompt in one piece -> float32 logits [1, vocab] of the last token, or [T,
+        vocab] with `all_logits`."""
         return self.run([Chunk(sequence, len(sequence.prompt.ids), features)], all_logits)
 
     def decode(self, sequences: list[Sequence], token_ids: list[int]) -> torch.Tensor:
@@ -49,7 +52,8 @@ class Runner:
     def run(self, chunks: list[Chunk], all_logits=False) -> torch.Tensor:
         """Compute the chunks together and count their tokens as computed.
 
-        Returns float32 logits on the host, [B, vocab] of every chunk's last token, or with `all_logits` of all tokens.
+        Returns float32 logits on the host, [B, vocab] of every chunk's last token, or with
+        `all_logits` of all tokens.
         """
         passes = passes_of(chunks)
         steps = [self._step(each) for each in passes]
@@ -62,8 +66,8 @@ class Runner:
 
     @torch.inference_mode()
     def compute(self, ids, images, steps: list[Step], rows=None) -> torch.Tensor:
-        """ids int64 [T], images and rows as in PackedTokens, steps on the host that make up the T tokens -> float32
-        logits on the host, of the tokens `rows` (None: of all)."""
+        """ids int64 [T], images and rows as in PackedTokens, steps on the host that make up the T
+        tokens -> float32 logits on the host, of the tokens `rows` (None: of all)."""
         if self._is_recorded(ids, steps):
             return self.graphs.run(ids, steps[0]).cpu()
         x = self.decoder.embed(ids.to(self._device))

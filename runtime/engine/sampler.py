@@ -1,6 +1,7 @@
 """Sampling: takes logits, returns the next token.
 
-Penalties, temperature, min-p, top-k and top-p are applied in vLLM's order, which is also the releases'.
+Penalties, temperature, min-p, top-k and top-p are applied in vLLM's order, which is also the
+releases'.
 """
 
 import math
@@ -9,7 +10,8 @@ import torch
 
 from runtime.common.errors import CHECK_FAILED, ToolkitError
 
-GREEDY = 1e-5  # a temperature below it takes the most likely token, as in vLLM; logits divided by it would overflow
+# A temperature below it takes the most likely token, as in vLLM; logits divided by it would overflow.
+GREEDY = 1e-5
 
 
 def sample(
@@ -21,8 +23,8 @@ def sample(
 ) -> int:
     """The id of the next token; with temperature 0 the most likely one.
 
-    logits float32 [vocab]; seen int64: ids of prompt and answer so far; answer int64: of the answer alone.
-    ToolkitError for NaN or Inf.
+    logits float32 [vocab]; seen int64: ids of prompt and answer so far; answer int64: of the answer
+    alone. ToolkitError for NaN or Inf.
     """
     smallest, largest = logits.aminmax()  # each is NaN if there is one
     if not (math.isfinite(smallest) and math.isfinite(largest)):
@@ -41,7 +43,8 @@ def sample(
 
 
 def penalise(logits, seen, penalty: float):
-    """Tokens seen before: positive logits divided, negative ones multiplied (Keskar et al. 2019, CTRL)."""
+    """Tokens seen before: positive logits divided, negative ones multiplied (Keskar et al. 2019,
+    CTRL)."""
     if penalty == 1:
         return logits
     score = logits[seen]
@@ -49,7 +52,8 @@ def penalise(logits, seen, penalty: float):
 
 
 def discourage(logits, answer, presence: float, frequency: float):
-    """OpenAI's penalties: tokens that the answer has lose `presence` once, and `frequency` for every time they stand there."""
+    """OpenAI's penalties: tokens that the answer has lose `presence` once, and `frequency` for
+    every time they stand there."""
     if presence == frequency == 0:
         return logits
     counts = torch.bincount(answer, minlength=len(logits))
@@ -71,7 +75,8 @@ def top_k(logits, k: int):
 
 
 def nucleus(logits, p: float):
-    """Keep the smallest set of tokens whose probability reaches p; the most likely one always stays."""
+    """Keep the smallest set of tokens whose probability reaches p; the most likely one always
+    stays."""
     if p >= 1:
         return logits
     ordered, order = logits.sort(descending=True)

@@ -1,9 +1,10 @@
-"""Continuous batching over the paged cache: decides which request computes how many tokens in the next step.
+"""Continuous batching over the paged cache: decides which request computes how many tokens in the
+next step.
 
-Takes requests at any time; every step computes one token of each answer and as many prompt tokens as the step's budget
-leaves (long prompts in chunks), and returns (request, new text). A request is admitted when the cache has room for all
-its tokens so far; when answers outgrow the cache, the latest request is preempted: it gives its blocks back and is
-computed again later.
+Takes requests at any time; every step computes one token of each answer and as many prompt tokens
+as the step's budget leaves (long prompts in chunks), and returns (request, new text). A request is
+admitted when the cache has room for all its tokens so far; when answers outgrow the cache, the
+latest request is preempted: it gives its blocks back and is computed again later.
 """
 
 import time
@@ -31,7 +32,8 @@ class ScheduledRequest:
 class StepPlan:
     """What one step does. budget: tokens that it may compute besides those that are scheduled.
 
-    preempted: requests that gave their blocks back and wait again. failed: requests whose images could not be encoded.
+    preempted: requests that gave their blocks back and wait again. failed: requests whose images
+    could not be encoded.
     """
 
     budget: int
@@ -47,9 +49,10 @@ class StepPlan:
 class Scheduler:
     """The requests of an engine: `waiting` for blocks, or `running`; both in the order of arrival.
 
-    encode_images(prompt) -> (features of each of its images, seconds it took). max_num_seqs: requests computed together.
-    max_num_batched_tokens: tokens per step, which only a prefix-LM context may exceed, because it is computed in one
-    piece. The cache holds at least one longest sequence.
+    encode_images(prompt) -> (features of each of its images, seconds it took). max_num_seqs:
+    requests computed together. max_num_batched_tokens: tokens per step, which only a prefix-LM
+    context may exceed, because it is computed in one piece. The cache holds at least one longest
+    sequence.
     """
 
     def __init__(self, runner, encode_images, max_num_seqs: int, max_num_batched_tokens: int):
@@ -77,13 +80,15 @@ class Scheduler:
         self._retire_finished()
 
     def step(self) -> list[tuple[Request, str]]:
-        """One pass of the decoder -> (request, new text) of every request that got a token or failed."""
+        """One pass of the decoder -> (request, new text) of every request that got a token or
+        failed."""
         plan = self.schedule()
         logits, seconds = self.run(plan)
         return self.postprocess(plan, logits, seconds)
 
     def schedule(self) -> StepPlan:
-        """Takes blocks for what the next step computes: all answers, then prompts while budget and cache last."""
+        """Takes blocks for what the next step computes: all answers, then prompts while budget and
+        cache last."""
         plan = StepPlan(self._max_num_batched_tokens)
         self._schedule_running(plan)
         if not plan.preempted:
@@ -99,7 +104,8 @@ class Scheduler:
         return logits, time.perf_counter() - start
 
     def postprocess(self, plan: StepPlan, logits, seconds: float) -> list[tuple[Request, str]]:
-        """Samples a token for every request whose tokens are all computed, and lets go of those that ended."""
+        """Samples a token for every request whose tokens are all computed, and lets go of those
+        that ended."""
         events = [(request, "") for request in plan.failed]
         for scheduled, row in zip(plan.scheduled, logits):
             request = scheduled.request
@@ -148,8 +154,8 @@ class Scheduler:
             self.running.append(self.waiting.popleft())
 
     def _tokens_allowed(self, request: Request, budget: int, oldest: bool) -> int:
-        """How many of a request's tokens fit into the budget. A prefix-LM context is computed whole or not at all; that
-        of the oldest request even beyond the budget."""
+        """How many of a request's tokens fit into the budget. A prefix-LM context is computed whole
+        or not at all; that of the oldest request even beyond the budget."""
         sequence = request.sequence
         context = request.prompt.layout.bidirectional
         if sequence.num_computed_tokens >= context:
@@ -172,8 +178,8 @@ class Scheduler:
     # blocks
 
     def _ensure_blocks(self, request: Request, plan: StepPlan) -> bool:
-        """Blocks for all tokens of a running request, if need be those of later requests; False when none was later, so
-        that it was preempted itself."""
+        """Blocks for all tokens of a running request, if need be those of later requests; False
+        when none was later, so that it was preempted itself."""
         sequence = request.sequence
         held = len(sequence.block_table) * self._cache.block_size
         missing = max(sequence.num_tokens - held, 0)
@@ -192,7 +198,8 @@ class Scheduler:
         return request
 
     def _find_cached_blocks(self, request: Request) -> list[int]:
-        """Blocks of its beginning that the cache still holds; at least one token is computed again, for its logits.
+        """Blocks of its beginning that the cache still holds; at least one token is computed again,
+        for its logits.
 
         Blocks of a prefix-LM prompt cannot be reused: their values depend on the whole prompt.
         """

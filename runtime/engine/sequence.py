@@ -9,8 +9,8 @@ import numpy as np
 class Sequence:
     """One prompt and its answer so far.
 
-    block_table: the cache blocks that it holds, in the order of its tokens. num_computed_tokens: tokens whose keys and
-    values are in them. token_ids: of the answer.
+    block_table: the cache blocks that it holds, in the order of its tokens. num_computed_tokens:
+    tokens whose keys and values are in them. token_ids: of the answer.
     """
 
     prompt: object
@@ -35,7 +35,8 @@ class Sequence:
         return np.concatenate((self.prompt.ids[start:end], np.array(answer, dtype=np.int64)))
 
     def positions(self, start: int, end: int) -> np.ndarray:
-        """Rotary positions of the prompt and answer tokens [start, end), int64 [end - start, channels]."""
+        """Rotary positions of the prompt and answer tokens [start, end), int64 [end - start,
+        channels]."""
         layout = self.prompt.layout
         prompt_length = len(self.prompt.ids)
         later = np.arange(max(start, prompt_length), end)[:, None] - prompt_length
@@ -67,7 +68,8 @@ class Chunk:
 
 @dataclass
 class Span:
-    """Tokens [start, end) of a chunk. causal: each sees itself and what is before it; else all see each other."""
+    """Tokens [start, end) of a chunk. causal: each sees itself and what is before it; else all see
+    each other."""
 
     chunk: Chunk
     start: int

@@ -1,8 +1,8 @@
 """Tensor parallelism as pure arithmetic: which part of a decoder each of `size` devices holds.
 
 qkv, up and lm_head are split by rows (outputs), out and down by columns (inputs). One sum over the
-devices after out and one after down then make every layer whole; the biases of these two are held by
-the first device only (a quant_bias, which static int8 layers must have, is zero on the others).
+devices after out and one after down then make every layer whole; the biases of these two are held
+by the first device only (a quant_bias, which static int8 layers must have, is zero on the others).
 Embedding and norms are held by all. Devices beyond the number of key/value heads share one: each
 holds a copy of the head that its queries use.
 """
@@ -132,7 +132,8 @@ class Split:
         return [part]
 
     def _rows(self, weight: Weight, part: Part, blocks: list[Interval]) -> list[Part]:
-        """The rows of one part that lie in `blocks`, the rows of the whole target that this device holds.
+        """The rows of one part that lie in `blocks`, the rows of the whole target that this device
+        holds.
 
         Rows are counted three ways: in the source tensor, in the whole target, and in this device's
         target, where `blocks` lie one after another.

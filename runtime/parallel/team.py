@@ -1,13 +1,14 @@
-"""The processes of a model that is split over several devices (tensor parallelism), and the messages between them.
+"""The processes of a model that is split over several devices (tensor parallelism), and the
+messages between them.
 
-Rank 0 is the process of the user's command or script: it reads questions, encodes images, samples and
-prints. The other ranks load their part of the decoder and compute what rank 0 sends: token ids (those
-it sampled last), image features, and the step. `Engine` starts them itself; or torchrun does, under
-which every rank runs the same command and all but rank 0 end up in `follow`.
+Rank 0 is the process of the user's command or script: it reads questions, encodes images, samples
+and prints. The other ranks load their part of the decoder and compute what rank 0 sends: token ids
+(those it sampled last), image features, and the step. `Engine` starts them itself; or torchrun
+does, under which every rank runs the same command and all but rank 0 end up in `follow`.
 
 Messages go over gloo between the hosts' processors; sums of activations go over hccl on NPUs, over
-gloo on CPUs. Rank 0 ends everything when a rank dies. The kernel ends the others when rank 0 dies, in
-whatever way.
+gloo on CPUs. Rank 0 ends everything when a rank dies. The kernel ends the others when rank 0 dies,
+in whatever way.
 """
 
 import atexit
@@ -87,7 +88,7 @@ class Team:
             self._dist.barrier()
 
     def send(self, message):
-        """Rank 0: send a message to all others. ToolkitError when an error has separated the ranks."""
+        """Rank 0: send to all others. ToolkitError when an error has separated the ranks."""
         if self._out_of_step:
             raise ToolkitError(
                 "an error interrupted the processes of this model in the middle of a step; run the same "
@@ -121,8 +122,8 @@ class Team:
 
     @contextmanager
     def in_step(self):
-        """Around what all ranks compute together: Ctrl-C waits until the block ends, and after an error in
-        it the ranks no longer agree about the caches, so that nothing more can be sent."""
+        """Around what all ranks compute together: Ctrl-C waits until the block ends, and after an
+        error in it the ranks no longer agree about the caches, so that nothing more can be sent."""
         with deferred_interrupt():
             try:
                 yield
@@ -132,7 +133,8 @@ class Team:
 
     @contextmanager
     def _connected(self):
-        """A lost connection is a ToolkitError, or the end of this process where another rank is to blame."""
+        """A lost connection is a ToolkitError, or the end of this process where another rank is to
+        blame."""
         try:
             yield
         except RuntimeError as error:
@@ -148,7 +150,8 @@ class Team:
 
 @contextmanager
 def deferred_interrupt():
-    """Ctrl-C takes effect at the end of the block (in the main thread, the only one that gets signals)."""
+    """Ctrl-C takes effect at the end of the block (in the main thread, the only one that gets
+    signals)."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -166,7 +169,8 @@ def deferred_interrupt():
 
 
 def open_team(model_dir, options, load) -> Team | None:
-    """The team of an Engine with these options: None for one device, else with every other rank loading the model too.
+    """The team of an Engine with these options: None for one device, else with every other rank
+    loading the model too.
 
     Ranks of torchrun other than 0 call `load(model_dir, options)` and do not come back.
     ToolkitError when this process has a split model already.
@@ -205,7 +209,8 @@ def _start(size: int) -> Team:
 
 @dataclass
 class Watcher:
-    """Starts rank `rank` of `size` and waits for its end. port: of rank 0's store; terminal: settings to restore."""
+    """Starts rank `rank` of `size` and waits for its end. port: of rank 0's store; terminal:
+    settings to restore."""
 
     rank: int
     size: int
@@ -215,8 +220,8 @@ class Watcher:
     def run(self):
         """Starts one rank and waits; when it exits, all ranks are terminated.
 
-        The thread lives as long as the process that it started, because the kernel kills that process
-        (processes.die_with_parent) when this thread ends.
+        The thread lives as long as the process that it started, because the kernel kills that
+        process (processes.die_with_parent) when this thread ends.
         """
         with tempfile.TemporaryFile() as output:
             try:
@@ -253,7 +258,7 @@ class Watcher:
         }
 
     def _end_all(self, code: int, stderr_text: str):
-        """One message about why the rank ended, and the end of this process, which ends the others."""
+        """Says once why the rank ended, and ends this process, and so the others."""
         _ending.acquire()  # and never released: one message is enough
         print(
             f"error: process {self.rank} of {self.size} (tensor parallel) {_reason(code, stderr_text)}; all were "
@@ -329,7 +334,8 @@ def _join() -> Team:
 
 
 def follow(load) -> int:
-    """`load(model_dir, options)` the model that rank 0 loads and compute what it sends, until it is gone."""
+    """`load(model_dir, options)` the model that rank 0 loads and compute what it sends, until it is
+    gone."""
     global _team
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides what Ctrl-C ends
     die_with_parent()

@@ -1,7 +1,8 @@
 """Builds what an Engine works with: takes a model folder and options, returns EngineParts.
 
-The order of the stages is part of the behaviour: what can be refused is refused before it costs anything. First comes what
-config.json tells, then the device, the memory plan, the names in the checkpoint, and only then are weights read.
+The order of the stages is part of the behaviour: what can be refused is refused before it costs
+anything. First comes what config.json tells, then the device, the memory plan, the names in the
+checkpoint, and only then are weights read.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from .weights import decoder_weights
 
 @dataclass
 class EngineParts:
-    """What is decided and opened before weights are read; `runner` (decoder and cache) comes last."""
+    """What is decided before weights are read; `runner` (decoder and cache) comes last."""
 
     options: EngineOptions
     family: Family
@@ -48,9 +49,11 @@ class EngineParts:
 
 
 def build(model_dir, options: EngineOptions, load: Callable) -> EngineParts:
-    """All parts of an engine, ready to run. load(model_dir, options) loads the model on the other ranks of a split one.
+    """All parts of an engine, ready to run. load(model_dir, options) loads the model on the other
+    ranks of a split one.
 
-    Raises ToolkitError or ModelError, each one sentence, before memory is touched where that is possible.
+    Raises ToolkitError or ModelError, each one sentence, before memory is touched where that is
+    possible.
     """
     # 1. Family: what config.json rules out
     family = family_of(model_dir)
@@ -90,7 +93,7 @@ def open_device(family: Family, options: EngineOptions) -> tuple[object, int, st
 
 
 def free_memory(ops, options: EngineOptions) -> int | None:
-    """Bytes that this process may plan with; None on ranks that need not check, because rank 0 has."""
+    """Bytes that this process may plan with; None on ranks whose plan rank 0 has checked."""
     free = ops.free_memory()
     if options.device != "cpu":
         return free

@@ -1,8 +1,8 @@
 """--cpu-weights: takes a float checkpoint, returns its decoder's weights packed to int8 or int4.
 
-They are packed one tensor at a time, and kept on disk: one file per weight, in a folder of the cache
-named by a hash of the decoder's tensors and of how they are packed. The folder gets that name when it is
-complete, so a killed run leaves nothing that looks usable.
+They are packed one tensor at a time, and kept on disk: one file per weight, in a folder of the
+cache named by a hash of the decoder's tensors and of how they are packed. The folder gets that name
+when it is complete, so a killed run leaves nothing that looks usable.
 """
 
 import hashlib
@@ -36,7 +36,8 @@ def check_packable(family, kind: str):
 
 
 def packed_weights(checkpoint, family, dtype: torch.dtype, kind: str, split) -> dict:
-    """Canonical name -> tensor of `dtype`, or packed matrix; packs the checkpoint first if that was never done."""
+    """Canonical name -> tensor of `dtype`, or packed matrix; packs the checkpoint first if that was
+    never done."""
     folder = packed_folder(checkpoint, family, kind, split)
     if not folder.is_dir():
         note(f"packing the decoder to {kind} once, into {folder}")
@@ -94,7 +95,8 @@ def _loaded(stored: dict, dtype):
 
 
 def bits_per_value(target: str, kind: str, dtype: torch.dtype) -> float:
-    """What a target takes in memory. Matrices that int4 cannot hold, and stay int8, are counted as int4."""
+    """What a target takes in memory. Matrices that int4 cannot hold, and stay int8, are counted as
+    int4."""
     if kind == "float" or not target.endswith(MATRICES):
         return 8 * dtype.itemsize
     if kind == "int4" and not target.startswith("lm_head"):

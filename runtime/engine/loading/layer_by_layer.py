@@ -1,7 +1,9 @@
-"""A decoder with one layer's weights in memory at a time: for checking models that are larger than memory.
+"""A decoder with one layer's weights in memory at a time: for checking models that are larger than
+memory.
 
-Takes a checkpoint, returns weights whose linear layers are read when they are computed, and logits of a
-whole question in one pass through the layers (two where a prompt's tokens see each other both ways).
+Takes a checkpoint, returns weights whose linear layers are read when they are computed, and logits
+of a whole question in one pass through the layers (two where a prompt's tokens see each other both
+ways).
 """
 
 from functools import partial

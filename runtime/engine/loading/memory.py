@@ -1,5 +1,5 @@
-"""Memory of a model: takes a family and options, returns the Plan of its bytes: weights, vision encoder,
-KV cache, workspace."""
+"""Memory of a model: takes a family and options, returns the Plan of its bytes: weights, vision
+encoder, KV cache, workspace."""
 
 import math
 from dataclasses import dataclass, replace
@@ -31,8 +31,8 @@ VISION_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}  # per weight of the encoder on
 class Plan:
     """Bytes of a model on the device that holds most of it, the first of `devices`.
 
-    cache_tokens: what the cache holds; wanted_tokens: what it would hold if there were memory for it.
-    vision and workspace are 0 where they are not counted; workspace is counted on NPUs only.
+    cache_tokens: what the cache holds; wanted_tokens: what it would hold if there were memory for
+    it. vision and workspace are 0 where they are not counted; workspace is counted on NPUs only.
     """
 
     weights: int
@@ -60,7 +60,8 @@ class Plan:
 
 
 def max_model_len_for(family, asked: int | None) -> int:
-    """Tokens of the longest sequence when --max-model-len is `asked`; ToolkitError if the model cannot."""
+    """Tokens of the longest sequence when --max-model-len is `asked`; ToolkitError if the model
+    cannot."""
     limit = family.decoder.max_length
     if asked is None:
         return min(limit, DEFAULT_MAX_MODEL_LEN)
@@ -79,8 +80,8 @@ def choose_dtype(name: str, family) -> torch.dtype:
 
 
 def decoder_parameters(family, split=None) -> int:
-    """Values in memory, of the whole decoder or on the first device of `split`; a matrix that serves as embedding and as
-    output head is held twice."""
+    """Values in memory, of the whole decoder or on the first device of `split`; a matrix that
+    serves as embedding and as output head is held twice."""
     split = split or Split(family.decoder)
     count = 0
     for row in WeightTable(family.weights()).decoder():
@@ -92,7 +93,8 @@ def decoder_parameters(family, split=None) -> int:
 def decoder_bytes(
     family, dtype: torch.dtype, split, cpu_weights: str = "float", one_layer: bool = False
 ) -> int:
-    """Bytes of the directory's decoder weights on the first device of `split`, as --cpu-weights packs them.
+    """Bytes of the directory's decoder weights on the first device of `split`, as --cpu-weights
+    packs them.
 
     one_layer: of one layer in place of all. Scales are counted where they are stored, and for int4.
     """
@@ -139,8 +141,8 @@ def make_plan(
 
 
 def on_npu(plan: Plan, family, longest: int, vision: bool = True) -> Plan:
-    """`plan` with what an NPU holds besides: the `vision` encoder, in half precision, and memory to compute prompts of up
-    to `longest` tokens."""
+    """`plan` with what an NPU holds besides: the `vision` encoder, in half precision, and memory to
+    compute prompts of up to `longest` tokens."""
     c = Split(family.decoder, plan.devices).config
     # rows alive at once in a layer
     width = 4 * c.hidden + (c.heads + 2 * c.kv_heads) * c.head_dim + 3 * c.ffn
@@ -154,8 +156,9 @@ def on_npu(plan: Plan, family, longest: int, vision: bool = True) -> Plan:
 
 
 def plan_engine(family, dtype: str, longest: int, options, free: int | None) -> Plan:
-    """What an Engine takes: a cache for --max-num-seqs sequences of `longest` tokens, or for as much of them as
-    --memory-utilization of the `free` bytes leaves room for, and the vision encoder if the model has one.
+    """What an Engine takes: a cache for --max-num-seqs sequences of `longest` tokens, or for as
+    much of them as --memory-utilization of the `free` bytes leaves room for, and the vision encoder
+    if the model has one.
 
     ToolkitError when not even one sequence fits. free None: not checked.
     """

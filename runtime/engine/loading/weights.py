@@ -1,4 +1,5 @@
-"""Reads the decoder's weights: takes a checkpoint, returns tensors in the form that the operators want.
+"""Reads the decoder's weights: takes a checkpoint, returns tensors in the form that the operators
+want.
 
 One tensor at a time is read and packed, so that memory never holds much more than the result.
 """
@@ -27,11 +28,12 @@ def decoder_rows(family, split) -> list[Weight]:
 def decoder_weights(
     checkpoint, family, dtype: torch.dtype, device: str, ops, split, keep=()
 ) -> dict:
-    """Canonical name -> tensor of `dtype` on `device`, the part that `split` gives to it; matrices packed by `ops` as soon
-    as they are complete.
+    """Canonical name -> tensor of `dtype` on `device`, the part that `split` gives to it; matrices
+    packed by `ops` as soon as they are complete.
 
-    Quantised layers stand under the layer's name, their int8 tensors as stored, packed by `ops` too. keep: the stages
-    (patterns of names as "layers.0.mlp") whose linear layers stay float32; each stands under its name as a Float32Linear.
+    Quantised layers stand under the layer's name, their int8 tensors as stored, packed by `ops`
+    too. keep: the stages (patterns of names as "layers.0.mlp") whose linear layers stay float32;
+    each stands under its name as a Float32Linear.
     """
     rows = decoder_rows(family, split)
     wide = kept_rows(rows, keep) if dtype != torch.float32 else []
@@ -51,7 +53,8 @@ def without_zero_biases(weights: dict, family) -> dict:
 
 
 def kept_rows(rows: list[Weight], patterns) -> list[Weight]:
-    """The rows of float linear layers in stages whose names match; ToolkitError for a pattern that matches none."""
+    """The rows of float linear layers in stages whose names match; ToolkitError for a pattern that
+    matches none."""
     stages = float_stages(rows)
     for pattern in patterns:
         if not any(fnmatchcase(stage, pattern) for stage in stages):

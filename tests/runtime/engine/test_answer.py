@@ -1,4 +1,5 @@
-"""Streaming: pieces never split a character, never have to be taken back, and make up the whole answer."""
+"""Streaming: pieces never split a character, never have to be taken back, and make up the whole
+answer."""
 
 from types import SimpleNamespace
 

@@ -61,7 +61,8 @@ def test_nan_stops_with_a_sentence():
 
 
 def test_openai_penalties_count_the_answer_alone():
-    """Against the formula of OpenAI's documentation, token by token; repetition_penalty looks at the prompt too."""
+    """Against the formula of OpenAI's documentation, token by token; repetition_penalty looks at
+    the prompt too."""
     generator = torch.Generator().manual_seed(1)
     prompt = torch.tensor([0, 1, 1, 5])
     answer = torch.tensor([2, 3, 2, 2, 9])

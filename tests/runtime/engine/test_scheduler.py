@@ -1,4 +1,5 @@
-"""Continuous batching: whatever runs together, in whatever pieces, every answer is what it would be alone."""
+"""Continuous batching: whatever runs together, in whatever pieces, every answer is what it would be
+alone."""
 
 import random
 from dataclasses import replace
@@ -84,7 +85,8 @@ def with_stop_strings(cases, results):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_many_random_requests(name):
-    """Arrivals and cancellations at random times; nothing is lost, nothing leaks, answers are those of one at a time."""
+    """Arrivals and cancellations at random times; nothing is lost, nothing leaks, answers are those
+    of one at a time."""
     engine = small(name)
     dice = random.Random(1)
     cases = kinds(engine, KINDS)
@@ -154,7 +156,8 @@ def test_many_random_requests(name):
 
 
 def recorded(engine, prompts, params):
-    """(answers, (sequence, its length behind the step, logits of its last token) of every step that was computed)."""
+    """(answers, (sequence, its length behind the step, logits of its last token) of every step that
+    was computed)."""
     seen = []
     run = Runner.run
 
@@ -170,7 +173,8 @@ def recorded(engine, prompts, params):
 
 @pytest.mark.parametrize("name", ["visualglm", "glm4", "glm4v", "glm_edge", "glm_edge_v", "llava"])
 def test_logits_of_chunks_in_mixed_batches(name):
-    """What the sampler gets: the rows of one forward pass over everything, for every family and pieces of 7 tokens."""
+    """What the sampler gets: the rows of one forward pass over everything, for every family and
+    pieces of 7 tokens."""
     engine = small(name, max_num_batched_tokens=7, ops="reference")
     whole = Engine(GOLDEN / name, ops="reference", **SETTINGS)
     cases = (
@@ -191,7 +195,8 @@ def test_logits_of_chunks_in_mixed_batches(name):
 
 
 def golden_cases(engine, name):
-    """(prompt, {number of tokens: logits behind them}, 16 greedy tokens), as the original implementations gave them."""
+    """(prompt, {number of tokens: logits behind them}, 16 greedy tokens), as the original
+    implementations gave them."""
     found = []
     for file in sorted((GOLDEN / name).glob("golden*.npz")):
         g = np.load(file)
@@ -244,8 +249,8 @@ def golden_cases(engine, name):
 
 @pytest.mark.parametrize("name", ["visualglm", "glm4", "glm4v", "glm_edge", "glm_edge_v", "llava"])
 def test_golden_cases_in_one_batch_and_in_pieces(name):
-    """Every golden case of a family together, in pieces of 7 tokens: the original's logits at each piece's end and at
-    every token of the answer, and its greedy tokens."""
+    """Every golden case of a family together, in pieces of 7 tokens: the original's logits at each
+    piece's end and at every token of the answer, and its greedy tokens."""
     engine = small(name, max_num_batched_tokens=7)
     cases = golden_cases(engine, name)
     answers, seen = recorded(

@@ -1,4 +1,5 @@
-"""Which part of a decoder each device holds: weights, plan, refusals, and where the NPU operators' collectives stand."""
+"""Which part of a decoder each device holds: weights, plan, refusals, and where the NPU operators'
+collectives stand."""
 
 from collections import Counter
 from dataclasses import replace

@@ -80,7 +80,8 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_logits_and_tokens_of_one_process(expected, size, tmp_path):
-    """One model after another in a script under torchrun. GLM-4 at 4 has more devices than key/value heads."""
+    """One model after another in a script under torchrun. GLM-4 at 4 has more devices than
+    key/value heads."""
     script = tmp_path / "script.py"
     script.write_text(
         "import pickle, sys\n"
@@ -128,7 +129,8 @@ QUANTISED = GOLDEN / "msmodelslim"
 
 @pytest.mark.parametrize("case", ["glm_f16_w8a8", "glm_f16_w8a8s", "glm_f16_w8a8_dynamic"])
 def test_quantised_folders(case):
-    """Static layers add up to the same integers; dynamic ones scale each device's channels on their own."""
+    """Static layers add up to the same integers; dynamic ones scale each device's channels on their
+    own."""
     data = np.load(QUANTISED / case / "golden.npz")
     engine = Engine(QUANTISED / case, tensor_parallel_size=2, dtype="float32", max_model_len=64)
     try:
