@@ -19,6 +19,7 @@ from convert.nodes import __main__ as nodes
 from models import family_of
 from runtime.common.errors import run_command
 from runtime.compare import __main__ as compare
+from runtime.compare import vision_nodes
 from runtime.vision import artifact
 
 GOLDEN = paths.GOLDEN
@@ -267,7 +268,7 @@ def config_epsilon(family, tmp_path):
 
 
 def in_process(module, *arguments, **_):
-    """For artifact.start_module: the same command without the seconds a process of its own takes."""
+    """For vision_nodes.start_module: the same command without the seconds a process of its own takes."""
     assert module == "convert.nodes"
     run_command(nodes.main, [str(a) for a in arguments])
     return type("Ended", (), {"wait": lambda self: 0})()
@@ -279,7 +280,7 @@ def in_process(module, *arguments, **_):
     + [(f, config_epsilon) for f in ("visualglm", "glm4v", "llava")],
 )
 def test_the_report_names_the_vision_module(family, plant, tmp_path, monkeypatch):
-    monkeypatch.setattr(artifact, "start_module", in_process)
+    monkeypatch.setattr(vision_nodes, "start_module", in_process)
     bad, module = plant(family, tmp_path)
     argv = [
         "--model",
