@@ -1,7 +1,7 @@
 """Builds what an Engine works with: takes a model folder and options, returns EngineParts.
 
 The order of the stages is part of the behaviour: what can be refused is refused before it costs
-anything. First comes what config.json tells, then the device, the memory plan, the names in the
+anything. First comes what config.json says, then the device, the memory plan, the names in the
 checkpoint, and only then are weights read.
 """
 
@@ -62,7 +62,7 @@ def build(model_dir, options: EngineOptions, load: Callable) -> EngineParts:
     max_model_len = max_model_len_for(family, options.max_model_len)
     # 2. Device: its operators, and what they cannot compute
     ops, block_size, dtype = open_device(family, options)
-    # 3. Memory: the plan, told before loading begins
+    # 3. Memory: the plan, noted before loading begins
     plan = plan_engine(family, dtype, max_model_len, options, free_memory(ops, options))
     note(plan.describe())
     # 4. Checkpoint: the names and shapes of its tensors
