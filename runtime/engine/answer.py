@@ -3,9 +3,12 @@ change later."""
 
 from models.prompt.streaming import StreamDecoder, partial_match
 
+FOLLOWING = "x"  # stands for the text that follows; no family's `clean` changes a letter
+
 
 class AnswerText:
-    """Decodes token by token, cleans as the family does, and cuts at the first stop string.
+    """Decodes token by token, cleans as the family does, and cuts at the first stop string of the
+    cleaned text: what is not shown stops nothing.
 
     `push` and `finish` return the new text; their concatenation is `text`. stopped: a stop string
     was met.
@@ -30,19 +33,26 @@ class AnswerText:
     def _advance(self, final: bool) -> str:
         if self.stopped:
             return ""
-        found = [self._raw.find(stop) for stop in self._stop]
+        shown = self._certain(final)
+        found = [shown.find(stop) for stop in self._stop]
         cuts = [position for position in found if position >= 0]
         self.stopped = bool(cuts)
-        raw = self._raw[: min(cuts)] if cuts else self._raw
-        if not (final or self.stopped):
-            raw = raw[: len(raw) - self._held_back(raw)]
-        cleaned = self._family.clean(raw)
-        new = cleaned[len(self.text) :]
-        self.text = cleaned
+        if cuts:
+            shown = shown[: min(cuts)]
+        elif not final:
+            shown = shown[: len(shown) - self._held_back(shown)]
+        shown = self._family.clean(shown)
+        new = shown[len(self.text) :]
+        self.text = shown
         return new
 
-    def _held_back(self, raw: str) -> int:
-        """How many characters at the end may still change: the family's rule, or the beginning of a
-        stop string."""
-        begun = [partial_match(stop, raw) for stop in self._stop]
-        return max([self._family.unstable_tail(raw), *begun])
+    def _certain(self, final: bool) -> str:
+        """The text as it will be shown when more follows: with the blanks at its end."""
+        raw = self._raw
+        if not final:
+            raw = raw[: len(raw) - self._family.unstable_tail(raw)]
+        return self._family.clean(raw + FOLLOWING)[: -len(FOLLOWING)]
+
+    def _held_back(self, shown: str) -> int:
+        """How many characters at the end may be the beginning of a stop string."""
+        return max((partial_match(stop, shown) for stop in self._stop), default=0)

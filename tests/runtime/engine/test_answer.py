@@ -60,3 +60,38 @@ def test_stop_strings_cut_and_are_never_shown(stop, expected):
     shown += answer.finish()
     assert shown == answer.text == expected
     assert answer.stopped == (expected != "go on stop it")
+
+
+@pytest.mark.parametrize("family", ["visualglm", "glm4", "glm_edge", "glm4v"])
+@pytest.mark.parametrize(
+    "raw, stop, shown",
+    [
+        ("\nfirst line\nsecond line", "\n", "first line"),
+        ("\n\nfirst\n\nsecond", "\n\n", "first"),
+        (" one two three", " ", "one"),
+        ("\n \n a\tb", "\t", "a"),
+        ("\nonly one line", "\n", "only one line"),
+        ("\nab cd\n", "d", "ab c"),
+    ],
+)
+def test_a_stop_string_is_looked_for_in_what_is_shown(family, raw, stop, shown):
+    family = family_of(paths.GOLDEN / family)
+    answer = AnswerText(family, (stop,))
+    pieces = []
+    for token in family.tokenizer.encode(raw):
+        pieces.append(answer.push(token))
+        if answer.stopped:
+            break
+    pieces.append(answer.finish())
+    assert "".join(pieces) == answer.text == shown
+
+
+@given(TEXT, TEXT)
+def test_pieces_of_a_stopped_answer_make_the_shown_text_before_the_stop(text, stop):
+    whole = FAMILY.clean(FAMILY.tokenizer.decode(FAMILY.tokenizer.encode(text)))
+    answer = AnswerText(FAMILY, (stop,) if stop else ())
+    pieces = [answer.push(i) for i in FAMILY.tokenizer.encode(text)] + [answer.finish()]
+    expected = whole
+    if stop and stop in whole:
+        expected = whole[: whole.index(stop)]
+    assert "".join(pieces) == answer.text == FAMILY.clean(expected)
