@@ -19,7 +19,7 @@ from models.checkpoint.table import WeightTable
 from models.config import read_json
 from runtime.common.files import write_atomically
 from runtime.common.machine import version
-from runtime.common.progress import byte_progress
+from runtime.common.progress import step_progress
 
 from .msmodelslim_calls import SCHEMES, Scheme
 from .options import QuantOptions, RecipeOptions
@@ -32,7 +32,7 @@ from .recipe import (
     kept_by_range,
     num_widest,
 )
-from .samples import Lines, Sample, make_samples
+from .samples import Lines, Sample, lines_key, make_samples
 
 REPORT = "quant_report.json"
 
@@ -149,13 +149,13 @@ def measured(family, checkpoint: Checkpoint, lines: list[dict], samples, work: P
     """{"key": which checkpoint and lines, "ranges": input ranges of the float model}; from an
     earlier run into the same folder if it was on the same checkpoint and lines."""
     file = work / "statistics.json"
-    key = digest([str(lines), stamp(checkpoint)])
+    key = digest([lines_key(lines), stamp(checkpoint)])
     for earlier in filter(Path.is_file, (file, work.parent / REPORT)):
         stored = read_json(earlier).get("statistics", {})
         if stored.get("key") == key:
             return stored
-    with byte_progress("measuring inputs") as update:
-        ranges = input_ranges(family, checkpoint, samples, update)
+    with step_progress("measuring inputs", family.decoder.layers) as advance:
+        ranges = input_ranges(family, checkpoint, samples, advance)
     work.mkdir(parents=True, exist_ok=True)
     statistics = {"key": key, "ranges": ranges}
     write_atomically(file, json.dumps({"statistics": statistics}))
@@ -182,7 +182,7 @@ def identity(plan: QuantPlan, lines: Lines) -> dict:
         "act_method": plan.act_method,
         "fraction": plan.fraction,
         "keep": sorted(plan.kept_float),
-        "lines": digest(str(lines.calibration + lines.held_out)),
+        "lines": lines_key(lines.calibration + lines.held_out),
         "calibrating": plan.num_calibration,
         "msmodelslim": version("msmodelslim"),
     }

@@ -112,10 +112,9 @@ def kept_by_range(family, ranges: dict[str, float], count: int, kept: set[str]) 
     return whole_groups(family, set(widest))
 
 
-def input_ranges(family, checkpoint, samples, progress) -> dict[str, float]:
+def input_ranges(family, checkpoint, samples, advance) -> dict[str, float]:
     """max |x| / standard deviation of every linear layer's input in the float model, as msmodelslim
-    measures it on the first five samples. progress(done, total) is called with numbers of
-    layers."""
+    measures it on the first five samples. advance() is called after each layer."""
     samples = samples[:NUM_MEASURED]
     steps = [sample.step for sample in samples]
     streams = [sample.stream for sample in samples]
@@ -127,7 +126,7 @@ def input_ranges(family, checkpoint, samples, progress) -> dict[str, float]:
         streams = [layer.outputs[number] for number in range(len(samples))]
         del layer
         release_memory()
-        progress(index + 1, family.decoder.layers)
+        advance()
     return ranges
 
 

@@ -8,6 +8,7 @@ question), {"messages": [...]} as chat takes them, images as {"type": "image", "
 the jsonl"}, and {"ids": [...]}, already tokenised.
 """
 
+import hashlib
 import json
 import random
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from models.checkpoint.table import WeightTable
 from models.errors import ModelError
@@ -153,6 +155,34 @@ def split_lines(lines: list[dict]) -> Lines:
     calibration = list(lines)
     del calibration[3::4]
     return Lines(calibration, lines[3::4])
+
+
+def lines_key(lines: list[dict]) -> str:
+    """Digest of what the lines say and of what their images show: the same in every process."""
+    return hashlib.sha256(json.dumps(_with_digests(lines)).encode()).hexdigest()
+
+
+def _with_digests(value):
+    """The lines with the digest of each image in its place."""
+    if isinstance(value, list):
+        return [_with_digests(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    found = {}
+    for key, item in value.items():
+        found[key] = image_digest(item) if key == "image" else _with_digests(item)
+    return found
+
+
+def image_digest(image) -> str:
+    """Of the file at a path, or of the pixels of a PIL image; a file that is missing counts by its
+    name, because reading it says what is wrong."""
+    if not isinstance(image, Image.Image):
+        file = Path(image)
+        content = file.read_bytes() if file.is_file() else str(file).encode()
+        return hashlib.sha256(content).hexdigest()
+    form = f"{image.mode} {image.size} ".encode()
+    return hashlib.sha256(form + image.tobytes()).hexdigest()
 
 
 def make_samples(family, checkpoint, lines: list[dict]) -> list[Sample]:
