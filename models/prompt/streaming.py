@@ -48,7 +48,10 @@ class StreamDecoder:
         if not final and (self._in_byte_run or now.endswith("\ufffd")):
             return ""
         piece = now[len(before) :]
-        if piece:  # a window that starts on an invisible id would lose the blank after it
+        if (
+            piece.strip()
+        ):  # a window that starts on an invisible id or a blank loses the blanks after it
             self._window_start = self._returned
+        if piece:
             self._returned = len(self._ids)
         return piece
