@@ -17,15 +17,16 @@ MODES = {
     "predict": "predict.__main__",
 }
 USAGE = """\
-usage: python -m runtime --mode MODE --model_path DIR [--device_id N] [options of the mode's command]
+usage: python -m runtime --mode MODE --model_path DIR [--device N] [options of the mode's command]
 
 The four modes of the VisualGLM guide's main.py:
   run           talk with the model                          python -m runtime.chat
-  performance   measure it                                   python -m runtime.bench
+  performance   measure it in batches of 1, 2, 4 and 8       python -m runtime.bench
   precision     compare it with plain torch; the report      python -m runtime.compare
                 goes to precision_report unless --out is given
   predict       answer a jsonl file, or without --input      python -m runtime.predict
                 three questions about three pictures
+--device N is NPU N; without it everything runs on the CPU.
 `python -m runtime --mode MODE --help` shows the options of a mode.
 """
 
@@ -61,6 +62,8 @@ def take_mode(arguments: list[str]) -> tuple[str | None, list[str]]:
 def default_arguments(mode: str, arguments: list[str]) -> list[str]:
     """Arguments that our commands require and the guide's modes do without."""
     given = {argument.partition("=")[0] for argument in arguments}
+    if mode == "performance" and not given & {"--batch-size", "--batch", "--perf", "--demo"}:
+        return ["--batch-size", "1,2,4,8"]
     if mode == "precision" and not given & {"--out", "-h", "--help"}:
         return ["--out", "precision_report"]
     if mode == "predict" and not given & {"--input", "--examples", "-h", "--help"}:

@@ -49,11 +49,11 @@ def measure(engine, options: BenchOptions, folder: Path) -> int:
     """What the options ask for. Returns the exit code."""
     if options.demo:
         print_demo(engine, options)
-        return 0
     if options.perf:
         from .perf import measure_case
 
         measure_case(engine, options, folder)
+    if options.demo or options.perf:
         return 0
     from .grid import measure_grid
 
@@ -61,11 +61,13 @@ def measure(engine, options: BenchOptions, folder: Path) -> int:
 
 
 def print_demo(engine, options: BenchOptions):
-    message = {"role": "user", "content": content(options.prompt, options.image)}
+    message = {"role": "user", "content": content(options.question, options.image)}
     prompt = engine.prompt([message], options.language)
     length = options.outputs[0] if len(options.outputs) == 1 else DEMO_TOKENS
     [result] = engine.generate([prompt], SamplingParams(max_tokens=length, temperature=0))
     print(f"Prompt: {prompt.text}, Generated text: {result.text}")
+    if options.image:
+        print_status(f"picture process time: {result.metrics['vision_seconds']:.3f} s")
 
 
 if __name__ == "__main__":

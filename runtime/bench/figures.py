@@ -4,8 +4,6 @@ Takes the timelines of one case, returns named figures; times of a timeline are 
 start of the case.
 """
 
-import resource
-
 import numpy as np
 
 from .workload import Timeline
@@ -29,7 +27,13 @@ def case_figures(timelines: list[Timeline]) -> dict:
         "FirstTokenTime(ms)": 1000 * first_token,
         "TimePerTokens(ms)": per_token and 1000 * per_token,
         "TokensPerSecond(ms)": per_token and 1 / per_token,
+        "PictureProcessTime(ms)": 1000 * picture_seconds(timelines),
     }
+
+
+def picture_seconds(timelines: list[Timeline]) -> float:
+    """Mean over the requests of what the vision encoder took; 0 without pictures."""
+    return float(np.mean([timeline.vision for timeline in timelines]))
 
 
 def duration(timelines: list[Timeline]) -> float:
@@ -52,7 +56,7 @@ def serving_figures(timelines: list[Timeline]) -> dict:
         "request_throughput": requests / seconds,
         "output_throughput": produced / seconds,
         "total_token_throughput": (read + produced) / seconds,
-        "vision_encode_ms": 1000 * float(np.mean([timeline.vision for timeline in timelines])),
+        "vision_encode_ms": 1000 * picture_seconds(timelines),
     }
     for name, values in latencies(timelines).items():
         if values:
@@ -108,9 +112,6 @@ def perf_info(timelines: list[Timeline]) -> dict:
         fastest = min(seconds_of["tpot"])
         info["decode_latency_per_token"] = f"{1000 * fastest:.2f} ms"
         info["decode_throughput"] = f"{1 / fastest:.2f} tokens/s"
+    if any(timeline.vision for timeline in timelines):
+        info["picture_process_time"] = f"{1000 * picture_seconds(timelines):.2f} ms"
     return info
-
-
-def peak_bytes() -> int:
-    """Most memory that this process has had on the host."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

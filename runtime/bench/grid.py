@@ -7,6 +7,7 @@ import csv
 import json
 import platform
 import time
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from runtime.common.files import write_atomically
 from runtime.common.progress import print_status, token_progress
 
 from . import workload
-from .figures import case_figures, peak_bytes, serving_figures
+from .figures import case_figures, serving_figures
 from .options import BenchOptions
-from .page import print_averages, render_page, write_plot
+from .page import left_out_lines, print_averages, render_page, write_plot
+from .record import describe_peaks, peak_memory, used_arguments
 
 HEADER = (
     "Batch",
@@ -28,14 +30,31 @@ HEADER = (
     "FirstTokenTime(ms)",
     "TimePerTokens(ms)",
     "TokensPerSecond(ms)",
+    "PictureProcessTime(ms)",
 )
 WARM_UP = 5  # tokens decoded before the clock starts
+
+
+@dataclass
+class Grid:
+    """What is measured: (batch size, input length, output length) of each case that fits, and
+    {"batch", "input", "output", "reason"} of each that does not."""
+
+    cases: list[tuple[int, int, int]]
+    left_out: list[dict]
+
+    @property
+    def size(self) -> int:
+        return len(self.cases) + len(self.left_out)
 
 
 def measure_grid(engine, options: BenchOptions, folder: Path) -> int:
     """Rows are written as they are measured, so that Ctrl-C keeps them. Returns the exit code."""
     source = workload.PromptSource(engine, options.image, options.seed)
-    cases = fitting_cases(engine, options, source)
+    grid = choose_cases(engine, options, source)
+    for text in left_out_lines(grid.left_out):
+        print_status(text)
+    cases = grid.cases
     rows = []
     begun = set()
     try:
@@ -47,24 +66,36 @@ def measure_grid(engine, options: BenchOptions, folder: Path) -> int:
     except KeyboardInterrupt:
         print_status(f"stopped after {len(rows)} of {len(cases)} cases; finished rows are kept")
     if rows:
-        write_report(engine, options, folder, rows, len(cases))
+        write_report(engine, options, folder, rows, grid)
     return 0 if len(rows) == len(cases) else INTERRUPTED
 
 
-def fitting_cases(engine, options: BenchOptions, source) -> list[tuple[int, int, int]]:
-    """(batch size, input length, output length) of every case within the model's length limit."""
+def choose_cases(engine, options: BenchOptions, source) -> Grid:
+    """The cases within the model's length limit, and those that are not. ToolkitError if none
+    is."""
     inputs = source.lengths(options.inputs)
-    cases = []
-    for batch, input_length, output_length in product(options.batches, inputs, options.outputs):
-        if input_length + output_length <= engine.max_model_len:
-            cases.append((batch, input_length, output_length))
-    if not cases:
-        shortest = min(inputs) + min(options.outputs)
+    grid = Grid([], [])
+    limit = engine.max_model_len
+    shortest = source.shortest()
+    for case in product(options.batches, inputs, options.outputs):
+        batch, read, answer = case
+        reason = None
+        if read < shortest:
+            reason = f"the prompt's frame and a word take {shortest} tokens"
+        elif read + answer > limit:
+            reason = f"{read + answer} tokens, the limit is {limit}"
+        if reason is None:
+            grid.cases.append(case)
+        else:
+            grid.left_out.append(
+                {"batch": batch, "input": read, "output": answer, "reason": reason}
+            )
+    if not grid.cases:
         raise ToolkitError(
-            f"no case fits: the shortest has {shortest} tokens, the limit is "
-            f"{engine.max_model_len}; lower --input-len or --output-len"
+            f"no case fits: {grid.left_out[0]['reason']}; give an --input-len from {shortest} up "
+            f"whose sum with --output-len is at most {limit}"
         )
-    return cases
+    return grid
 
 
 def measure_cases(engine, source, cases: list[tuple[int, int, int]]):
@@ -90,7 +121,8 @@ def csv_name(batch: int | str, engine) -> str:
 
 
 def append_csv(path: Path, row: dict, max_model_len: int, fresh: bool):
-    """Add a row of the guide's table; `fresh` begins the file anew, with its header."""
+    """Add a row of the guide's table and the picture's time; `fresh` begins the file anew, with its
+    header."""
     figures = ["" if row[name] is None else f"{row[name]:.2f}" for name in HEADER[4:]]
     values = [row["batch"], max_model_len, row["input"], row["output"], *figures]
     with path.open("w" if fresh else "a", newline="", encoding="utf-8") as file:
@@ -100,26 +132,28 @@ def append_csv(path: Path, row: dict, max_model_len: int, fresh: bool):
         writer.writerow(values)
 
 
-def write_report(engine, options: BenchOptions, folder: Path, rows: list[dict], cases: int):
+def write_report(engine, options: BenchOptions, folder: Path, rows: list[dict], grid: Grid):
     """bench.json, bench.png and bench.html; the averages also on the terminal."""
     found = {
         "model": options.model,
         "family": engine.family.name,
+        "arguments": used_arguments(engine, options),
         "lines": engine.describe(),
         "memory": engine.plan.describe(),
-        "peak_host_bytes": peak_bytes(),
+        **peak_memory(engine),
         "machine": platform.platform(),
         "date": time.strftime("%F %T"),
         "warm_up": f"{WARM_UP} tokens, not counted",
-        "cases": cases,
+        "cases": grid.size,
         "finished": len(rows),
+        "left_out": grid.left_out,
         "rows": rows,
     }
     write_atomically(folder / "bench.json", json.dumps(found, indent=2) + "\n")
     write_plot(rows, folder / "bench.png")
     write_atomically(folder / "bench.html", render_page(found, folder / "bench.png"))
-    print_averages(rows)
+    print_averages(rows, grid.left_out)
     print_status(
-        f"peak memory: {found['peak_host_bytes'] / 2**30:.2f} GiB on the host\n"
+        f"{describe_peaks(found)}\n"
         f"written: {folder / 'bench.json'}, bench.png, bench.html, {csv_name('*', engine)}"
     )

@@ -28,14 +28,24 @@ COLUMNS = {
 }
 
 
-def print_averages(rows: list[dict]):
+def print_averages(rows: list[dict], left_out: list[dict]):
+    """A table; below it the cases that were not measured, by name."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table("batch", "cases", *AVERAGES)
     for cells in averages(rows):
         table.add_row(*cells)
+    table.caption = "\n".join(left_out_lines(left_out))
     Console().print(table)
+
+
+def left_out_lines(left_out: list[dict]) -> list[str]:
+    """A line for each pair of lengths that is not measured, whatever the batch."""
+    lines = {}
+    for case in left_out:
+        lines[f"left out: {case['input']} in, {case['output']} out ({case['reason']})"] = None
+    return list(lines)
 
 
 def render_page(found: dict, plot: Path) -> str:

@@ -6,15 +6,15 @@ Takes an engine and options, prints `***Perf Info***`, and writes a csv and a js
 import csv
 import json
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 from runtime.common.files import write_atomically
 from runtime.common.progress import print_status, token_progress
 
 from . import workload
-from .figures import peak_bytes, perf_info, serving_figures
+from .figures import perf_info, serving_figures
 from .options import BenchOptions
+from .record import describe_peaks, peak_memory, used_arguments
 
 
 def measure_case(engine, options: BenchOptions, folder: Path):
@@ -23,21 +23,22 @@ def measure_case(engine, options: BenchOptions, folder: Path):
     timelines = time_case(engine, options)
     info = perf_info(timelines)
     print("\n***Perf Info***\n" + json.dumps(info, indent=4))
+    arguments = used_arguments(engine, options)
+    arguments["input_len"] = timelines[0].input_tokens
+    peaks = peak_memory(engine)
     path = folder / f"{time.strftime('%Y%m%d%H%M%S')}.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
-        rows = [("Key", "Value"), *asdict(options).items(), *info.items()]
+        rows = [("Key", "Value"), *arguments.items(), *info.items(), *peaks.items()]
         csv.writer(file).writerows(rows)
-    figures = asdict(options) | serving_figures(timelines)
+    figures = arguments | serving_figures(timelines) | peaks
     write_atomically(path.with_suffix(".json"), json.dumps(figures, indent=2) + "\n")
-    print_status(
-        f"peak memory: {peak_bytes() / 2**30:.2f} GiB on the host\nwritten: {path} and .json"
-    )
+    print_status(f"{describe_peaks(peaks)}\nwritten: {path} and .json")
 
 
 def time_case(engine, options: BenchOptions) -> list[workload.Timeline]:
     """One token to warm up, then the case."""
     source = workload.PromptSource(engine, options.image, options.seed)
-    [input_length] = options.inputs
+    input_length = options.inputs[0]  # a question about a picture has its own
     [output_length] = options.outputs
     workload.run(engine, source.prompts(1, input_length), 1)
     prompts = source.prompts(options.num_prompts, input_length)

@@ -45,6 +45,13 @@ class PromptSource:
             return image_prompts(self._engine, self._images, count, self._rng)
         return text_prompts(self._engine, count, length, self._rng)
 
+    def shortest(self) -> int:
+        """Tokens of the shortest prompt that there is: the frame and one word of a question."""
+        if self._images:
+            return 0
+        head, tail = chat_frame(self._engine)
+        return len(head) + len(tail) + 1
+
     def lengths(self, wanted: list[int]) -> list[int]:
         """Of the prompts: a question about an image has one, whatever is wanted."""
         if not self._images:

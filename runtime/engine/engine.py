@@ -27,8 +27,8 @@ class Engine:
     """
 
     def __init__(self, model_dir, **options):
-        self.options = EngineOptions(**options)
-        parts = build(model_dir, self.options, load=Engine.from_options)
+        parts = build(model_dir, EngineOptions(**options), load=Engine.from_options)
+        self.options = parts.options
         self.family = parts.family
         self.max_model_len = parts.max_model_len
         self.plan = parts.plan
@@ -217,6 +217,10 @@ class Engine:
             f"decoder: {self._ops.name} ops on {where}, {dtype}{packed}{remark}",
             *self._image_features.describe(),
         ]
+
+    def peak_device_bytes(self) -> int | None:
+        """Most memory of the device that this process has had; None where that is the host's."""
+        return self._ops.peak_bytes()
 
     def close(self):
         """Give the decoder's memory back, and end the processes it was split over. The engine is of

@@ -4,11 +4,12 @@ Each field is an argument of the Python API, and a flag of the commands where it
 """
 
 import math
-import re
 from dataclasses import dataclass, replace
 
+from runtime.common.devices import device_name, is_bare_number
 from runtime.common.errors import ToolkitError
-from runtime.common.flags import check_choices, check_folder, flag, require
+from runtime.common.flags import check_choices, check_folder, flag, require, spelled
+from runtime.common.notes import note
 from runtime.common.shared_flags import (
     check_tensor_parallel_size,
     language_flag,
@@ -28,6 +29,8 @@ DTYPES = {
     "fp16": "float16",
     "half": "float16",
 }
+
+PACKED = ("int8", "int4")  # forms of --cpu-weights beside float
 
 
 def dtype_name(spelling: str) -> str:
@@ -68,7 +71,7 @@ class EngineOptions:
     be."""
 
     device: str = flag(
-        "where the decoder runs: cpu, npu, npu:N, cuda or cuda:N",
+        "where the decoder runs: cpu, npu, npu:N, cuda or cuda:N; a bare number N is npu:N",
         default="cpu",
         metavar="DEVICE",
         shorthand=("--device-id", npu, "N", "the same as --device npu:N"),
@@ -77,6 +80,11 @@ class EngineOptions:
         "weights and arithmetic of the decoder: auto, float32 (fp32), bfloat16 (bf16), float16 (fp16)",
         default="auto",
         metavar="DTYPE",
+    )
+    precision: str | None = flag(
+        "the GLM-Edge guide's name: int8 and int4 are --cpu-weights, the others --dtype",
+        default=None,
+        choices=(*PACKED, "bfloat16", "float16", "float32"),
     )
     vision: str = flag(
         "what runs the vision encoder", default="auto", choices=("auto", "onnx", "torch", "om")
@@ -101,7 +109,7 @@ class EngineOptions:
     cpu_weights: str = flag(
         "CPU: pack the decoder's linear layers to 8 or 4 bits, once; less memory, faster, not exact",
         default="float",
-        choices=("float", "int8", "int4"),
+        choices=("float", *PACKED),
     )
     keep_dtype: tuple[str, ...] = flag(
         "CPU: keep the linear layers of a stage in float32, e.g. layers.1.mlp or "
@@ -150,16 +158,36 @@ class EngineOptions:
     layer_by_layer: bool = False  # one layer's weights in memory at a time; only for `score`
 
     def __post_init__(self):
-        self.device = {"npu": "npu:0", "cuda": "cuda:0"}.get(self.device, self.device)
+        self._name_device()
         self.dtype = dtype_name(self.dtype)
         self.keep_dtype = tuple(self.keep_dtype)
         check_choices(self)
-        is_device = re.fullmatch(r"cpu|(npu|cuda):\d+", self.device)
-        require(self, "device", bool(is_device), "use cpu, npu, npu:N, cuda or cuda:N")
+        self._apply_precision()
         self._check_weight_forms()
         self._check_vision_precision()
         self._check_sizes()
         self._check_devices()
+
+    def _name_device(self):
+        given = self.device
+        self.device = device_name(given)
+        if is_bare_number(given):
+            note(f"--device {given}: taken as {self.device}, the NPU of that number")
+
+    def _apply_precision(self):
+        """--precision becomes --cpu-weights or --dtype, whichever has its value."""
+        if self.precision is None:
+            return
+        name = "cpu_weights" if self.precision in PACKED else "dtype"
+        given = getattr(self, name)
+        require(
+            self,
+            "precision",
+            given in ("auto", "float", self.precision),
+            f"{spelled(name)} is {given!r}; give one of the two",
+        )
+        setattr(self, name, self.precision)
+        self.precision = None
 
     def _check_weight_forms(self):
         on_cpu = self.device == "cpu"

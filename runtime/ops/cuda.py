@@ -27,7 +27,7 @@ class CudaStep(Step):
 class CudaOps(AcceleratorOps):
     name = "cuda"
 
-    def check(self, dtype: str, block_size: int):
+    def check(self, dtype: str):
         """ToolkitError for bfloat16 on a GPU that only emulates it."""
         if dtype == "bfloat16" and dtype not in self.dtypes:
             raise ToolkitError(

@@ -48,3 +48,7 @@ class AcceleratorOps(FusedOps):
     def free_memory(self) -> int:
         """Bytes free on the device."""
         return self.accelerator.mem_get_info(self.device)[0]
+
+    def peak_bytes(self) -> int:
+        """Most memory that torch has had on the device."""
+        return self.accelerator.max_memory_allocated(self.device)

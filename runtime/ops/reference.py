@@ -24,8 +24,12 @@ class ReferenceOps:
     records_graphs = False  # decode can be recorded as device graphs
     team = None  # parallel.Team when the decoder is split over several devices
 
-    def check(self, dtype: str, block_size: int):
-        """ToolkitError when the backend cannot compute in `dtype` or page by `block_size`."""
+    def check(self, dtype: str):
+        """ToolkitError when the backend cannot compute in `dtype`."""
+
+    def nearest_block_size(self, wanted: int) -> int:
+        """Tokens per cache block that attention here can page by, nearest to the wanted number."""
+        return wanted
 
     def default_dtype(self, family) -> str:
         """What --dtype auto means: here still "auto", the plan chooses by size."""
@@ -38,6 +42,10 @@ class ReferenceOps:
     def free_memory(self) -> int:
         """Bytes free for weights and cache."""
         return available_memory()
+
+    def peak_bytes(self) -> int | None:
+        """Most memory that this process has had on the device; None where it is the host's."""
+        return None
 
     def loaded(self):
         """Called when weights and cache are in memory."""

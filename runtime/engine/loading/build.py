@@ -62,6 +62,7 @@ def build(model_dir, options: EngineOptions, load: Callable) -> EngineParts:
     max_model_len = max_model_len_for(family, options.max_model_len)
     # 2. Device: its operators, and what they cannot compute
     ops, block_size, dtype = open_device(family, options)
+    options = replace(options, block_size=block_size)
     # 3. Memory: the plan, noted before loading begins
     plan = plan_engine(family, dtype, max_model_len, options, free_memory(ops, options))
     note(plan.describe())
@@ -86,9 +87,16 @@ def build(model_dir, options: EngineOptions, load: Callable) -> EngineParts:
 def open_device(family: Family, options: EngineOptions) -> tuple[object, int, str]:
     """(operators, tokens per cache block, name of the dtype or "auto")."""
     ops = choose(options.ops, options.device)
-    block_size = options.block_size or ops.default_block_size
+    wanted = options.block_size or ops.default_block_size
+    block_size = ops.nearest_block_size(wanted)
+    if block_size != wanted:
+        note(
+            f"--block-size {wanted}: {ops.name} attention does not page by it, {block_size} is used"
+        )
+    if options.enforce_eager and not ops.records_graphs:
+        note(f"--enforce-eager has no effect on {options.device}: no graphs are recorded there")
     dtype = ops.default_dtype(family) if options.dtype == "auto" else options.dtype
-    ops.check(dtype, block_size)
+    ops.check(dtype)
     return ops, block_size, dtype
 
 

@@ -90,18 +90,17 @@ class NpuOps(AcceleratorOps):
     def default_block_size(self) -> int:
         return self.soc.block_sizes[0]
 
-    def check(self, dtype: str, block_size: int):
-        """ToolkitError when the chip cannot compute in `dtype` or page by `block_size`."""
+    def check(self, dtype: str):
+        """ToolkitError when the chip cannot compute in `dtype`."""
         if dtype not in self.soc.dtypes:
             raise ToolkitError(
                 f"--dtype {dtype} is not computed by {self.soc.name}; use --dtype "
                 f"{' or '.join(self.soc.dtypes)}"
             )
-        if block_size not in self.soc.block_sizes:
-            raise ToolkitError(
-                f"--block-size {block_size} is not paged by {self.soc.name}'s attention; use "
-                f"--block-size {' or '.join(map(str, self.soc.block_sizes))}"
-            )
+
+    def nearest_block_size(self, wanted: int) -> int:
+        """Of those that the chip's attention pages by; the larger of two as near."""
+        return min(self.soc.block_sizes, key=lambda size: (abs(size - wanted), -size))
 
     @property
     def dtypes(self):

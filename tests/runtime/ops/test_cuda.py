@@ -125,7 +125,7 @@ def test_dtype_follows_the_release(released, bf16, expected, monkeypatch):
     assert ops.default_dtype(SimpleNamespace(config={"torch_dtype": released})) == expected
     if not bf16:
         with pytest.raises(ToolkitError, match="not computed by Tesla; use --dtype float16"):
-            ops.check("bfloat16", 16)
+            ops.check("bfloat16")
 
 
 @WITH_GPU

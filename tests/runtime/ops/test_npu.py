@@ -134,16 +134,18 @@ def test_chip_that_is_not_in_the_table(code):
 
 
 def test_bfloat16_is_refused_on_310p():
-    NpuOps(A2, "cpu").check("bfloat16", 128)
+    NpuOps(A2, "cpu").check("bfloat16")
     with pytest.raises(
         ToolkitError, match="--dtype bfloat16 is not computed by Ascend 310P; use --dtype float16"
     ):
-        NpuOps(P310, "cpu").check("bfloat16", 128)
+        NpuOps(P310, "cpu").check("bfloat16")
 
 
-def test_block_size_that_attention_cannot_page():
-    with pytest.raises(ToolkitError, match="--block-size 16 is not paged by Ascend 910B"):
-        NpuOps(A2, "cpu").check("float16", 16)
+@pytest.mark.parametrize(
+    "soc, wanted, used", [(A2, 16, 128), (A2, 128, 128), (P310, 16, 64), (P310, 96, 128)]
+)
+def test_nearest_block_size_that_attention_pages_by(soc, wanted, used):
+    assert NpuOps(soc, "cpu").nearest_block_size(wanted) == used
 
 
 @pytest.mark.parametrize(
