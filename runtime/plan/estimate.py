@@ -72,7 +72,7 @@ def _choose_dtype(family: Family, chip: Chip, asked: str) -> str:
     """ToolkitError where the chip does not have it."""
     ops = NpuOps(chip.soc, "cpu")
     dtype = ops.default_dtype(family) if asked == "auto" else asked
-    ops.check(dtype, ops.default_block_size)
+    ops.check(dtype)
     return dtype
 
 
