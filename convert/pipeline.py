@@ -8,7 +8,6 @@ next run continues after the last completed step.
 
 import errno
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -29,13 +28,24 @@ from convert.verify.verification import verify
 from models import family_of
 from models.checkpoint import Checkpoint
 from models.checkpoint.quantized import stored_weights
+from models.errors import ModelError
 from models.family import Family
+from models.files import open_own, open_regular
 from runtime.common.errors import CHECK_FAILED, ToolkitError
-from runtime.common.files import LOCK, locked, write_atomically
+from runtime.common.files import (
+    LOCK,
+    fresh_folder,
+    locked,
+    own_folder,
+    problem_of,
+    remove_folder,
+    write_atomically,
+)
 from runtime.common.machine import version
+from runtime.common.notes import note
 from runtime.common.progress import spinner
 from runtime.vision import artifact
-from runtime.vision.artifact import ONNX, Manifest
+from runtime.vision.artifact import ONNX, ONNX_NAMES, Manifest
 from runtime.vision.source import EXPORTER, Source
 
 WORK = ".partial"
@@ -88,7 +98,7 @@ def make_writable(artifact_dir: Path):
         raise ToolkitError(f"--out {artifact_dir} is a file; give a folder")
     try:
         artifact_dir.mkdir(parents=True, exist_ok=True)
-        (artifact_dir / LOCK).touch()
+        open_own(artifact_dir / LOCK).close()
     except OSError as error:
         raise ToolkitError(
             f"--out {artifact_dir} cannot be written ({error.strerror}); give another folder"
@@ -119,36 +129,54 @@ def is_current(source: Source, artifact_dir: Path) -> bool:
 
 def make_artifact(source: Source, artifact_dir: Path):
     """Export, check and verify the encoder in the work directory, then publish it."""
-    work_dir = artifact_dir / WORK
+    work_dir = own_folder(artifact_dir / WORK)
     files = resume_export(source, work_dir) or export_encoder(source, work_dir)
     try:
         check_graph(source.family, work_dir)
         errors = verify_export(source.family, work_dir)
     except ToolkitError as error:
         if error.exit_code == CHECK_FAILED:
-            shutil.rmtree(work_dir)
+            remove_folder(work_dir)
         raise
     artifact.publish(work_dir, artifact_dir, _manifest(source, files, errors))
-    shutil.rmtree(work_dir)
+    remove_folder(work_dir)
 
 
 def resume_export(source: Source, work_dir: Path) -> dict | None:
     """{file: {bytes, sha256}} of an export that an interrupted run completed; None without one."""
-    record = work_dir / EXPORTED
-    if not record.is_file():
+    try:
+        with open_regular(work_dir / EXPORTED, follow=False) as stream:
+            source_hash, files = json.load(stream)
+        if source_hash != source.hash:
+            return None
+        problem = _problem_of_export(work_dir, files)
+    except FileNotFoundError:
         return None
-    source_hash, files = json.loads(record.read_text(encoding="utf-8"))
-    if source_hash != source.hash:
+    except (OSError, ModelError, ValueError, TypeError, KeyError, RecursionError) as error:
+        problem = f"its record cannot be used ({error})"
+    if problem:
+        note(f"an interrupted export in {work_dir} is made again: {problem}")
         return None
     print("continuing after the export that an interrupted run completed")
     return files
 
 
+def _problem_of_export(work_dir: Path, files: dict) -> str | None:
+    """Why a recorded export is not one that this program wrote; None: it is."""
+    if set(files) != ONNX_NAMES:
+        return f"its record names {', '.join(map(repr, files))}"
+    for name, entry in files.items():
+        if (work_dir / name).is_symlink():
+            return f"{name} is a link"
+        if problem := problem_of(work_dir / name, entry, "its record"):
+            return f"{name} {problem}"
+    return None
+
+
 def export_encoder(source: Source, work_dir: Path) -> dict:
     """{file: {bytes, sha256}} of a new export in `work_dir`, which holds nothing else."""
     start = time.perf_counter()
-    shutil.rmtree(work_dir, ignore_errors=True)
-    work_dir.mkdir()
+    fresh_folder(work_dir)
     with _removed_on_failure(work_dir):
         print(check_space(source.family, work_dir.parent), flush=True)
         reuse_memory()
@@ -167,7 +195,7 @@ def _removed_on_failure(work_dir: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        shutil.rmtree(work_dir)
+        remove_folder(work_dir)
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise ToolkitError(
                 f"the disk of {work_dir.parent} became full during the export, nothing was kept; free "

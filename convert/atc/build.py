@@ -14,8 +14,10 @@ from pathlib import Path
 
 from models.family import Family
 from runtime.common.errors import CHECK_FAILED, ToolkitError
+from runtime.common.files import file_entry, remove_folder
+from runtime.common.notes import note
 from runtime.vision import artifact
-from runtime.vision.artifact import OM_COMPILED, OM_VERIFIED, ONNX_VERIFIED, Manifest
+from runtime.vision.artifact import OM_COMPILED, OM_VERIFIED, ONNX_VERIFIED, WEIGHTS, Manifest
 from runtime.vision.om_session import open_om
 
 from . import golden_features
@@ -24,7 +26,6 @@ from .om_check import measure_om
 from .run import InstalledAtc, om_files, run_atc
 
 DEVICE = 0  # the first that ASCEND_RT_VISIBLE_DEVICES shows
-WEIGHTS = "weight"  # where atc puts --external_weight, and where the runtime looks for it
 
 
 @dataclass
@@ -54,7 +55,7 @@ class OmBuild:
                 if om and self._accept(om, mode):
                     return
         finally:
-            shutil.rmtree(self.artifact_dir / ATC_WORK, ignore_errors=True)
+            remove_folder(self.artifact_dir / ATC_WORK)
         raise ToolkitError(
             f"no .om was kept: none of {', '.join(self.request.modes)} is as close to ONNX Runtime as "
             f"{self.family.name} needs; use --vision onnx, and report the lines above",
@@ -70,7 +71,11 @@ class OmBuild:
             return None
         if manifest.om["cann"] != self.installed.cann:
             return None
-        return artifact.om_file(manifest, self.artifact_dir)
+        try:
+            return artifact.om_file(manifest, self.artifact_dir)
+        except ToolkitError as error:
+            note(f"the .om is compiled again: {error}")
+            return None
 
     def _command(self, mode: str) -> list[str]:
         return atc_command(self.request, self.family, mode)
@@ -136,7 +141,7 @@ class OmBuild:
         """What the manifest says of an .om that lies in the artifact."""
         files = {}
         for path in (om, *sorted((self.artifact_dir / WEIGHTS).glob("*"))):
-            files[str(path.relative_to(self.artifact_dir))] = artifact.file_entry(path)
+            files[str(path.relative_to(self.artifact_dir))] = file_entry(path)
         dtype = "uint8" if self.request.aipp else "float16"
         return {
             "files": files,
@@ -171,7 +176,7 @@ def check_disk(artifact_dir: Path, needed: int):
 def remove_om_record(artifact_dir: Path) -> Manifest:
     """Save the manifest without an .om, so that none is recorded while files are replaced."""
     manifest = replace(
-        artifact.load(artifact_dir),
+        artifact.read_manifest(artifact_dir),
         soc_version=None,
         precision_mode="fp32",
         status=ONNX_VERIFIED,
@@ -185,7 +190,7 @@ def replace_om(om: Path, artifact_dir: Path) -> Path:
     """Move the .om and its weights into the artifact, in place of older ones; its new path."""
     for old in om_files(artifact_dir):
         old.unlink()
-    shutil.rmtree(artifact_dir / WEIGHTS, ignore_errors=True)
+    remove_folder(artifact_dir / WEIGHTS)
     if (om.parent / WEIGHTS).is_dir():
         os.replace(om.parent / WEIGHTS, artifact_dir / WEIGHTS)
     os.replace(om, artifact_dir / om.name)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from convert.verify.comparison import compare
 from models.family import Family
+from models.files import private_file
 from runtime.common.errors import CHECK_FAILED, ToolkitError
 from runtime.common.files import write_atomically
 
@@ -34,15 +35,12 @@ def write_atc_inputs(family: Family, artifact_dir: Path, request: OmRequest):
 def _write_verified_variant(family: Family, artifact_dir: Path, request: OmRequest):
     """A variant that is there already was verified when it was written."""
     variant = artifact_dir / VARIANT
-    candidate = artifact_dir / f".{VARIANT}"
-    try:
+    with private_file(variant) as candidate:
         write_variant(family, artifact_dir, request, candidate)
         if variant.is_file() and candidate.read_bytes() == variant.read_bytes():
             return
         _verify_variant(family, artifact_dir, request, candidate)
         os.replace(candidate, variant)
-    finally:
-        candidate.unlink(missing_ok=True)
 
 
 def _verify_variant(family: Family, artifact_dir: Path, request: OmRequest, candidate: Path):

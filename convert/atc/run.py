@@ -15,6 +15,7 @@ from pathlib import Path
 
 from runtime.ascend.cann import HOMES, installed_version
 from runtime.common.errors import CHECK_FAILED, ToolkitError
+from runtime.common.files import fresh_folder, new_text
 from runtime.common.progress import spinner
 
 from .command import NAME
@@ -50,9 +51,8 @@ def run_atc(installed: InstalledAtc, arguments: list[str], work_dir: Path, log: 
 
     ToolkitError (exit 1) when atc fails, is killed, or does not leave exactly one .om.
     """
-    shutil.rmtree(work_dir, ignore_errors=True)
-    work_dir.mkdir()
-    with open(log, "w", encoding="utf-8") as stream:
+    fresh_folder(work_dir)
+    with new_text(log) as stream:
         cann = installed.cann or "of unknown version"
         stream.write(f"# in {work_dir}, CANN {cann}\n# {shlex.join(arguments)}\n")
         stream.flush()

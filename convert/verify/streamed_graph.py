@@ -103,7 +103,7 @@ class StreamedGraph:
             graph, opset_imports=self.model.opset_import, ir_version=self.model.ir_version
         )
         path = self.onnx_dir / PIECE_FILE
-        path.write_bytes(model.SerializeToString())
+        write_atomically(path, model.SerializeToString())
         return path
 
 

@@ -5,15 +5,16 @@ the .om where there is one. The manifest is written last and atomically, so a di
 holds nothing usable.
 """
 
-import hashlib
 import json
 import os
+import re
 import subprocess
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from models.files import is_plain_name, open_regular
 from runtime.common.errors import ToolkitError
-from runtime.common.files import READ_BYTES, cache_root, write_atomically
+from runtime.common.files import cache_folder, problem_of, write_atomically
 from runtime.common.notes import note
 from runtime.common.processes import start_module
 from runtime.common.progress import spinner
@@ -26,6 +27,9 @@ DATA = "vision.onnx.data"
 ONNX_VERIFIED = "onnx verified"
 OM_COMPILED = "om compiled, not verified"
 OM_VERIFIED = "om verified"
+ONNX_NAMES = {ONNX, DATA}  # what the exporter writes
+OM_NAME = re.compile(r"vision(_\w+)?\.om")  # what atc writes
+WEIGHTS = "weight"  # where atc puts --external_weight, and where the runtime looks for it
 
 
 @dataclass
@@ -57,25 +61,47 @@ class Manifest:
 
 def load(artifact_dir: str | Path) -> Manifest:
     """Manifest of a complete artifact; ToolkitError if the directory, the manifest or a file is
-    missing or damaged."""
+    missing or damaged. The files are read once per state (runtime/common/files)."""
     artifact_dir = Path(artifact_dir)
+    manifest = read_manifest(artifact_dir)
+    _check_files(artifact_dir, manifest.files)
+    return manifest
+
+
+def read_manifest(artifact_dir: Path) -> Manifest:
+    """manifest.json, which names only files that the toolkit writes; ToolkitError if there is none."""
     path = artifact_dir / MANIFEST
-    if not path.is_file():
-        raise ToolkitError(
-            f"artifact {artifact_dir} {_what_lacks(artifact_dir)}; "
-            f"make it with {_convert_command('CHECKPOINT', artifact_dir)}"
-        )
+    again = f"make it with {_convert_command('CHECKPOINT', artifact_dir)}"
+    if not path.exists():
+        raise ToolkitError(f"artifact {artifact_dir} {_what_lacks(artifact_dir)}; {again}")
     try:
-        manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
-        sizes = {name: int(entry["bytes"]) for name, entry in manifest.files.items()}
-    except (ValueError, TypeError, KeyError, AttributeError):
+        with open_regular(path) as stream:
+            manifest = Manifest(**json.load(stream))
+        _check_names(manifest)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ToolkitError(
             f"{path} is not a manifest this version can read; "
             f"make it again with {_convert_command('CHECKPOINT', artifact_dir)}"
         ) from None
-    for name, size in sizes.items():
-        _check_file(artifact_dir, name, size)
     return manifest
+
+
+def _check_names(manifest: Manifest):
+    """ValueError unless every file is one that the exporter or atc writes, with its size and sha256."""
+    om_files = (manifest.om or {}).get("files", {})
+    if not set(manifest.files) <= ONNX_NAMES or not all(map(_is_om_name, om_files)):
+        raise ValueError("a name that is not ours")
+    for entry in (*manifest.files.values(), *om_files.values()):
+        int(entry["bytes"])
+        entry["sha256"].encode()
+
+
+def _is_om_name(name: str) -> bool:
+    """vision.om, vision_linux_aarch64.om, or a file in the folder of its weights."""
+    folder, _, file = name.rpartition("/")
+    if folder:
+        return folder == WEIGHTS and is_plain_name(file)
+    return OM_NAME.fullmatch(name) is not None
 
 
 def _what_lacks(artifact_dir: Path) -> str:
@@ -84,17 +110,12 @@ def _what_lacks(artifact_dir: Path) -> str:
     return "is a file" if artifact_dir.exists() else "does not exist"
 
 
-def _check_file(artifact_dir: Path, name: str, size: int):
-    path = artifact_dir / name
-    if not path.is_file():
-        problem = "is missing"
-    elif path.stat().st_size != size:
-        problem = f"has {path.stat().st_size:,} bytes, its manifest says {size:,}"
-    else:
-        return
-    raise ToolkitError(
-        f"{path} {problem}; make it again with {_convert_command('CHECKPOINT', artifact_dir)}"
-    )
+def _check_files(artifact_dir: Path, files: dict, flags: str = ""):
+    """ToolkitError for the first that is not as recorded. flags: of the command that makes it again."""
+    for name, entry in files.items():
+        if problem := problem_of(artifact_dir / name, entry):
+            command = _convert_command("CHECKPOINT", artifact_dir, flags)
+            raise ToolkitError(f"{artifact_dir / name} {problem}; make it again with {command}")
 
 
 def publish(work_dir: Path, artifact_dir: Path, manifest: Manifest):
@@ -108,28 +129,17 @@ def publish(work_dir: Path, artifact_dir: Path, manifest: Manifest):
     save(artifact_dir, manifest)
 
 
-def file_entry(path: Path) -> dict:
-    """{bytes, sha256} of a file, as a manifest records it."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(READ_BYTES):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
 def save(artifact_dir: Path, manifest: Manifest):
     write_atomically(artifact_dir / MANIFEST, json.dumps(asdict(manifest), indent=2) + "\n")
 
 
 def om_file(manifest: Manifest, artifact_dir: str | Path) -> Path | None:
-    """The .om of the manifest; None when there is none, or when it or its weights are no longer as
-    recorded."""
+    """The .om of the manifest; None without one. ToolkitError when it or its weights are no longer
+    as recorded."""
+    artifact_dir = Path(artifact_dir)
     files = (manifest.om or {}).get("files", {})
-    for name, entry in files.items():
-        path = Path(artifact_dir) / name
-        if not path.is_file() or path.stat().st_size != entry["bytes"]:
-            return None
-    return Path(artifact_dir) / next(iter(files)) if files else None
+    _check_files(artifact_dir, files, " --soc-version " + str(manifest.soc_version))
+    return artifact_dir / next(iter(files)) if files else None
 
 
 def check_fits(manifest: Manifest, source: Source, artifact_dir: str | Path):
@@ -151,7 +161,7 @@ def check_fits(manifest: Manifest, source: Source, artifact_dir: str | Path):
 
 def cache_directory(source: Source) -> Path:
     """Where the artifact of `source` lies when the user names none."""
-    return cache_root() / "vision" / source.hash[:16]
+    return cache_folder("vision", source.hash[:16])
 
 
 def find_or_convert(source: Source, artifact: str | Path | None = None) -> Path:
@@ -167,7 +177,9 @@ def find_or_convert(source: Source, artifact: str | Path | None = None) -> Path:
         cached = cache_directory(source)
     try:
         check_fits(load(cached), source, cached)
-    except ToolkitError:
+    except ToolkitError as error:
+        if (cached / MANIFEST).exists():
+            note(f"the vision encoder in the cache is made again: {error}")
         note(f"no artifact given: converting the vision encoder once, into {cached}")
         _convert(source.checkpoint.directory, cached)
     return cached
@@ -193,5 +205,5 @@ def _convert(model_dir: Path, artifact_dir: Path):
         )
 
 
-def _convert_command(model_dir: str | Path, artifact_dir: str | Path) -> str:
-    return f"`python -m convert --model {model_dir} --out {artifact_dir}`"
+def _convert_command(model_dir: str | Path, artifact_dir: str | Path, flags: str = "") -> str:
+    return f"`python -m convert --model {model_dir} --out {artifact_dir}{flags}`"

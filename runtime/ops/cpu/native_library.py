@@ -8,13 +8,15 @@ without the instructions, `kernels()` is None and torch's operators do everythin
 import ctypes
 import functools
 import hashlib
+import json
 import os
 import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 
-from runtime.common.files import cache_root
+from models.errors import ModelError
+from runtime.common.files import cache_folder, file_entry, open_private, write_atomically
 from runtime.common.notes import note
 
 NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16"}
@@ -55,8 +57,8 @@ def kernels() -> ctypes.CDLL | None:
     if missing():
         return None
     try:
-        library = ctypes.CDLL(str(built_library()))
-    except (OSError, subprocess.CalledProcessError) as error:
+        library = load_library()
+    except (OSError, ModelError, subprocess.CalledProcessError) as error:
         note(f"warning: decoding is slower, its own kernels cannot be built ({error})")
         return None
     for name, arguments in SIGNATURES.items():
@@ -66,28 +68,65 @@ def kernels() -> ctypes.CDLL | None:
     return library
 
 
-def built_library() -> Path:
-    """The library's file, named by a hash of the sources, the command, the compiler and the CPU.
+def load_library() -> ctypes.CDLL:
+    """The library of these sources, compiled if the cache has none, or has one that is damaged or
+    not this user's.
 
-    Raises OSError or subprocess.CalledProcessError when it cannot be built.
+    Raises OSError, ModelError or subprocess.CalledProcessError when it cannot be had.
     """
-    sources = sorted(SOURCES.glob("*.[ch]"))
-    identity = [_cpu_flags(), _compiler(), *COMMAND, *(source.read_text() for source in sources)]
+    library = library_path()
+    try:
+        return _checked(library)
+    except (OSError, ModelError, ValueError, KeyError, TypeError) as error:
+        if library.exists():
+            note(f"compiling the CPU's kernels again: {error}")
+    _build(library)
+    return _checked(library)
+
+
+def library_path() -> Path:
+    """Where the library belongs: its name is a hash of the sources, the command, the compiler and
+    the CPU."""
+    sources = [source.read_text() for source in _sources("*.[ch]")]
+    identity = [_cpu_flags(), _compiler(), *COMMAND, *sources]
     digest = hashlib.sha256("".join(identity).encode()).hexdigest()[:16]
-    library = cache_root() / "kernels" / f"{digest}.so"
-    if not library.exists():
-        _build([source for source in sources if source.suffix == ".c"], library)
-    return library
+    return cache_folder("kernels") / f"{digest}.so"
 
 
-def _build(sources: list[Path], library: Path):
+def _checked(library: Path) -> ctypes.CDLL:
+    """The library, loaded from the open file that was checked: its code runs in this process.
+
+    OSError if there is none; ModelError if it is not this user's, or not the one that was compiled.
+    """
+    with open_private(_record(library)) as stream:
+        recorded = json.load(stream)["sha256"]
+    with open_private(library) as stream:
+        if hashlib.sha256(stream.read()).hexdigest() != recorded:
+            raise ModelError(f"{library} is damaged: its bytes are not those that were compiled")
+        return ctypes.CDLL(f"/proc/self/fd/{stream.fileno()}")
+
+
+def _record(library: Path) -> Path:
+    """The file with the library's {bytes, sha256}, written last."""
+    return library.with_suffix(".json")
+
+
+def _sources(pattern: str) -> list[Path]:
+    return sorted(SOURCES.glob(pattern))
+
+
+def _build(library: Path):
     """Compile next to `library`, then rename: a half-written file never bears its name."""
-    library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.TemporaryDirectory(dir=library.parent) as work:
-        new = f"{work}/new.so"
-        command = [_compiler(), *COMMAND, "-o", new, *sources, "-lm"]
+    folder = library.parent
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        new = Path(work, "new.so")
+        command = [_compiler(), *COMMAND, "-o", new, *_sources("*.c"), "-lm"]
         subprocess.run(command, check=True, capture_output=True)
+        new.chmod(0o755)  # whatever the umask
+        entry = file_entry(new)
         os.replace(new, library)
+    write_atomically(_record(library), json.dumps(entry))
 
 
 def _cpu_flags() -> str:

@@ -1,0 +1,24 @@
+"""Files that are whole or absent, private or refused.
+
+`output` writes into folders that the user named, `cache` into the toolkit's own, `checksums` finds damage in both.
+"""
+
+from .cache import cache_folder, cache_root, open_private
+from .checksums import (
+    READ_BYTES,
+    check_again,
+    file_entry,
+    problem_of,
+    sha256_of,
+    tensors_digest,
+)
+from .output import (
+    LOCK,
+    fresh_folder,
+    locked,
+    new_text,
+    own_folder,
+    prepare,
+    remove_folder,
+    write_atomically,
+)
