@@ -112,7 +112,9 @@ def is_current(source: Source, artifact_dir: Path) -> bool:
     """
     try:
         manifest = artifact.load(artifact_dir)
-    except ToolkitError:
+    except ToolkitError as error:
+        if (artifact_dir / artifact.MANIFEST).exists():
+            note(f"the artifact is made again: {error}")
         return False
     if manifest.source == source.hash:
         print(

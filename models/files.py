@@ -65,7 +65,9 @@ def open_own(path: str | Path, mode: str = "r+b") -> BinaryIO:
     descriptor = _open(path, flags | (os.O_APPEND if mode.startswith("a") else 0))
     if os.fstat(descriptor).st_nlink > 1:
         os.close(descriptor)
-        raise ModelError(f"{path} is a second name of another file; remove it, or give another --out")
+        raise ModelError(
+            f"{path} is a second name of another file; remove it, or give another --out"
+        )
     return os.fdopen(descriptor, mode)
 
 

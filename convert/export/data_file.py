@@ -108,10 +108,13 @@ class DataFile:
 
 
 def _open(path: Path) -> int:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    """Descriptor of a new file; what had its name before is gone, and no link is followed."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    path.unlink(missing_ok=True)
     try:
         return os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o644)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        return os.open(path, flags, 0o644)
+    path.unlink(missing_ok=True)  # made, although it cannot be written so
+    return os.open(path, flags, 0o644)

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from runtime.common.files import write_atomically
 from runtime.vision.artifact import ONNX
 
 FLOAT_BYTES = 4

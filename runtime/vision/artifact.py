@@ -110,11 +110,11 @@ def _what_lacks(artifact_dir: Path) -> str:
     return "is a file" if artifact_dir.exists() else "does not exist"
 
 
-def _check_files(artifact_dir: Path, files: dict, flags: str = ""):
-    """ToolkitError for the first that is not as recorded. flags: of the command that makes it again."""
+def _check_files(artifact_dir: Path, files: dict):
+    """ToolkitError for the first that is not as recorded."""
     for name, entry in files.items():
         if problem := problem_of(artifact_dir / name, entry):
-            command = _convert_command("CHECKPOINT", artifact_dir, flags)
+            command = _convert_command("CHECKPOINT", artifact_dir)
             raise ToolkitError(f"{artifact_dir / name} {problem}; make it again with {command}")
 
 
@@ -138,7 +138,7 @@ def om_file(manifest: Manifest, artifact_dir: str | Path) -> Path | None:
     as recorded."""
     artifact_dir = Path(artifact_dir)
     files = (manifest.om or {}).get("files", {})
-    _check_files(artifact_dir, files, " --soc-version " + str(manifest.soc_version))
+    _check_files(artifact_dir, files)
     return artifact_dir / next(iter(files)) if files else None
 
 
@@ -205,5 +205,5 @@ def _convert(model_dir: Path, artifact_dir: Path):
         )
 
 
-def _convert_command(model_dir: str | Path, artifact_dir: str | Path, flags: str = "") -> str:
-    return f"`python -m convert --model {model_dir} --out {artifact_dir}{flags}`"
+def _convert_command(model_dir: str | Path, artifact_dir: str | Path) -> str:
+    return f"`python -m convert --model {model_dir} --out {artifact_dir}`"

@@ -21,6 +21,7 @@ from convert.atc.inputs import write_atc_inputs
 from convert.atc.option_rules import check_path
 from models import family_of
 from runtime.common.errors import MISSING_COMPONENT, ToolkitError
+from runtime.common.files import file_entry
 from runtime.vision import artifact
 
 VISION_MODELS = ("visualglm", "glm4v", "glm_edge_v", "llava")
@@ -45,7 +46,7 @@ def test_compiled_without_a_device(out, cann):
         "shape": [1, 224, 224, 3],
     }
     assert (
-        manifest.om["files"] == {"vision.om": artifact.file_entry(out / "vision.om")}
+        manifest.om["files"] == {"vision.om": file_entry(out / "vision.om")}
         and manifest.om["gears"] == []
     )
     log = (out / manifest.om["log"]).read_text()

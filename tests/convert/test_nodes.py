@@ -18,6 +18,7 @@ from convert.__main__ import main as convert
 from convert.nodes import __main__ as nodes
 from models import family_of
 from runtime.common.errors import run_command
+from runtime.common.files import file_entry
 from runtime.compare import __main__ as compare
 from runtime.compare import vision_nodes
 from runtime.vision import artifact
@@ -187,9 +188,7 @@ def planted(plant, folder, tmp_path):
     (copy / "vision.onnx").write_bytes(model.SerializeToString())
     artifact.save(
         copy,
-        replace(
-            artifact.load(folder), files={"vision.onnx": artifact.file_entry(copy / "vision.onnx")}
-        ),
+        replace(artifact.load(folder), files={"vision.onnx": file_entry(copy / "vision.onnx")}),
     )
     return copy, module
 

@@ -5,11 +5,9 @@
 
 from .cache import cache_folder, cache_root, open_private
 from .checksums import (
-    READ_BYTES,
     check_again,
     file_entry,
     problem_of,
-    sha256_of,
     tensors_digest,
 )
 from .output import (
@@ -22,3 +20,21 @@ from .output import (
     remove_folder,
     write_atomically,
 )
+
+__all__ = [
+    "LOCK",
+    "cache_folder",
+    "cache_root",
+    "check_again",
+    "file_entry",
+    "fresh_folder",
+    "locked",
+    "new_text",
+    "open_private",
+    "own_folder",
+    "prepare",
+    "problem_of",
+    "remove_folder",
+    "tensors_digest",
+    "write_atomically",
+]

@@ -12,6 +12,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -41,7 +42,9 @@ def cache_folder(*names: str) -> Path:
         problem = _problem(root, names)
         if problem is None:
             if refused:
-                _note_once(f"{refused}; using {folder} instead (set {VARIABLE} to a folder of yours)")
+                _note_once(
+                    f"{refused}; using {folder} instead (set {VARIABLE} to a folder of yours)"
+                )
             return folder
         refused = refused or problem
     raise AssertionError("a temporary folder of our own is private")
@@ -66,10 +69,8 @@ def _roots() -> Iterator[Path]:
     named = os.environ.get(VARIABLE)
     if named:
         yield Path(named)
-    try:
+    with suppress(RuntimeError):  # a user without a home
         yield Path.home() / ".cache" / "ascend-vlm"
-    except RuntimeError:  # a user without a home
-        pass
     yield _temporary_root()
 
 

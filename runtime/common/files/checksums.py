@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 
@@ -45,7 +45,9 @@ def file_entry(path: Path) -> dict:
 
 def sha256_of(path: Path) -> str:
     """sha256 (hex) of a regular file; remembered for as long as the file stays untouched."""
-    return _remembered([str(path.resolve())], [path], lambda: file_entry(path)["sha256"], _again.get())
+    return _remembered(
+        [str(path.resolve())], [path], lambda: file_entry(path)["sha256"], _again.get()
+    )
 
 
 def problem_of(path: Path, entry: dict, record: str = "its manifest") -> str | None:
@@ -102,7 +104,5 @@ def _read_memo(memo: Path) -> list | None:
 
 
 def _write_memo(memo: Path, content: list):
-    try:
+    with suppress(OSError):  # a cache that cannot be written only costs time
         write_atomically(memo, json.dumps(content))
-    except OSError:
-        pass  # a cache that cannot be written only costs time

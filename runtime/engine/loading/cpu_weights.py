@@ -8,18 +8,21 @@ when it is complete, so a killed run leaves nothing that looks usable.
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from models.checkpoint.quantized import find_description
+from models.checkpoint.table import Part, Weight
 from runtime.common.errors import ToolkitError
-from runtime.common.files import cache_root, locked, tensors_digest
+from runtime.common.files import cache_folder, locked, remove_folder, tensors_digest
 from runtime.common.notes import note
 from runtime.common.progress import byte_progress, step_progress
 from runtime.ops.cpu.packed_weights import GROUP, Int4Weight, Int8Weight
 
+from .packed_folder import DamagedPack, Layout, check_listed, read_weights, write_list
 from .weights import MATRICES, decoder_rows
 
 PACKER = 1  # raise it when other numbers are stored: folders of older packers are made again
@@ -37,18 +40,23 @@ def check_packable(family, kind: str):
 
 def packed_weights(checkpoint, family, dtype: torch.dtype, kind: str, split) -> dict:
     """Canonical name -> tensor of `dtype`, or packed matrix; packs the checkpoint first if that was
-    never done."""
+    never done, or if what lies in the cache is damaged."""
     folder = packed_folder(checkpoint, family, kind, split)
-    if not folder.is_dir():
-        note(f"packing the decoder to {kind} once, into {folder}")
-        try:
-            _pack(checkpoint, family, kind, split, folder)
-        except OSError as error:
-            raise ToolkitError(
-                f"the packed weights cannot be written to {folder} ({error.strerror}); make room there, or "
-                "set ASCEND_VLM_CACHE to another folder"
-            ) from error
-    return _read(folder, dtype)
+    layouts = stored_layouts(checkpoint, decoder_rows(family, split), kind)
+    try:
+        return _read(folder, layouts, dtype)
+    except DamagedPack as error:
+        again = f"; what lies there cannot be used: {error}" if folder.exists() else ""
+        note(f"packing the decoder to {kind} once, into {folder}{again}")
+    try:
+        _pack(checkpoint, family, kind, split, folder, list(layouts))
+        return _read(folder, layouts, dtype)
+    except (OSError, DamagedPack) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ToolkitError(
+            f"the packed weights cannot be written to {folder} ({reason}); make room there, or set "
+            "ASCEND_VLM_CACHE to another folder"
+        ) from error
 
 
 def packed_folder(checkpoint, family, kind: str, split) -> Path:
@@ -56,34 +64,71 @@ def packed_folder(checkpoint, family, kind: str, split) -> Path:
     table = [[w.source, [[str(p.target), p.take, p.at] for p in w.parts]] for w in rows]
     digest = tensors_digest(checkpoint, [w.source for w in rows if w.source in checkpoint.shapes])
     identity = json.dumps([PACKER, family.name, table, digest, split.size, split.rank])
-    return cache_root() / "packed" / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}-{kind}"
+    name = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    return cache_folder("packed") / f"{name}-{kind}"
 
 
-def _pack(checkpoint, family, kind, split, folder: Path):
+def stored_layouts(checkpoint, rows: list[Weight], kind: str) -> dict[str, Layout]:
+    """Of every weight that the rows make: names, dtypes and shapes of its stored tensors."""
+    layouts = {}
+    for row in rows:
+        if row.source not in checkpoint.shapes:
+            continue
+        for part in row.parts:
+            name = str(part.target)
+            layouts[name] = _layout(name, _target_shape(row.shape, part), kind)
+    return layouts
+
+
+def _target_shape(source: tuple[int, ...], part: Part) -> tuple[int, ...]:
+    """Shape of the whole target that `part` of a tensor of shape `source` belongs to."""
+    if part.at:
+        return part.at[1], *source[1:]
+    if part.take:
+        return part.take[1] - part.take[0], *source[1:]
+    return tuple(source)
+
+
+def _layout(name: str, shape: tuple[int, ...], kind: str) -> Layout:
+    if not name.endswith(MATRICES):
+        return {"float": (None, shape)}
+    n, k = shape
+    if _form(name, shape, kind) == "int8":
+        return {"int8": (torch.int8, (n, k)), "scale": (torch.float32, (n,))}
+    scales = (k // GROUP, n, 2)
+    return {"int4": (torch.uint8, (n, k // 2)), "scales": (torch.bfloat16, scales)}
+
+
+def _pack(checkpoint, family, kind, split, folder: Path, names: list[str]):
     work = folder.with_name(f".{folder.name}")
-    work.mkdir(parents=True, exist_ok=True)
+    work.mkdir(mode=0o700, parents=True, exist_ok=True)
     with locked(work), byte_progress(f"packing to {kind}") as progress:
-        if folder.is_dir():  # another process was quicker
-            return
+        with suppress(DamagedPack):
+            return check_listed(folder, names)  # another process was quicker
         for name, tensor in checkpoint.assemble(decoder_rows(family, split), progress=progress):
             save_file(_stored(name, tensor, kind), work / f"{name}.safetensors")
+        write_list(work)
+        remove_folder(folder)
         os.rename(work, folder)
 
 
-def _stored(name: str, tensor, kind: str) -> dict[str, torch.Tensor]:
+def _form(name: str, shape: tuple[int, ...], kind: str) -> str:
     """The head keeps 8 bits: it decides between tokens and is little of the whole."""
+    small = kind == "int4" and not name.startswith("lm_head") and Int4Weight.fits(shape)
+    return "int4" if small else "int8"
+
+
+def _stored(name: str, tensor, kind: str) -> dict[str, torch.Tensor]:
     if not name.endswith(MATRICES):
         return {"float": tensor}
-    small = kind == "int4" and not name.startswith("lm_head") and Int4Weight.fits(tensor)
-    return FORMS["int4" if small else "int8"].tensors(tensor)
+    return FORMS[_form(name, tensor.shape, kind)].tensors(tensor)
 
 
-def _read(folder: Path, dtype) -> dict:
-    files = sorted(folder.glob("*.safetensors"))
+def _read(folder: Path, layouts: dict[str, Layout], dtype) -> dict:
     weights = {}
-    with step_progress("loading packed weights", len(files)) as advance:
-        for file in files:
-            weights[file.stem] = _loaded(load_file(file), dtype)
+    with step_progress("loading packed weights", len(layouts)) as advance:
+        for name, stored in read_weights(folder, layouts):
+            weights[name] = _loaded(stored, dtype)
             advance()
     return weights
 

@@ -177,8 +177,9 @@ class Int4Weight(SmallBatchWeight):
         return native.Matmul(native.INT4, self._blocks, bias)
 
     @staticmethod
-    def fits(weight: torch.Tensor) -> bool:
-        return weight.shape[0] % 16 == 0 and weight.shape[1] % GROUP == 0
+    def fits(shape: tuple[int, int]) -> bool:
+        n, k = shape
+        return n % 16 == 0 and k % GROUP == 0
 
     @staticmethod
     def tensors(weight: torch.Tensor) -> dict[str, torch.Tensor]:

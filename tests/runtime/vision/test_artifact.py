@@ -16,6 +16,7 @@ from models import family_of
 from models.checkpoint import Checkpoint
 from runtime.common import files, processes
 from runtime.common.errors import ToolkitError
+from runtime.common.files import file_entry
 from runtime.common.notes import notes_on_stderr
 from runtime.vision import artifact
 from runtime.vision.artifact import Manifest
@@ -59,7 +60,7 @@ def make(directory, source, **fields):
     work.mkdir(parents=True)
     for name in (artifact.ONNX, artifact.DATA):
         (work / name).write_bytes(name.encode())
-    files = {name: {"bytes": len(name), "sha256": ""} for name in (artifact.ONNX, artifact.DATA)}
+    files = {name: file_entry(work / name) for name in (artifact.ONNX, artifact.DATA)}
     manifest = Manifest(source, fields.pop("family", "visualglm"), 17, {}, {}, files, {}, **fields)
     artifact.publish(work, directory, manifest)
     return directory
