@@ -1,47 +1,74 @@
-"""Images to arrays: open safely, bring to RGB upright, resize and crop as each family's original
-does.
+"""Images to arrays: open safely, bring to RGB upright, resize and crop as each family's original does.
 
-Takes a path, bytes or PIL image; returns float32 NHWC [1, S, S, 3] with raw values 0..255. Mean and
-standard deviation are applied inside the vision encoder's graph, not here.
+A path, bytes or PIL image flows in; float32 NHWC [1, S, S, 3] with raw values 0..255 flows out. Mean and standard
+deviation are applied inside the vision encoder's graph, not here.
 """
 
 import io
 import math
 import re
 import warnings
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from models.errors import ModelError
 
+from .picture_files import open_file
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# of PIL's many formats the common ones (JPEG opens MPO, too); none starts another program, as EPS would
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+FORMAT_NAMES = "PNG, JPEG, WebP, BMP, GIF or TIFF"
 MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # 178,956,970: where PIL stops trusting a header
+MAX_SIDE = 65_535  # the longest of a JPEG; PIL's resize takes 48 bytes for each pixel of it
+MAX_RATIO = 2_000  # of the longer side to the shorter one
+MAX_RESIZED_PIXELS = 1 << 24  # 64 MB, of which the centre is cut out
 WHOLE = 1e-3  # a denormalised value this close to a whole number was that number
+ORIENTATION = 0x0112  # EXIF tag
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF tags
+
+
+class ImageTooLarge(ModelError):
+    """An image with more pixels, longer sides or a larger ratio of its sides than is read."""
 
 
 def open_image(source, upright: bool = True) -> Image.Image:
-    """Path, bytes or PIL image -> decoded RGB image of the same size.
+    """Path, bytes or PIL image -> decoded RGB image of the same size; ModelError says in a sentence why it cannot.
 
-    ModelError says in a sentence why it cannot be used. Every mode becomes RGB the way the
-    originals do it, by PIL's `convert`: alpha is dropped (not blended), grey is repeated, palettes
-    are looked up, the first frame of an animation counts.
-
-    upright: apply the camera's EXIF rotation first, as transformers' image loader (LLaVA,
-    GLM-Edge-V) does and as a person sees the image. The VisualGLM and GLM-4V demos ignore the tag:
-    pass False for their exact pixels of a rotated photo.
+    Every mode becomes RGB the way the originals do it, by PIL's `convert`: alpha is dropped (not blended), grey is
+    repeated, palettes are looked up, the first frame of an animation counts; 16-bit grey is scaled to 8 bits.
+    `upright` applies the camera's EXIF rotation first, as transformers' image loader (LLaVA, GLM-Edge-V) does and as
+    a person sees the image; the VisualGLM and GLM-4V demos ignore the tag, pass False for their exact pixels of a
+    rotated photo.
     """
-    name, image = _open(source)
+    name, image = open_header(source)
     try:
-        if upright:
-            image = ImageOps.exif_transpose(image)
-        return _rgb(image)
+        image.load()
+        depth = _grey_depth(image)
+        turned = _upright(image) if upright else image
     except Exception as error:  # PIL's decoders raise whatever their parsers stumble over
         raise ModelError(
             f"{name} is damaged or truncated ({_brief(error)}); use another copy of it"
         ) from None
+    if depth:
+        turned = _to_8_bits(turned, *depth)
+    return _rgb(turned, name)
+
+
+def open_header(source, max_pixels: int = MAX_PIXELS) -> tuple[str, Image.Image]:
+    """Its name for messages, and the image with its header read but nothing decoded.
+
+    ImageTooLarge for its size, ModelError for what is no picture of `FORMATS`.
+    """
+    if isinstance(source, Image.Image):
+        name, image = "the picture", source
+    else:
+        name = _name(source)
+        image = _open(source, name, max_pixels)
+    _check_size(name, *image.size, max_pixels)
+    return name, image
 
 
 def squash(image: Image.Image, size: int) -> np.ndarray:
@@ -56,10 +83,10 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     short = min(image.size)
     long = max(image.size)
     scaled = int(size * long / short)
-    if size * scaled > MAX_PIXELS:
+    if size * scaled > MAX_RESIZED_PIXELS:
         raise ModelError(
             f"a picture of {image.width}x{image.height} is too narrow: its longer edge would become "
-            f"{scaled:,} pixels (limit {MAX_PIXELS // size:,}); crop it first"
+            f"{scaled:,} pixels (limit {MAX_RESIZED_PIXELS // size:,}); crop it first"
         )
     width = size if image.width <= image.height else scaled
     height = size + scaled - width
@@ -104,42 +131,100 @@ def denormalize(pixels: np.ndarray, mean, std, shape: tuple[int, ...]) -> np.nda
     return raw.astype(np.float32)
 
 
-def _open(source) -> tuple[str, Image.Image]:
-    """Name for messages, and the image with its header read but nothing decoded."""
-    if isinstance(source, Image.Image):
-        return "the picture", source
+def _name(source) -> str:
     if isinstance(source, bytes):
-        name = f"the picture ({len(source):,} bytes)"
-        file = io.BytesIO(source)
-    else:
-        name = f"picture {source}"
-        file = Path(source)
+        return f"the picture ({len(source):,} bytes)"
+    return f"picture {source}"
+
+
+def _open(source, name: str, max_pixels: int) -> Image.Image:
+    """Header read, nothing decoded."""
     try:
+        stream = io.BytesIO(source) if isinstance(source, bytes) else open_file(source)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return name, Image.open(file)
+            warnings.simplefilter("ignore")  # of large sizes and odd metadata
+            return Image.open(stream, formats=FORMATS)
+    except ModelError:
+        raise
     except FileNotFoundError:
         raise ModelError(f"{name} does not exist; check --image") from None
-    except IsADirectoryError:
-        raise ModelError(f"{name} is a directory; name one picture in it") from None
     except PermissionError:
         raise ModelError(f"{name} may not be read; change its permissions") from None
     except Image.DecompressionBombError as error:
         pixels = int(re.search(r"\d+", str(error))[0])
-        raise ModelError(
-            f"{name} has {pixels:,} pixels, the limit is {MAX_PIXELS:,}; make it smaller first"
-        ) from None
+        raise _too_many(name, pixels, max_pixels) from None
     except Exception:  # not only UnidentifiedImageError: a damaged header raises all kinds
         raise ModelError(
-            f"{name} is not a picture that can be read; use PNG, JPEG, WebP, BMP or GIF"
+            f"{name} is not a picture that can be read; use {FORMAT_NAMES} with 8 bits a channel"
         ) from None
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    with warnings.catch_warnings():
-        # "palette images with transparency": dropped on purpose
-        warnings.simplefilter("ignore", UserWarning)
-        return image.convert("RGB")
+def _check_size(name: str, width: int, height: int, max_pixels: int):
+    short, long = sorted((width, height))
+    if short < 1:
+        raise ModelError(f"{name} is empty ({width} x {height} pixels); use another one")
+    if long > MAX_SIDE:
+        raise ImageTooLarge(
+            f"{name} has {width} x {height} pixels, the limit is {MAX_SIDE:,} for a side; crop it "
+            "or make it smaller first"
+        )
+    if width * height > max_pixels:
+        raise _too_many(name, width * height, max_pixels)
+    if long > MAX_RATIO * short:
+        raise ImageTooLarge(
+            f"{name} is too narrow with {width} x {height} pixels: the limit is {MAX_RATIO:,} "
+            "times as long as wide; crop it first"
+        )
+
+
+def _too_many(name: str, pixels: int, limit: int) -> ImageTooLarge:
+    return ImageTooLarge(
+        f"{name} has {pixels:,} pixels, the limit is {limit:,}; make it smaller first"
+    )
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF tag says; the same object where there is nothing to turn."""
+    if image.getexif().get(ORIENTATION, 1) == 1:
+        return image
+    return ImageOps.exif_transpose(image)
+
+
+def _grey_depth(image: Image.Image) -> tuple[int, bool] | None:
+    """(largest value, is white zero) of grey with more than 8 bits; None for all other images."""
+    if image.mode == "I" and image.format == "PNG":  # before Pillow 11
+        return 65_535, False
+    if not image.mode.startswith("I;16"):
+        return None
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
+    return (1 << bits) - 1, tags.get(PHOTOMETRIC) == WHITE_IS_ZERO
+
+
+def _to_8_bits(image: Image.Image, largest: int, white_is_zero: bool) -> Image.Image:
+    values = np.asarray(image).astype(np.uint32)
+    grey = ((values * 255 + largest // 2) // largest).astype(np.uint8)
+    return Image.fromarray(255 - grey if white_is_zero else grey)
+
+
+def _rgb(image: Image.Image, name: str) -> Image.Image:
+    """ModelError for values whose range is not known: integers of 32 bits, floats."""
+    if image.mode in ("I", "F"):
+        raise ModelError(
+            f"{name} has integers of 32 bits or floats, and nothing says which value is white; save "
+            "it with 8 bits a channel first"
+        )
+    if image.mode == "RGB":
+        return image
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a palette's alpha is dropped on purpose
+            return image.convert("RGB")
+    except (ValueError, OSError):
+        raise ModelError(
+            f"{name} has colours of the kind {image.mode}, which cannot be shown as RGB; save it "
+            "as an 8-bit PNG"
+        ) from None
 
 
 def _array(image: Image.Image) -> np.ndarray:

@@ -4,21 +4,27 @@ Takes a URL or encoded text, returns a decoded PIL image; the limits are checked
 """
 
 import base64
-import binascii
-import io
 import re
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 from PIL import Image
+
+from models.errors import ModelError
+from models.prompt.images import ImageTooLarge, open_header
+from models.prompt.picture_files import read_below
 
 from .errors import ApiError
 from .fetch import fetch
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
-DATA_URI = re.compile(r"data:image/[\w.+-]+;base64,")
+SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):", re.IGNORECASE)
+IN_BASE64 = re.compile(r"[;:]\s*base64\s*$", re.IGNORECASE)
+# how a picture's first bytes look in base64: PNG, JPEG, GIF, WebP, BMP, TIFF
+ENCODED_PICTURE = re.compile(r"\s*(iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk|SUkqA|TU0AKg)[\w+/=\s-]{40,}")
+NO_BASE64 = re.compile("[^A-Za-z0-9+/]")
+URL_SAFE = str.maketrans("-_", "+/")
+FORMS = "send a data URI (data:image/png;base64,...)"
 
 
 @dataclass(frozen=True)
@@ -36,50 +42,85 @@ class ImageRules:
     domains: tuple[str, ...] = ()
 
     def from_url(self, url: str) -> Image.Image:
-        """The image of a data: URI, a file: URL below the allowed folder, or a URL of an allowed
-        domain. ApiError for anything else."""
-        start = DATA_URI.match(url)
-        if start:
-            return self.from_base64(url[start.end() :])
-        if url.startswith("file://"):
-            return self.decode(self._read(url))
-        if self.domains and url.startswith(("http://", "https://")):
-            return self.decode(fetch(url, self.domains, self.max_bytes))
-        raise ApiError(
-            "image_url must be a data URI (data:image/png;base64,...); this server fetches no URL "
-            "and reads no file that its operator did not allow",
-            param="messages",
-        )
-
-    def from_base64(self, text: str) -> Image.Image:
-        self._check_size(len(text) * 3 // 4)
-        try:
-            return self.decode(base64.b64decode(text, validate=True))
-        except (binascii.Error, ValueError):
-            raise ApiError("the picture is not valid base64", 422, param="messages") from None
+        """The image of a data URI, of base64 without a prefix, of a file: URL or plain path below
+        the allowed folder, or of a URL of an allowed domain. ApiError for anything else."""
+        return self.decode(self._bytes_of(url.strip()))
 
     def decode(self, data: bytes) -> Image.Image:
         """The header is read first, and nothing else of an image that is too large."""
         self._check_size(len(data))
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                image = Image.open(io.BytesIO(data), formats=FORMATS)
-            pixels = image.width * image.height
-        except Image.DecompressionBombError:
-            pixels = 2 * Image.MAX_IMAGE_PIXELS
-        except Exception:  # damaged headers raise all kinds
-            raise ApiError(
-                f"the picture cannot be read; use {', '.join(FORMATS)}", 422, param="messages"
-            ) from None
-        if pixels > self.max_pixels:
-            raise ApiError(
-                f"the picture has {pixels:,} pixels, the limit is {self.max_pixels:,}; make it "
-                "smaller",
-                413,
-                param="messages",
-            )
+            _, image = open_header(data, self.max_pixels)
+        except ImageTooLarge as error:
+            raise ApiError(str(error), 413, param="messages") from None
+        except ModelError as error:
+            raise ApiError(str(error), 422, param="messages") from None
         return load(image)
+
+    def _bytes_of(self, url: str) -> bytes:
+        scheme = SCHEME.match(url)
+        kind = scheme[1].lower() if scheme else ""
+        if kind == "data":
+            return self._from_data_uri(url)
+        if kind in ("http", "https"):
+            return self._fetched(url)
+        if kind == "file":
+            return self._read(_path_of(url))
+        if kind:
+            raise _refused(f"image_url begins with {kind[:20]}:, which is not supported; {FORMS}")
+        if not url:
+            raise _refused(f"image_url is empty; {FORMS}")
+        if ENCODED_PICTURE.fullmatch(url):
+            return self._from_base64(url)
+        return self._read(url)
+
+    def _from_data_uri(self, url: str) -> bytes:
+        """Of any type and with any parameters: the picture's own bytes say what it is."""
+        head, comma, data = url.partition(",")
+        if not comma:
+            raise _refused(
+                "the data URI has no comma in front of its data; write data:image/png;base64,..."
+            )
+        if not IN_BASE64.search(head):
+            return unquote_to_bytes(data)
+        return self._from_base64(unquote(data) if "%" in data else data)
+
+    def _from_base64(self, text: str) -> bytes:
+        """Of either alphabet, with white space, with or without padding."""
+        text = "".join(text.split()).translate(URL_SAFE).rstrip("=")
+        self._check_size(len(text) * 3 // 4)
+        wrong = NO_BASE64.search(text)
+        if wrong:
+            reason = f"character {wrong.start() + 1} is {wrong[0]!r}"
+            raise _refused(f"the picture is not valid base64: {reason}", 422)
+        if len(text) % 4 == 1:
+            reason = f"its {len(text)} characters are one too few or too many"
+            raise _refused(f"the picture is not valid base64: {reason}", 422)
+        return base64.b64decode(text + "=" * (-len(text) % 4))
+
+    def _fetched(self, url: str) -> bytes:
+        if not self.domains:
+            raise _refused(
+                f"this server fetches no URL; {FORMS}, or let its operator name the host with "
+                "--allowed-media-domains"
+            )
+        return fetch(url, self.domains, self.max_bytes)
+
+    def _read(self, path: str) -> bytes:
+        """The file, up to max_bytes + 1 bytes. One outside the folder gives the same error as one
+        that is not there."""
+        if self.folder is None:
+            raise _refused(
+                f"a file is not one that this server may read, and image_url is none of the other "
+                f"forms; {FORMS}, or let its operator start it with --allowed-local-media-path DIR"
+            )
+        try:
+            return read_below(path, self.folder, self.max_bytes)
+        except (OSError, ValueError, RuntimeError, ModelError):
+            raise _refused(
+                "this file is not one that this server may read; name a picture below the folder "
+                f"of --allowed-local-media-path, as img.png or file:///folder/img.png, or {FORMS}"
+            ) from None
 
     def _check_size(self, size: int):
         if size > self.max_bytes:
@@ -89,21 +130,6 @@ class ImageRules:
                 param="messages",
             )
 
-    def _read(self, url: str) -> bytes:
-        """The file, up to max_bytes + 1 bytes. Links are followed before the folder is checked; a
-        file outside gives the same error as one that is not there."""
-        refused = ApiError("this file is not one that this server may read", param="messages")
-        if self.folder is None:
-            raise refused
-        try:
-            path = Path(unquote(urlsplit(url).path)).resolve(strict=True)
-            if not (path.is_relative_to(self.folder.resolve()) and path.is_file()):
-                raise refused
-            with path.open("rb") as file:
-                return file.read(self.max_bytes + 1)
-        except (OSError, ValueError):
-            raise refused from None
-
 
 def load(image: Image.Image) -> Image.Image:
     try:
@@ -111,3 +137,16 @@ def load(image: Image.Image) -> Image.Image:
     except Exception:  # PIL's decoders raise whatever their parsers stumble over
         raise ApiError("the picture is damaged or truncated", 422, param="messages") from None
     return image
+
+
+def _path_of(url: str) -> str:
+    """Of a file: URL; empty, which is no file, for one on another machine."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return ""
+    return unquote(parts.path) if parts.netloc in ("", "localhost") else ""
+
+
+def _refused(message: str, status: int = 400) -> ApiError:
+    return ApiError(message, status, param="messages")

@@ -255,10 +255,14 @@ class DetokenizeRequest(BaseModel):
     tokens: Annotated[list[TokenId], Field(max_length=1_000_000)]
 
 
+def as_data_uri(image: str) -> str:
+    return image if image.lstrip()[:5].lower() == "data:" else f"data:;base64,{image}"
+
+
 class LegacyRequest(BaseModel):
     """The VisualGLM guide's `POST /`.
 
-    image: base64 without a prefix. history: pairs of question and answer. max_length: tokens of
+    image: base64, or a data URI. history: pairs of question and answer. max_length: tokens of
     prompt and answer together.
     """
 
@@ -284,8 +288,7 @@ class LegacyRequest(BaseModel):
             messages.append(Message(role="assistant", content=answer))
         parts = [TextPart(type="text", text=self.text)]
         if self.image:
-            url = f"data:image/any;base64,{self.image}"
-            parts.insert(0, ImagePart(type="image_url", image_url=url))
+            parts.insert(0, ImagePart(type="image_url", image_url=as_data_uri(self.image)))
         return [*messages, Message(role="user", content=parts)]
 
     def max_new_tokens(self, prompt_tokens: int) -> int | None:

@@ -1,6 +1,7 @@
 """Pictures: the pixels of the original preprocessors, bit by bit, and a sentence for whatever is not a picture."""
 
 import io
+import os
 import struct
 import zlib
 
@@ -64,7 +65,7 @@ def encoded(image, kind="PNG", **options) -> bytes:
     return stream.getvalue()
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "I", "F", "CMYK"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "HSV", "RGBX"])
 def test_every_mode_becomes_rgb_by_convert(mode):
     image = picture(mode)
     opened = open_image(image)
@@ -77,8 +78,100 @@ def test_alpha_is_dropped_not_blended():
     assert np.array_equal(open_image(encoded(image)), picture())
 
 
-def test_sixteen_bit_grey_and_animation():
-    assert open_image(encoded(Image.fromarray(np.full((4, 4), 300, np.uint16)))).size == (4, 4)
+def grey_tiff(bits: int, white: int, data: bytes, sample_format: int = 1) -> bytes:
+    """4 x 4 values; white: 1, or 0 for the largest value."""
+    tags = [
+        (256, 4),
+        (257, 4),
+        (258, bits),
+        (259, 1),
+        (262, white),
+        (273, 200),
+        (277, 1),
+        (278, 4),
+        (279, len(data)),
+        (339, sample_format),
+    ]
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags))
+    for tag, value in tags:
+        head += struct.pack("<HHII", tag, 4 if tag == 273 else 3, 1, value)
+    return (head + bytes(4)).ljust(200, b"\0") + data
+
+
+SIXTEEN = [0, 300, 32896, 65535] * 4
+SCALED = [0, 1, 128, 255]
+
+
+@pytest.mark.parametrize(
+    "source, expected",
+    [
+        (encoded(Image.fromarray(np.array(SIXTEEN, np.uint16).reshape(4, 4))), SCALED),
+        (encoded(Image.fromarray(np.array(SIXTEEN, np.uint16).reshape(4, 4)), "TIFF"), SCALED),
+        (Image.fromarray(np.array(SIXTEEN, np.uint16).reshape(4, 4)), SCALED),
+        (Image.frombytes("I;16B", (4, 4), np.array(SIXTEEN, ">u2").tobytes()), SCALED),
+        (grey_tiff(16, 1, np.array(SIXTEEN, "<u2").tobytes()), SCALED),
+        (grey_tiff(16, 0, np.array(SIXTEEN, "<u2").tobytes()), [255, 254, 127, 0]),
+        (grey_tiff(12, 1, b"\xff\xf0\0" * 8), [255, 0, 255, 0]),
+    ],
+)
+def test_more_than_8_bits_are_scaled(source, expected):
+    opened = open_image(source)
+    assert opened.mode == "RGB"
+    assert np.asarray(opened)[0].tolist() == [[value] * 3 for value in expected]
+
+
+def test_a_palette_with_alpha():
+    image = picture("P")
+    image.info["transparency"] = bytes(range(256))
+    assert np.array_equal(open_image(encoded(image)), picture("P").convert("RGB"))
+    mixed = picture("P").convert("PA")
+    assert np.array_equal(open_image(mixed), picture("P").convert("RGB"))
+
+
+@pytest.mark.parametrize(
+    "source, words",
+    [
+        (picture("I"), "nothing says which value is white"),
+        (picture("F"), "nothing says which value is white"),
+        (encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "save it with 8 bits"),
+        (encoded(Image.fromarray(np.ones((4, 4), np.int32)), "TIFF"), "save it with 8 bits"),
+        (grey_tiff(16, 1, bytes(32), 2), "save it with 8 bits"),
+        (grey_tiff(64, 1, bytes(128), 3), "is not a picture that can be read"),
+        (picture("LA").convert("La"), "colours of the kind La"),
+    ],
+)
+def test_values_without_a_known_white_are_refused(source, words):
+    with pytest.raises(ModelError, match=words):
+        open_image(source)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF"])
+def test_formats(kind):
+    more = {}
+    if kind == "MPO":
+        more = {"save_all": True, "append_images": [picture()]}
+    assert open_image(encoded(picture(), kind, **more)).size == (30, 20)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PPM", "JPEG2000", "PCX", "ICO"])
+def test_other_formats_are_refused(kind):
+    with pytest.raises(ModelError, match="use PNG, JPEG, WebP, BMP, GIF or TIFF"):
+        open_image(encoded(picture(), kind))
+
+
+def test_no_other_program_is_started(tmp_path, monkeypatch):
+    script = tmp_path / "gs"
+    script.write_text(f"#!/bin/sh\ntouch {tmp_path}/called\necho 10.0\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    file = tmp_path / "cat.png"
+    file.write_bytes(encoded(picture(), "EPS"))
+    with pytest.raises(ModelError, match="is not a picture"):
+        open_image(file)
+    assert not (tmp_path / "called").exists()
+
+
+def test_the_first_frame_of_an_animation():
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     animation = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert open_image(animation).getpixel((0, 0)) == (255, 0, 0)
@@ -107,17 +200,19 @@ def test_odd_sizes_give_the_encoders_shape(resize, size):
 def test_too_narrow_to_crop():
     with pytest.raises(ModelError, match="too narrow"):
         center_crop(Image.new("RGB", (1, 60000)), 336)
+    with pytest.raises(ModelError, match="longer edge would become 504,000 pixels"):
+        center_crop(Image.new("RGB", (1500, 1)), 336)
 
 
-def huge_png() -> bytes:
-    """30000 x 30000 by its header; no pixel data worth the name."""
+def huge_png(width=30_000, height=30_000) -> bytes:
+    """So large by its header; no pixel data worth the name."""
 
     def chunk(kind, data):
         return (
             struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         )
 
-    header = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", header)
@@ -137,12 +232,30 @@ def huge_png() -> bytes:
         (encoded(picture())[:300], "is damaged or truncated"),
         (encoded(picture(), "JPEG")[:700], "is damaged or truncated"),
         (huge_png(), "has 900,000,000 pixels, the limit is 178,956,970"),
+        (huge_png(1, 49_999_999), "has 1 x 49999999 pixels, the limit is 65,535 for a side"),
+        (huge_png(65_536, 64), "the limit is 65,535 for a side"),
+        (huge_png(60_000, 10), "too narrow with 60000 x 10 pixels: the limit is 2,000 times"),
+        (Image.new("RGB", (1, 60_000)), "too narrow"),
+        (Image.new("RGB", (0, 5)), "is empty"),
+        ("/dev/zero", "is a pipe, a device or a socket"),
+        (5, "is not a picture"),
     ],
 )
 def test_what_is_no_usable_picture_gets_one_sentence(source, words):
     with pytest.raises(ModelError, match=words) as caught:
         open_image(source)
     assert "\n" not in str(caught.value)
+
+
+def test_a_named_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ModelError, match="is a pipe, a device or a socket"):
+        open_image(tmp_path / "pipe.png")
+
+
+def test_a_picture_that_needs_no_change_is_not_copied():
+    image = picture()
+    assert open_image(image) is image
 
 
 @pytest.mark.parametrize(

@@ -207,20 +207,20 @@ def test_what_is_not_just_a_named_host(url, host, loopback_is_public):
 
 
 @pytest.mark.parametrize(
-    "url",
+    ("url", "words"),
     [
-        "ftp://127.0.0.1/a.png",
-        "gopher://127.0.0.1:70/_x",
-        "HTTP://127.0.0.1/",
-        "//127.0.0.1/",
-        "data:text/html;base64,QUJD",
-        "javascript:1",
-        "/picture",
-        "",
+        ("ftp://127.0.0.1/a.png", "begins with ftp:"),
+        ("gopher://127.0.0.1:70/_x", "begins with gopher:"),
+        ("HTTP://127.0.0.1/", "address that is not public"),
+        ("//127.0.0.1/", "this server may read"),
+        ("data:text/html;base64,QUJD", "not a picture"),
+        ("javascript:1", "begins with javascript:"),
+        ("/picture", "this server may read"),
+        ("", "is empty"),
     ],
 )
-def test_other_schemes(url):
-    assert "must be a data URI" in refusal(url, "127.0.0.1")
+def test_other_schemes(url, words):
+    assert words in refusal(url, "127.0.0.1")
 
 
 def test_without_domains_nothing_is_fetched(host):
@@ -240,8 +240,8 @@ def test_a_picture_comes(host, loopback_is_public):
     [
         ("moved", "302, and redirects are not followed"),
         ("nothing", "answered 404"),
-        ("text", "cannot be read"),
-        ("zipped", "cannot be read"),
+        ("text", "not a picture that can be read"),
+        ("zipped", "not a picture that can be read"),
         ("cut", "not arrive whole"),
         ("endless", "has 200,001 bytes, the limit is 200,000"),
     ],

@@ -275,7 +275,7 @@ DAMAGED = png(300, 300)[:-40]
         ({"messages": [{"role": "judge", "content": "x"}]}, 400, "role"),
         ({"messages": [{"role": "user"}]}, 400, "content"),
         ({"messages": about("http://127.0.0.1/a.png")}, 400, "fetches no URL"),
-        ({"messages": about("/etc/passwd")}, 400, "fetch"),
+        ({"messages": about("/etc/passwd")}, 400, "this server may read"),
         ({"messages": about("file:///etc/passwd")}, 400, "not one that this server may read"),
         ({"messages": about("data:image/png;base64,@@@")}, 422, "base64"),
         ({"messages": about(data_uri(b"GIF"))}, 422, "read"),
@@ -545,6 +545,9 @@ def test_legacy_route(narrow):
     ).json()
     assert len(more["history"]) == 2 and more["history"][1] == ["and", more["result"]]
     assert narrow.post("/", {**body, "image": "@"}, headers=KEY).status_code == 422
+    for encoded in (base64.encodebytes(PICTURE.read_bytes()).decode(), f"data:;base64,{image}"):
+        again = narrow.post("/", {**body, "image": encoded}, headers=KEY).json()
+        assert again["result"] == first["result"]
 
 
 def test_loading_then_graceful_end(request):
