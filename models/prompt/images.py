@@ -13,8 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from models.errors import ModelError
-
-from .picture_files import open_file
+from models.files import open_regular
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -140,7 +139,7 @@ def _name(source) -> str:
 def _open(source, name: str, max_pixels: int) -> Image.Image:
     """Header read, nothing decoded."""
     try:
-        stream = io.BytesIO(source) if isinstance(source, bytes) else open_file(source)
+        stream = io.BytesIO(source) if isinstance(source, bytes) else open_regular(source)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large sizes and odd metadata
             return Image.open(stream, formats=FORMATS)

@@ -1,25 +1,19 @@
-"""Picture files: opened without waiting, and only below the folders that they may lie in.
+"""Picture files that others name: found only below the folders that they may lie in.
 
-Takes names and folders, returns paths, open files or bytes.
+Takes names and folders, returns paths or bytes.
 """
 
 import os
-import stat
 from pathlib import Path
 
 from models.errors import ModelError
+from models.files import kind_of
 
-FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # a named pipe must not be waited for
+FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY | os.O_NOFOLLOW
 
 
 class OutsideFolder(ModelError):
     """A file that lies in none of the folders it may be read from."""
-
-
-def open_file(path):
-    """The file at `path`, open for reading. ModelError for a named pipe, device or socket, OSError
-    for what the system refuses."""
-    return _as_stream(os.open(path, FLAGS), f"picture {path}")
 
 
 def find_below(name: str, folder: Path, allowed: Path | None = None) -> Path:
@@ -52,27 +46,22 @@ def read_below(path: str, folder: Path, limit: int) -> bytes:
     target = (root / path).resolve(strict=True)
     if not target.is_relative_to(root):
         raise OutsideFolder(f"picture {path} lies outside {folder}")
-    with _as_stream(_open_plainly(root, target.relative_to(root).parts), "the picture") as stream:
+    descriptor = _open_plainly(root, target.relative_to(root).parts)
+    kind = kind_of(os.fstat(descriptor).st_mode)
+    if kind:
+        os.close(descriptor)
+        raise ModelError(f"picture {path} is {kind}; name a picture file")
+    with os.fdopen(descriptor, "rb") as stream:
         return stream.read(limit + 1)
 
 
 def _open_plainly(root: Path, names: tuple[str, ...]) -> int:
     """Descriptor of the file that lies in `root` under these folders; no link is followed."""
-    descriptor = os.open(root, FLAGS | os.O_DIRECTORY | os.O_NOFOLLOW)
+    descriptor = os.open(root, FLAGS | os.O_DIRECTORY)
     for name in names:
         try:
-            inner = os.open(name, FLAGS | os.O_NOFOLLOW, dir_fd=descriptor)
+            inner = os.open(name, FLAGS, dir_fd=descriptor)
         finally:
             os.close(descriptor)
         descriptor = inner
     return descriptor
-
-
-def _as_stream(descriptor: int, name: str):
-    """The descriptor of a plain file as a stream. ModelError for what is none."""
-    kind = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(kind):
-        os.close(descriptor)
-        what = "a directory" if stat.S_ISDIR(kind) else "a pipe, a device or a socket"
-        raise ModelError(f"{name} is {what}; name one picture file")
-    return open(descriptor, "rb")
