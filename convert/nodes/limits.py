@@ -57,5 +57,5 @@ def describe_failure(node: NodeComparison, limits: dict[str, float], golden_kind
         what = ", ".join(f"{name} {measures[name]:.3g}" for name in broken_limits(node, limits))
     return (
         f"{node.candidate} ({node.operator}, {measures['shape']}, {golden_kind} {node.golden}) is the first that "
-        f"departs: {what}, cosine {measures['cosine_min']:.8f}"
+        f"deviates: {what}, cosine {measures['cosine_min']:.8f}"
     )

@@ -138,9 +138,7 @@ def _dtype_findings(config: dict, dtype: str | None) -> Iterator[Finding]:
             (),
         )
     if dtype == "bfloat16":
-        yield Finding(
-            "bfloat16 is not computed by the 310P; quantise with --dtype float16", (P310,)
-        )
+        yield Finding("the 310P does not support bfloat16; quantise with --dtype float16", (P310,))
 
 
 def _name_findings(description: Description, checkpoint: Checkpoint) -> Iterator[Finding]:

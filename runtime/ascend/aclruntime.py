@@ -115,7 +115,7 @@ class OmModel:
                 gears.append(size)
         if not gears:
             raise ToolkitError(
-                f"{self.path} takes a changing batch but no gears; convert it with "
+                f"{self.path} has a dynamic batch but accepts no batch size; convert it with "
                 "--dynamic_batch_size, e.g. 1,2,4"
             )
         return tuple(gears)

@@ -29,13 +29,13 @@ def look_into(options: CompareOptions, found: dict, out: Path):
     first = _first_that_deviates(options, stage, out / "nodes.csv")
     if first is None:
         found["vision_node"] = (
-            "no module of the encoder departs on the drawn picture of python -m convert.nodes; "
+            "no module of the encoder deviates on the drawn picture of python -m convert.nodes; "
             "give it --image"
         )
         return
     node = first["NPUDump"]
     kind = first["OpType"]
-    found["vision_node"] = f"inside the encoder {node} ({kind}) is the first that departs"
+    found["vision_node"] = f"inside the encoder {node} ({kind}) is the first that deviates"
     found["verdict"] += f"; {found['vision_node']}"
     found["verdict_zh"] += f"；编码器内部首先偏离的节点：{node}（{kind}）"
 

@@ -56,7 +56,7 @@ def parser() -> Parser:
         "python -m runtime.doctor",
         "[--json]",
         "Checks drivers, CANN, Python packages and NPUs of this machine against what is known to fit together, "
-        "and prints the line that mends each failure. Exit code 3 when something is missing or does not match.",
+        "and prints the command that fixes each failure. Exit code 3 when something is missing or does not match.",
         {"output": DoctorOptions},
     )
 

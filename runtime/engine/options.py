@@ -102,7 +102,7 @@ class EngineOptions:
         metavar="PATH",
     )
     ops: str = flag(
-        "decoder operators: reference is plain torch, the yardstick of the others",
+        "decoder operators: reference is plain torch, what the others are checked against",
         default="auto",
         choices=("auto", "reference", "cpu"),
     )

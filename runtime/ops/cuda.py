@@ -31,7 +31,7 @@ class CudaOps(AcceleratorOps):
         """ToolkitError for bfloat16 on a GPU that only emulates it."""
         if dtype == "bfloat16" and dtype not in self.dtypes:
             raise ToolkitError(
-                f"--dtype bfloat16 is not computed by {torch.cuda.get_device_name(self.device)}; "
+                f"{torch.cuda.get_device_name(self.device)} does not support --dtype bfloat16; "
                 "use --dtype float16"
             )
 

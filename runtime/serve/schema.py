@@ -188,8 +188,8 @@ class ChatRequest(SamplingRequest):
             )
         if self.tool_choice == "required" and len(names) != 1:
             raise ApiError(
-                "tool_choice 'required' needs exactly one tool, for nothing here keeps a model to "
-                "several; name the one to call, or use 'auto'",
+                "tool_choice 'required' is supported with exactly one tool (no constrained decoding); "
+                "name the one to call, or use 'auto'",
                 400,
                 "unsupported_parameter",
                 "tool_choice",

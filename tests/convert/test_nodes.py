@@ -200,7 +200,7 @@ def test_a_planted_node(family, plant, artifacts, tmp_path, capsys):
     code, table = run(GOLDEN / family, folder, tmp_path)
     assert code == 1 and first_failing(table)["GroundTruth"].endswith(module)
     said = capsys.readouterr().out
-    assert f"{module}) is the first that departs" in said and ("NaN or Inf" in said) == (
+    assert f"{module}) is the first that deviates" in said and ("NaN or Inf" in said) == (
         plant is overflow
     )
 
@@ -419,7 +419,7 @@ def test_dump_with_one_node_disturbed(limit, code, artifacts, tmp_path, capsys):
     assert found == code
     if code:
         assert [row["GroundTruth"] for row in table if row["IsPrecisionError"] == "YES"] == [victim]
-        assert f"ONNX node {victim}) is the first that departs" in capsys.readouterr().out
+        assert f"ONNX node {victim}) is the first that deviates" in capsys.readouterr().out
 
 
 def test_overflow_in_a_dump(artifacts, tmp_path, capsys):

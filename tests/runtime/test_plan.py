@@ -311,7 +311,7 @@ def test_config_json_alone_is_enough(capsys, tmp_path):
         ),
         (
             ["--model", "glm-4-9b-chat", "--soc", "310P3", "--dtype", "bf16"],
-            "--dtype bfloat16 is not computed by Ascend 310P",
+            "Ascend 310P does not support --dtype bfloat16",
         ),
         (
             ["--model", "visualglm-6b", "--max-model-len", "4096"],

@@ -38,9 +38,9 @@ ENGLISH = Wording(
     },
     failures={
         "layers nonfinite": "{stage} is the first with NaN or Inf ({nonfinite:,} values){more}",
-        "layers gain": "{stage} departs first: what it adds is {value:.4f} times the reference's, "
+        "layers gain": "{stage} deviates first: what it adds is {value:.4f} times the reference's, "
         "{limit:g} from plain torch in this dtype are allowed{more}",
-        "layers relative": "{stage} departs first: its error is {value:.2e} of what it adds, above "
+        "layers relative": "{stage} deviates first: its error is {value:.2e} of what it adds, above "
         "{limit:.2e}{more}",
         "nonfinite": "{nonfinite:,} values of the {features} are NaN or Inf, the first at {place}",
         "cosine": "the cosine of the {features} falls to {shown} at {place}, below {limit:g}",

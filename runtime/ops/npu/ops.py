@@ -94,7 +94,7 @@ class NpuOps(AcceleratorOps):
         """ToolkitError when the chip cannot compute in `dtype`."""
         if dtype not in self.soc.dtypes:
             raise ToolkitError(
-                f"--dtype {dtype} is not computed by {self.soc.name}; use --dtype "
+                f"{self.soc.name} does not support --dtype {dtype}; use --dtype "
                 f"{' or '.join(self.soc.dtypes)}"
             )
 

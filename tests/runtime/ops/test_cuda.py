@@ -124,7 +124,9 @@ def test_dtype_follows_the_release(released, bf16, expected, monkeypatch):
     ops = CudaOps("cuda:0")
     assert ops.default_dtype(SimpleNamespace(config={"torch_dtype": released})) == expected
     if not bf16:
-        with pytest.raises(ToolkitError, match="not computed by Tesla; use --dtype float16"):
+        with pytest.raises(
+            ToolkitError, match="Tesla does not support --dtype bfloat16; use --dtype float16"
+        ):
             ops.check("bfloat16")
 
 

@@ -232,7 +232,7 @@ def test_an_overflow_is_not_a_feature(opened, saturates):
     [
         ({"shape": (3, 8, 8)}, r"input shape \[1, 3, 8, 8\], this model needs \[batch, 8, 8, 3\]"),
         ({"shape": (8, 8, "w")}, "inputs of changing size"),
-        ({"batch": "n"}, "no gears; convert it with --dynamic_batch_size"),
+        ({"batch": "n"}, "accepts no batch size; convert it with --dynamic_batch_size"),
         ({"takes": np.int64}, "data type 9.*--output_type=FP16"),
     ],
 )
