@@ -13,7 +13,14 @@ def join_torchrun(options: EngineOptions):
     nothing happens."""
     from runtime.parallel import team
 
-    team.join_torchrun(options.tensor_parallel_size, open_engine)
+    team.join_torchrun(options.tensor_parallel_size, _open_rank)
+
+
+def _open_rank(model: str, options: dict):
+    """This rank's part of the Engine that rank 0 opens."""
+    from .engine import Engine
+
+    return Engine.of_rank(model, options)
 
 
 def open_engine(model, options: EngineOptions):

@@ -27,7 +27,7 @@ class Engine:
     """
 
     def __init__(self, model_dir, **options):
-        parts = build(model_dir, EngineOptions(**options), load=Engine.from_options)
+        parts = build(model_dir, EngineOptions(**options), load=Engine.of_rank)
         self.options = parts.options
         self.family = parts.family
         self.max_model_len = parts.max_model_len
@@ -61,6 +61,11 @@ class Engine:
     @classmethod
     def from_options(cls, model_dir, options: EngineOptions) -> "Engine":
         return cls(model_dir, **vars(options))
+
+    @classmethod
+    def of_rank(cls, model_dir: str, options: dict) -> "Engine":
+        """On ranks other than 0: the part of the model that rank 0 loads with these options."""
+        return cls(model_dir, **options)
 
     # prompts
 
@@ -255,9 +260,9 @@ class Engine:
         runs."""
         return self.decoder.layers
 
-    def follow(self, *work):
+    def follow(self, work: dict):
         """On ranks other than 0: this device's part of what rank 0 computes."""
-        self._runner.compute(*work)
+        self._runner.follow(work)
 
     # inside
 

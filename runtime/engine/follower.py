@@ -15,7 +15,7 @@ def main(argv) -> int:
     die_with_parent()
     if os.getppid() != int(argv[0]):  # it died before we could ask
         return USER_MISTAKE
-    return follow(Engine.from_options)
+    return follow(Engine.of_rank)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ class Runner:
             return self.graphs.run(ids, steps[0]).cpu()
         x = self.decoder.embed(ids.to(self._device))
         for start, values in images:
-            x[start : start + len(values)] = torch.from_numpy(values).to(x)
+            x[start : start + len(values)] = torch.as_tensor(values).to(x)
         parts = x.split([len(step.slots) for step in steps])
         hidden = [self._forward(part, step) for part, step in zip(parts, steps)]
         hidden = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
@@ -85,8 +85,13 @@ class Runner:
         if self.team is None:
             return self.compute(*work)
         with self.team.in_step():
-            self.team.send(("compute", work))
+            self.team.send("compute", **_sent(*work))
             return self.compute(*work)
+
+    def follow(self, work: dict):
+        """On ranks other than 0: compute what rank 0 sent."""
+        steps = [Step(**fields) for fields in work["steps"]]
+        self.compute(work["ids"], work["images"], steps, work["rows"])
 
     def _is_recorded(self, ids, steps) -> bool:
         """One new token per sequence, a recorded batch size, and nobody watches the layers."""
@@ -115,6 +120,16 @@ class Runner:
             kv_lens=[span.end for span in spans],
             causal=each.causal,
         )
+
+
+def _sent(ids, images, steps: list[Step], rows) -> dict:
+    """The work of `compute` as a message holds it."""
+    return {
+        "ids": ids,
+        "images": [(start, torch.from_numpy(values)) for start, values in images],
+        "steps": [vars(step) for step in steps],
+        "rows": rows,
+    }
 
 
 def pack(chunks: list[Chunk], passes: list[Pass]) -> PackedTokens:

@@ -7,35 +7,38 @@ and prints. The other ranks load their part of the decoder and compute what rank
 does, under which every rank runs the same command and all but rank 0 end up in `follow`.
 
 Messages go over gloo between the hosts' processors; sums of activations go over hccl on NPUs, over
-gloo on CPUs. Rank 0 ends everything when a rank dies. The kernel ends the others when rank 0 dies,
-in whatever way.
+gloo on CPUs. The ranks that we start find each other in a private folder, and gloo listens on the
+loopback alone. All ranks prove to each other that they hold one secret (secret.py); messages are
+JSON and tensors, sealed with it (messages.py). Rank 0 ends everything when a rank dies. The kernel
+ends the others when rank 0 dies, in whatever way.
 """
 
 import atexit
 import os
+import shutil
 import signal
-import subprocess
 import sys
-import tempfile
-import termios
 import threading
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
-from runtime.common.errors import CHECK_FAILED, MISSING_COMPONENT, ToolkitError
-from runtime.common.processes import ROOT, die_with_parent
+from runtime.common.errors import CHECK_FAILED, ToolkitError
+from runtime.common.processes import die_with_parent
+
+from . import secret as secrets
+from .messages import Sealer
+from .workers import FOLDER, end_workers, start_workers, threads_of, workers
 
 TIMEOUT = timedelta(days=30)  # of a message: a user may think that long before the next question
 REPORT_SECONDS = 10  # that a lost connection waits for rank 0's thread, which knows which rank died
-HOST = "127.0.0.1"  # all ranks run on one machine
-PORT = "ASCEND_VLM_PORT"  # names the port of rank 0 to a process that we started
-FOLLOWER = "runtime.engine.follower"  # module of a process that we start
+STORE = "store"  # file name in the private folder of a team
+LOOPBACK = "lo"
+INTERFACE = "GLOO_SOCKET_IFNAME"  # gloo's variable: the interface that it listens on
+LONGEST_MESSAGE = 4 << 30  # bytes
 
 # Of this process. torch.distributed has one group of processes, so there is one team as well.
 _team = None
-_workers: list[subprocess.Popen] = []  # that this process started
-_ending = threading.Lock()
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -59,23 +62,43 @@ def join_torchrun(size: int, load):
 
 
 class Team:
-    """`size` processes that compute one decoder; this one is `rank`."""
+    """`size` processes that compute one decoder; this one is `rank`.
 
-    def __init__(self, rank: int, size: int, store=None):
+    secret: bytes that all of them hold. store: where they find each other; None: where torchrun's
+    variables say.
+    """
+
+    def __init__(self, rank: int, size: int, secret: bytes, store=None):
         import torch
         import torch.distributed as dist
 
         self.rank = rank
         self.size = size
         self.free = True  # no engine uses it
+        self._torch = torch
         self._dist = dist
         self._device_group = None
         self._out_of_step = False
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks run on one machine
         torch.set_num_threads(threads_of(size))
         where = {"store": store} if store else {"init_method": "env://"}
         dist.init_process_group("gloo", rank=rank, world_size=size, timeout=TIMEOUT, **where)
         atexit.register(leave)
+        self._sealer = Sealer(self._agree(secret))
+
+    def _agree(self, secret: bytes) -> bytes:
+        """The key of this team's messages. ToolkitError when a rank does not hold the secret."""
+        with self._connected():
+            nonces = b"".join(self._all_bytes(os.urandom(secrets.SECRET_BYTES)))
+            proofs = self._all_bytes(secrets.proof(secret, self.rank, nonces))
+        secrets.check_proofs(secret, proofs, nonces)
+        return secrets.session_key(secret, nonces)
+
+    def _all_bytes(self, own: bytes) -> list[bytes]:
+        """What each rank gives, in their order; all of one length."""
+        tensor = self._torch.frombuffer(bytearray(own), dtype=self._torch.uint8)
+        gathered = [self._torch.empty_like(tensor) for _ in range(self.size)]
+        self._dist.all_gather(gathered, tensor)
+        return [each.numpy().tobytes() for each in gathered]
 
     def connect(self, device: str):
         """Every rank calls this once its device is open: sums on NPUs go from device to device."""
@@ -87,23 +110,40 @@ class Team:
         with self._connected():
             self._dist.barrier()
 
-    def send(self, message):
-        """Rank 0: send to all others. ToolkitError when an error has separated the ranks."""
+    def send(self, kind: str, **content):
+        """Rank 0: send plain values, lists, dicts and tensors to all others. ToolkitError when an
+        error has separated the ranks."""
         if self._out_of_step:
             raise ToolkitError(
                 "an error interrupted the processes of this model in the middle of a step; run the same "
                 "command again",
                 CHECK_FAILED,
             )
+        sealed = self._sealer.seal({"kind": kind, "content": content})
         with self._connected():
-            self._dist.broadcast_object_list([message])
+            self._dist.broadcast(self._torch.tensor([len(sealed)]), 0)
+            self._dist.broadcast(
+                self._torch.frombuffer(bytearray(sealed), dtype=self._torch.uint8), 0
+            )
 
-    def receive(self):
-        """Other ranks: the next message, or None when rank 0 is gone."""
-        message = [None]
-        with suppress(ToolkitError), self._connected():
-            self._dist.broadcast_object_list(message)
-        return message[0]
+    def receive(self) -> tuple[str, dict] | None:
+        """Other ranks: kind and content of the next message, or None when rank 0 is gone.
+        ToolkitError when it is not from rank 0."""
+        try:
+            with self._connected():
+                sealed = self._receive_bytes()
+        except ToolkitError:
+            return None
+        message = self._sealer.open(sealed)
+        return message["kind"], message["content"]
+
+    def _receive_bytes(self) -> bytes:
+        length = self._torch.zeros(1, dtype=self._torch.int64)
+        self._dist.broadcast(length, 0)
+        size = min(max(int(length), 0), LONGEST_MESSAGE)
+        sealed = self._torch.empty(size, dtype=self._torch.uint8)
+        self._dist.broadcast(sealed, 0)
+        return sealed.numpy().tobytes()
 
     def all_reduce(self, x):
         """The sum of x over all ranks, computed in place where x is contiguous."""
@@ -138,7 +178,7 @@ class Team:
         try:
             yield
         except RuntimeError as error:
-            if _workers or PORT in os.environ:
+            if workers or FOLDER in os.environ:
                 # rank 0's thread that watches the process that died ends us all, with its reason
                 threading.Event().wait(REPORT_SECONDS)
             raise ToolkitError(
@@ -189,112 +229,30 @@ def open_team(model_dir, options, load) -> Team | None:
     if _team is None:
         _team = _join() if started > 1 else _start(options.tensor_parallel_size)
     _team.free = False
-    _team.send(("load", (str(model_dir), options)))
+    _team.send("load", model_dir=str(model_dir), options=vars(options))
     return _team
 
 
 def _start(size: int) -> Team:
     """Start the other ranks on this machine and wait for them."""
-    from torch.distributed import TCPStore
-
-    store = TCPStore(
-        HOST, 0, world_size=size, is_master=True, wait_for_workers=False, timeout=TIMEOUT
-    )
-    terminal = _terminal_settings()
-    for rank in range(1, size):
-        watcher = Watcher(rank, size, store.port, terminal)
-        threading.Thread(target=watcher.run, daemon=True).start()
-    return Team(0, size, store)
+    folder = secrets.private_folder()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    start_workers(size, folder)
+    return _meet(0, size, folder)
 
 
-@dataclass
-class Watcher:
-    """Starts rank `rank` of `size` and waits for its end. port: of rank 0's store; terminal:
-    settings to restore."""
+def _meet(rank: int, size: int, folder: Path) -> Team:
+    """The team of the processes that know this private folder, all on this machine."""
+    from torch.distributed import FileStore
 
-    rank: int
-    size: int
-    port: int
-    terminal: list | None
-
-    def run(self):
-        """Starts one rank and waits; when it exits, all ranks are terminated.
-
-        The thread lives as long as the process that it started, because the kernel kills that
-        process (processes.die_with_parent) when this thread ends.
-        """
-        with tempfile.TemporaryFile() as output:
-            try:
-                worker = self._start(output)
-            except OSError as error:  # rank 0 would wait for it
-                self._end_all(CHECK_FAILED, str(error))
-            _workers.append(worker)
-            code = worker.wait()
-            if worker in _workers:  # not closed by us
-                output.seek(0)
-                self._end_all(code, output.read().decode(errors="replace").strip())
-
-    def _start(self, output) -> subprocess.Popen:
-        return subprocess.Popen(
-            [sys.executable, "-m", FOLLOWER, str(os.getpid())],
-            env={**os.environ, **self._environment()},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-
-    def _environment(self) -> dict[str, str]:
-        path = [str(ROOT)]
-        if os.environ.get("PYTHONPATH"):
-            path.append(os.environ["PYTHONPATH"])
-        return {
-            "RANK": str(self.rank),
-            "WORLD_SIZE": str(self.size),
-            "LOCAL_RANK": str(self.rank),
-            PORT: str(self.port),
-            "OMP_NUM_THREADS": str(threads_of(self.size)),
-            "PYTHONPATH": os.pathsep.join(path),
-        }
-
-    def _end_all(self, code: int, stderr_text: str):
-        """Says once why the rank ended, and ends this process, and so the others."""
-        _ending.acquire()  # and never released: one message is enough
-        print(
-            f"error: process {self.rank} of {self.size} (tensor parallel) {_reason(code, stderr_text)}; all were "
-            "ended, run the same command again",
-            file=sys.stderr,
-            flush=True,
-        )
-        if self.terminal:  # the prompt's line editing changed it
-            termios.tcsetattr(sys.stdin, termios.TCSANOW, self.terminal)
-        os._exit(code if CHECK_FAILED <= code <= MISSING_COMPONENT else CHECK_FAILED)
-
-
-def _reason(code: int, stderr_text: str) -> str:
-    """How a process ended, in its own words where it has left some; with --debug in all of them."""
-    if code < 0:
-        return f"was killed by {signal.Signals(-code).name}"
-    if code == 0 or not stderr_text:
-        return f"ended with code {code}"
-    if "--debug" in sys.argv:
-        return f"failed: {stderr_text}"
-    return f"failed: {stderr_text.splitlines()[-1].removeprefix('error: ')}"
-
-
-def threads_of(size: int) -> int:
-    """Threads of each of `size` processes that share this machine's processors."""
-    return max(1, (os.cpu_count() or 1) // size)
-
-
-def _terminal_settings():
-    with suppress(OSError, ValueError, AttributeError, termios.error):
-        return termios.tcgetattr(sys.stdin)
+    secret = secrets.read(folder / secrets.SECRET)
+    os.environ[INTERFACE] = LOOPBACK
+    return Team(rank, size, secret, FileStore(str(folder / STORE), size))
 
 
 def close_team():
     """End the ranks we started; those of torchrun wait for another model."""
-    if _workers:
+    if workers:
         leave()
     elif _team:
         _team.free = True
@@ -308,11 +266,7 @@ def leave():
     global _team
     import torch.distributed as dist
 
-    ended = _workers[:]
-    _workers.clear()  # first: their watchers see that this is no failure
-    for worker in ended:
-        worker.kill()
-        worker.wait()
+    end_workers()
     if dist.is_initialized():
         dist.destroy_process_group()
     _team = None
@@ -323,19 +277,17 @@ def leave():
 
 def _join() -> Team:
     """The team that the environment describes."""
-    from torch.distributed import TCPStore
-
     rank, size = rank_and_size()
-    port = os.environ.get(PORT)
-    if not port:  # torchrun's own variables say where
-        return Team(rank, size)
-    store = TCPStore(HOST, int(port), world_size=size, is_master=False, timeout=TIMEOUT)
-    return Team(rank, size, store)
+    folder = os.environ.get(FOLDER)
+    if folder:
+        return _meet(rank, size, Path(folder))
+    os.environ.setdefault(INTERFACE, LOOPBACK)  # on several machines the user names another
+    return Team(rank, size, secrets.users_secret())  # torchrun's own variables say where
 
 
 def follow(load) -> int:
     """`load(model_dir, options)` the model that rank 0 loads and compute what it sends, until it is
-    gone."""
+    gone. options: a dict, with this rank's own device."""
     global _team
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides what Ctrl-C ends
     die_with_parent()
@@ -345,11 +297,11 @@ def follow(load) -> int:
         kind, content = message
         if kind == "load":
             engine = None  # its memory first
-            model_dir, options = content
-            device = _own_device(options.device, _team.rank)
-            engine = load(model_dir, replace(options, device=device))
+            options = content["options"]
+            options["device"] = _own_device(options["device"], _team.rank)
+            engine = load(content["model_dir"], options)
         else:
-            engine.follow(*content)
+            engine.follow(content)
     return 0
 
 

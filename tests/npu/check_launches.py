@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed import TCPStore
+from torch.distributed import FileStore
 
 from models import family_of
 from models.network.decoder import Decoder, Step
@@ -251,9 +251,9 @@ def test_storage_formats(tmp_path, ops):
 
 
 @pytest.fixture
-def team(ops):
+def team(ops, tmp_path):
     """A group of one device over the wheel's hccl."""
-    team = Team(0, 1, TCPStore("127.0.0.1", 0, world_size=1, is_master=True))
+    team = Team(0, 1, b"secret", FileStore(str(tmp_path / "store"), 1))
     team.connect("npu:0")
     yield team
     ops.team = None

@@ -19,7 +19,7 @@ import pytest
 
 from runtime import Engine, SamplingParams, chat
 from runtime.common.errors import ToolkitError, run_command
-from runtime.parallel import team as parallel
+from runtime.parallel import workers
 
 ROOT = paths.ROOT
 GOLDEN = paths.GOLDEN
@@ -118,10 +118,10 @@ def test_engine_starts_and_ends_its_processes(expected):
             ToolkitError, match="has a model that is split over several devices already; close"
         ):
             Engine(GOLDEN / "glm4", tensor_parallel_size=2, **SETTINGS)
-        workers = list(parallel._workers)
+        processes = list(workers.workers)
     finally:
         engine.close()
-    assert [worker.returncode for worker in workers] == [-signal.SIGKILL]
+    assert [worker.returncode for worker in processes] == [-signal.SIGKILL]
 
 
 QUANTISED = GOLDEN / "msmodelslim"
@@ -306,7 +306,7 @@ def test_a_rank_that_cannot_load_says_why(monkeypatch):
     """The other rank sees another checkpoint: its sentence is the message."""
     code = (
         "import os, runtime.parallel.team as p; load = p.Team.send\n"
-        "p.Team.send = lambda team, message: load(team, ('load', ('/nowhere', message[1][1])))\n"
+        "p.Team.send = lambda team, kind, **sent: load(team, kind, **{**sent, 'model_dir': '/nowhere'})\n"
         f"from runtime import Engine; Engine({str(GOLDEN / 'glm4')!r}, tensor_parallel_size=2, vision='torch')"
     )
     done = subprocess.run(
@@ -317,3 +317,52 @@ def test_a_rank_that_cannot_load_says_why(monkeypatch):
         "error: process 1 of 2 (tensor parallel) failed: model folder /nowhere does not exist"
         in done.stderr
     )
+
+
+# who may talk to the ranks
+
+
+def listening_addresses(pids: list[int]) -> set[str]:
+    """Hexadecimal addresses on which these processes listen, as /proc/net has them."""
+    sockets = set()
+    for pid in pids:
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            sockets.add(os.readlink(descriptor))
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *_, inode = line.split()[:10]
+            if state == "0A" and f"socket:[{inode}]" in sockets:
+                found.add(local.partition(":")[0])
+    return found
+
+
+def test_ranks_listen_on_the_loopback_alone(monkeypatch, tmp_path):
+    """Whatever interface the user named for other programs."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    process = start("-tp", "2")
+    ranks = children(process.pid)
+    wait_until_loaded(process)
+    [folder] = tmp_path.glob("ascend-vlm-team-*")
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert listening_addresses([process.pid, *ranks]) == {"0100007F"}  # 127.0.0.1
+    process.communicate("/stop\n", timeout=60)
+    assert not list(tmp_path.glob("ascend-vlm-team-*"))
+
+
+def test_torchrun_ranks_with_different_secrets_end(tmp_path):
+    """As on two machines of which one has another file, or as one who is not this user."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        f"os.environ['ASCEND_VLM_CACHE'] = {str(tmp_path)!r} + '/' + os.environ['RANK']\n"
+        "from runtime import chat\n"
+        "from runtime.common.errors import run_command\n"
+        f"sys.exit(run_command(chat.main, {[*CHAT[2:], '--prompt', 'hi', '-tp', '2']}))\n"
+    )
+    done = subprocess.run(
+        [*TORCHRUN, "2", str(script)], capture_output=True, text=True, timeout=120, cwd=tmp_path
+    )
+    assert done.returncode and "does not hold this process's secret; on several" in done.stderr
