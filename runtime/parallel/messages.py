@@ -97,10 +97,10 @@ def decode(body: bytes) -> dict:
     tensors = []
     for name, shape in header["tensors"]:
         size = math.prod(shape) * DTYPES[name].itemsize
+        if size > len(body) - end:
+            raise ValueError(f"a message of {len(body)} bytes names a tensor of {size} more")
         tensors.append(_tensor(body[end : end + size], DTYPES[name], shape))
         end += size
-    if end != len(body):
-        raise ValueError(f"a message of {len(body)} bytes says that it has {end}")
     return _value(header["content"], tensors)
 
 
