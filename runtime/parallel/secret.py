@@ -8,11 +8,11 @@ reads the user's own file in the cache; on several machines it must be the same 
 import hashlib
 import hmac
 import os
-import stat
 import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from models.files import open_regular
 from runtime.common.errors import CHECK_FAILED, ToolkitError
 from runtime.common.files import cache_root
 
@@ -34,7 +34,6 @@ def users_secret() -> bytes:
     path = cache_root() / USERS_SECRET
     try:
         if not path.exists():
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             _create(path)
         return read(path)
     except OSError as error:
@@ -57,12 +56,12 @@ def _create(path: Path):
 
 
 def read(path: Path) -> bytes:
-    """The secret in a file. ToolkitError when others could have read or written it; OSError."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with os.fdopen(descriptor, "rb") as stream:
-        state = os.fstat(descriptor)
-        regular = stat.S_ISREG(state.st_mode) and state.st_size == SECRET_BYTES
-        if not regular or state.st_uid != os.getuid() or state.st_mode & OTHERS:
+    """The secret in a file. ToolkitError or ModelError when others could have read or
+    written it; OSError."""
+    with open_regular(path, follow=False) as stream:
+        state = os.fstat(stream.fileno())
+        own = state.st_uid == os.geteuid() and not state.st_mode & OTHERS
+        if not own or state.st_size != SECRET_BYTES:
             raise ToolkitError(
                 f"{path} is no secret of {SECRET_BYTES} bytes that this user alone can read; remove the file, "
                 "it is made again"

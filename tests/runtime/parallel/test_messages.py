@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from models.errors import UserError
 from runtime.common.errors import ToolkitError
 from runtime.parallel import secret
 from runtime.parallel.messages import Sealer, decode, encode
@@ -132,7 +133,7 @@ def test_a_secret_that_others_could_know_is_refused(fault, tmp_path, monkeypatch
     else:
         held.unlink()
         os.mkfifo(held, 0o600)
-    with pytest.raises(ToolkitError, match=secret.USERS_SECRET):
+    with pytest.raises(UserError, match=secret.USERS_SECRET):
         secret.users_secret()
 
 
