@@ -27,8 +27,8 @@ FAMILIES = {
     "glm_edge": "GlmEdge",
 }
 
-# Models that look alike but are other networks: (fields of config.json as regular expressions,
-# name, reason).
+# Models that look alike but are other networks, told by fields of config.json (regular expressions):
+# (fields, name, reason)
 RELATIVES = (
     (
         {"model_type": "chatglm", "padded_vocab_size": "65024"},
@@ -38,7 +38,8 @@ RELATIVES = (
     (
         {"model_type": "chatglm", "inner_hidden_size": r"\d+", "eva_config": "None"},
         "ChatGLM-6B (first generation)",
-        "the language model of VisualGLM alone; use visualglm-6b, which also chats without a picture",
+        "the language model of VisualGLM alone; "
+        "use visualglm-6b, which also chats without a picture",
     ),
     (
         {"model_type": "glm4v.*"},
@@ -109,7 +110,7 @@ def family_of(directory) -> Family:
 
 
 def relative_of(config: dict) -> tuple[str, str] | None:
-    """Name of the known but unsupported model that `config` describes, and why it is not supported."""
+    """(name, reason) of the known but unsupported model that `config` describes."""
     for fields, name, reason in RELATIVES:
         if all(re.fullmatch(wanted, str(config.get(field))) for field, wanted in fields.items()):
             return name, reason

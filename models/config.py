@@ -9,8 +9,7 @@ from .errors import ModelError
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary angles: `channels` position channels, each with angles pos / theta^(2j/dim), j <
-    dim/2.
+    """Rotary angles pos / theta^(2j/dim), j < dim/2, in each of `channels` position channels.
 
     The row that the kernels take is [c, c] with c [head_dim / 2] = angles of all channels, then
     zeros (no rotation).

@@ -1,5 +1,4 @@
-"""Quantised checkpoints as msmodelslim writes them: which tensors a linear layer has, what they
-mean.
+"""Quantised checkpoints as msmodelslim writes them: a linear layer's tensors and their meaning.
 
 Takes a directory's description (`quant_model_description.json`, tensor name -> kind) and a family's
 float weight table; returns the weight table of the quantised directory and, from its tensors, the
@@ -104,21 +103,18 @@ class Quantized:
 
 @dataclass
 class Description:
-    """What `quant_model_description.json` says: kind of every tensor, and the directory's type (as
-    MindIE calls it).
-    """
+    """What `quant_model_description.json` says."""
 
     file: Path
-    type: str
-    kinds: dict[str, str]
+    type: str  # the directory's type, as MindIE calls it
+    kinds: dict[str, str]  # of every tensor
 
     def kind(self, layer: str) -> str:
-        """Kind of the linear layer's weight; "FLOAT" if it is not quantised (or is no linear
-        layer).
-        """
-        kind = self.kinds.get(layer + ".weight", "FLOAT")
-        twin = layer.endswith(".module")  # the older layout's second copy of a norm
-        return kind if (kind in KINDS or kind in COMPRESSED) and not twin else "FLOAT"
+        """Kind of the linear layer's weight; "FLOAT" if it is not quantised, or no linear layer."""
+        if layer.endswith(".module"):  # the older layout's second copy of a norm
+            return "FLOAT"
+        kind = self.kinds.get(layer + ".weight")
+        return kind if kind in KINDS or kind in COMPRESSED else "FLOAT"
 
 
 def read_description(file: Path) -> Description:
@@ -127,20 +123,20 @@ def read_description(file: Path) -> Description:
         raise ModelError(
             f"{file} has no model_quant_type; it is not a description that msmodelslim wrote"
         )
-    return Description(
-        file,
-        entries["model_quant_type"],
-        {k: v for k, v in entries.items() if k not in NOT_TENSORS},
-    )
+    kinds = {name: kind for name, kind in entries.items() if name not in NOT_TENSORS}
+    return Description(file, entries["model_quant_type"], kinds)
 
 
 def find_description(directory) -> Description | None:
-    """The directory's description, also under its older name quant_model_description_<kind>.json;
-    None: a float checkpoint.
+    """The directory's description; None for a float checkpoint.
+
+    It may have its older name, quant_model_description_<kind>.json.
     """
     directory = Path(directory)
-    files = [directory / FILE, *sorted(directory.glob("quant_model_description_*.json"))]
-    return next((read_description(file) for file in files if file.is_file()), None)
+    for file in (directory / FILE, *sorted(directory.glob("quant_model_description_*.json"))):
+        if file.is_file():
+            return read_description(file)
+    return None
 
 
 def stored_weights(family: Family) -> WeightTable:
@@ -152,8 +148,9 @@ def stored_weights(family: Family) -> WeightTable:
 
 
 def quantized_weights(weights: Iterable[Weight], description: Description) -> Iterator[Weight]:
-    """The float table's rows -> rows of the quantised directory. ModelError for kinds that cannot
-    be computed.
+    """The float table's rows -> rows of the quantised directory.
+
+    ModelError for kinds that cannot be computed.
     """
     refuse_unknown(description)
     rows = list(weights)
@@ -173,49 +170,50 @@ def quantized_weights(weights: Iterable[Weight], description: Description) -> It
 
 
 def refuse_unknown(description: Description):
-    unknown = (
-        set(description.kinds.values()) - KINDS.keys() - {"FLOAT", "W16A16S"}
-    )  # the last: float with zeros
+    """ModelError for a kind of tensor that nothing here computes."""
+    known = {*KINDS, "FLOAT", "W16A16S"}  # the last: float with zeros
+    unknown = set(description.kinds.values()) - known
     if unknown:
         kind = min(unknown)
+        advice = COMPRESSED.get(kind, f"known are {', '.join(KINDS)}")
         raise ModelError(
-            f"{description.file} has tensors of kind {kind}, which this toolkit does not compute: "
-            + COMPRESSED.get(kind, f"known are {', '.join(KINDS)}")
+            f"{description.file} has tensors of kind {kind}, "
+            f"which this toolkit does not compute: {advice}"
         )
 
 
 def check_stored(description: Description, checkpoint: Checkpoint):
-    """ModelError unless description and weights name the same tensors, and int8 layers have the
-    dtypes of TENSORS.
-    """
+    """ModelError unless description and weights name the same tensors, in the dtypes of TENSORS."""
     described = set(description.kinds)
     stored = set(checkpoint.names)
-    problems = [
-        f"{len(names)} tensors {what}, e.g. {min(names)}"
-        for names, what in (
-            (described - stored, "described but not stored"),
-            (stored - described, "stored but not described"),
-        )
-        if names
-    ]
-    problems += [
-        f"{name} is {checkpoint.dtype(name)}"
-        for name in sorted(described & stored)
-        if not _right_dtype(name, description, checkpoint)
-    ]
+    differences = {
+        "described but not stored": described - stored,
+        "stored but not described": stored - described,
+    }
+    problems = []
+    for what, names in differences.items():
+        if names:
+            problems.append(f"{len(names)} tensors {what}, e.g. {min(names)}")
+    for name in sorted(described & stored):
+        if not _right_dtype(name, description, checkpoint):
+            problems.append(f"{name} is {checkpoint.dtype(name)}")
     if problems:
-        shown = "; ".join(problems[:SHOWN]) + f" and {len(problems) - SHOWN} more" * (
-            len(problems) > SHOWN
-        )
+        shown = "; ".join(problems[:SHOWN])
+        if len(problems) > SHOWN:
+            shown += f" and {len(problems) - SHOWN} more"
         raise ModelError(
-            f"{description.file} does not fit the weights beside it: {shown}; take both from one run"
+            f"{description.file} does not fit the weights beside it: {shown}; "
+            "take both from one run"
         )
 
 
 def _right_dtype(name: str, description: Description, checkpoint: Checkpoint) -> bool:
     layer, _, tensor = name.rpartition(".")
     kind = KINDS.get(description.kind(layer))
-    return not kind or tensor not in kind.needed or checkpoint.dtype(name) in TENSORS[tensor][1]
+    if kind is None or tensor not in kind.needed:
+        return True
+    _, dtypes = TENSORS[tensor]
+    return checkpoint.dtype(name) in dtypes
 
 
 def _piece(part: Part, kind: str, tensor: str) -> Part:
@@ -247,8 +245,9 @@ def _layer_rows(row: Weight, kind: str) -> Iterator[Weight]:
 
 
 def _norm_extras(row: Weight, rows: list[Weight], description: Description) -> Iterator[Weight]:
-    """Anti-outlier gives a norm a bias; the older layout writes weight and bias a second time as
-    X.module.*.
+    """Rows of what anti-outlier adds to a norm: a bias.
+
+    The older layout also writes weight and bias a second time, as X.module.*.
     """
     if not row.parts or row.target.role not in NORMS or row.tensor != "weight":
         return
@@ -263,10 +262,9 @@ def _norm_extras(row: Weight, rows: list[Weight], description: Description) -> I
 
 
 def layer_of(pieces: dict[int, tuple[str, dict[str, torch.Tensor]]], dtype: torch.dtype):
-    """A complete layer's pieces {first row: (kind, tensors)} -> Quantized, Linear (of `dtype`), or
-    Stacked if they differ.
+    """A complete layer's pieces {first row: (kind, tensors)} -> one layer.
 
-    ModelError for a weight offset: the symmetric kernels of the NPU have no place for it.
+    Quantized, Linear (of `dtype`), or Stacked if the pieces differ in kind or scale. ModelError for a weight offset: the symmetric kernels of the NPU have no place for it.
     """
     layers = []
     for _, (kind, tensors) in sorted(pieces.items()):
@@ -279,14 +277,13 @@ def layer_of(pieces: dict[int, tuple[str, dict[str, torch.Tensor]]], dtype: torc
 
 
 def float_scale(deq_scale: torch.Tensor) -> torch.Tensor:
-    """deq_scale as float32: stored so for bfloat16 models; for float16 ones its bits are the low
-    half of an int64.
+    """deq_scale as float32: stored so for bfloat16 models.
+
+    For float16 ones its bits are the low half of an int64.
     """
-    return (
-        deq_scale.to(torch.int32).view(torch.float32)
-        if deq_scale.dtype == torch.int64
-        else deq_scale.float()
-    )
+    if deq_scale.dtype == torch.int64:
+        return deq_scale.to(torch.int32).view(torch.float32)
+    return deq_scale.float()
 
 
 def _linear(tensors, dtype) -> Linear:
@@ -294,43 +291,39 @@ def _linear(tensors, dtype) -> Linear:
     return Linear(tensors["weight"].to(dtype), None if bias is None else bias.to(dtype))
 
 
-def _quantized(kind: str, t: dict[str, torch.Tensor]) -> Quantized:
+def _quantized(kind: str, tensors: dict[str, torch.Tensor]) -> Quantized:
     if kind in STATIC:
         return Quantized(
             kind,
-            t["weight"],
-            float_scale(t["deq_scale"]),
-            t["quant_bias"],
-            t["input_scale"].item(),
-            int(t["input_offset"].item()),
+            tensors["weight"],
+            float_scale(tensors["deq_scale"]),
+            tensors["quant_bias"],
+            tensors["input_scale"].item(),
+            int(tensors["input_offset"].item()),
         )
-    if t["weight_offset"].any():
+    if tensors["weight_offset"].any():
         raise ModelError(
             f"a {kind} layer has weight offsets; quantise with symmetric weights (w_sym=True)"
         )
-    return Quantized(
-        kind,
-        t["weight"],
-        t["weight_scale"].float().flatten(),
-        t["bias"].float() if "bias" in t else None,
-    )
+    bias = tensors["bias"].float() if "bias" in tensors else None
+    return Quantized(kind, tensors["weight"], tensors["weight_scale"].float().flatten(), bias)
 
 
-def _joined(first, second):
-    """One layer that does the work of both, or None: kinds, activation scales and presence of a
-    bias must be equal.
+def _joined(first: Quantized | Linear, second: Quantized | Linear):
+    """The rows of both as one layer; None unless kinds and activation scales are equal.
+
+    Either both have a bias or none.
     """
-
-    def shared(layer):
-        return [getattr(layer, name, None) for name in ("kind", "input_scale", "input_offset")] + [
-            layer.bias is None
-        ]
-
-    if shared(first) != shared(second):
+    if _settings(first) != _settings(second):
         return None
-    together = {
-        name: torch.cat((getattr(first, name), getattr(second, name)))
-        for name in ("weight", "scale", "bias")
-        if getattr(first, name, None) is not None
-    }
+    together = {}
+    for name in ("weight", "scale", "bias"):
+        if getattr(first, name, None) is not None:
+            together[name] = torch.cat((getattr(first, name), getattr(second, name)))
     return replace(first, **together)
+
+
+def _settings(layer: Quantized | Linear) -> list:
+    """What two layers must have in common to be joined; a Linear has no kind and no scales."""
+    names = ("kind", "input_scale", "input_offset")
+    return [*(getattr(layer, name, None) for name in names), layer.bias is None]

@@ -26,10 +26,9 @@ SHOWN = 8  # name groups shown per kind of problem
 
 
 class Checkpoint:
-    """The tensors of `directory`. `format` is "safetensors" (preferred), "bin" or "sat"; `files`
-    are the files in use.
+    """The tensors of `directory`.
 
-    Raises ModelError with every missing, truncated, unreadable or contradicting file at once.
+    format: "safetensors" (preferred), "bin" or "sat"; files: those in use. Raises ModelError with every missing, truncated, unreadable or contradicting file at once.
     """
 
     def __init__(self, directory: str | Path):
@@ -73,11 +72,15 @@ class Checkpoint:
         for name, weight in table.items():
             if name not in self._entries and not weight.optional:
                 missing.append(name)
-        unknown = [name for name in self._entries if name not in table]
+        unknown = []
         wrong = {}
         for name, entry in self._entries.items():
-            if name in table and tuple(table[name].shape) != entry.shape:
-                wrong[name] = f"is {list(entry.shape)}, expected {list(table[name].shape)}"
+            if name not in table:
+                unknown.append(name)
+                continue
+            expected = table[name].shape
+            if tuple(expected) != entry.shape:
+                wrong[name] = f"is {list(entry.shape)}, expected {list(expected)}"
         found = _listing("missing", missing)
         found += _listing("unknown", unknown)
         found += _listing("of wrong shape", wrong, wrong.get)
@@ -93,8 +96,7 @@ class Checkpoint:
         dtype: torch.dtype | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields (canonical name, tensor in its own memory) of every target as soon as it is
-        complete.
+        """Yields (canonical name, tensor in its own memory) of every target once it is complete.
 
         Only targets whose names start with `prefix`. Floating-point ones are converted to `dtype`
         (None: as stored). `progress(done, total)` counts source bytes.
@@ -121,9 +123,7 @@ class Checkpoint:
             raise ModelError("\n".join([title, *incomplete]))
 
     def digest(self, names: Iterable[str]) -> str:
-        """sha256 (hex) of names, dtypes, shapes and bytes: the same however the tensors are sharded
-        or packed.
-        """
+        """sha256 (hex) of names, dtypes, shapes and bytes, however the tensors are sharded."""
         hasher = hashlib.sha256()
         for name in sorted(names):
             entry = self._entries[name]
@@ -219,7 +219,7 @@ class _Pending:
 
 
 def _place(part: Part, piece: torch.Tensor, dtype: torch.dtype | None, pending: dict) -> bool:
-    """Copies one part into its target in `pending` {Target: _Pending}; True when that is complete."""
+    """Copies a part into its target in `pending` {Target: _Pending}; True when that is complete."""
     piece = part.transform(piece) if part.transform else piece
     dtype = dtype if dtype and piece.is_floating_point() else piece.dtype
     if part.at is None:
@@ -236,8 +236,9 @@ def _place(part: Part, piece: torch.Tensor, dtype: torch.dtype | None, pending: 
 
 
 def _copy(piece: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
-    """`into.copy_(piece)`; matrices that change dtype go through fp32 block by block, 4x faster
-    than fp16 -> bf16.
+    """`into.copy_(piece)`.
+
+    Matrices that change dtype go through fp32 block by block, 4x faster than fp16 -> bf16.
     """
     if piece.dtype == into.dtype or piece.dim() < 2:
         return into.copy_(piece)
@@ -250,7 +251,7 @@ def _copy(piece: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
 def _listing(
     kind: str, names: Iterable[str], detail: Callable[[str], str] = lambda name: ""
 ) -> list[str]:
-    """Lines `N tensors <kind>:` and the names; those that differ in one number only share a line."""
+    """Lines `N tensors <kind>:` and the names; those that differ in one number share a line."""
     groups = defaultdict(list)
     for name in names:
         groups[re.sub(r"\.\d+\.", ".*.", name, count=1), detail(name)].append(name)
@@ -258,8 +259,9 @@ def _listing(
         return []
     count = sum(map(len, groups.values()))
     plural = "s" if count > 1 else ""
+    shown = list(groups.items())[:SHOWN]
     lines = [f"  {count} tensor{plural} {kind}:"]
-    for (template, note), members in list(groups.items())[:SHOWN]:
+    for (template, note), members in shown:
         label = members[0]
         if len(members) > 1:
             label = f"{template} ({len(members)}x, first {members[0]})"

@@ -132,7 +132,7 @@ def _sat_files(directory: Path) -> list[Path]:
 
 
 def stored_entries(file: Path) -> dict[str, Entry]:
-    """Names and entries of the tensors in one weight file; DamagedFile says what is wrong with it."""
+    """Names and entries of the tensors in one file; DamagedFile says what is wrong with it."""
     if not file.exists():
         raise DamagedFile("is missing")
     if file.is_dir():
@@ -149,7 +149,7 @@ def stored_entries(file: Path) -> dict[str, Entry]:
 
 
 def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors in `directory`, from which a family reads their layout.
+    """Names and shapes of the tensors in `directory`, from which a family reads the layout.
 
     {} if a file is missing or damaged.
     """
@@ -228,8 +228,9 @@ def _pickled_entries(file: Path) -> dict[str, Entry]:
 
 
 def _load_pickled(file: Path) -> dict[str, torch.Tensor]:
-    """State dict of a .bin or .pt; zip files (torch >= 1.6) are mapped, older ones are loaded
-    whole.
+    """State dict of a .bin or .pt.
+
+    Zip files (torch >= 1.6) are mapped, older ones are loaded whole.
     """
     with open(file, "rb") as stream:
         mapped = stream.read(2) == b"PK"
@@ -255,8 +256,7 @@ def _load_pickled(file: Path) -> dict[str, torch.Tensor]:
 class TensorReader:
     """Reads tensors into memory of their own.
 
-    One pickled file is open at a time, and is reopened regularly to free the mapped pages read so
-    far.
+    One pickled file is open at a time; reopening it now and then frees the mapped pages.
     """
 
     def __init__(self):
@@ -265,7 +265,7 @@ class TensorReader:
         self.read = 0
 
     def tensor(self, name: str, entry: Entry) -> torch.Tensor:
-        """The stored tensor, contiguous; ModelError if the file shrank since its header was read."""
+        """The stored tensor, contiguous; ModelError if the file shrank after its header was read."""
         if entry.offset is None:
             return _raw(np.empty(entry.nbytes, np.uint8), entry).copy_(self._pickled(name, entry))
         raw = np.fromfile(entry.file, np.uint8, entry.nbytes, offset=entry.offset)

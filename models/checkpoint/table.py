@@ -78,8 +78,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Weight:
-    """One row of a weight table: checkpoint name, its exact shape, and where its parts go (none =
-    known and dropped).
+    """One row of a weight table: a checkpoint's tensor, its exact shape, and where its parts go.
+
+    Without parts it is known and dropped; an `optional` one may be missing.
     """
 
     source: str
@@ -146,8 +147,9 @@ class WeightTable:
 
 
 def pair(source: str, shape: tuple[int, ...], target: str, transform=None, bias: bool = True):
-    """Table rows of a layer's weight and bias; the bias has the weight's first dimension and the
-    same transform.
+    """Table rows of a layer's weight and bias.
+
+    The bias has the weight's first dimension and the same transform.
     """
     yield Weight(source + ".weight", shape, (Part(target + ".weight", transform=transform),))
     if bias:
@@ -167,10 +169,10 @@ def dense(source: str, outputs: int, inputs: int, target: str, bias: bool = True
 
 
 def fused_dense(source: str, outputs: int, inputs: int, target: str, names: str):
-    """Table rows of a tower's fused projection, whose row blocks of `outputs` each become linear
-    layers.
+    """Table rows of a tower's fused projection, split into one linear layer per name.
 
-    names: one letter per layer, in the order of the rows; they stand behind `target`.
+    names: one letter per layer, in the order of the row blocks of `outputs` rows each; a layer's
+    target is `target` and its name.
     """
 
     def parts(suffix, transform=None):

@@ -10,7 +10,7 @@ import re
 
 import numpy as np
 
-from models.checkpoint.table import Part, Weight, pair
+from models.checkpoint.table import Weight, pair
 from models.config import DecoderConfig, Rope, check_fields, rope_of
 from models.errors import ModelError
 from models.family import Prompt, SamplingDefaults
@@ -51,8 +51,8 @@ CHATGLM_ONLY = {
     "pre_seq_len": None,
 }
 NOT_RELEASED = (
-    "config.json has {field} = {given!r}, which none of the released models has (they have {wanted!r}); "
-    "take config.json from the release"
+    "config.json has {field} = {given!r}, which none of the released models has "
+    "(they have {wanted!r}); take config.json from the release"
 )
 WITH_TOOLS = (
     "你是一个名为 GLM-4 的人工智能助手。你是基于智谱AI训练的语言模型 GLM-4 模型开发的，"
@@ -102,9 +102,7 @@ class Glm4(TemplatedFamily):
         )
 
     def clean(self, answer):
-        """Without the line break the model begins with. A tool call keeps the tool's name, its
-        first line.
-        """
+        """Without the line break that the model begins with; a tool call keeps its first line."""
         return with_training_date(answer)
 
     def unstable_tail(self, answer):
@@ -167,7 +165,8 @@ class Glm4(TemplatedFamily):
             turns.append(turn)
         if not turns or not may_end(turns[-1]):
             raise ModelError(
-                "the conversation does not end with a user message or an observation; add a question"
+                "the conversation does not end with a user message or an observation; "
+                "add a question"
             )
         return turns, images
 
@@ -175,9 +174,7 @@ class Glm4(TemplatedFamily):
         return split_content(message["content"])
 
     def _pieces(self, messages, tools) -> list[str]:
-        """The prompt as the directory's template words it, or as the release's first tokenizer code
-        did.
-        """
+        """The prompt in the words of the directory's template, else of the release's first code."""
         template = directory_template(self.directory, bool(tools))
         if template is None:
             return released_pieces(messages, tools)
@@ -243,8 +240,7 @@ def released_pieces(messages: list[dict], tools=None) -> list[str]:
     """The prompt as the release's first tokenizer code worded it.
 
     Header and content are pieces of their own, so that a header's line break never merges with the
-    text behind it. Tools are described in a system turn before their message; an empty message is
-    no turn.
+    text behind it. A system turn before a message describes its tools. Empty messages are left out.
     """
     pieces = [SpecialToken("[gMASK]"), SpecialToken("<sop>")]
     for message in with_tools(messages, tools):
@@ -317,9 +313,7 @@ def chatglm_decoder(config: dict) -> DecoderConfig:
 
 
 def hf_decoder(config: dict) -> DecoderConfig:
-    """Fields of transformers' `glm` layout; defaults are those of its GlmConfig, which are
-    GLM-4-9B's.
-    """
+    """Fields of transformers' `glm` layout; defaults are those of its GlmConfig: GLM-4-9B's."""
     check_fields(config, {"hidden_act": "silu"}, NOT_RELEASED)
     head_dim = config.get("head_dim", 128)
     return DecoderConfig(
@@ -337,18 +331,13 @@ def hf_decoder(config: dict) -> DecoderConfig:
 
 
 def chatglm_weights(d: DecoderConfig, qkv_bias: bool):
-    """Weight table of the `chatglm` layout: qkv rows are [q; k; v] already, in adjacent rotary
-    pairs.
-    """
+    """Table of the `chatglm` layout: qkv rows are [q; k; v] already, in adjacent rotary pairs."""
     rows = (d.heads + 2 * d.kv_heads) * d.head_dim
     fold = functools.partial(
         fold_qkv, rotated=(d.heads + d.kv_heads) * d.head_dim, order=rotary_order(d)
     )
-    yield Weight(
-        "transformer.embedding.word_embeddings.weight",
-        (d.vocab_size, d.hidden),
-        (Part("embed.weight"),),
-    )
+    matrix = (d.vocab_size, d.hidden)
+    yield from pair("transformer.embedding.word_embeddings", matrix, "embed", bias=False)
     yield Weight("transformer.rotary_pos_emb.inv_freq", (d.rope.dim // 2,), optional=True)
     for i in range(d.layers):
         layer = f"transformer.encoder.layers.{i}."
@@ -369,9 +358,7 @@ def chatglm_weights(d: DecoderConfig, qkv_bias: bool):
             layer + "post_attention_layernorm", (d.hidden,), ours + "mlp_norm", bias=False
         )
     yield from pair("transformer.encoder.final_layernorm", (d.hidden,), "final_norm", bias=False)
-    yield Weight(
-        "transformer.output_layer.weight", (d.vocab_size, d.hidden), (Part("lm_head.weight"),)
-    )
+    yield from pair("transformer.output_layer", matrix, "lm_head", bias=False)
 
 
 def rotary_order(d: DecoderConfig):

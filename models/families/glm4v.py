@@ -1,7 +1,6 @@
 """GLM-4V-9B: an EVA2-CLIP tower and a gated projector in front of GLM-4.
 
-Takes an image squashed to S x S, returns the rows [boi; patches; eoi] that replace its three prompt
-tokens.
+Takes an image squashed to S x S, returns feature rows [boi; patches; eoi]: its three prompt tokens.
 """
 
 import numpy as np
@@ -12,7 +11,7 @@ from models.checkpoint.table import Part, Weight, dense, fused_dense, pair
 from models.config import VisionSpec, check_fields
 from models.errors import ModelError
 from models.family import Layout, Prompt
-from models.network.vision_blocks import Attention, GluAdapter, Mlp, Normalize
+from models.network.vision_blocks import Attention, GluAdapter, Mlp, Normalize, with_class_token
 from models.prompt.images import CLIP_MEAN, CLIP_STD, open_image, squash
 
 from .glm4 import NOT_RELEASED, Glm4, is_chatglm, released_pieces
@@ -35,8 +34,9 @@ class PostNormBlock(nn.Module):
 
 
 class Tower(nn.Module):
-    """NHWC image [B, S, S, 3], raw 0..255 -> [B, width, grid, grid]. No norm before or after the
-    blocks.
+    """NHWC image [B, S, S, 3], raw 0..255 -> [B, width, grid, grid].
+
+    There is no norm before or after the blocks.
     """
 
     def __init__(self, config: dict):
@@ -55,18 +55,16 @@ class Tower(nn.Module):
 
     def forward(self, nhwc):
         x = self.patch(self.normalize(nhwc)).flatten(2).transpose(1, 2)
-        x = torch.cat((self.cls.expand(x.shape[0], 1, -1), x), dim=1) + self.position
+        x = with_class_token(x, self.cls) + self.position
         for block in self.blocks:
             x = block(x)
         return x[:, 1:].transpose(1, 2).unflatten(2, (self.grid, self.grid))
 
 
 class VisionEncoder(nn.Module):
-    """NHWC image [B, S, S, 3], raw 0..255 -> rows to splice [B, 1 + patches / 4 + 1, decoder
-    hidden].
+    """NHWC image [B, S, S, 3], raw 0..255 -> feature rows [B, 1 + patches / 4 + 1, hidden].
 
-    The rows of the begin and end marks are learned here, and all rows are divided by the release's
-    scaling factor.
+    The begin and end marks' rows are learned here; all are divided by the release's scaling factor.
     """
 
     def __init__(self, config: dict, hidden: int, inner: int):
@@ -114,16 +112,14 @@ class Glm4V(Glm4):
         return squash(open_image(source, upright=False), side)
 
     def _content(self, message):
-        """The release's own message form is taken too: {"role": "user", "image": image, "content":
-        text}.
-        """
+        """Takes the release's own form too: {"role": "user", "image": image, "content": text}."""
         images, text = super()._content(message)
         if message.get("image") is not None:
             images = [message["image"], *images]
         return images, text
 
     def _pieces(self, messages, tools):
-        """Always as the release words it: no template of a directory knows where the images stand."""
+        """As the release words it: no template of a directory knows where the images stand."""
         return released_pieces(messages, tools)
 
     def _prompt(self, ids, pixels, image_starts=None, text="") -> Prompt:
@@ -133,7 +129,9 @@ class Glm4V(Glm4):
             return Prompt(ids, [], layout, text)
         start = self._image_start(ids, image_starts)
         patches = self.vision.rows - 2
-        ids = np.concatenate((ids[: start + 1], np.full(patches, ids[start + 1]), ids[start + 2 :]))
+        placeholder = start + 1
+        rows = np.full(patches, ids[placeholder])
+        ids = np.concatenate((ids[:placeholder], rows, ids[placeholder + 1 :]))
         return Prompt(ids, pixels, expanded_layout(len(ids), start, patches), text)
 
     def _image_start(self, ids, image_starts) -> int:
@@ -184,10 +182,9 @@ class Glm4V(Glm4):
 
 
 def expanded_layout(length: int, start: int, patches: int) -> Layout:
-    """All patch rows share one position, so that text after the image counts on as if they were one
-    token.
-    """
+    """All patch rows share one position: the text after the image counts on as after one token."""
     place = np.arange(length)
     first = start + 1  # of the patch rows
-    positions = np.where(place < first, place, np.maximum(place - patches + 1, first))
+    behind = np.maximum(place - patches + 1, first)
+    positions = np.where(place < first, place, behind)
     return Layout(positions[:, None], (length - patches + 1,), (1,), image_starts=(start,))

@@ -1,5 +1,4 @@
-"""GLM-Edge-1.5B/4B-chat and GLM-Edge-V-2B/5B: a small GLM decoder, in V behind a SigLIP tower and
-an adapter.
+"""GLM-Edge-1.5B/4B-chat and GLM-Edge-V-2B/5B: a small GLM decoder; V has a SigLIP tower before it.
 
 Takes config.json and messages; returns weight table, vision encoder and prompts. The chat template
 of a V model itself writes one `<|begin_of_image|>` per image row (578).
@@ -54,7 +53,7 @@ CHAT_V = """\
 
 
 class SiglipTower(nn.Module):
-    """NHWC image [B, S, S, 3], raw 0..255 -> [B, width, grid, grid], after the tower's last norm."""
+    """NHWC image [B, S, S, 3], raw 0..255 -> [B, width, grid, grid], after the last norm."""
 
     def __init__(self, siglip: dict):
         super().__init__()
@@ -85,11 +84,9 @@ class SiglipTower(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """NHWC image [B, S, S, 3], raw 0..255 -> rows to splice [B, 1 + patches / 4 + 1, decoder
-    hidden].
+    """NHWC image [B, S, S, 3], raw 0..255 -> feature rows [B, 1 + patches / 4 + 1, hidden].
 
-    The rows of the begin and end marks are learned here; they are not the word embeddings of these
-    tokens.
+    The begin and end marks' rows are learned here: they are not the word embeddings.
     """
 
     def __init__(self, siglip: dict, hidden: int, inner: int):
@@ -132,7 +129,8 @@ class GlmEdge(TemplatedFamily):
         self.siglip = SIGLIP | self.config["vision_config"]
         side = self.siglip["image_size"]
         grid = self.siglip["image_size"] // self.siglip["patch_size"]
-        self.vision = VisionSpec((1, side, side, 3), (1, (grid // 2) ** 2 + 2, self.decoder.hidden))
+        rows = (grid // 2) ** 2 + 2
+        self.vision = VisionSpec((1, side, side, 3), (1, rows, self.decoder.hidden))
         self.placeholder = ("<|begin_of_image|>", self.config["boi_token_id"])
 
     def vision_encoder(self):
@@ -153,9 +151,7 @@ class GlmEdge(TemplatedFamily):
         return answer.strip()
 
     def prompt_from_ids(self, ids, pixels=None, image_starts=None):
-        """As in TemplatedFamily; the all-zero image that the release feeds with a text prompt is
-        left out.
-        """
+        """As in TemplatedFamily; the all-zero image that the release adds to a text is left out."""
         return super().prompt_from_ids(ids, pixels if np.any(pixels) else None, image_starts)
 
     def fit(self, source, side):

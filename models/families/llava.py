@@ -1,5 +1,4 @@
-"""LLaVA-1.5-7B as llava-hf releases it: CLIP ViT-L/14-336 and a projector in front of LLaMA (Vicuna
-7B).
+"""LLaVA-1.5-7B as llava-hf releases it: CLIP ViT-L/14-336 and a projector in front of Vicuna 7B.
 
 Takes config.json, whose gaps are the defaults of transformers' classes, and messages; returns
 weight table, vision encoder and prompts. Every `<image>` of a prompt becomes as many tokens as the
@@ -30,6 +29,7 @@ from models.network.vision_blocks import (
     gelu_erf,
     gelu_tanh,
     quick_gelu,
+    with_class_token,
 )
 from models.prompt.images import CLIP_MEAN, CLIP_STD, center_crop, open_image
 from models.prompt.tokenizers import (
@@ -89,10 +89,9 @@ TEMPLATE = """\
 
 
 class ClipTower(nn.Module):
-    """NHWC image [B, S, S, 3], raw 0..255 -> hidden states [B, 1 + patches, width] after `layers`
-    blocks.
+    """NHWC image [B, S, S, 3], raw 0..255 -> hidden states [B, 1 + patches, width].
 
-    The class token is first. CLIP's last norm is not applied to hidden states.
+    Those after `layers` blocks; the class token is first. CLIP's last norm is not applied.
     """
 
     def __init__(self, clip: dict, layers: int):
@@ -116,7 +115,7 @@ class ClipTower(nn.Module):
 
     def forward(self, nhwc):
         x = self.patch(self.normalize(nhwc)).flatten(2).transpose(1, 2)
-        x = torch.cat((self.cls.expand(x.shape[0], 1, -1), x), dim=1) + self.position
+        x = with_class_token(x, self.cls) + self.position
         x = self.pre_norm(x)
         for block in self.blocks:
             x = block(x)
@@ -124,7 +123,7 @@ class ClipTower(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """NHWC image [B, S, S, 3], raw 0..255 -> rows to splice [B, patches, decoder hidden].
+    """NHWC image [B, S, S, 3], raw 0..255 -> feature rows [B, patches, hidden].
 
     `layers` blocks of the tower run; `whole` keeps the class token's row.
     """
@@ -138,11 +137,12 @@ class VisionEncoder(nn.Module):
         self.linear_2 = Dense(hidden, hidden, bias)
 
     def forward(self, nhwc):
-        return self.linear_2(self.activation(self.linear_1(self.tower(nhwc)[:, self.first :])))
+        features = self.tower(nhwc)[:, self.first :]
+        return self.linear_2(self.activation(self.linear_1(features)))
 
 
 class Llava(TemplatedFamily):
-    """One prompt wording serves every language; the model answers in the language of the question."""
+    """One wording serves every language: the model answers in the language of the question."""
 
     name = "llava-1.5"
     default_template = TEMPLATE
@@ -208,7 +208,8 @@ class Llava(TemplatedFamily):
         return center_crop(open_image(source), side)
 
     def _expand(self, ids):
-        return np.repeat(ids, np.where(ids == self.placeholder[1], self.vision.rows, 1))
+        times = np.where(ids == self.placeholder[1], self.vision.rows, 1)
+        return np.repeat(ids, times)
 
     def _config_eos(self):
         return self.config.get("eos_token_id", self.text["eos_token_id"])
@@ -218,9 +219,7 @@ class Llava(TemplatedFamily):
         return self.config.get("multimodal_projector_bias", True)
 
     def _feature_layers(self) -> int:
-        """How many blocks run: vision_feature_layer counts hidden states, of which there is one
-        more than blocks.
-        """
+        """How many blocks run; vision_feature_layer counts hidden states, one more than blocks."""
         layer = self.config.get("vision_feature_layer", -2)
         blocks = self.clip["num_hidden_layers"]
         if not isinstance(layer, int) or not -blocks - 1 <= layer <= blocks:

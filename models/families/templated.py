@@ -17,8 +17,9 @@ from models.prompt.messages import joined_text, parse_messages, with_plain_text
 
 
 class TemplatedFamily(Family):
-    """To fill in beside what Family asks for: `default_template` and `stop_tokens`; with images
-    also `placeholder`, `normalisation` and `fit`.
+    """To fill in beside what Family asks for: `default_template` and `stop_tokens`.
+
+    A family with images also needs `placeholder`, `normalisation` and `fit`.
     """
 
     # for a directory that has no template; may use `rows`, the rows of an image
@@ -31,11 +32,10 @@ class TemplatedFamily(Family):
     normalisation: tuple[tuple[float, ...], tuple[float, ...]]
 
     def prompt(self, messages, language=None, tools=None) -> Prompt:
-        """Chat messages -> Prompt. Roles system, user, assistant; images keep their place among the
-        parts.
+        """Chat messages -> Prompt.
 
-        The wording is the template's, whatever the language. ModelError names what the template
-        cannot express.
+        Roles: system, user, assistant; images keep their place among the parts. The wording is the
+        template's, whatever the language. ModelError names what the template cannot express.
         """
         turns, images = parse_messages(messages)
         self._check_images(len(images))
@@ -63,8 +63,7 @@ class TemplatedFamily(Family):
     def pixels(self, source) -> np.ndarray:
         """One image -> float32 [1, S, S, 3], raw 0..255.
 
-        source: path, bytes or PIL image, the release's normalised [1, 3, S, S], or the result
-        itself.
+        source: path, bytes, PIL image, the release's normalised [1, 3, S, S], or the result itself.
         """
         if not isinstance(source, np.ndarray):
             return self.fit(source, self.vision.input_shape[1])
@@ -73,9 +72,7 @@ class TemplatedFamily(Family):
         return denormalize(source, *self.normalisation, self.vision.input_shape)
 
     def fit(self, source, side: int) -> np.ndarray:
-        """Path, bytes or PIL image -> float32 [1, side, side, 3], as the release brings it to this
-        size.
-        """
+        """Path, bytes or PIL image -> float32 [1, side, side, 3], fitted as the release does it."""
         raise NotImplementedError
 
     def template(self, tools: bool = False) -> ChatTemplate:
@@ -88,9 +85,7 @@ class TemplatedFamily(Family):
 
     @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """Every id that ends an answer: those of generation_config.json, config.json and
-        `stop_tokens`.
-        """
+        """Ids that end an answer: of generation_config.json, config.json and `stop_tokens`."""
         ids = {self.tokenizer.token_id(token) for token in self.stop_tokens}
         for given in (self._generation_config().get("eos_token_id"), self._config_eos()):
             ids.update(given if isinstance(given, list) else [given])
@@ -126,13 +121,13 @@ class TemplatedFamily(Family):
         return Prompt(ids, pixels, layout, text)
 
     def _image_starts(self, ids, images: int, given) -> tuple[int, ...]:
-        """First row of each image. Every row must stand on a placeholder, and every placeholder
-        must get a row.
-        """
+        """First row of each image; ModelError unless placeholders and image rows are the same."""
         token, token_id = self.placeholder
         rows = self.vision.rows
         places = np.flatnonzero(ids == token_id)
-        starts = places[::rows] if given is None else np.asarray(given, dtype=np.int64).reshape(-1)
+        starts = places[::rows]
+        if given is not None:
+            starts = np.asarray(given, dtype=np.int64).reshape(-1)
         filled = (starts[:, None] + np.arange(rows)).reshape(-1)
         if len(places) != images * rows:
             raise ModelError(

@@ -17,7 +17,14 @@ from models.config import DecoderConfig, Rope, VisionSpec
 from models.errors import ModelError
 from models.family import Family, Layout, Prompt, SamplingDefaults
 from models.network.rope import permute_heads, two_halves_order
-from models.network.vision_blocks import Attention, Dense, Mlp, Normalize, PreNormBlock
+from models.network.vision_blocks import (
+    Attention,
+    Dense,
+    Mlp,
+    Normalize,
+    PreNormBlock,
+    with_class_token,
+)
 from models.prompt.images import CLIP_MEAN, CLIP_STD, denormalize, open_image, squash
 from models.prompt.messages import split_content
 from models.prompt.streaming import TRAINING_DATE, partial_match, with_training_date
@@ -27,38 +34,39 @@ LN_VISION_EPS = 1e-5  # a plain nn.LayerNorm in the release, not the tower's 1e-
 
 
 class Vit(nn.Module):
-    """EVA-ViT: NHWC image [B, S, S, 3], raw 0..255 -> [B, 1 + patches, width], class token first."""
+    """EVA-ViT: NHWC image [B, S, S, 3], raw 0..255 -> [B, 1 + patches, width], class token at 0."""
 
     def __init__(self, eva: dict):
         super().__init__()
         width = eva["hidden_size"]
         patch = eva["patch_size"]
-        patches = (eva["image_size"][0] // patch) * (eva["image_size"][1] // patch)
+        patches = _patches(eva)
         self.normalize = Normalize(CLIP_MEAN, CLIP_STD)
         self.patch = nn.Conv2d(3, width, patch, patch)
         self.cls = nn.Parameter(torch.empty(1, width))
         self.position = nn.Parameter(torch.empty(1 + patches, width))
-        block = (
-            width,
-            eva["num_attention_heads"],
-            eva["inner_hidden_size"],
-            eva["layernorm_epsilon"],
-        )
+        heads = eva["num_attention_heads"]
+        block = (width, heads, eva["inner_hidden_size"], eva["layernorm_epsilon"])
         self.blocks = nn.ModuleList(PreNormBlock(*block) for _ in range(eva["num_layers"]))
         self.norm = nn.LayerNorm(width, eps=LN_VISION_EPS)
 
     def forward(self, nhwc):
         x = self.patch(self.normalize(nhwc)).flatten(2).transpose(1, 2)
-        x = torch.cat((self.cls.expand(x.shape[0], 1, -1), x), dim=1) + self.position
+        x = with_class_token(x, self.cls) + self.position
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
 
 
+def _patches(eva: dict) -> int:
+    """Patches of an image."""
+    height, width = eva["image_size"][:2]
+    patch = eva["patch_size"]
+    return (height // patch) * (width // patch)
+
+
 class QFormerLayer(nn.Module):
-    """Post-norm BERT layer whose residuals are the *normalised* values; cross-attention in some
-    layers only.
-    """
+    """Post-norm BERT layer whose residuals are the *normalised* values; cross-attention in some."""
 
     def __init__(self, width, heads, inner, context_width, cross: bool, eps: float):
         super().__init__()
@@ -85,16 +93,11 @@ class QFormer(nn.Module):
         width = config["hidden_size"]
         eps = config["layernorm_epsilon"]
         self.queries = nn.Parameter(torch.empty(config["vocab_size"], width))
+        heads = config["num_attention_heads"]
+        inner = config.get("inner_hidden_size") or 4 * width
+        context = config["cross_attn_hidden_size"]
         self.layers = nn.ModuleList(
-            QFormerLayer(
-                width,
-                config["num_attention_heads"],
-                config.get("inner_hidden_size") or 4 * width,
-                config["cross_attn_hidden_size"],
-                cross,
-                eps,
-            )
-            for cross in config["is_decoder"]
+            QFormerLayer(width, heads, inner, context, cross, eps) for cross in config["is_decoder"]
         )
         self.norm = nn.LayerNorm(width, eps=eps)
 
@@ -106,7 +109,7 @@ class QFormer(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """NHWC image [B, S, S, 3], raw 0..255 -> rows to splice [B, queries, decoder hidden]."""
+    """NHWC image [B, S, S, 3], raw 0..255 -> feature rows [B, queries, hidden]."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -219,8 +222,7 @@ class VisualGLM(Family):
     def prompt_from_ids(self, ids, pixels=None, image_starts=None) -> Prompt:
         """Token ids as the release feeds its model -> Prompt.
 
-        ids [T]: with 32 placeholders, gMASK and <sop>. pixels [n, 3, S, S]: as its processor
-        returns them.
+        ids [T] with 32 placeholders, gMASK and <sop>; pixels [n, 3, S, S], normalised.
         """
         ids = np.asarray(ids, dtype=np.int64).reshape(-1)
         images = []
@@ -302,16 +304,14 @@ class VisualGLM(Family):
         d = self.decoder
         fold = fold_sat_qkv if self.sat else fold_head_major_qkv
         qkv = functools.partial(fold, heads=d.heads, order=two_halves_order(d.head_dim))
-        yield Weight(
-            "transformer.word_embeddings.weight", (d.vocab_size, d.hidden), (Part("embed.weight"),)
-        )
-        lm_head = "mixins.chatglm-final.lm_head.weight" if self.sat else "lm_head.weight"
-        yield Weight(lm_head, (d.vocab_size, d.hidden), (Part("lm_head.weight"),))
+        lm_head = "mixins.chatglm-final.lm_head" if self.sat else "lm_head"
+        matrix = (d.vocab_size, d.hidden)
+        yield from pair("transformer.word_embeddings", matrix, "embed", bias=False)
+        yield from pair(lm_head, matrix, "lm_head", bias=False)
         yield from pair("transformer.final_layernorm", (d.hidden,), "final_norm")
+        frequencies = (d.rope.dim // 2,)
         if self.sat:
-            yield Weight(
-                "mixins.chatglm-attn.rotary_emb.inv_freq", (d.rope.dim // 2,), optional=True
-            )
+            yield Weight("mixins.chatglm-attn.rotary_emb.inv_freq", frequencies, optional=True)
         for i in range(d.layers):
             layer = f"transformer.layers.{i}."
             ours = f"layers.{i}."
@@ -324,9 +324,7 @@ class VisualGLM(Family):
             yield from pair(layer + "mlp.dense_h_to_4h", (d.ffn, d.hidden), ours + "up")
             yield from pair(layer + "mlp.dense_4h_to_h", (d.hidden, d.ffn), ours + "down")
             if not self.sat:
-                yield Weight(
-                    layer + "attention.rotary_emb.inv_freq", (d.rope.dim // 2,), optional=True
-                )
+                yield Weight(layer + "attention.rotary_emb.inv_freq", frequencies, optional=True)
 
     def _vision_weights(self):
         root = "mixins.eva.model." if self.sat else "image_encoder."
@@ -341,14 +339,13 @@ def _vit_weights(root, eva):
     width = eva["hidden_size"]
     inner = eva["inner_hidden_size"]
     patch = eva["patch_size"]
-    patches = (eva["image_size"][0] // patch) * (eva["image_size"][1] // patch)
     embedding = root + "mixins.patch_embedding.proj"
     yield from pair(embedding, (width, 3, patch, patch), "vision.vit.patch")
     yield from pair(root + "mixins.cls.ln_vision", (width,), "vision.vit.norm")
     yield Weight(root + "transformer.word_embeddings.weight", (1, width), (Part("vision.vit.cls"),))
     yield Weight(
         root + "transformer.position_embeddings.weight",
-        (1 + patches, width),
+        (1 + _patches(eva), width),
         (Part("vision.vit.position"),),
     )
     for i in range(eva["num_layers"]):
@@ -388,9 +385,7 @@ def _qformer_weights(root, config, rows):
 
 
 def fold_head_major_qkv(rows, heads, order):
-    """Released layout: rows per head (q, k, v) -> rows [q; k; v], q and k permuted for the
-    full-width rotation.
-    """
+    """Released layout: rows per head (q, k, v) -> [q; k; v], q and k in our rotary order."""
     q, k, v = rows.view(heads, 3, len(order), *rows.shape[1:]).unbind(1)
     return torch.cat((q[:, order], k[:, order], v)).reshape(rows.shape)
 

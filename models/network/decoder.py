@@ -77,8 +77,9 @@ class LayerArithmetic:
         return self._tapped(f"layers.{index}.mlp", x, residual, next_norm)
 
     def _add(self, branch, x, residual, norm: Norm | None):
-        """Adds a branch's output to the stream -> (the stream normalised, None without `norm`; the
-        stream).
+        """Adds a branch's output -> (the stream normalised by `norm`, the stream).
+
+        Without `norm` the first is None.
         """
         branch = self.ops.all_reduce(branch)
         alpha = self.config.residual_alpha
@@ -90,7 +91,7 @@ class LayerArithmetic:
         return self.ops.add_rms_norm(branch, residual, norm, self.config.eps)
 
     def _tapped(self, stage: str, x, residual, norm: Norm | None):
-        """(normalised stream, stream); what the tap put in place of the stream is normalised anew."""
+        """(normalised stream, stream); a stream that the tap put in its place is normalised anew."""
         if self.tap is None:
             return x, residual
         residual = self.tap(stage, residual)
@@ -103,7 +104,8 @@ class LayerArithmetic:
         return apply(x, norm, self.config.eps)
 
     def _attention(self, x, layer, index, step, cache):
-        mixed = self.ops.attend(self._linear(x, layer.qkv), *cache.layers[index], self.config, step)
+        qkv = self._linear(x, layer.qkv)
+        mixed = self.ops.attend(qkv, *cache.layers[index], self.config, step)
         return self._linear(mixed, layer.out)
 
     def _mlp(self, x, layer):
@@ -123,10 +125,10 @@ class LayerArithmetic:
 
 
 class Decoder(LayerArithmetic):
-    """Takes weights by canonical name (see models/family.py) in the wanted dtype, 2-D ones packed
-    by the backend.
+    """All layers, embedding and output matrix.
 
-    A quantised linear layer stands under its name without suffix ("layers.0.qkv"), as the backend's
+    Takes weights by canonical name (see models/family.py) in the wanted dtype, 2-D ones packed by the
+    backend. A quantised linear layer stands under its name without suffix ("layers.0.qkv"), as the backend's
     `pack_quantized` made it.
     """
 
@@ -147,8 +149,9 @@ class Decoder(LayerArithmetic):
         return cos.to(self.embedding.dtype), sin.to(self.embedding.dtype)
 
     def forward(self, x: torch.Tensor, step: Step, cache) -> torch.Tensor:
-        """x [T, hidden] -> normalised hidden states [T, hidden]; writes this step's keys and values
-        into `cache`.
+        """x [T, hidden] -> normalised hidden states [T, hidden].
+
+        Writes this step's keys and values into `cache`.
         """
         if self.tap is None:
             hidden = self.ops.all_layers(self, x, step, cache)

@@ -1,6 +1,4 @@
-"""Weights of the decoder as the operators take them: linear layers in their several forms, and
-norms.
-"""
+"""Weights of the decoder as the operators take them: forms of linear layers, and norms."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,9 +8,7 @@ import torch
 
 @dataclass
 class Linear:
-    """y = x @ weight.T + bias, weight [out, in]. A backend may put a packed form in place of
-    `weight`.
-    """
+    """y = x @ weight.T + bias, weight [out, in]; a backend may put a packed form in its place."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
@@ -20,17 +16,14 @@ class Linear:
 
 @dataclass
 class Float32Linear:
-    """A float32 linear layer in a decoder of a narrower dtype: takes float32, returns
-    `output_dtype`.
-    """
+    """A float32 linear layer in a decoder of a narrower dtype; it returns `output_dtype`."""
 
     linear: Linear
     output_dtype: torch.dtype
 
 
 def as_float32(name: str, linear: Linear, dtype: torch.dtype) -> Float32Linear:
-    """The linear layer `name` (a field of Layer) of a decoder that computes in `dtype`, kept in
-    float32.
+    """A linear layer kept in float32 in a decoder of `dtype`; name: its field in Layer.
 
     Inside an MLP values stay float32: only `up`, which opens it, returns float32.
     """

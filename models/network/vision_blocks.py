@@ -1,9 +1,7 @@
-"""Shared blocks of the vision towers: plain torch modules that trace to few, ATC-friendly ONNX
-operators.
+"""Shared blocks of the vision towers: torch modules that trace to few, ATC-friendly operators.
 
-Linear weights are kept as [in, out] so that a projection is one MatMul without a Transpose, q, k
-and v are separate projections (no Slice/Squeeze chains), and attention is written out (MatMul,
-Softmax, MatMul).
+Linear weights are kept as [in, out] so that a projection is one MatMul without a Transpose; q, k and v
+are separate projections (no Slice/Squeeze chains); attention is MatMul, Softmax, MatMul.
 """
 
 import math
@@ -14,9 +12,7 @@ from torch.nn import functional as F
 
 
 def repeated_lists(tower: nn.Module) -> list[str]:
-    """Paths of the outermost ModuleLists: their members are the blocks that make up nearly all of a
-    tower.
-    """
+    """Paths of the outermost ModuleLists, whose members make up nearly all of a tower."""
     lists = [name for name, module in tower.named_modules() if isinstance(module, nn.ModuleList)]
     return [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
 
@@ -35,8 +31,9 @@ class Dense(nn.Module):
 
 
 class Attention(nn.Module):
-    """Bidirectional multi-head attention; `context_width` is the width of the keys' source where
-    that is another one.
+    """Bidirectional multi-head attention.
+
+    context_width: of what keys and values are made from, where that is not the input itself.
     """
 
     def __init__(self, width: int, heads: int, context_width: int | None = None):
@@ -58,6 +55,12 @@ class Attention(nn.Module):
 
     def _split(self, t):
         return t.view(t.shape[0], t.shape[1], self.heads, self.head_dim).transpose(1, 2)
+
+
+def with_class_token(patches, token):
+    """patches [B, N, width], token [width] or [1, width] -> [B, 1 + N, width], the token first."""
+    token = token.expand(patches.shape[0], 1, -1)
+    return torch.cat((token, patches), dim=1)
 
 
 def gelu_erf(x):
@@ -113,8 +116,7 @@ class Normalize(nn.Module):
 
 
 class GluAdapter(nn.Module):
-    """From tower to decoder (GLM-4V, GLM-Edge-V): patches [B, width, g, g] -> [B, (g/2)^2 + 2,
-    hidden].
+    """Patches [B, width, g, g] of a tower -> feature rows [B, (g/2)^2 + 2, hidden] of the decoder.
 
     Four patches become one row (convolution), then projection, norm and a gated MLP; the learned
     rows of the begin and end marks stand around them.
@@ -128,11 +130,13 @@ class GluAdapter(nn.Module):
         self.gate = Dense(hidden, inner, bias=False)
         self.up = Dense(hidden, inner, bias=False)
         self.down = Dense(inner, hidden, bias=False)
-        self.boi, self.eoi = (nn.Parameter(torch.empty(1, 1, hidden)) for _ in "be")
+        self.boi = nn.Parameter(torch.empty(1, 1, hidden))
+        self.eoi = nn.Parameter(torch.empty(1, 1, hidden))
 
     def forward(self, grid):
         x = self.conv(grid).flatten(2).transpose(1, 2)
         x = gelu_erf(self.norm(self.project(x)))
         x = self.down(F.silu(self.gate(x)) * self.up(x))
-        batch = x.shape[0]
-        return torch.cat((self.boi.expand(batch, -1, -1), x, self.eoi.expand(batch, -1, -1)), dim=1)
+        begin = self.boi.expand(x.shape[0], -1, -1)
+        end = self.eoi.expand(x.shape[0], -1, -1)
+        return torch.cat((begin, x, end), dim=1)

@@ -1,7 +1,7 @@
-"""Images to arrays: open safely, bring to RGB upright, resize and crop as each family's original does.
+"""Images to arrays: opened safely, RGB, upright, resized and cropped as each family's original does.
 
-A path, bytes or PIL image flows in; float32 NHWC [1, S, S, 3] with raw values 0..255 flows out. Mean and standard
-deviation are applied inside the vision encoder's graph, not here.
+Takes a path, bytes or PIL image; returns float32 NHWC [1, S, S, 3] with raw values 0..255. Mean and
+standard deviation are applied inside the vision encoder's graph, not here.
 """
 
 import io
@@ -26,7 +26,9 @@ MAX_RATIO = 2_000  # of the longer side to the shorter one
 MAX_RESIZED_PIXELS = 1 << 24  # 64 MB, of which the centre is cut out
 WHOLE = 1e-3  # a denormalised value this close to a whole number was that number
 ORIENTATION = 0x0112  # EXIF tag
-BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF tags
+BITS_PER_SAMPLE = 258  # TIFF tag
+PHOTOMETRIC = 262  # TIFF tag
+WHITE_IS_ZERO = 0  # a value of PHOTOMETRIC
 
 
 class ImageTooLarge(ModelError):
@@ -34,35 +36,39 @@ class ImageTooLarge(ModelError):
 
 
 def open_image(source, upright: bool = True) -> Image.Image:
-    """Path, bytes or PIL image -> decoded RGB image of the same size; ModelError says in a sentence why it cannot.
+    """Path, bytes or PIL image -> decoded RGB image of the same size.
 
-    Every mode becomes RGB the way the originals do it, by PIL's `convert`: alpha is dropped (not blended), grey is
-    repeated, palettes are looked up, the first frame of an animation counts; 16-bit grey is scaled to 8 bits.
-    `upright` applies the camera's EXIF rotation first, as transformers' image loader (LLaVA, GLM-Edge-V) does and as
-    a person sees the image; the VisualGLM and GLM-4V demos ignore the tag, pass False for their exact pixels of a
-    rotated photo.
+    ModelError says in a sentence why it cannot be used. Every mode becomes RGB the way the originals
+    do it, by PIL's `convert`: alpha is dropped (not blended), grey is repeated, palettes are looked up,
+    the first frame of an animation counts. 16-bit grey is scaled to 8 bits.
+
+    upright: apply the camera's EXIF rotation first, as transformers' image loader (LLaVA, GLM-Edge-V)
+    does and as a person sees the image. The VisualGLM and GLM-4V demos ignore the tag: pass False for
+    their exact pixels of a rotated photo.
     """
     name, image = open_header(source)
     try:
         image.load()
         depth = _grey_depth(image)
-        turned = _upright(image) if upright else image
+        if upright:
+            image = _turned_upright(image)
     except Exception as error:  # PIL's decoders raise whatever their parsers stumble over
         raise ModelError(
             f"{name} is damaged or truncated ({_brief(error)}); use another copy of it"
         ) from None
     if depth:
-        turned = _to_8_bits(turned, *depth)
-    return _rgb(turned, name)
+        image = _to_8_bits(image, *depth)
+    return _rgb(image, name)
 
 
 def open_header(source, max_pixels: int = MAX_PIXELS) -> tuple[str, Image.Image]:
-    """Its name for messages, and the image with its header read but nothing decoded.
+    """(name for messages, the image with its header read but nothing decoded)
 
     ImageTooLarge for its size, ModelError for what is no picture of `FORMATS`.
     """
     if isinstance(source, Image.Image):
-        name, image = "the picture", source
+        name = "the picture"
+        image = source
     else:
         name = _name(source)
         image = _open(source, name, max_pixels)
@@ -76,16 +82,14 @@ def squash(image: Image.Image, size: int) -> np.ndarray:
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """Shorter edge to `size` (the other one truncated to whole pixels), then the centre: CLIP,
-    LLaVA.
-    """
+    """Shorter edge to `size`, the other truncated to whole pixels, then the centre: CLIP, LLaVA."""
     short = min(image.size)
     long = max(image.size)
     scaled = int(size * long / short)
     if size * scaled > MAX_RESIZED_PIXELS:
         raise ModelError(
-            f"a picture of {image.width}x{image.height} is too narrow: its longer edge would become "
-            f"{scaled:,} pixels (limit {MAX_RESIZED_PIXELS // size:,}); crop it first"
+            f"a picture of {image.width}x{image.height} is too narrow: its longer edge "
+            f"would become {scaled:,} pixels (limit {MAX_RESIZED_PIXELS // size:,}); crop it first"
         )
     width = size if image.width <= image.height else scaled
     height = size + scaled - width
@@ -96,7 +100,7 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
 
 
 def fit_pad(image: Image.Image, size: int) -> np.ndarray:
-    """Fit into size x size keeping the aspect (enlarging too), top left, the rest zero: GLM-Edge-V."""
+    """Fit into size x size keeping the aspect (also enlarging), top left, rest zero: GLM-Edge-V."""
     across = size / image.width
     down = size / image.height
     if across < down:
@@ -182,7 +186,7 @@ def _too_many(name: str, pixels: int, limit: int) -> ImageTooLarge:
     )
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _turned_upright(image: Image.Image) -> Image.Image:
     """Turned as its EXIF tag says; the same object where there is nothing to turn."""
     if image.getexif().get(ORIENTATION, 1) == 1:
         return image

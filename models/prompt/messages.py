@@ -32,8 +32,7 @@ def parse_messages(messages: list[dict]) -> tuple[list[dict], list]:
 def parse_content(content: str | list[dict]) -> tuple[list[dict], list]:
     """A message's content -> (its parts, the images in order).
 
-    An image part keeps its place and becomes {"type": "image"}. ModelError for other kinds of
-    parts.
+    An image part becomes {"type": "image"} in its place. ModelError for other kinds of parts.
     """
     if isinstance(content, str):
         return [{"type": "text", "text": content}], []
@@ -68,6 +67,6 @@ def with_plain_text(turns: list[dict]) -> list[dict]:
 
 
 def content(text: str, images=()) -> list[dict]:
-    """A user message's content: images (path, bytes or PIL image), then text; see `parse_content`."""
+    """A user message's content: images (path, bytes or PIL image), then text."""
     parts = [{"type": "image", "image": image} for image in images]
     return [*parts, {"type": "text", "text": text}]

@@ -1,4 +1,4 @@
-"""Special tokens in a rendered prompt: those that the template wrote, not those that a user typed."""
+"""Special tokens in a rendered prompt: which the template wrote, and which a user only typed."""
 
 import re
 
@@ -34,7 +34,7 @@ class SpecialTokenEscaper:
         return self._any_special.sub(self._code_of, text)
 
     def split(self, text: str) -> list[str]:
-        """Pieces of a rendered text: each special token alone, and what stands between, unescaped."""
+        """Pieces of a rendered text: each special token alone; what stands between, unescaped."""
         pieces = []
         for piece in self._any_special.split(text):
             if piece in self._special:

@@ -50,16 +50,15 @@ class IceTokenizer:
 
 
 class TiktokenTokenizer:
-    """GLM-4's `tokenizer.model`: one "base64-bytes rank" line per token, byte-pair encoding by
-    rank.
+    """GLM-4's `tokenizer.model`: a line "base64-bytes rank" per token; byte-pair encoding by rank.
 
     Special tokens have ids of their own behind the ranks: those of tokenizer_config.json, else
     those of `special` in order.
     """
 
     PATTERN = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
-        r"\s+(?!\S)|\s+"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
 
     def __init__(self, path: Path, special: tuple[str, ...] = ()):
@@ -88,9 +87,7 @@ class TiktokenTokenizer:
 
 
 class MissingTokenizer:
-    """Stands in where a checkpoint has no tokenizer file: prompts must be ids, answers have no
-    text.
-    """
+    """Where a checkpoint has no tokenizer file: prompts must be ids, answers have no text."""
 
     def __init__(self, path: Path):
         self._path = path

@@ -1,5 +1,4 @@
-"""Synthetic checkpoints: a released layout at real shapes with random weights, to rehearse before
-downloading.
+"""Synthetic checkpoints: a released layout in real shapes, random weights, for a rehearsal.
 
     python -m models.synthetic --like visualglm-6b --out DIR [--scale full|tiny] [--seed 0]
 

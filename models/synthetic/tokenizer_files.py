@@ -1,5 +1,4 @@
-"""Stand-in tokenizer files in the released formats and sizes, for synthetic checkpoints and the
-demo model.
+"""Stand-in tokenizer files in the released formats and sizes, for synthetic and demo checkpoints.
 
 Takes sentences or pieces, returns the bytes of a vocabulary file: the same for the same input.
 """
@@ -47,9 +46,7 @@ def ice_text(sentences: Iterable[str] = SENTENCES, base_pieces: int | None = Non
 
 
 def byte_pieces(count: int) -> list[bytes]:
-    """`count` pieces of a byte-level vocabulary: the 256 bytes, then whole words and Chinese
-    characters.
-    """
+    """`count` pieces of a byte-level vocabulary: 256 bytes, then words and Chinese characters."""
     words = (piece.replace("\u2581", " ").encode() for piece in _filler(256))
     return [*(bytes([byte]) for byte in range(256)), *itertools.islice(words, count - 256)]
 
@@ -62,9 +59,7 @@ def rank_lines(pieces: Iterable[bytes]) -> bytes:
 
 
 def json_file_of(pieces: Iterable[bytes], special: Iterable[str]) -> bytes:
-    """A `tokenizer.json` with the ids and the splitting of `rank_lines`; the special pieces come
-    last.
-    """
+    """A `tokenizer.json` with the ids and the splitting of `rank_lines`; `special` come last."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     shown = byte_characters()
@@ -117,9 +112,7 @@ def llama_file(count: int, added: Iterable[str]) -> bytes:
 
 
 def byte_characters() -> list[str]:
-    """The printable character that stands for each byte in a byte-level tokenizer.json (the
-    convention of GPT-2).
-    """
+    """The printable character that stands for each byte in a byte-level tokenizer.json, as in GPT-2."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
@@ -154,9 +147,7 @@ def _append(model, pieces: Iterable[str], kind: int, score: float = 0.0):
 
 
 def _filler(first_id: int) -> Iterator[str]:
-    """Made-up Latin words up to the Chinese range, then every common Chinese character and pairs of
-    them.
-    """
+    """Made-up Latin words up to the Chinese range, then Chinese characters and pairs of them."""
     syllables = ["".join(pair) for pair in itertools.product("bdfghklmnprstvz", "aeiou")]
     words = ("\u2581" + "".join(word) for word in itertools.product(syllables, repeat=3))
     yield from itertools.islice(words, ICE_CHINESE_FROM - first_id)

@@ -1,6 +1,4 @@
-"""Writes synthetic checkpoints. Takes the name of a release, writes its config and tensor names
-with random weights.
-"""
+"""Takes the name of a release, writes its config and tensor names with random weights."""
 
 import hashlib
 import json
@@ -30,9 +28,7 @@ SPREAD = 0.02  # standard deviation of matrices and biases, and of norm weights 
 
 @dataclass(frozen=True)
 class Shard:
-    """A file to write, `size` bytes: `header` (safetensors, its length in front), then the tensors
-    in order.
-    """
+    """A file of `size` bytes to write: the safetensors `header`, then the tensors in order."""
 
     file: Path
     header: bytes
@@ -68,8 +64,8 @@ def write_checkpoint(
     """Write the checkpoint of release `like` into `out`, going on where an interrupted run stopped.
 
     `changes` of the release's config, e.g. {"num_layers": 1}. `report(line)` gets the plan,
-    `progress(done, total)` counts bytes. Raises ModelError when `out` holds other files or the disk
-    is too small.
+    `progress(done, total)` counts bytes. ModelError when `out` holds other files or the disk is too
+    small.
     """
     out = Path(out)
     config, files = _release(like, scale)
@@ -113,9 +109,11 @@ def _plan(config: dict, out: Path, label: dict) -> tuple[list[Shard], dict]:
     family = next(family for family in known_families() if family.matches(config))
     dtype = getattr(torch, config["torch_dtype"])
     weights = family(out, config).weights()
-    groups = grouped_by_size(
-        weights, lambda weight: math.prod(weight.shape) * dtype.itemsize, SHARD_BYTES
-    )
+
+    def nbytes_of(weight):
+        return math.prod(weight.shape) * dtype.itemsize
+
+    groups = grouped_by_size(weights, nbytes_of, SHARD_BYTES)
     shards = []
     for k, group in enumerate(groups, 1):
         file = out / f"model-{k:05}-of-{len(groups):05}.safetensors"
@@ -135,8 +133,9 @@ def _shard(file: Path, weights: list[Weight], dtype: torch.dtype, label: dict) -
 
 
 def _prepare(out: Path, shards: list[Shard], others: Iterable[str], report) -> None:
-    """Refuse a directory with other files and a disk too small; then nothing in `out` may look
-    whole any more.
+    """Refuses a directory with other files and a disk too small.
+
+    Then index and config.json of an older run go, so that nothing in `out` looks complete.
     """
     from rich.filesize import decimal
 
@@ -171,19 +170,20 @@ def _blocks(shard: Shard, dtype: str, seed: int) -> Iterator[bytes | memoryview]
 
 
 def _tensor_blocks(weight: Weight, dtype: str, seed: int) -> Iterator[memoryview]:
-    """Bytes of one tensor: N(0, 0.02), norm weights around 1; they depend on the seed and the name
-    only.
-    """
+    """Bytes of one tensor, N(0, 0.02) or norms around 1; only seed and name decide on them."""
     count = math.prod(weight.shape)
     dtype = getattr(torch, dtype)
-    random = np.random.default_rng([seed, *hashlib.sha256(weight.source.encode()).digest()])
+    name_digest = hashlib.sha256(weight.source.encode()).digest()
+    random = np.random.default_rng([seed, *name_digest])
     values = random.standard_normal(min(count, BLOCK), dtype=np.float32) * SPREAD
     if len(weight.shape) == 1 and weight.source.endswith(".weight"):
         values += 1
-    twice = torch.from_numpy(np.concatenate((values, values))).to(dtype).view(torch.uint8).numpy()
+    twice = torch.from_numpy(np.concatenate((values, values))).to(dtype)
+    stored = twice.view(torch.uint8).numpy()
     for start in range(0, count, BLOCK):
+        nbytes = min(BLOCK, count - start) * dtype.itemsize
         first = int(random.integers(len(values))) * dtype.itemsize
-        yield twice[first : first + min(BLOCK, count - start) * dtype.itemsize].data
+        yield stored[first : first + nbytes].data
 
 
 def _write(file: Path, blocks: Iterable[bytes | memoryview], progress=lambda written: None) -> None:
