@@ -1,6 +1,7 @@
 """Tokenizers. Each takes a vocabulary file, encodes text to ids and decodes ids to text.
 
-No code of the checkpoint runs, and no tokenizer class of transformers is needed.
+No code of the checkpoint runs, and no tokenizer class of transformers is needed. part_bytes(id) are
+the bytes of a token that is only a part of a character, which `decode` cannot show.
 """
 
 import base64
@@ -9,6 +10,8 @@ from pathlib import Path
 
 from models.config import read_optional_json
 from models.errors import ModelError
+
+from .token_bytes import byte_level_bytes, fallback_byte
 
 
 class IceTokenizer:
@@ -48,6 +51,9 @@ class IceTokenizer:
         text = text.replace("<n>", "\n").replace("<|tab|>", "\t")
         return re.sub(r"<\|blank_(\d+)\|>", lambda mark: " " * int(mark[1]), text)
 
+    def part_bytes(self, token_id: int) -> bytes:
+        return fallback_byte(self._pieces.id_to_piece(token_id - self.offset))
+
 
 class TiktokenTokenizer:
     """GLM-4's `tokenizer.model`: a line "base64-bytes rank" per token; byte-pair encoding by rank.
@@ -84,6 +90,9 @@ class TiktokenTokenizer:
         """Special and unknown ids are left out; bytes that are no UTF-8 become U+FFFD."""
         text = b"".join(self._pieces.get(int(i), b"") for i in ids)
         return text.decode("utf-8", errors="replace")
+
+    def part_bytes(self, token_id: int) -> bytes:
+        return self._pieces.get(token_id, b"")
 
 
 class MissingTokenizer:
@@ -152,6 +161,10 @@ class JsonTokenizer:
         """Text of the ids; special tokens and ids beyond the vocabulary are left out."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
+    def part_bytes(self, token_id: int) -> bytes:
+        piece = self._tokenizer.id_to_token(token_id)
+        return fallback_byte(piece) or byte_level_bytes(piece)
+
 
 class SentencePieceTokenizer:
     """LLaMA's `tokenizer.model`, for directories without a tokenizer.json: the same ids.
@@ -206,3 +219,6 @@ class SentencePieceTokenizer:
         shown = set(range(len(self._pieces))) - set(self._special.values())
         text = self._pieces.decode([int(i) for i in ids if int(i) in shown])
         return text.removeprefix(" ")
+
+    def part_bytes(self, token_id: int) -> bytes:
+        return fallback_byte(self._pieces.id_to_piece(token_id))

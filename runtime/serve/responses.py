@@ -7,15 +7,22 @@ import time
 import uuid
 from typing import Any
 
-from .tool_calls import ToolCallParser
+from .logprobs import TokenLogprobs
+from .tools.calls import ToolCallParser
 
 
 class ResponseBuilder:
     """Bodies of one answer, of a `chat` or a plain completion, whole or in chunks."""
 
-    def __init__(self, chat: bool, model: str, tokenizer, parser: ToolCallParser | None = None):
+    def __init__(
+        self,
+        chat: bool,
+        model: str,
+        parser: ToolCallParser | None = None,
+        token_logprobs: TokenLogprobs | None = None,
+    ):
         self._chat = chat
-        self._tokenizer = tokenizer
+        self._token_logprobs = token_logprobs
         self._parser = parser or ToolCallParser()
         self._head = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
@@ -80,38 +87,11 @@ class ResponseBuilder:
     def _logprobs(self, token_ids: list[int], table: list[dict[int, float]]) -> dict | None:
         """table: per token {id: log probability}, as Result.logprobs has it; empty when not asked
         for."""
-        if not table:
+        if not table or self._token_logprobs is None:
             return None
-        rows = list(zip(token_ids, table))
-        return self._chat_logprobs(rows) if self._chat else self._completion_logprobs(rows)
-
-    def _chat_logprobs(self, rows: list[tuple[int, dict[int, float]]]) -> dict:
-        entries = []
-        for chosen, row in rows:
-            top = [self._token(other, row[other]) for other in by_probability(row)]
-            entries.append({**self._token(chosen, row[chosen]), "top_logprobs": top})
-        return {"content": entries}
-
-    def _completion_logprobs(self, rows: list[tuple[int, dict[int, float]]]) -> dict:
-        found = {"tokens": [], "token_logprobs": [], "top_logprobs": []}
-        for chosen, row in rows:
-            top = {self._text(other): row[other] for other in by_probability(row)}
-            found["tokens"].append(self._text(chosen))
-            found["token_logprobs"].append(row[chosen])
-            found["top_logprobs"].append(top)
-        return found
-
-    def _token(self, token_id: int, logprob: float) -> dict:
-        text = self._text(token_id)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
-
-    def _text(self, token_id: int) -> str:
-        return self._tokenizer.decode([token_id])
-
-
-def by_probability(row: dict[int, float]) -> list[int]:
-    """The token ids of a row of Result.logprobs, the most likely first."""
-    return sorted(row, key=row.get, reverse=True)
+        if self._chat:
+            return self._token_logprobs.chat(token_ids, table)
+        return self._token_logprobs.completion(token_ids, table)
 
 
 def usage(metrics: dict) -> dict:

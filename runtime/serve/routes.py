@@ -16,7 +16,6 @@ from models.errors import UserError
 from runtime.common.machine import version
 
 from .errors import ApiError, as_api_error, error_response
-from .guard import Guard
 from .responses import model_card
 from .schema import (
     ChatRequest,
@@ -26,7 +25,8 @@ from .schema import (
     TokenizeRequest,
 )
 from .service import Service
-from .tool_calls import ToolCallParser
+from .tools.calls import ToolCallParser
+from .transport.guard import Guard
 
 VERSION = version("ascend-vlm") or "unknown"
 
@@ -60,12 +60,14 @@ def add_completions(app: FastAPI, service: Service):
         parser = ToolCallParser(service.engine.family, request.tool_names, forced)
         tools = request.offered_tools
         prompt = partial(service.prompts.chat, request.messages, tools=tools, forced=forced)
-        return await service.complete(request, prompt, service.responses(True, parser))
+        responses = service.responses(True, request.num_logprobs, parser)
+        return await service.complete(request, prompt, responses)
 
     @app.post("/v1/completions")
     async def complete(request: CompletionRequest):
         prompt = partial(service.prompts.completion, request.prompt)
-        return await service.complete(request, prompt, service.responses(False))
+        responses = service.responses(False, request.num_logprobs)
+        return await service.complete(request, prompt, responses)
 
 
 def add_legacy(app: FastAPI, service: Service):

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from runtime.engine.options import SamplingParams
 
 from .errors import ApiError
-from .tool_schema import Tool, ToolCall, ToolChoice
+from .tools.schema import Tool, ToolCall, ToolChoice
 
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256

@@ -12,11 +12,12 @@ from fastapi.responses import StreamingResponse
 
 from .engine_thread import EngineThread
 from .errors import ApiError, as_api_error
+from .logprobs import TokenLogprobs
 from .prompts import PromptBuilder
 from .responses import ResponseBuilder
 from .schema import SamplingRequest
 from .telemetry import Telemetry
-from .tool_calls import ToolCallParser
+from .tools.calls import ToolCallParser
 
 
 class Service:
@@ -50,8 +51,14 @@ class Service:
                 "model",
             )
 
-    def responses(self, chat: bool, parser: ToolCallParser | None = None) -> ResponseBuilder:
-        return ResponseBuilder(chat, self.name, self.engine.family.tokenizer, parser)
+    def responses(
+        self, chat: bool, num_logprobs: int | None = None, parser: ToolCallParser | None = None
+    ) -> ResponseBuilder:
+        """num_logprobs: of the likeliest tokens at each place; None: no log probabilities."""
+        token_logprobs = None
+        if num_logprobs is not None:
+            token_logprobs = TokenLogprobs(self.engine.family.tokenizer, num_logprobs)
+        return ResponseBuilder(chat, self.name, parser, token_logprobs)
 
     async def run_in_pool(self, function, *arguments):
         return await self._engine_thread.run_in_pool(function, *arguments)

@@ -8,7 +8,7 @@ import asyncio
 import hmac
 from contextlib import contextmanager
 
-from .errors import ApiError, error_response
+from ..errors import ApiError, error_response
 
 BODY_SECONDS = 60  # a client that sends its body more slowly is not waited for
 OPEN_PATHS = {"/health"}

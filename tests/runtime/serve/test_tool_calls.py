@@ -15,7 +15,7 @@ from http_service import Server
 from models import family_of
 from runtime import Engine
 from runtime.engine.image_features import ImageFeatures
-from runtime.serve.tool_calls import ToolCallParser
+from runtime.serve.tools.calls import ToolCallParser
 
 GOLDEN = paths.GOLDEN / "glm4"
 WEATHER = {
