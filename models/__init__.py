@@ -27,8 +27,8 @@ FAMILIES = {
     "glm_edge": "GlmEdge",
 }
 
-# Models that look alike but are other networks, told by fields of config.json (regular expressions):
-# (fields, name, reason)
+# (fields of config.json as regular expressions, name, reason) of models that look alike, but are
+# other networks
 RELATIVES = (
     (
         {"model_type": "chatglm", "padded_vocab_size": "65024"},

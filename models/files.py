@@ -1,8 +1,9 @@
 """Opening and writing files that others may have prepared.
 
-Takes paths and names out of manifests, returns streams of regular files only. What is checked is the open descriptor, so
-that a file exchanged between a check and its use gains nobody anything. Nothing is written through a link, and no file is
-emptied: what is new is written under a private name and renamed.
+Takes paths and names out of manifests, returns streams of regular files only. What is checked is
+the open descriptor, so that a file exchanged between a check and its use gains nobody anything.
+Nothing is written through a link, and no file is emptied: what is new is written under a private
+name and renamed.
 """
 
 import errno
@@ -30,7 +31,10 @@ KINDS = {
 
 
 def is_plain_name(name) -> bool:
-    """Whether a name that a file gives is one of a file beside it: no separator, no leading dot, nothing invisible."""
+    """Whether a name that a file contains can be that of a file beside it.
+
+    It has no separator, no leading dot and nothing invisible.
+    """
     if not isinstance(name, str) or not name.isprintable() or name.startswith("."):
         return False
     if "/" in name or "\\" in name:
@@ -39,15 +43,15 @@ def is_plain_name(name) -> bool:
 
 
 def kind_of(mode: int) -> str | None:
-    """What a file of the mode (st_mode) is: "a named pipe", "a link", ...; None for a regular file."""
+    """What a file of st_mode `mode` is: "a named pipe", "a link", ...; None for a regular one."""
     return None if stat.S_ISREG(mode) else KINDS.get(stat.S_IFMT(mode), "no file")
 
 
 def open_regular(path: str | Path, follow: bool = True) -> BinaryIO:
-    """The regular file, open for reading; anything that blocks or never ends is refused before it is opened.
+    """The regular file, open for reading; what may block or never end is refused unopened.
 
-    follow: whether `path` itself may be a link. OSError if there is none; ModelError for a pipe, a device, a socket, a
-    folder, or a link that is not followed.
+    follow: whether `path` itself may be a link. OSError if there is none; ModelError for a pipe, a
+    device, a socket, a folder, or a link that is not followed.
     """
     path = Path(path)
     _check_kind(path, os.stat(path, follow_symlinks=follow).st_mode)
@@ -56,9 +60,10 @@ def open_regular(path: str | Path, follow: bool = True) -> BinaryIO:
 
 
 def open_own(path: str | Path, mode: str = "r+b") -> BinaryIO:
-    """A regular file of an output folder, made if missing, open for reading and writing; what is in it stays.
+    """A regular file of an output folder, open for reading and writing; made if missing, not emptied.
 
-    mode: of the stream, "r+b" or "a+b". ModelError for a link, for a file that has a second name, for a pipe or a device.
+    mode: of the stream, "r+b" or "a+b". ModelError for a link, for a file that has a second name,
+    for a pipe or a device.
     """
     path = Path(path)
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
@@ -73,9 +78,10 @@ def open_own(path: str | Path, mode: str = "r+b") -> BinaryIO:
 
 @contextmanager
 def new_file(path: str | Path, durable: bool = True) -> Iterator[BinaryIO]:
-    """A stream for the new content of `path`, which holds the old content or the whole new one, whenever the process dies.
+    """A stream for the new content of `path`; whenever the process dies, it holds the old or the new.
 
-    durable: whether the content is on the disk before it gets its name. A link at `path` is replaced, not followed.
+    durable: whether the content is on the disk before it gets its name. A link at `path` is
+    replaced, not followed.
     """
     with private_file(path) as private:
         with open(private, "r+b") as stream:
@@ -88,7 +94,7 @@ def new_file(path: str | Path, durable: bool = True) -> Iterator[BinaryIO]:
 
 @contextmanager
 def private_file(path: str | Path) -> Iterator[Path]:
-    """An empty file beside `path` under a name that nobody knew before; it is removed at the end, unless it was renamed."""
+    """An empty file beside `path` under an unknown name; removed at the end unless it was renamed."""
     private = Path(path).with_name(f".{secrets.token_hex(8)}.part")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     os.close(os.open(private, flags, 0o666))
@@ -125,7 +131,8 @@ def _check_kind(path: Path, mode: int):
     kind = kind_of(mode)
     if kind == "a link":
         raise ModelError(
-            f"{path} is a link, and nothing is read or written through one there; remove it, or give another folder"
+            f"{path} is a link, and nothing is read or written through one there; "
+            "remove it, or give another folder"
         )
     if kind:
         raise ModelError(f"{path} is {kind}, not a file; remove it, or name a regular file")

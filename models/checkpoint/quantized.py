@@ -264,7 +264,8 @@ def _norm_extras(row: Weight, rows: list[Weight], description: Description) -> I
 def layer_of(pieces: dict[int, tuple[str, dict[str, torch.Tensor]]], dtype: torch.dtype):
     """A complete layer's pieces {first row: (kind, tensors)} -> one layer.
 
-    Quantized, Linear (of `dtype`), or Stacked if the pieces differ in kind or scale. ModelError for a weight offset: the symmetric kernels of the NPU have no place for it.
+    Quantized, Linear (of `dtype`), or Stacked if the pieces differ in kind or scale. ModelError for
+    a weight offset: the symmetric kernels of the NPU have no place for it.
     """
     layers = []
     for _, (kind, tensors) in sorted(pieces.items()):

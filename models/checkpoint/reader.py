@@ -28,7 +28,8 @@ SHOWN = 8  # name groups shown per kind of problem
 class Checkpoint:
     """The tensors of `directory`.
 
-    format: "safetensors" (preferred), "bin" or "sat"; files: those in use. Raises ModelError with every missing, truncated, unreadable or contradicting file at once.
+    format: "safetensors" (preferred), "bin" or "sat"; files: those in use. Raises ModelError with
+    every missing, truncated, unreadable or contradicting file at once.
     """
 
     def __init__(self, directory: str | Path):

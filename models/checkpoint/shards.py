@@ -265,7 +265,7 @@ class TensorReader:
         self.read = 0
 
     def tensor(self, name: str, entry: Entry) -> torch.Tensor:
-        """The stored tensor, contiguous; ModelError if the file shrank after its header was read."""
+        """The stored tensor, contiguous; ModelError if the file is shorter than when opened."""
         if entry.offset is None:
             return _raw(np.empty(entry.nbytes, np.uint8), entry).copy_(self._pickled(name, entry))
         raw = np.fromfile(entry.file, np.uint8, entry.nbytes, offset=entry.offset)

@@ -146,6 +146,11 @@ class WeightTable:
         return self.sources_of(name)[0]
 
 
+def one_to_one(source: str, shape: tuple[int, ...], target: str) -> Weight:
+    """The table row of a tensor that becomes a target as it is."""
+    return Weight(source, shape, (Part(target),))
+
+
 def pair(source: str, shape: tuple[int, ...], target: str, transform=None, bias: bool = True):
     """Table rows of a layer's weight and bias.
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from models.checkpoint.table import Part, Weight, dense, fused_dense, pair
+from models.checkpoint.table import Weight, dense, fused_dense, one_to_one, pair
 from models.config import VisionSpec, check_fields
 from models.errors import ModelError
 from models.family import Layout, Prompt
@@ -95,8 +95,9 @@ class Glm4V(Glm4):
         grid = tower["image_size"] // tower["patch_size"]
         if tower["num_positions"] != grid * grid + 1:
             raise ModelError(
-                f"vision_config has num_positions {tower['num_positions']}, but a picture of {side} "
-                f"pixels has {grid * grid} patches and one class token; take config.json from the release"
+                f"vision_config has num_positions {tower['num_positions']}, but a picture of "
+                f"{side} pixels has {grid * grid} patches and one class token; "
+                "take config.json from the release"
             )
         self.vision = VisionSpec(
             (1, side, side, 3), (1, (grid // 2) ** 2 + 2, config["hidden_size"])
@@ -161,12 +162,12 @@ class Glm4V(Glm4):
         inner = tower["intermediate_size"]
         patch = tower["patch_size"]
         embedding = root + "patch_embedding."
-        yield Weight(embedding + "cls_embedding", (1, width), (Part("vision.tower.cls"),))
+        yield one_to_one(embedding + "cls_embedding", (1, width), "vision.tower.cls")
         yield from pair(embedding + "proj", (width, 3, patch, patch), "vision.tower.patch")
-        yield Weight(
+        yield one_to_one(
             embedding + "position_embedding.weight",
             (tower["num_positions"], width),
-            (Part("vision.tower.position"),),
+            "vision.tower.position",
         )
         for i in range(tower["num_hidden_layers"]):
             layer = f"{root}transformer.layers.{i}."

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from models.checkpoint.table import Part, Weight, pair
+from models.checkpoint.table import Weight, one_to_one, pair
 from models.config import DecoderConfig, VisionSpec, check_fields, chosen, rope_of
 from models.family import SamplingDefaults
 from models.network.rope import interleaved_order
@@ -187,10 +187,10 @@ class GlmEdge(TemplatedFamily):
         yield from pair(
             root + "embeddings.patch_embedding", (width, 3, patch, patch), "vision.tower.patch"
         )
-        yield Weight(
+        yield one_to_one(
             root + "embeddings.position_embedding.weight",
             ((tower["image_size"] // patch) ** 2, width),
-            (Part("vision.tower.position"),),
+            "vision.tower.position",
         )
         for i in range(tower["num_hidden_layers"]):
             yield from tower_block(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from models.checkpoint.table import Part, Weight, dense, pair
+from models.checkpoint.table import Weight, dense, one_to_one, pair
 from models.config import (
     DecoderConfig,
     VisionSpec,
@@ -268,12 +268,12 @@ class Llava(TemplatedFamily):
         positions = 1 + (self.clip["image_size"] // patch) ** 2
         ours = "vision.tower."
         embeddings = root + "embeddings."
-        yield Weight(embeddings + "class_embedding", (width,), (Part(ours + "cls"),))
+        yield one_to_one(embeddings + "class_embedding", (width,), ours + "cls")
         yield from pair(
             embeddings + "patch_embedding", (width, 3, patch, patch), ours + "patch", bias=False
         )
-        yield Weight(
-            embeddings + "position_embedding.weight", (positions, width), (Part(ours + "position"),)
+        yield one_to_one(
+            embeddings + "position_embedding.weight", (positions, width), ours + "position"
         )
         # `pre_layrnorm` is the release's spelling
         yield from pair(root + "pre_layrnorm", (width,), ours + "pre_norm")

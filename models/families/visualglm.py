@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from models.checkpoint.table import Part, Weight, dense, fused_dense, pair
+from models.checkpoint.table import Weight, dense, fused_dense, one_to_one, pair
 from models.config import DecoderConfig, Rope, VisionSpec
 from models.errors import ModelError
 from models.family import Family, Layout, Prompt, SamplingDefaults
@@ -40,11 +40,10 @@ class Vit(nn.Module):
         super().__init__()
         width = eva["hidden_size"]
         patch = eva["patch_size"]
-        patches = _patches(eva)
         self.normalize = Normalize(CLIP_MEAN, CLIP_STD)
         self.patch = nn.Conv2d(3, width, patch, patch)
         self.cls = nn.Parameter(torch.empty(1, width))
-        self.position = nn.Parameter(torch.empty(1 + patches, width))
+        self.position = nn.Parameter(torch.empty(1 + _patches(eva), width))
         heads = eva["num_attention_heads"]
         block = (width, heads, eva["inner_hidden_size"], eva["layernorm_epsilon"])
         self.blocks = nn.ModuleList(PreNormBlock(*block) for _ in range(eva["num_layers"]))
@@ -252,8 +251,8 @@ class VisualGLM(Family):
                 question = None
             else:
                 raise ModelError(
-                    f"{self.name} wants user and assistant messages in turn, got {message['role']!r}; "
-                    "it has no system messages"
+                    f"{self.name} wants user and assistant messages in turn, "
+                    f"got {message['role']!r}; it has no system messages"
                 )
         if question is None:
             raise ModelError("the conversation does not end with a user message; add a question")
@@ -270,14 +269,14 @@ class VisualGLM(Family):
             if len(set(ids[start : start + rows].tolist())) == 1:
                 return start
         raise ModelError(
-            f"the prompt has a picture but no run of {rows} equal placeholder ids; pass image_starts"
+            f"the prompt has a picture but no run of {rows} equal placeholder ids; "
+            "pass image_starts"
         )
 
     def _layout(self, ids, image_starts) -> Layout:
-        """Positions [T, 2]: place in the prompt, and in the block that <sop> opens.
+        """Two channels of positions: place in the prompt, and in the block that <sop> opens.
 
-        Before <sop> the places are 0, 1, 2, ... and the block is 0; from it on the place stays that
-        of the mask token, and the block counts 1, 2, ...
+        Before <sop>: 0, 1, 2, ... and 0; from it on: the place of the mask token and 1, 2, ...
         """
         bos = self.config["bos_token_id"]
         masks = (self.config["gmask_token_id"], self.config["mask_token_id"])
@@ -290,9 +289,8 @@ class VisualGLM(Family):
                 f"a {self.name} prompt needs gMASK ({masks[0]}) and <sop> ({bos}) among its ids"
             )
         place = np.arange(len(ids))
-        position = np.where(place < sop, place, mask)
         block = np.maximum(place - sop + 1, 0)
-        positions = np.stack((position, block), 1)
+        positions = np.stack((np.where(place < sop, place, mask), block), 1)
         return Layout(positions, (mask, len(ids) - sop + 1), (0, 1), sop, image_starts)
 
     # weights
@@ -303,7 +301,7 @@ class VisualGLM(Family):
     def _decoder_weights(self):
         d = self.decoder
         fold = fold_sat_qkv if self.sat else fold_head_major_qkv
-        qkv = functools.partial(fold, heads=d.heads, order=two_halves_order(d.head_dim))
+        fold = functools.partial(fold, heads=d.heads, order=two_halves_order(d.head_dim))
         lm_head = "mixins.chatglm-final.lm_head" if self.sat else "lm_head"
         matrix = (d.vocab_size, d.hidden)
         yield from pair("transformer.word_embeddings", matrix, "embed", bias=False)
@@ -316,9 +314,8 @@ class VisualGLM(Family):
             layer = f"transformer.layers.{i}."
             ours = f"layers.{i}."
             yield from pair(layer + "input_layernorm", (d.hidden,), ours + "attention_norm")
-            yield from pair(
-                layer + "attention.query_key_value", (3 * d.hidden, d.hidden), ours + "qkv", qkv
-            )
+            qkv = layer + "attention.query_key_value"
+            yield from pair(qkv, (3 * d.hidden, d.hidden), ours + "qkv", fold)
             yield from pair(layer + "attention.dense", (d.hidden, d.hidden), ours + "out")
             yield from pair(layer + "post_attention_layernorm", (d.hidden,), ours + "mlp_norm")
             yield from pair(layer + "mlp.dense_h_to_4h", (d.ffn, d.hidden), ours + "up")
@@ -342,12 +339,9 @@ def _vit_weights(root, eva):
     embedding = root + "mixins.patch_embedding.proj"
     yield from pair(embedding, (width, 3, patch, patch), "vision.vit.patch")
     yield from pair(root + "mixins.cls.ln_vision", (width,), "vision.vit.norm")
-    yield Weight(root + "transformer.word_embeddings.weight", (1, width), (Part("vision.vit.cls"),))
-    yield Weight(
-        root + "transformer.position_embeddings.weight",
-        (1 + _patches(eva), width),
-        (Part("vision.vit.position"),),
-    )
+    yield one_to_one(root + "transformer.word_embeddings.weight", (1, width), "vision.vit.cls")
+    position = root + "transformer.position_embeddings.weight"
+    yield one_to_one(position, (1 + _patches(eva), width), "vision.vit.position")
     for i in range(eva["num_layers"]):
         layer = f"{root}transformer.layers.{i}."
         ours = f"vision.vit.blocks.{i}."
@@ -364,7 +358,7 @@ def _qformer_weights(root, config, rows):
     width = config["hidden_size"]
     context = config["cross_attn_hidden_size"]
     inner = config.get("inner_hidden_size") or 4 * width
-    yield Weight(root + "word_embeddings.weight", (rows, width), (Part("vision.qformer.queries"),))
+    yield one_to_one(root + "word_embeddings.weight", (rows, width), "vision.qformer.queries")
     yield from pair(root + "final_layernorm", (width,), "vision.qformer.norm")
     for i, cross in enumerate(config["is_decoder"]):
         layer = f"{root}layers.{i}."

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
-from models.checkpoint.table import Part, Weight, dense, pair
+from models.checkpoint.table import Part, Weight, dense, one_to_one, pair
 from models.config import DecoderConfig
 from models.network.rope import permute_heads
 
@@ -93,10 +93,11 @@ def joined(
     offset = 0
     for name, outputs, transform in projections:
         place = {"at": (offset, total), "transform": transform}
-        weight = Part(target + ".weight", **place)
-        yield Weight(f"{root}{name}.weight", (outputs, inputs), (weight,))
+        part = Part(target + ".weight", **place)
+        yield Weight(f"{root}{name}.weight", (outputs, inputs), (part,))
         if bias:
-            yield Weight(f"{root}{name}.bias", (outputs,), (Part(target + ".bias", **place),))
+            part = Part(target + ".bias", **place)
+            yield Weight(f"{root}{name}.bias", (outputs,), (part,))
         offset += outputs
 
 
@@ -136,4 +137,4 @@ def glu_adapter_weights(source: str, target: str, width: int, hidden: int, inner
         source + "linear_proj.dense_4h_to_h", hidden, inner, target + "down", bias=False
     )
     for mark in ("boi", "eoi"):
-        yield Weight(source + mark, (1, 1, hidden), (Part(target + mark),))
+        yield one_to_one(source + mark, (1, 1, hidden), target + mark)

@@ -91,7 +91,7 @@ class LayerArithmetic:
         return self.ops.add_rms_norm(branch, residual, norm, self.config.eps)
 
     def _tapped(self, stage: str, x, residual, norm: Norm | None):
-        """(normalised stream, stream); a stream that the tap put in its place is normalised anew."""
+        """(normalised stream, stream); what the tap put in the stream's place is normalised anew."""
         if self.tap is None:
             return x, residual
         residual = self.tap(stage, residual)
@@ -127,9 +127,9 @@ class LayerArithmetic:
 class Decoder(LayerArithmetic):
     """All layers, embedding and output matrix.
 
-    Takes weights by canonical name (see models/family.py) in the wanted dtype, 2-D ones packed by the
-    backend. A quantised linear layer stands under its name without suffix ("layers.0.qkv"), as the backend's
-    `pack_quantized` made it.
+    Takes weights by canonical name (see models/family.py) in the wanted dtype, 2-D ones packed by
+    the backend. A quantised linear layer stands under its name without suffix ("layers.0.qkv"), as
+    the backend's `pack_quantized` made it.
     """
 
     def __init__(self, config: DecoderConfig, weights: dict, ops):

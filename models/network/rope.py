@@ -11,8 +11,8 @@ from models.config import Rope
 def rotary_angles(rope: Rope, head_dim: int, positions: torch.Tensor):
     """positions int [T, channels] -> (cos, sin) float32 [T, head_dim].
 
-    For the half-rotation x * cos + rotate_half(x) * sin. Angles pos * theta^(-2j/dim), channel after channel, then zeros up to head_dim / 2; the row is
-    that half twice.
+    For the half-rotation x * cos + rotate_half(x) * sin. Angles pos * theta^(-2j/dim), channel
+    after channel, then zeros up to head_dim / 2; the row is that half twice.
     """
     inv = 1.0 / rope.theta ** (torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim)
     if rope.half_rounded:

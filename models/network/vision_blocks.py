@@ -1,7 +1,7 @@
 """Shared blocks of the vision towers: torch modules that trace to few, ATC-friendly operators.
 
-Linear weights are kept as [in, out] so that a projection is one MatMul without a Transpose; q, k and v
-are separate projections (no Slice/Squeeze chains); attention is MatMul, Softmax, MatMul.
+Linear weights are kept as [in, out] so that a projection is one MatMul without a Transpose; q, k
+and v are separate projections (no Slice/Squeeze chains); attention is MatMul, Softmax, MatMul.
 """
 
 import math

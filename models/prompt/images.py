@@ -1,4 +1,4 @@
-"""Images to arrays: opened safely, RGB, upright, resized and cropped as each family's original does.
+"""Images to arrays: opened safely, RGB, upright, resized and cropped as the family's original does.
 
 Takes a path, bytes or PIL image; returns float32 NHWC [1, S, S, 3] with raw values 0..255. Mean and
 standard deviation are applied inside the vision encoder's graph, not here.
@@ -17,7 +17,7 @@ from models.files import open_regular
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-# of PIL's many formats the common ones (JPEG opens MPO, too); none starts another program, as EPS would
+# the common ones of PIL's formats (JPEG opens MPO, too); none starts another program, as EPS would
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 FORMAT_NAMES = "PNG, JPEG, WebP, BMP, GIF or TIFF"
 MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # 178,956,970: where PIL stops trusting a header
@@ -38,13 +38,13 @@ class ImageTooLarge(ModelError):
 def open_image(source, upright: bool = True) -> Image.Image:
     """Path, bytes or PIL image -> decoded RGB image of the same size.
 
-    ModelError says in a sentence why it cannot be used. Every mode becomes RGB the way the originals
-    do it, by PIL's `convert`: alpha is dropped (not blended), grey is repeated, palettes are looked up,
-    the first frame of an animation counts. 16-bit grey is scaled to 8 bits.
+    ModelError says in a sentence why it cannot be used. Every mode becomes RGB the way the
+    originals do it, by PIL's `convert`: alpha is dropped (not blended), grey is repeated, palettes
+    are looked up, the first frame of an animation counts. 16-bit grey is scaled to 8 bits.
 
-    upright: apply the camera's EXIF rotation first, as transformers' image loader (LLaVA, GLM-Edge-V)
-    does and as a person sees the image. The VisualGLM and GLM-4V demos ignore the tag: pass False for
-    their exact pixels of a rotated photo.
+    upright: apply the camera's EXIF rotation first, as transformers' image loader (LLaVA,
+    GLM-Edge-V) does and as a person sees the image. The VisualGLM and GLM-4V demos ignore the tag:
+    pass False for their exact pixels of a rotated photo.
     """
     name, image = open_header(source)
     try:

@@ -1,4 +1,4 @@
-"""Text of a growing answer. Takes ids or text so far, returns only what no later token can change."""
+"""Text of a growing answer. Takes ids or text so far, returns what no later token can change."""
 
 TRAINING_DATE = "[[训练时间]]"  # what the GLM models write for the date of their training
 

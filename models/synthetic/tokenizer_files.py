@@ -112,7 +112,7 @@ def llama_file(count: int, added: Iterable[str]) -> bytes:
 
 
 def byte_characters() -> list[str]:
-    """The printable character that stands for each byte in a byte-level tokenizer.json, as in GPT-2."""
+    """The printable character that stands for each byte in a byte-level tokenizer.json (GPT-2's)."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
