@@ -122,7 +122,7 @@ def test_a_picture_that_is_none_is_refused_in_a_sentence(local, tmp_path):
         async for _ in local.stream(chat_messages([], "?", [str(tmp_path / "a.png")], ""), GREEDY):
             pass
 
-    with pytest.raises(Exception, match="the picture cannot be read; use PNG"):
+    with pytest.raises(Exception, match="is not a picture that can be read; use PNG"):
         asyncio.run(ask())
 
 
