@@ -36,9 +36,9 @@ from runtime.common.files import (
     LOCK,
     fresh_folder,
     locked,
-    own_folder,
     problem_of,
     remove_folder,
+    work_folder,
     write_atomically,
 )
 from runtime.common.machine import version
@@ -131,7 +131,7 @@ def is_current(source: Source, artifact_dir: Path) -> bool:
 
 def make_artifact(source: Source, artifact_dir: Path):
     """Export, check and verify the encoder in the work directory, then publish it."""
-    work_dir = own_folder(artifact_dir / WORK)
+    work_dir = work_folder(artifact_dir / WORK)
     files = resume_export(source, work_dir) or export_encoder(source, work_dir)
     try:
         check_graph(source.family, work_dir)

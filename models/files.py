@@ -59,6 +59,32 @@ def open_regular(path: str | Path, follow: bool = True) -> BinaryIO:
     return os.fdopen(_open(path, flags if follow else flags | os.O_NOFOLLOW), "rb")
 
 
+def open_inside(folder: str | Path, name: str) -> BinaryIO:
+    """A file of a checkpoint, open for reading, if what was opened lies inside the folder.
+
+    Links into the blobs of a Hugging Face cache (snapshots/x -> ../../blobs) count as inside.
+    ModelError for a link that leaves the folder, for a pipe or a device.
+    """
+    path = Path(folder, name)
+    stream = open_regular(path)
+    opened = Path(os.readlink(f"/proc/self/fd/{stream.fileno()}"))
+    if any(opened.is_relative_to(place) for place in _places_of(folder)):
+        return stream
+    stream.close()
+    raise ModelError(
+        f"{path} is a link to {opened}, outside its folder, and is not copied; put the file itself "
+        "there, or remove the link"
+    )
+
+
+def _places_of(folder: str | Path) -> list[Path]:
+    """Where files of a checkpoint may lie."""
+    folder = Path(folder).resolve()
+    if folder.parent.name != "snapshots":
+        return [folder]
+    return [folder, folder.parent.parent / "blobs"]
+
+
 def open_own(path: str | Path, mode: str = "r+b") -> BinaryIO:
     """A regular file of an output folder, open for reading and writing; made if missing, not emptied.
 

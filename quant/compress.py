@@ -6,7 +6,6 @@ against CANN (`compress_excutor`); nothing here replaces it.
 """
 
 import os
-import shutil
 from functools import partial
 from pathlib import Path
 
@@ -17,13 +16,21 @@ from models.checkpoint import Checkpoint
 from models.checkpoint.quantized import FILE, Description, find_description
 from models.config import read_json
 from runtime.common.errors import CHECK_FAILED, MISSING_COMPONENT, ToolkitError
-from runtime.common.files import locked, write_atomically
+from runtime.common.files import (
+    CHECKSUMS,
+    check_checksums,
+    fresh_folder,
+    locked,
+    remove_folder,
+    write_atomically,
+    write_checksums,
+)
 from runtime.common.progress import byte_progress
 from runtime.parallel.split import Split, check_split
 
 from .msmodelslim_calls import import_msmodelslim, private_directory
 from .options import CompressOptions
-from .output.files import copy_small_files, write_config, write_description
+from .output.files import copy_small_files, small_files, write_config, write_description
 from .output.weights import Entry, write_weights
 from .pipeline import prepare_folder
 from .rank_shares import Share, Shares, part_folders, part_name
@@ -42,8 +49,7 @@ def compress(options: CompressOptions) -> int:
     find_compressor()
     out = prepare_empty_folder(options.out, options.model)
     with locked(out):
-        folder = out / PARTIAL
-        shutil.rmtree(folder, ignore_errors=True)
+        folder = fresh_folder(out / PARTIAL)
         for rank in range(size):
             split = Split(family.decoder, size, rank)
             ratio = compress_rank(family, checkpoint, description, split, folder)
@@ -72,6 +78,8 @@ def open_sparse(model: str) -> tuple:
             f"--model {model} is {dtype}, and the 310P computes float16 only; quantise again with --dtype "
             "float16"
         )
+    small_files(Path(model))
+    check_checksums(Path(model))
     return family_of(model), Checkpoint(model), description
 
 
@@ -107,16 +115,17 @@ def compress_rank(
     to before."""
     shares = Shares(family, split)
     part = folder / part_name(split.rank, split.size)
-    part.mkdir(parents=True)
+    part.mkdir()
     weights = sparse_weights(description, checkpoint, shares)
     bytes_before = total_elements(weights)
     compressed = run_compressor(weights)
     del weights
     entries = rank_entries(description, checkpoint, shares, compressed)
     with byte_progress(f"writing {part.name}") as update:
-        write_weights(entries, part, KIND, update)
+        names = write_weights(entries, part, KIND, update)
     kinds = {entry.name: entry.kind for entry in entries}
     write_atomically(part / FILE, write_description(kinds, KIND))
+    write_checksums(part, [*names, FILE])
     return total_elements(compressed) / bytes_before
 
 
@@ -214,16 +223,17 @@ def finish(checkpoint: Checkpoint, folder: Path, out: Path, size: int):
         raise ToolkitError(
             f"the result would not load: {problems[0]}; nothing was published", CHECK_FAILED
         )
-    names = [part_name(rank, size) for rank in range(size)]
-    names += [name for name in small if name != FILE]
-    publish_parts(folder, out, [*names, "config.json"])
+    names = [name for name in small if name != FILE]
+    parts = [part_name(rank, size) for rank in range(size)]
+    write_checksums(folder, [*names, "config.json"])
+    publish_parts(folder, out, [*parts, *names, CHECKSUMS, "config.json"])
 
 
 def publish_parts(folder: Path, out: Path, names: list[str]):
     """Replace the parts in `out` by what is called `names` in `folder`, in this order."""
     (out / "config.json").unlink(missing_ok=True)
     for old in part_folders(out).values():
-        shutil.rmtree(old)
+        remove_folder(old)
     for name in names:
         os.replace(folder / name, out / name)
-    shutil.rmtree(folder)
+    remove_folder(folder)

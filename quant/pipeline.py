@@ -14,14 +14,14 @@ from models import family_of
 from models.checkpoint import Checkpoint
 from models.checkpoint.quantized import find_description
 from runtime.common.errors import ToolkitError
-from runtime.common.files import locked
+from runtime.common.files import locked, work_folder
 
 from .gate import Figures, Verdict, pass_gate
 from .layer_loop import quantise_layers
 from .layer_module import linear_groups
 from .msmodelslim_calls import import_msmodelslim
 from .options import CalibrationOptions, GateOptions, QuantOptions, RecipeOptions
-from .output.files import WEIGHTS
+from .output.files import WEIGHTS, small_files
 from .output.result import write_result
 from .plan import QuantPlan, make_plan
 from .samples import choose_lines
@@ -39,6 +39,7 @@ def quantise(
     out = prepare_folder(options.out, options.model)
     import_msmodelslim()
     with locked(out):
+        work_folder(out / PARTIAL)
         plan = make_plan(family, checkpoint, options, recipe_options, lines, out / PARTIAL)
         check_disk(plan, out)
         work = WorkFolder(out / PARTIAL / "layers", plan.identity)
@@ -68,6 +69,7 @@ def open_model(model: str) -> tuple:
             f"--model {model} has the SAT layout, whose names no engine reads; give the Hugging Face release"
         )
     checkpoint.check(family.weights())
+    small_files(checkpoint.directory)
     return family, checkpoint
 
 

@@ -17,7 +17,7 @@ import torch
 from models.checkpoint import Checkpoint
 from models.checkpoint.table import WeightTable
 from models.config import read_json
-from runtime.common.files import write_atomically
+from runtime.common.files import own_folder, write_atomically
 from runtime.common.machine import version
 from runtime.common.progress import step_progress
 
@@ -156,7 +156,7 @@ def measured(family, checkpoint: Checkpoint, lines: list[dict], samples, work: P
             return stored
     with step_progress("measuring inputs", family.decoder.layers) as advance:
         ranges = input_ranges(family, checkpoint, samples, advance)
-    work.mkdir(parents=True, exist_ok=True)
+    own_folder(work)
     statistics = {"key": key, "ranges": ranges}
     write_atomically(file, json.dumps({"statistics": statistics}))
     return statistics
@@ -189,8 +189,12 @@ def identity(plan: QuantPlan, lines: Lines) -> dict:
 
 
 def stamp(checkpoint: Checkpoint) -> list:
-    """Path, size and time of change of the files: tells checkpoints apart without reading 19 GB."""
-    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in checkpoint.files]
+    """Path, size and times of change of the files: tells checkpoints apart without reading 19 GB."""
+    files = []
+    for file in checkpoint.files:
+        state = file.stat()
+        files.append([str(file), state.st_size, state.st_mtime_ns, state.st_ctime_ns])
+    return files
 
 
 def digest(value) -> str:

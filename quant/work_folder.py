@@ -5,7 +5,7 @@ to the quality gate and to the output.
 """
 
 import json
-import shutil
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from runtime.common.files import write_atomically
+from models.files import private_file
+from runtime.common.files import fresh_folder, write_atomically
 
 PARTIAL = ".partial"  # folder inside --out that holds everything until it is published
 
@@ -63,8 +64,7 @@ class WorkFolder:
         note = folder / "job.json"
         wanted = json.dumps(identity, sort_keys=True)
         if not note.is_file() or note.read_text(encoding="utf-8") != wanted:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
+            fresh_folder(folder)
             write_atomically(note, wanted)
 
     def weights(self, index: int) -> Path:
@@ -119,9 +119,7 @@ class WorkFolder:
             named[f"float.{number}"] = stream
         for number, stream in streams.quantised.items():
             named[f"quantised.{number}"] = stream
-        part = self._streams(index).with_suffix(".part")
-        store(named, part)
-        part.replace(self._streams(index))
+        store(named, self._streams(index))
 
     def _note(self, index: int) -> Path:
         return self.folder / f"layer-{index:04}.json"
@@ -135,7 +133,9 @@ def store(tensors: dict[str, torch.Tensor], file: Path):
     writable."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(contiguous, file, {"format": "pt"})
+        with private_file(file) as private:
+            save_file(contiguous, private, {"format": "pt"})
+            os.replace(private, file)
     except SafetensorError as error:
         raise OSError(
             f"{file} cannot be written ({error}); free some space, run the same command again to continue"

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 
 from models.checkpoint.quantized import FILE
+from models.files import new_file, open_inside
+from runtime.common.files import CHECKSUMS
 
 WEIGHTS = (
     ".safetensors",
@@ -39,16 +41,24 @@ def write_config(config: dict, kind: str, dtype: torch.dtype) -> str:
     return json.dumps(changed, indent=2, ensure_ascii=False) + "\n"
 
 
-def copy_small_files(source: Path, folder: Path) -> list[str]:
-    """Copy tokenizer, processor, generation_config, the release's code: everything but weights and
-    config.json."""
+def small_files(source: Path) -> list[str]:
+    """Names of tokenizer, processor, generation_config, the release's code: everything but weights
+    and config.json. ModelError for a link that leaves the checkpoint, or for a named pipe."""
     names = []
     for file in sorted(source.iterdir()):
         left_out = file.name.startswith(".") or file.name.endswith(WEIGHTS)
-        if file.is_file() and not left_out and file.name != "config.json":
+        if not file.is_dir() and not left_out and file.name not in ("config.json", CHECKSUMS):
+            open_inside(source, file.name).close()
             names.append(file.name)
+    return names
+
+
+def copy_small_files(source: Path, folder: Path) -> list[str]:
+    """Copies `small_files` of a checkpoint into the folder; their names."""
+    names = small_files(source)
     for name in names:
-        shutil.copyfile(source / name, folder / name)
+        with open_inside(source, name) as stream, new_file(folder / name, durable=False) as copy:
+            shutil.copyfileobj(stream, copy)
     return names
 
 

@@ -5,7 +5,6 @@ Takes a QuantPlan, its finished work folder and the gate's Verdict; returns noth
 """
 
 import json
-import shutil
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +12,14 @@ from models.checkpoint.quantized import FILE
 from models.checkpoint.table import WeightTable
 from models.config import read_json
 from runtime.common.errors import CHECK_FAILED, ToolkitError
-from runtime.common.files import write_atomically
+from runtime.common.files import (
+    CHECKSUMS,
+    fresh_folder,
+    own_folder,
+    remove_folder,
+    write_atomically,
+    write_checksums,
+)
 from runtime.common.progress import byte_progress
 
 from ..gate import Group, Verdict
@@ -28,19 +34,18 @@ from .weights import Entry, write_weights
 def write_result(plan: QuantPlan, work: WorkFolder, verdict: Verdict, out: Path):
     """Write everything into a folder inside `out`, validate and publish it, then remove the work
     folder; ToolkitError if it would not load."""
-    folder = out / PARTIAL / "result"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    folder = fresh_folder(out / PARTIAL / "result")
     names = write_files(plan, work, verdict, folder)
     problems = validate(folder).problems
     if problems:
         raise ToolkitError(
             f"the result would not load: {problems[0]}; nothing was published", CHECK_FAILED
         )
+    write_checksums(folder, names)
     for old in set(out.glob("quant_model*")):
         old.unlink()
-    publish(folder, out, names)
-    shutil.rmtree(out / PARTIAL)
+    publish(folder, out, [*names, CHECKSUMS])
+    remove_folder(out / PARTIAL)
 
 
 def write_files(plan: QuantPlan, work: WorkFolder, verdict: Verdict, folder: Path) -> list[str]:
@@ -89,7 +94,7 @@ def layer_files(
     kinds = {}
     files = []
     changed = {index for index, _ in float_groups}
-    folder.mkdir(exist_ok=True)
+    own_folder(folder)
     for index in range(plan.num_layers):
         if index in changed:
             files.append(folder / work.weights(index).name)

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from runtime.common.errors import CHECK_FAILED
+from runtime.common.files import check_again
 
 from .findings import CONSUMERS, Finding, Findings
 from .folder import validate
@@ -16,7 +17,8 @@ SHOWN = 12
 
 def print_findings(folder: str, as_json: bool) -> int:
     """0 if the folder is sound and some consumer loads it, else CHECK_FAILED."""
-    findings = validate(Path(folder))
+    with check_again():
+        findings = validate(Path(folder))
     loads = {consumer: findings.loads(consumer) for consumer in CONSUMERS}
     if as_json:
         print(json.dumps({"loads": loads, "findings": [vars(f) for f in findings.found]}, indent=2))

@@ -14,6 +14,7 @@ from models.checkpoint import Checkpoint
 from models.checkpoint.quantized import FILE, Description, find_description, stored_weights
 from models.config import read_json
 from models.errors import ModelError
+from runtime.common.files import checksum_problems
 from runtime.parallel.split import Split
 
 from ..rank_shares import check_parts, find_parts
@@ -49,7 +50,11 @@ def validate(folder: Path) -> Findings:
 def _findings(folder: Path) -> Iterator[Finding]:
     """Of a folder, or of the folder of each rank in it; the ranks share its config.json."""
     parts = find_parts(folder)
+    for problem in checksum_problems(folder):
+        yield Finding(problem)
     for rank, part in enumerate(parts):
+        for problem in checksum_problems(part):
+            yield Finding(problem)
         for finding in _findings_of(part, folder, len(parts), rank):
             yield Finding(f"{part.name}: {finding.text}", finding.stops)
     if not parts:

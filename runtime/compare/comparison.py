@@ -7,6 +7,7 @@ import gc
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from runtime.common.files import check_again
 from runtime.engine.options import EngineOptions
 
 from . import dataset, float_search, vision_nodes
@@ -21,7 +22,7 @@ def compare(
     options: CompareOptions, engine_options: EngineOptions, cases: list[Case], out: Path
 ) -> dict:
     """What the report says (keys: docs/compare.md); `out` holds work files for the time being."""
-    with TemporaryDirectory(prefix=".streams-", dir=out) as work:
+    with check_again(), TemporaryDirectory(prefix=".streams-", dir=out) as work:
         reference = run_reference(options, engine_options.max_model_len, cases, Path(work))
         gc.collect()  # one model in memory at a time
         candidate = run_candidate(options, engine_options, cases, reference)

@@ -76,8 +76,36 @@ def test_an_om_replaced_by_hand_is_made_again(out, cann):
     assert convert(out)[0] == 0
     assert artifact.om_file(artifact.load(out), out) == out / "vision.om"
     (out / "vision.om").write_bytes(b"another")
-    assert artifact.om_file(artifact.load(out), out) is None
+    with pytest.raises(ToolkitError, match="vision.om has 7 bytes, its manifest says"):
+        artifact.om_file(artifact.load(out), out)
     assert convert(out)[0] == 0 and artifact.om_file(artifact.load(out), out) == out / "vision.om"
+
+
+def test_a_flipped_bit_of_an_om_is_named_and_compiled_again(out, cann):
+    assert convert(out)[0] == 0
+    flip_a_bit(out / "vision.om")
+    with pytest.raises(ToolkitError, match="vision.om is damaged"):
+        artifact.om_file(artifact.load(out), out)
+    code, text = convert(out)
+    assert code == 0 and "compiled for" in text
+    assert artifact.om_file(artifact.load(out), out) == out / "vision.om"
+
+
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0x40
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["weight", ".partial"])
+def test_links_in_the_artifact_are_not_followed(out, cann, tmp_path, name):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "thesis").write_text("the only copy")
+    (out / name).symlink_to(elsewhere)
+    convert(out, "--force")
+    assert (elsewhere / "thesis").read_text() == "the only copy"
+    assert [file.name for file in elsewhere.iterdir()] == ["thesis"]
 
 
 def test_mistakes_are_found_without_cann_too(tmp_path):

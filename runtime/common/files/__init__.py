@@ -5,10 +5,14 @@
 
 from .cache import cache_folder, cache_root, open_private
 from .checksums import (
+    CHECKSUMS,
     check_again,
+    check_checksums,
+    checksum_problems,
     file_entry,
     problem_of,
     tensors_digest,
+    write_checksums,
 )
 from .output import (
     LOCK,
@@ -18,10 +22,16 @@ from .output import (
     own_folder,
     prepare,
     remove_folder,
+    work_folder,
     write_atomically,
 )
 
 __all__ = [
+    "CHECKSUMS",
+    "check_checksums",
+    "checksum_problems",
+    "work_folder",
+    "write_checksums",
     "LOCK",
     "cache_folder",
     "cache_root",

@@ -13,11 +13,13 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from models.errors import ModelError
-from models.files import open_regular
+from models.files import is_plain_name, open_regular
+from runtime.common.errors import ToolkitError
 
 from .cache import cache_folder, open_private
 from .output import write_atomically
 
+CHECKSUMS = "checksums.json"
 READ_BYTES = 8 << 20
 _again = ContextVar("_again", default=False)
 
@@ -65,6 +67,44 @@ def problem_of(path: Path, entry: dict, record: str = "its manifest") -> str | N
     if sha256_of(path) != entry["sha256"]:
         return f"is damaged: its bytes are not those that {record} has the sha256 of"
     return None
+
+
+def write_checksums(folder: Path, names: list[str]):
+    """Writes the folder's checksums.json: {bytes, sha256} of the files of these names in it."""
+    entries = {name: file_entry(folder / name) for name in sorted(names)}
+    write_atomically(folder / CHECKSUMS, json.dumps(entries, indent=2) + "\n")
+
+
+def checksum_problems(folder: Path) -> list[str]:
+    """A sentence for every file that is not as the folder's checksums.json says; none without one."""
+    record = folder / CHECKSUMS
+    try:
+        with open_regular(record) as stream:
+            entries = json.load(stream)
+        problems = []
+        for name, entry in entries.items():
+            if problem := _problem_beside(folder, name, entry):
+                problems.append(f"{folder / name} {problem}")
+        return problems
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, ModelError):
+        return [f"{record} cannot be read"]
+
+
+def check_checksums(folder: Path):
+    """ToolkitError when a file is not as the folder's checksums.json says."""
+    if problems := checksum_problems(folder):
+        raise ToolkitError(
+            f"{problems[0]}; copy or make the folder again, or, if you changed the file yourself, "
+            f"remove {folder / CHECKSUMS}"
+        )
+
+
+def _problem_beside(folder: Path, name: str, entry: dict) -> str | None:
+    if not is_plain_name(name):
+        raise ValueError("a name that is not ours")
+    return problem_of(folder / name, entry, CHECKSUMS)
 
 
 def tensors_digest(checkpoint, names: list[str]) -> str:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from models.files import new_file, open_own
+from models.files import kind_of, new_file, open_own
 from runtime.common.errors import ToolkitError
 from runtime.common.notes import note
 
@@ -55,6 +55,21 @@ def own_folder(folder: Path) -> Path:
     except FileExistsError:
         if folder.is_symlink() or not folder.is_dir():
             raise _refusal(folder) from None
+    return folder
+
+
+def work_folder(folder: Path) -> Path:
+    """The folder inside an output folder in which a killed run left its work, made if missing;
+    ToolkitError when anything in it is a link, a pipe or a device: no run of ours leaves such."""
+    own_folder(folder)
+    for parent, folders, names in os.walk(folder):
+        for path in (Path(parent, name) for name in (*folders, *names)):
+            kind = kind_of(path.lstat().st_mode)
+            if kind not in (None, "a folder"):
+                raise ToolkitError(
+                    f"{path} is {kind}, which no earlier run left there; remove {folder}, then run "
+                    "the same command again"
+                )
     return folder
 
 

@@ -15,6 +15,7 @@ from models.checkpoint import Checkpoint
 from models.checkpoint.quantized import check_stored, find_description, stored_weights
 from models.family import Family
 from models.network.decoder import Decoder
+from runtime.common.files import check_checksums
 from runtime.common.notes import note
 from runtime.engine.device_graphs import DecodeGraphs
 from runtime.engine.kv_cache import KVCache
@@ -115,6 +116,7 @@ def open_checkpoint(family: Family) -> Checkpoint:
     checkpoint = Checkpoint(family.directory)
     checkpoint.check(stored_weights(family))
     if description := find_description(family.directory):
+        check_checksums(family.directory)
         check_stored(description, checkpoint)
     return checkpoint
 
