@@ -30,7 +30,7 @@ from models.checkpoint import Checkpoint
 from models.checkpoint.quantized import stored_weights
 from models.errors import ModelError
 from models.family import Family
-from models.files import open_own, open_regular
+from models.files import open_own, open_regular, read_record
 from runtime.common.errors import CHECK_FAILED, ToolkitError
 from runtime.common.files import (
     LOCK,
@@ -148,13 +148,13 @@ def resume_export(source: Source, work_dir: Path) -> dict | None:
     """{file: {bytes, sha256}} of an export that an interrupted run completed; None without one."""
     try:
         with open_regular(work_dir / EXPORTED, follow=False) as stream:
-            source_hash, files = json.load(stream)
+            source_hash, files = read_record(stream)
         if source_hash != source.hash:
             return None
         problem = _problem_of_export(work_dir, files)
     except FileNotFoundError:
         return None
-    except (OSError, ModelError, ValueError, TypeError, KeyError, RecursionError) as error:
+    except (OSError, ModelError, ValueError, TypeError, KeyError) as error:
         problem = f"its record cannot be used ({error})"
     if problem:
         note(f"an interrupted export in {work_dir} is made again: {problem}")

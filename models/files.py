@@ -7,6 +7,7 @@ name and renamed.
 """
 
 import errno
+import json
 import os
 import re
 import secrets
@@ -18,6 +19,7 @@ from typing import BinaryIO
 
 from .errors import ModelError
 
+RECORD_BYTES = 16 << 20  # a manifest of ours has thousands of bytes
 LONGEST_NAME = 255  # bytes, on every file system of Linux
 PRIVATE = re.compile(r"\.[0-9a-f]{16}\.part")
 KINDS = {
@@ -56,7 +58,18 @@ def open_regular(path: str | Path, follow: bool = True) -> BinaryIO:
     path = Path(path)
     _check_kind(path, os.stat(path, follow_symlinks=follow).st_mode)
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-    return os.fdopen(_open(path, flags if follow else flags | os.O_NOFOLLOW), "rb")
+    return _stream(path, _open(path, flags if follow else flags | os.O_NOFOLLOW), "rb")
+
+
+def read_record(stream: BinaryIO):
+    """The JSON in a manifest, note or checksum list; ValueError if it is none, or far too large."""
+    content = stream.read(RECORD_BYTES + 1)
+    if len(content) > RECORD_BYTES:
+        raise ValueError(f"it has more than {RECORD_BYTES >> 20} MB")
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def open_inside(folder: str | Path, name: str) -> BinaryIO:
@@ -99,7 +112,7 @@ def open_own(path: str | Path, mode: str = "r+b") -> BinaryIO:
         raise ModelError(
             f"{path} is a second name of another file; remove it, or give another --out"
         )
-    return os.fdopen(descriptor, mode)
+    return _stream(path, descriptor, mode)
 
 
 @contextmanager
@@ -133,6 +146,11 @@ def private_file(path: str | Path) -> Iterator[Path]:
 def is_private_name(name: str) -> bool:
     """Whether `private_file` gave the name: a killed process leaves such a file."""
     return PRIVATE.fullmatch(name) is not None
+
+
+def _stream(path: Path, descriptor: int, mode: str) -> BinaryIO:
+    """A stream with the path as its name."""
+    return open(path, mode, opener=lambda name, flags: descriptor)
 
 
 def _open(path: Path, flags: int) -> int:

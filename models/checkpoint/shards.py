@@ -20,6 +20,7 @@ import torch
 
 from models.config import read_json
 from models.errors import ModelError
+from models.files import is_plain_name
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -105,7 +106,17 @@ def _indexed(
         raise ModelError(
             f"{indexes[0]} has no weight_map of tensor names to file names; download it again"
         )
+    for file in set(index.values()):
+        check_plain(file, indexes[0])
     return name, [directory / file for file in sorted(set(index.values()))], index
+
+
+def check_plain(name: str, source: Path):
+    """ModelError unless a name that the file `source` gives is that of a file beside it."""
+    if not is_plain_name(name):
+        raise ModelError(
+            f"{source} names {name[:80]!r}, which is no file beside it; download the folder again"
+        )
 
 
 def _with_gaps(files: list[Path]) -> list[Path]:
@@ -122,6 +133,7 @@ def _with_gaps(files: list[Path]) -> list[Path]:
 
 def _sat_files(directory: Path) -> list[Path]:
     step = (directory / "latest").read_text(encoding="utf-8").strip()
+    check_plain(step, directory / "latest")
     files = sorted((directory / step).glob("mp_rank_*_model_states.pt"))
     if len(files) > 1:
         raise ModelError(

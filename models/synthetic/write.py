@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from models.checkpoint.shards import grouped_by_size, safetensors_header
 from models.checkpoint.table import Weight
 from models.config import read_json
 from models.errors import ModelError
+from models.files import is_private_name, new_file, open_regular
 
 from .releases import RELEASES, as_json_bytes
 
@@ -48,7 +48,7 @@ class Shard:
         return self.file.exists() and b'"synthetic"' not in self._start()
 
     def _start(self) -> bytes:
-        with open(self.file, "rb") as stream:
+        with open_regular(self.file) as stream:
             return stream.read(len(self.header))
 
 
@@ -142,7 +142,10 @@ def _prepare(out: Path, shards: list[Shard], others: Iterable[str], report) -> N
     ours = {shard.file.name for shard in shards} | set(others)
     if out.exists() and not out.is_dir():
         raise ModelError(f"{out} is a file; choose another --out")
-    foreign = [file.name for file in out.glob("*") if file.name.removesuffix(".part") not in ours]
+    for file in out.glob(".*"):
+        if is_private_name(file.name):
+            file.unlink()  # of a killed run
+    foreign = [file.name for file in out.glob("*") if file.name not in ours]
     foreign += [shard.file.name for shard in shards if shard.foreign]
     if foreign:
         raise ModelError(
@@ -188,18 +191,14 @@ def _tensor_blocks(weight: Weight, dtype: str, seed: int) -> Iterator[memoryview
 
 def _write(file: Path, blocks: Iterable[bytes | memoryview], progress=lambda written: None) -> None:
     """Write under another name, then rename: `file` is complete or not there."""
-    part = file.with_name(file.name + ".part")
     written = 0
     try:
-        with open(part, "wb") as stream:
+        with new_file(file, durable=False) as stream:
             for block in blocks:
                 written += stream.write(block)
                 progress(written)
-        os.replace(part, file)
     except OSError as error:
         raise ModelError(
             f"{file} cannot be written ({error.strerror}); finished shards are kept, "
             "run the same command again to go on"
         ) from None
-    finally:
-        part.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 
 from runtime.common.errors import INTERRUPTED, ToolkitError
-from runtime.common.files import write_atomically
+from runtime.common.files import appended_text, new_text, write_atomically
 from runtime.common.progress import print_status, token_progress
 
 from . import workload
@@ -125,7 +125,7 @@ def append_csv(path: Path, row: dict, max_model_len: int, fresh: bool):
     header."""
     figures = ["" if row[name] is None else f"{row[name]:.2f}" for name in HEADER[4:]]
     values = [row["batch"], max_model_len, row["input"], row["output"], *figures]
-    with path.open("w" if fresh else "a", newline="", encoding="utf-8") as file:
+    with new_text(path) if fresh else appended_text(path) as file:
         writer = csv.writer(file)
         if fresh:
             writer.writerow(HEADER)

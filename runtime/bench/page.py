@@ -5,7 +5,10 @@ Packages are imported when they are needed, after the peak memory has been read.
 """
 
 import base64
+import io
 from pathlib import Path
+
+from runtime.common.files import write_atomically
 
 PAGE = Path(__file__).with_name("bench.html")
 AVERAGES = {
@@ -101,7 +104,9 @@ def write_plot(rows: list[dict], path: Path):
     label_axes(left, "prompt, tokens", "first token, ms")
     label_axes(right, "prompt + answer, tokens", "per token, ms")
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=120)
+    write_atomically(path, image.getvalue())
     pyplot.close(figure)
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from models.files import open_own
 from runtime.common.errors import ToolkitError
 from runtime.common.files import write_atomically
 
@@ -35,7 +36,7 @@ def open_answer_file(out: Path, job: dict):
     """
     if out.exists():
         raise ToolkitError(f"--out {out} exists already; remove it, or give another name")
-    with open(out.with_name(out.name + ".partial"), "a+b") as stream:
+    with open_own(out.with_name(out.name + ".partial"), "a+b") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -12,7 +12,7 @@ import subprocess
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from models.files import is_plain_name, open_regular
+from models.files import is_plain_name, open_regular, read_record
 from runtime.common.errors import ToolkitError
 from runtime.common.files import cache_folder, problem_of, write_atomically
 from runtime.common.notes import note
@@ -69,16 +69,17 @@ def load(artifact_dir: str | Path) -> Manifest:
 
 
 def read_manifest(artifact_dir: Path) -> Manifest:
-    """manifest.json, which names only files that the toolkit writes; ToolkitError if there is none."""
+    """manifest.json, which names only files that the toolkit writes; ToolkitError if there is
+    none."""
     path = artifact_dir / MANIFEST
     again = f"make it with {_convert_command('CHECKPOINT', artifact_dir)}"
     if not path.exists():
         raise ToolkitError(f"artifact {artifact_dir} {_what_lacks(artifact_dir)}; {again}")
     try:
         with open_regular(path) as stream:
-            manifest = Manifest(**json.load(stream))
+            manifest = Manifest(**read_record(stream))
         _check_names(manifest)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise ToolkitError(
             f"{path} is not a manifest this version can read; "
             f"make it again with {_convert_command('CHECKPOINT', artifact_dir)}"
@@ -87,7 +88,8 @@ def read_manifest(artifact_dir: Path) -> Manifest:
 
 
 def _check_names(manifest: Manifest):
-    """ValueError unless every file is one that the exporter or atc writes, with its size and sha256."""
+    """ValueError unless every file is one that the exporter or atc writes, with its size and
+    sha256."""
     om_files = (manifest.om or {}).get("files", {})
     if not set(manifest.files) <= ONNX_NAMES or not all(map(_is_om_name, om_files)):
         raise ValueError("a name that is not ours")
@@ -161,7 +163,7 @@ def check_fits(manifest: Manifest, source: Source, artifact_dir: str | Path):
 
 def cache_directory(source: Source) -> Path:
     """Where the artifact of `source` lies when the user names none."""
-    return cache_folder("vision", source.hash[:16])
+    return cache_folder("vision") / source.hash[:16]
 
 
 def find_or_convert(source: Source, artifact: str | Path | None = None) -> Path:

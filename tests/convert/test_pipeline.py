@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import json
 import os
 import shutil
 from pathlib import Path
@@ -306,6 +307,104 @@ def test_a_disk_that_becomes_full_leaves_nothing(tmp_path, quick):
         and "became full" in text
         and [file.name for file in (tmp_path / "out").iterdir()] == [".lock"]
     )
+
+
+# folders of strangers
+
+
+def interrupted(converted, out, files=None, source=None):
+    """An artifact folder as a run leaves it that was killed after the export; its work folder."""
+    manifest = artifact.load(converted[0])
+    work = out / pipeline.WORK
+    work.mkdir(parents=True)
+    for name in manifest.files:
+        shutil.copy(converted[0] / name, work)
+    record = [source or manifest.source, manifest.files | (files or {})]
+    (work / pipeline.EXPORTED).write_text(json.dumps(record))
+    return work
+
+
+def test_an_interrupted_run_is_continued(quick, converted, tmp_path):
+    interrupted(converted, tmp_path / "out")
+    code, text = convert(GOLDEN, tmp_path / "out")
+    assert code == 0 and "continuing after the export" in text
+    assert not (tmp_path / "out" / pipeline.WORK).exists()
+
+
+def test_a_record_does_not_write_outside(quick, converted, tmp_path):
+    """A stranger's record names link/.bashrc, and OUT/link leads to the home."""
+    out = tmp_path / "home" / "artifact"
+    (tmp_path / "home").mkdir()
+    bashrc = tmp_path / "home" / ".bashrc"
+    bashrc.write_text("mine")
+    work = interrupted(converted, out, {"link/.bashrc": {"bytes": 6, "sha256": "0"}})
+    (work / "link").mkdir()
+    (work / "link" / ".bashrc").write_text("theirs")
+    (out / "link").symlink_to("..")
+    code, text = convert(GOLDEN, out)
+    assert code == 0 and "is made again: its record names" in text
+    assert bashrc.read_text() == "mine" and "link/.bashrc" not in artifact.load(out).files
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        "",
+        "[]",
+        "[1, 2, 3]",
+        "{}",
+        "null",
+        "[" * 100_000,
+        '["HASH", []]',
+        '["HASH", {"vision.onnx": 1}]',
+    ],
+)
+def test_a_damaged_record_is_exported_again(quick, converted, tmp_path, record):
+    work = interrupted(converted, tmp_path / "out")
+    text = record.replace("HASH", artifact.load(converted[0]).source)
+    (work / pipeline.EXPORTED).write_text(text)
+    code, text = convert(GOLDEN, tmp_path / "out")
+    assert code == 0 and "is made again" in text
+
+
+def test_a_damaged_export_is_made_again(quick, converted, tmp_path):
+    work = interrupted(converted, tmp_path / "out")
+    with open(work / artifact.DATA, "r+b") as stream:
+        stream.write(b"\xff")
+    code, text = convert(GOLDEN, tmp_path / "out")
+    assert code == 0 and "vision.onnx.data is damaged" in text
+    artifact.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", [artifact.DATA, "piece.onnx", pipeline.EXPORTED])
+def test_a_link_in_the_work_folder_is_refused(quick, converted, tmp_path, name):
+    thesis = tmp_path / "thesis"
+    thesis.write_text("the only copy")
+    work = interrupted(converted, tmp_path / "out")
+    (work / name).unlink(missing_ok=True)
+    (work / name).symlink_to(thesis)
+    code, text = convert(GOLDEN, tmp_path / "out")
+    assert code == 2 and f"{name} is a link" in text and text.count("\n") == 1
+    assert thesis.read_text() == "the only copy"
+
+
+def test_a_lock_that_is_a_link_is_refused(tmp_path):
+    thesis = tmp_path / "thesis"
+    thesis.write_text("the only copy")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".lock").symlink_to("../thesis")
+    code, text = convert(GOLDEN, tmp_path / "out")
+    assert code == 2 and ".lock is a link" in text and thesis.read_text() == "the only copy"
+
+
+def test_a_damaged_artifact_is_made_again_and_says_so(quick, converted, tmp_path):
+    out = tmp_path / "out"
+    assert convert(GOLDEN, out)[0] == 0
+    with open(out / artifact.DATA, "r+b") as stream:
+        stream.write(b"\xff")
+    code, text = convert(GOLDEN, out)
+    assert code == 0 and "vision.onnx.data is damaged" in text
+    artifact.load(out)
 
 
 # verification

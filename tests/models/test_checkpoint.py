@@ -315,3 +315,25 @@ def test_peak_memory_is_targets_and_one_source(form, tmp_path):
     extra, targets = map(int, output.stdout.split())
     assert targets == 192 << 20
     assert extra < 2 * targets
+
+
+OUTSIDE = ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", ".hidden", "a\0b", ".."]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_an_index_names_files_beside_it_only(tmp_path, state, name):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for place in (tmp_path, folder):
+        save_file(state, place / "model.safetensors")
+    index = {"weight_map": dict.fromkeys(state, name)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match="model.safetensors.index.json names .*no file beside it"):
+        Checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["../other", "/etc", ".hidden", "1/2"])
+def test_latest_names_a_folder_beside_it_only(tmp_path, state, name):
+    (tmp_path / "latest").write_text(name)
+    with pytest.raises(ModelError, match="latest names .*no file beside it"):
+        Checkpoint(tmp_path)

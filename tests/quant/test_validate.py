@@ -16,6 +16,7 @@ from quant.__main__ import main
 from quant.validate.findings import A2, CONSUMERS, MINDIE, P310
 from quant.validate.folder import validate
 from runtime.common.errors import ToolkitError
+from runtime.common.files import check_checksums, write_checksums
 
 GOLDEN = paths.GOLDEN / "msmodelslim"
 LAYER = "model.layers.0.self_attn.o_proj"
@@ -375,3 +376,24 @@ def test_json(capsys):
 def test_wrong_arguments(arguments):
     with pytest.raises(ToolkitError, match="give one folder: python -m quant validate DIR"):
         main(["validate", *arguments])
+
+
+@pytest.mark.parametrize("name", ["weights", "quant_model_description.json", "config.json"])
+def test_a_flipped_bit_is_named_by_validate_and_when_loading(tmp_path, capsys, name):
+    folder = Folder(tmp_path, "glm_f16_w8a8").path
+    names = [file.name for file in folder.iterdir()]
+    write_checksums(folder, names)
+    assert not [text for text in texts_of(folder) if "damaged" in text]
+    file = next(folder.glob("*.safetensors")) if name == "weights" else folder / name
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    assert any(f"{file} is damaged" in text for text in texts_of(folder))
+    assert main(["validate", str(folder)]) == 1
+    assert f"{file} is damaged" in capsys.readouterr().out
+    with pytest.raises(ToolkitError, match="is damaged"):
+        check_checksums(folder)
+
+
+def texts_of(folder):
+    return [finding.text for finding in validate(folder).found]

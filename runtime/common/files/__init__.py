@@ -1,6 +1,7 @@
 """Files that are whole or absent, private or refused.
 
-`output` writes into folders that the user named, `cache` into the toolkit's own, `checksums` finds damage in both.
+`output` writes into folders that the user named, `cache` finds the toolkit's own, `checksums` finds
+damage in both.
 """
 
 from .cache import cache_folder, cache_root, open_private
@@ -16,6 +17,7 @@ from .checksums import (
 )
 from .output import (
     LOCK,
+    appended_text,
     fresh_folder,
     locked,
     new_text,
@@ -27,6 +29,7 @@ from .output import (
 )
 
 __all__ = [
+    "appended_text",
     "CHECKSUMS",
     "check_checksums",
     "checksum_problems",

@@ -1,8 +1,8 @@
 """The toolkit's cache: takes names, returns a folder that only this user can write.
 
-Compiled kernels and packed weights are loaded from it, so a folder that somebody else may write, or owns, is not used:
-what another user puts there would run in our process. $ASCEND_VLM_CACHE comes first, then the folder below the home, then
-one that lives as long as the process.
+Compiled kernels and packed weights are loaded from it, so a folder that somebody else may write, or
+owns, is not used: what another user puts there would run in our process. $ASCEND_VLM_CACHE comes
+first, then the folder below the home, then one that lives as long as the process.
 """
 
 import atexit
@@ -27,7 +27,8 @@ WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 def cache_root() -> Path:
-    """$ASCEND_VLM_CACHE, else a folder below the home; another one, with a note, where others could write there."""
+    """$ASCEND_VLM_CACHE, else a folder below the home; another one, with a note, where others could
+    write there."""
     return cache_folder()
 
 
@@ -51,7 +52,8 @@ def cache_folder(*names: str) -> Path:
 
 
 def open_private(path: Path) -> BinaryIO:
-    """A file of the cache, open for reading; ModelError for a link, or if somebody else owns or may write it."""
+    """A file of the cache, open for reading; ModelError for a link, or if somebody else owns or may
+    write it."""
     stream = open_regular(path, follow=False)
     state = os.fstat(stream.fileno())
     if _is_private(state):
@@ -88,8 +90,8 @@ def _remove_in(process: int, root: Path):
 
 
 def _problem(root: Path, names: tuple[str, ...]) -> str | None:
-    """Makes the folders; why they cannot be used. A folder that cannot be made is no problem here: nothing is in it, and
-    whoever writes there says so."""
+    """Makes the folders; why they cannot be used. A folder that cannot be made is no problem here:
+    nothing is in it, and whoever writes there says so."""
     folder = root
     for name in ("", *names):
         folder = folder / name

@@ -1,7 +1,7 @@
 """Checksums: takes files, says what is wrong with them.
 
-A file is read once per state (place, size, inode, times of change); the sha256 of that state is remembered in the user's
-own cache. `check_again` is for those who want every byte read now.
+A file is read once per state (place, size, inode, times of change); the sha256 of that state is
+remembered in the user's own cache. `check_again` is for those who want every byte read now.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from models.errors import ModelError
-from models.files import is_plain_name, open_regular
+from models.files import is_plain_name, open_regular, read_record
 from runtime.common.errors import ToolkitError
 
 from .cache import cache_folder, open_private
@@ -53,8 +53,8 @@ def sha256_of(path: Path) -> str:
 
 
 def problem_of(path: Path, entry: dict, record: str = "its manifest") -> str | None:
-    """What is wrong with a file of which `record` says {bytes, sha256}; None: nothing. Continues a sentence that begins
-    with the file's name."""
+    """What is wrong with a file of which `record` says {bytes, sha256}; None: nothing. Continues a
+    sentence that begins with the file's name."""
     try:
         with open_regular(path) as stream:
             size = os.fstat(stream.fileno()).st_size
@@ -76,11 +76,12 @@ def write_checksums(folder: Path, names: list[str]):
 
 
 def checksum_problems(folder: Path) -> list[str]:
-    """A sentence for every file that is not as the folder's checksums.json says; none without one."""
+    """A sentence for every file that is not as the folder's checksums.json says; none without
+    one."""
     record = folder / CHECKSUMS
     try:
         with open_regular(record) as stream:
-            entries = json.load(stream)
+            entries = read_record(stream)
         problems = []
         for name, entry in entries.items():
             if problem := _problem_beside(folder, name, entry):
@@ -88,7 +89,7 @@ def checksum_problems(folder: Path) -> list[str]:
         return problems
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, ModelError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ModelError):
         return [f"{record} cannot be read"]
 
 
@@ -108,7 +109,8 @@ def _problem_beside(folder: Path, name: str, entry: dict) -> str | None:
 
 
 def tensors_digest(checkpoint, names: list[str]) -> str:
-    """Digest of a Checkpoint's tensors; remembered in the cache for as long as the weight files stay untouched."""
+    """Digest of a Checkpoint's tensors; remembered in the cache for as long as the weight files
+    stay untouched."""
     files = checkpoint.files
     key = [names, [str(file.resolve()) for file in files]]
     return _remembered(key, files, lambda: checkpoint.digest(names))
@@ -137,7 +139,7 @@ def _read_memo(memo: Path) -> list | None:
     """[states, digest]; None where there is none that this user wrote."""
     try:
         with open_private(memo) as stream:
-            states, digest = json.load(stream)
+            states, digest = read_record(stream)
         return [states, digest] if isinstance(digest, str) else None
     except (OSError, ValueError, TypeError, ModelError):
         return None

@@ -1,10 +1,11 @@
 """Writing into a folder that the user named: takes paths and content, leaves nothing half-written.
 
-The folder itself may be a link of the user's; nothing below it is reached through one, because whoever made the folder
-(an archive, another user) may have put links there.
+The folder itself may be a link of the user's; nothing below it is reached through one, because
+whoever made the folder (an archive, another user) may have put links there.
 """
 
 import fcntl
+import io
 import os
 import shutil
 import tempfile
@@ -22,7 +23,8 @@ PRIVATE_FOLDER = 0o700
 
 
 def write_atomically(path: Path, content: str | bytes):
-    """Writes the file; it holds the old content or the new one, whenever the process or the machine dies."""
+    """Writes the file; it holds the old content or the new one, whenever the process or the machine
+    dies."""
     if isinstance(content, str):
         content = content.encode()
     with new_file(path) as stream:
@@ -30,15 +32,22 @@ def write_atomically(path: Path, content: str | bytes):
 
 
 def new_text(path: Path) -> TextIO:
-    """A stream of text for a file that grows while it can be read, in place of one of the same name; a link is replaced."""
+    """A stream of text for a file that grows while it can be read, in place of one of the same
+    name; a link is replaced."""
     path.unlink(missing_ok=True)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     return open(os.open(path, flags, 0o666), "w", encoding="utf-8", newline="")
 
 
+def appended_text(path: Path) -> TextIO:
+    """A stream of text that adds to the end of a file; ModelError for a link."""
+    return io.TextIOWrapper(open_own(path, "a+b"), encoding="utf-8", newline="")
+
+
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """One writer at a time in a directory; a second one waits and says so. ToolkitError/ModelError for a link."""
+    """One writer at a time in a directory; a second one waits and says so. ModelError when the lock
+    is a link."""
     with open_own(directory / LOCK) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -49,7 +58,8 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 def own_folder(folder: Path) -> Path:
-    """The folder inside an output folder, made if missing; ToolkitError when a link or a file has its name."""
+    """The folder inside an output folder, made if missing; ToolkitError when a link or a file has
+    its name."""
     try:
         folder.mkdir(PRIVATE_FOLDER)
     except FileExistsError:
@@ -74,13 +84,15 @@ def work_folder(folder: Path) -> Path:
 
 
 def fresh_folder(folder: Path) -> Path:
-    """The folder inside an output folder, empty; ToolkitError when a link or a file has its name."""
+    """The folder inside an output folder, empty; ToolkitError when a link or a file has its
+    name."""
     remove_folder(folder)
     return own_folder(folder)
 
 
 def remove_folder(folder: Path):
-    """Removes a folder and all in it, where there is one; ToolkitError when a link or a file has its name."""
+    """Removes a folder and all in it, where there is one; ToolkitError when a link or a file has
+    its name."""
     if folder.is_symlink() or folder.is_file():
         raise _refusal(folder)
     if folder.exists():
@@ -88,7 +100,8 @@ def remove_folder(folder: Path):
 
 
 def prepare(out: str) -> Path:
-    """The folder --out, made and tried before anything slow begins; ToolkitError if it cannot be written."""
+    """The folder --out, made and tried before anything slow begins; ToolkitError if it cannot be
+    written."""
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -49,7 +49,7 @@ def packed_weights(checkpoint, family, dtype: torch.dtype, kind: str, split) -> 
         again = f"; what lies there cannot be used: {error}" if folder.exists() else ""
         note(f"packing the decoder to {kind} once, into {folder}{again}")
     try:
-        _pack(checkpoint, family, kind, split, folder, list(layouts))
+        _pack(checkpoint, family, kind, split, folder, layouts)
         return _read(folder, layouts, dtype)
     except (OSError, DamagedPack) as error:
         reason = getattr(error, "strerror", None) or error
@@ -99,12 +99,12 @@ def _layout(name: str, shape: tuple[int, ...], kind: str) -> Layout:
     return {"int4": (torch.uint8, (n, k // 2)), "scales": (torch.bfloat16, scales)}
 
 
-def _pack(checkpoint, family, kind, split, folder: Path, names: list[str]):
+def _pack(checkpoint, family, kind, split, folder: Path, layouts: dict[str, Layout]):
     work = folder.with_name(f".{folder.name}")
     work.mkdir(mode=0o700, parents=True, exist_ok=True)
     with locked(work), byte_progress(f"packing to {kind}") as progress:
         with suppress(DamagedPack):
-            return check_listed(folder, names)  # another process was quicker
+            return check_listed(folder, layouts)  # another process was quicker
         for name, tensor in checkpoint.assemble(decoder_rows(family, split), progress=progress):
             save_file(_stored(name, tensor, kind), work / f"{name}.safetensors")
         write_list(work)

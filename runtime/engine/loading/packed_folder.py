@@ -13,7 +13,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from models.checkpoint.shards import DamagedFile, Entry, stored_entries
 from models.errors import ModelError
+from models.files import read_record
 from runtime.common.files import file_entry, open_private, problem_of, write_atomically
 
 LIST = "files.json"
@@ -32,41 +34,52 @@ def write_list(folder: Path):
     write_atomically(folder / LIST, json.dumps(entries))
 
 
-def check_listed(folder: Path, names: list[str]):
-    """DamagedPack unless the folder holds the weights of these names, all as they were written."""
-    try:
-        with open_private(folder / LIST) as stream:
-            entries = json.load(stream)
-        if set(entries) != {name + SUFFIX for name in names}:
-            raise DamagedPack(f"{folder / LIST} lists other weights than this model's")
-        for name, entry in entries.items():
-            open_private(folder / name).close()
-            if problem := problem_of(folder / name, entry, LIST):
-                raise DamagedPack(f"{folder / name} {problem}")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, ModelError) as error:
-        raise DamagedPack(f"{error}") from None
-
-
-def read_weights(folder: Path, layouts: dict[str, Layout]) -> Iterator[tuple[str, dict]]:
-    """(name, {tensor name: tensor}) of every weight; DamagedPack if one has another layout."""
-    check_listed(folder, list(layouts))
+def check_listed(folder: Path, layouts: dict[str, Layout]):
+    """DamagedPack unless the folder holds these weights, all as they were written, in their
+    layouts."""
+    entries = _read_list(folder)
+    if set(entries) != {name + SUFFIX for name in layouts}:
+        raise DamagedPack(f"{folder / LIST} lists other weights than this model's")
     for name, layout in layouts.items():
         file = folder / f"{name}{SUFFIX}"
         try:
-            stored = load_file(file)
+            open_private(file).close()
+            problem = problem_of(file, entries[file.name], LIST)
+            if problem is None and not _has_layout(stored_entries(file), layout):
+                problem = "holds other shapes or types than this model's"
+        except (OSError, TypeError, KeyError, DamagedFile, ModelError) as error:
+            problem = f"cannot be used ({error})"
+        if problem:
+            raise DamagedPack(f"{file} {problem}")
+
+
+def read_weights(folder: Path, layouts: dict[str, Layout]) -> Iterator[tuple[str, dict]]:
+    """(name, {tensor name: tensor}) of every weight; DamagedPack as `check_listed`."""
+    check_listed(folder, layouts)
+    for name in layouts:
+        file = folder / f"{name}{SUFFIX}"
+        try:
+            yield name, load_file(file)
         except (OSError, SafetensorError) as error:
             raise DamagedPack(f"{file} cannot be read ({error})") from None
-        if not _has_layout(stored, layout):
-            raise DamagedPack(f"{file} holds other shapes or types than this model's")
-        yield name, stored
 
 
-def _has_layout(stored: dict[str, torch.Tensor], layout: Layout) -> bool:
+def _read_list(folder: Path) -> dict:
+    try:
+        with open_private(folder / LIST) as stream:
+            return dict(read_record(stream))
+    except FileNotFoundError:
+        raise DamagedPack(f"{folder} has no {LIST}, so it is not complete") from None
+    except (OSError, ValueError, TypeError, ModelError) as error:
+        raise DamagedPack(f"{folder / LIST} cannot be read ({error})") from None
+
+
+def _has_layout(stored: dict[str, Entry], layout: Layout) -> bool:
     if set(stored) != set(layout):
         return False
     for name, (dtype, shape) in layout.items():
-        tensor = stored[name]
-        right_type = tensor.is_floating_point() if dtype is None else tensor.dtype == dtype
-        if tuple(tensor.shape) != shape or not right_type:
+        entry = stored[name]
+        right_type = entry.dtype.is_floating_point if dtype is None else entry.dtype == dtype
+        if entry.shape != shape or not right_type:
             return False
     return True

@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 from models.errors import ModelError
+from models.files import read_record
 from runtime.common.files import cache_folder, file_entry, open_private, write_atomically
 from runtime.common.notes import note
 
@@ -99,7 +100,7 @@ def _checked(library: Path) -> ctypes.CDLL:
     OSError if there is none; ModelError if it is not this user's, or not the one that was compiled.
     """
     with open_private(_record(library)) as stream:
-        recorded = json.load(stream)["sha256"]
+        recorded = read_record(stream)["sha256"]
     with open_private(library) as stream:
         if hashlib.sha256(stream.read()).hexdigest() != recorded:
             raise ModelError(f"{library} is damaged: its bytes are not those that were compiled")

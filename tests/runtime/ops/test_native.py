@@ -1,6 +1,10 @@
 """The decode step's own kernels against torch's operators; skipped where the CPU or a compiler is
 missing."""
 
+import json
+import os
+import shutil
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -11,6 +15,7 @@ from models.checkpoint.quantized import Quantized
 from models.config import DecoderConfig, Rope
 from models.network.decoder import Decoder, Step
 from models.network.linear import Linear, Norm
+from runtime.common.files import file_entry
 from runtime.common.notes import notes_on_stderr
 from runtime.engine.kv_cache import KVCache
 from runtime.ops.cpu import native, native_library
@@ -299,3 +304,89 @@ def test_built_once_per_machine_and_again_when_the_compiler_fails(monkeypatch, t
     finally:
         monkeypatch.undo()
         native_library.kernels.cache_clear()
+
+
+EVIL = """
+#include <stdio.h>
+#include <stdlib.h>
+__attribute__((constructor)) static void go(void) { fclose(fopen(getenv("MARK"), "w")); }
+"""
+
+
+@pytest.fixture
+def evil(tmp_path, monkeypatch):
+    """A library that leaves a mark when it is loaded; the mark."""
+    (tmp_path / "evil.c").write_text(EVIL)
+    command = ["cc", "-shared", "-fPIC", "-o", tmp_path / "evil.so", tmp_path / "evil.c"]
+    subprocess.run(command, check=True)
+    monkeypatch.setenv("MARK", str(tmp_path / "mark"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("ASCEND_VLM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "evil.so", tmp_path / "mark"
+
+
+def plant(evil, library, mode=0o755):
+    """Puts the library where ours belongs, with a record that fits it."""
+    library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    library.unlink(missing_ok=True)
+    shutil.copy(evil, library)
+    library.chmod(mode)
+    record = library.with_suffix(".json")
+    record.write_text(json.dumps(file_entry(library)))
+    record.chmod(0o644)
+
+
+def test_a_library_in_a_folder_that_others_may_write_is_not_loaded(evil, tmp_path, capsys):
+    library, mark = evil
+    plant(library, native_library.library_path())
+    (tmp_path / "cache").chmod(0o1777)
+    with notes_on_stderr():
+        assert native_library.load_library()
+    assert not mark.exists() and native_library.library_path().parent == (
+        tmp_path / "home" / ".cache" / "ascend-vlm" / "kernels"
+    )
+    assert "may be written by others" in capsys.readouterr().err
+
+
+def test_a_library_that_others_may_write_is_compiled_again(evil, capsys):
+    library, mark = evil
+    plant(library, native_library.library_path(), mode=0o777)
+    with notes_on_stderr():
+        assert native_library.load_library()
+    assert not mark.exists() and "compiling the CPU's kernels again" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("suffix", [".so", ".json"])
+def test_a_library_of_somebody_else_is_compiled_again(evil, suffix):
+    library, mark = evil
+    path = native_library.library_path()
+    plant(library, path)
+    os.chown(path.with_suffix(suffix), 65534, 65534)
+    assert native_library.load_library() and not mark.exists()
+
+
+@pytest.mark.parametrize(
+    "damage", ["replaced", "truncated", "no record", "a link", "half a record"]
+)
+def test_a_damaged_library_is_compiled_again(evil, damage, capsys):
+    library, mark = evil
+    native_library.load_library()
+    path = native_library.library_path()
+    whole = path.read_bytes()
+    if damage == "replaced":
+        shutil.copy(library, path)
+    elif damage == "truncated":
+        os.truncate(path, 5000)
+    elif damage == "no record":
+        shutil.copy(library, path)
+        path.with_suffix(".json").unlink()
+    elif damage == "a link":
+        path.unlink()
+        path.symlink_to(library)
+    else:
+        os.truncate(path.with_suffix(".json"), 5)
+    with notes_on_stderr():
+        assert native_library.load_library().matmul
+    assert not mark.exists() and len(path.read_bytes()) == len(whole)
+    assert capsys.readouterr().err.count("compiling the CPU's kernels again") == 1

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from models import family_of
 from models.checkpoint import Checkpoint
+from models.errors import UserError
 from runtime.common import files, processes
 from runtime.common.errors import ToolkitError
 from runtime.common.files import file_entry
@@ -90,6 +91,94 @@ def test_a_damaged_artifact_is_refused(tmp_path, damage, says):
     with pytest.raises(ToolkitError, match=says) as error:
         artifact.load(directory)
     assert "python -m convert" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("at", [0, 7, -1])
+@pytest.mark.parametrize("name", [artifact.ONNX, artifact.DATA])
+def test_a_flipped_bit_is_named_with_the_command_that_mends_it(tmp_path, name, at):
+    directory = make(tmp_path / "a", "source")
+    artifact.load(directory)
+    content = bytearray((directory / name).read_bytes())
+    content[at] ^= 1
+    (directory / name).write_bytes(content)
+    with pytest.raises(ToolkitError, match=f"{name} is damaged.*python -m convert"):
+        artifact.load(directory)
+
+
+def with_manifest(directory, **changes):
+    path = directory / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+OUTSIDE = [
+    "../secret",
+    "/etc/passwd",
+    "link/.bashrc",
+    ".bashrc",
+    "notes.txt",
+    "weight/../../x",
+    "weight/.x",
+    "weight/a/b",
+    "vision.om/x",
+    "visión.om ",
+]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_manifest_names_only_files_that_we_write(tmp_path, name):
+    directory = make(tmp_path / "a", "source")
+    entry = {"bytes": 1, "sha256": "0"}
+    files = json.loads((directory / "manifest.json").read_text())["files"]
+    with_manifest(directory, files=files | {name: entry})
+    with pytest.raises(ToolkitError, match="not a manifest this version can read"):
+        artifact.load(directory)
+    with_manifest(directory, files=files, om={"files": {"vision.om": entry, name: entry}})
+    with pytest.raises(ToolkitError, match="not a manifest this version can read"):
+        artifact.load(directory)
+
+
+@pytest.mark.parametrize("name", ["vision.om", "vision_linux_aarch64.om"])
+def test_a_damaged_om_is_named(tmp_path, name):
+    directory = make(tmp_path / "a", "source")
+    (directory / "weight").mkdir()
+    files = {}
+    for each in (name, "weight/0f3a"):
+        (directory / each).write_bytes(b"compiled")
+        files[each] = file_entry(directory / each)
+    with_manifest(directory, om={"files": files})
+    manifest = artifact.load(directory)
+    assert artifact.om_file(manifest, directory) == directory / name
+    for each in files:
+        (directory / each).write_bytes(b"Compiled")
+        with pytest.raises(ToolkitError, match=f"{each} is damaged.*python -m convert"):
+            artifact.om_file(manifest, directory)
+        (directory / each).write_bytes(b"compiled")
+
+
+def test_a_pipe_in_an_artifact_is_refused_at_once(tmp_path):
+    directory = make(tmp_path / "a", "source")
+    for name in (artifact.DATA, "manifest.json"):
+        (directory / name).unlink()
+        os.mkfifo(directory / name)
+        with pytest.raises(UserError, match="named pipe"):
+            artifact.load(directory)
+
+
+def test_a_damaged_artifact_in_the_cache_is_made_again(cache, monkeypatch, capsys, original):
+    source = Source(*original)
+    runs = []
+    monkeypatch.setattr(
+        artifact,
+        "_convert",
+        lambda model, directory: runs.append(make(directory / str(len(runs)), source.hash)),
+    )
+    directory = make(artifact.cache_directory(source), source.hash)
+    assert artifact.find_or_convert(source) == directory and not runs
+    (directory / artifact.DATA).write_bytes(artifact.DATA.upper().encode())
+    with notes_on_stderr():
+        artifact.find_or_convert(source)
+    assert len(runs) == 1
+    assert "vision.onnx.data is damaged" in capsys.readouterr().err
 
 
 def test_a_missing_directory_and_a_file_are_refused(tmp_path):
@@ -180,8 +269,12 @@ def test_the_digest_is_computed_once_per_state_of_the_files(tmp_path, monkeypatc
     )
     first = Source(family, checkpoint).hash
     assert Source(family, Checkpoint(checkpoint.directory)).hash == first and len(read) == 1
-    os.utime(checkpoint.directory / "model.safetensors", (1, 1))
+    file = checkpoint.directory / "model.safetensors"
+    before = file.stat()
+    os.utime(file, (1, 1))
     assert Source(family, checkpoint).hash == first and len(read) == 2
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # as it was, but for its ctime
+    assert Source(family, checkpoint).hash == first and len(read) == 3
 
 
 def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path, monkeypatch, original):
