@@ -17,7 +17,11 @@ from runtime.common.shared_flags import model_flag, output_flag
 @dataclass(kw_only=True)
 class ConvertOptions:
     model: str = model_flag()
-    out: str = output_flag("artifact folder to write (made if missing)")
+    out: str | None = output_flag(
+        "artifact folder to write, made if missing (default: a folder in the cache); chat, serve, "
+        "bench and predict find it without --artifact",
+        default=None,
+    )
     soc_version: str = flag(
         "chip to compile for: Ascend and the name that `npu-smi info` shows",
         default="Ascend910B3",
@@ -73,19 +77,24 @@ class ConvertOptions:
 def main(argv: list[str]) -> int:
     parser = Parser(
         "python -m convert",
-        "--model DIR --out DIR [options]",
+        "--model DIR [--out DIR] [options]",
         "Exports the vision encoder of a checkpoint to ONNX, verifies it, and compiles it where CANN is "
         "installed.",
         {"conversion": ConvertOptions},
     )
     [options] = parser.parse(argv)
+    from runtime.vision.artifact import cache_directory
+
     from .atc.option_rules import check_path
     from .atc.plan import check_request, dry_run
     from .atc.run import find_atc
     from .pipeline import convert, open_source, vision_family
 
-    artifact_dir = Path(options.out)
     family = vision_family(options.model)
+    source = None
+    if options.out is None or not options.dry_run:
+        source = open_source(family)
+    artifact_dir = Path(options.out) if options.out else cache_directory(source)
     request = options.om_request()
     installed = None if options.onnx_only else find_atc()
     check_request(family, request, installed)
@@ -94,7 +103,7 @@ def main(argv: list[str]) -> int:
     if options.dry_run:
         print(dry_run(family, artifact_dir, request, installed))
     else:
-        convert(open_source(family), artifact_dir, request, installed, options.force)
+        convert(source, artifact_dir, request, installed, options.force)
     return 0
 
 

@@ -46,6 +46,7 @@ from runtime.common.notes import note
 from runtime.common.progress import spinner
 from runtime.vision import artifact
 from runtime.vision.artifact import ONNX, ONNX_NAMES, Manifest
+from runtime.vision.registry import register
 from runtime.vision.source import EXPORTER, Source
 
 WORK = ".partial"
@@ -84,6 +85,7 @@ def convert(
     with locked(artifact_dir):
         if force or not is_current(source, artifact_dir):
             make_artifact(source, artifact_dir)
+        register(source.hash, artifact_dir)
         print(f"ONNX verified: {artifact_dir / ONNX}", flush=True)
         write_atc_inputs(source.family, artifact_dir, request)
         if installed:

@@ -9,12 +9,11 @@ import numpy as np
 
 from models.family import Family
 from runtime.common.errors import ToolkitError
-from runtime.common.metrics import compare_rows
+from runtime.vision.om_check import judge
 from runtime.vision.session import VisionSession
 
 from .golden_features import verification_pixels
 
-DISTANCE = 0.05  # largest |om - onnx| / |onnx| of all features, beside the family's cosine
 RUNS = 5  # timed, after one that is not
 
 
@@ -31,26 +30,18 @@ def measure_om(family: Family, session: VisionSession, golden: np.ndarray, mode:
     except ToolkitError as error:  # NaN or Inf
         print(f"verify OM {mode}: {error}: FAIL")
         return {"mode": mode, "passed": False, "error": str(error)}
-    cosine = _lowest_row_cosine(golden, features)
-    distance = float(np.linalg.norm(features - golden) / np.linalg.norm(golden))
-    passed = bool(golden.size and cosine >= family.encoder_cosine and distance <= DISTANCE)
+    verdict = judge(family, golden, features)
     print(
-        f"verify OM {mode}: lowest row cosine {cosine:.6f} (limit {family.encoder_cosine}), distance {distance:.2g} "
-        f"(limit {DISTANCE}), {latency:.2f} ms: {'pass' if passed else 'FAIL'}"
+        f"verify OM {mode}: {verdict.describe(family)}, {latency:.2f} ms: "
+        f"{'pass' if verdict.passed else 'FAIL'}"
     )
     return {
         "mode": mode,
-        "passed": passed,
-        "cosine": cosine,
-        "distance": distance,
+        "passed": verdict.passed,
+        "cosine": verdict.cosine,
+        "distance": verdict.distance,
         "latency_ms": latency,
     }
-
-
-def _lowest_row_cosine(golden: np.ndarray, features: np.ndarray) -> float:
-    width = golden.shape[-1]
-    rows = compare_rows(golden.reshape(-1, width), features.reshape(-1, width))
-    return float(rows["cosine"].min())
 
 
 def _milliseconds(session: VisionSession, pixels: np.ndarray) -> float:

@@ -13,8 +13,8 @@ def model_flag(help: str = "folder of a downloaded checkpoint", **default):
     return flag(help, "-m", "--model-path", metavar="DIR", **default)
 
 
-def output_flag(help: str):
-    return flag(help, "-o", "--output", metavar="DIR")
+def output_flag(help: str, **default):
+    return flag(help, "-o", "--output", metavar="DIR", **default)
 
 
 def language_flag():

@@ -104,7 +104,11 @@ def run_candidate(
 ) -> Side:
     """The reference's tokens, fed to the candidate step by step; then every layer on the
     reference's streams."""
-    given = replace(one_at_a_time(engine_options), layer_by_layer=options.layer_by_layer)
+    given = replace(
+        one_at_a_time(engine_options),
+        layer_by_layer=options.layer_by_layer,
+        judge_om=False,  # a bad one gets a report, no refusal
+    )
     engine, seconds = load("candidate", options.model, partial(open_engine, options=given))
     prompts, features = encode(engine, cases)
     questions = list(zip(prompts, features, reference.outcomes))

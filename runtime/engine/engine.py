@@ -49,6 +49,7 @@ class Engine:
                 self.options.artifact,
                 device=self.options.device,
                 precision=self.options.vision_precision,
+                judge_om=self.options.judge_om,
             )
         )
         self._scheduler = Scheduler(

@@ -156,6 +156,7 @@ class EngineOptions:
     # tokens the KV cache holds; None = as many as sequences and memory allow
     cache_tokens: int | None = None
     layer_by_layer: bool = False  # one layer's weights in memory at a time; only for `score`
+    judge_om: bool = True  # an .om without a manifest is compared with torch at its first use
 
     def __post_init__(self):
         self._name_device()

@@ -3,11 +3,12 @@ user chose, returns the session that encodes images."""
 
 from models.checkpoint import Checkpoint
 from models.family import Family
-from runtime.common.errors import ToolkitError
+from runtime.common.errors import CHECK_FAILED, ToolkitError
 from runtime.common.notes import note
 
 from .artifact import find_or_convert
-from .om_file import OM_FOR, check_chip
+from .om_check import verdict_of
+from .om_file import OM_FOR, check_chip, onnx_folder
 from .om_session import OmVision
 from .onnx_session import OnnxVision
 from .session import VisionSession
@@ -23,6 +24,7 @@ def open_session(
     threads: int | None = None,
     device: str = "cpu",
     precision: str = "fp32",
+    judge_om: bool = True,
 ) -> VisionSession:
     """Session of `kind`: "torch", "onnx", "om" or "auto" (om where an NPU and a fitting .om are,
     else onnx; torch for a `precision` other than fp32).
@@ -30,6 +32,7 @@ def open_session(
     artifact: an artifact's directory or an .om; None: the cached artifact, made if missing.
     threads: of ONNX Runtime; None: one per core.
     device: the decoder's; an om runs on the same NPU, and on npu:0 if the decoder is on the CPU.
+    judge_om: an .om that no manifest vouches for is compared with torch when it is first used.
 
     ToolkitError when the family takes no images, or what `kind` needs is missing or does not fit.
     """
@@ -39,10 +42,36 @@ def open_session(
         return TorchVision(family, checkpoint, precision)
     source = Source(family, checkpoint)
     om = OM_FOR[kind](source, artifact)
-    if om is None:
-        return OnnxVision(find_or_convert(source, artifact), family.vision, threads)
-    check_chip(om)
-    if om.note:
-        note(om.note)
-    device_id = int(device.partition(":")[2] or 0)
-    return OmVision(om.path, family.vision, device_id, om.verified)
+    if om:
+        check_chip(om)
+        device_id = int(device.partition(":")[2] or 0)
+        session = OmVision(om.path, family.vision, device_id, om.verified)
+        if not judge_om or trusted(session, source, kind):
+            return session
+    return OnnxVision(find_or_convert(source, onnx_folder(artifact)), family.vision, threads)
+
+
+def trusted(session: OmVision, source: Source, kind: str) -> bool:
+    """Whether the .om may encode: its manifest says that it was verified, or it computes what torch
+    does.
+
+    If not, --vision auto goes on without it, after a note; otherwise ToolkitError.
+    """
+    if session.verified:
+        return True
+    path = session.model.path
+    try:
+        verdict = verdict_of(session, path, source)
+        session.verified = verdict.passed
+    finally:
+        if not session.verified:
+            session.close()
+    if verdict.passed:
+        return True
+    reason = f"{path} does not compute what this checkpoint does: {verdict.describe(source.family)}"
+    if kind == "auto":
+        note(f"{reason}; the encoder runs on the CPU")
+        return False
+    raise ToolkitError(
+        f"{reason}; make it again with `python -m convert`, or leave --vision om out", CHECK_FAILED
+    )

@@ -19,6 +19,7 @@ from runtime.common.notes import note
 from runtime.common.processes import start_module
 from runtime.common.progress import spinner
 
+from .registry import registered_folder
 from .source import EXPORTER, Source
 
 MANIFEST = "manifest.json"
@@ -167,8 +168,8 @@ def cache_directory(source: Source) -> Path:
 
 
 def find_or_convert(source: Source, artifact: str | Path | None = None) -> Path:
-    """Directory of an artifact that fits `source`: `artifact` itself, else the cached one,
-    converted now if missing.
+    """Directory of an artifact that fits `source`: `artifact` itself, else one that was converted
+    before, else the cached one, converted now.
 
     ToolkitError if `artifact` does not fit, or if the conversion fails.
     """
@@ -176,15 +177,28 @@ def find_or_convert(source: Source, artifact: str | Path | None = None) -> Path:
         check_fits(load(artifact), source, artifact)
         return Path(artifact)
     with spinner("identifying the checkpoint by its vision weights"):
-        cached = cache_directory(source)
-    try:
-        check_fits(load(cached), source, cached)
-    except ToolkitError as error:
-        if (cached / MANIFEST).exists():
-            note(f"the vision encoder in the cache is made again: {error}")
-        note(f"no artifact given: converting the vision encoder once, into {cached}")
-        _convert(source.checkpoint.directory, cached)
+        known = known_directory(source)
+    if known:
+        return known
+    cached = cache_directory(source)
+    note(f"no artifact given: converting the vision encoder once, into {cached}")
+    _convert(source.checkpoint.directory, cached)
     return cached
+
+
+def known_directory(source: Source) -> Path | None:
+    """Where an artifact that fits `source` lies: the folder that `python -m convert` wrote last,
+    else the cache's; None where neither holds one that is whole."""
+    for folder in (registered_folder(source.hash), cache_directory(source)):
+        if folder is None:
+            continue
+        try:
+            check_fits(load(folder), source, folder)
+            return folder
+        except ToolkitError as error:
+            if (folder / MANIFEST).exists():
+                note(f"the vision encoder in {folder} is not used and made again: {error}")
+    return None
 
 
 def _convert(model_dir: Path, artifact_dir: Path):

@@ -10,10 +10,12 @@ from models.family import Family
 from runtime.ascend.aclruntime import infer_session
 from runtime.ascend.host import Host, npu_nodes, parse_npu_smi
 from runtime.common.errors import ToolkitError
+from runtime.common.notes import note
 
-from .artifact import MANIFEST, OM_VERIFIED, cache_directory, check_fits, load, om_file
+from .artifact import MANIFEST, OM_VERIFIED, check_fits, known_directory, load, om_file
 from .source import Source
 
+GUIDE_OM = "blip2.om"  # where the VisualGLM guide keeps it, beside the checkpoint
 UNNAMED_A3 = "Ascend910"  # what npu-smi calls every A3: it hides which one it is
 
 
@@ -26,23 +28,33 @@ class OmFile:
     verified: bool = False
     soc: str | None = None
 
-    @property
-    def note(self) -> str:
-        """What a user should know before it runs; empty for a verified one."""
-        if self.verified:
-            return ""
-        return (
-            f"note: {self.path} is not verified against this checkpoint; only its shapes are "
-            "checked. `python -m runtime.compare` measures it"
-        )
-
 
 def om_for_auto(source: Source, artifact: str | Path | None) -> OmFile | None:
-    """--vision auto: the .om that the user named; else a verified one, where an NPU is."""
-    if _is_om(artifact):
-        return OmFile(Path(artifact))
-    om = find_om(source, artifact) if npu_nodes() else None
-    return om if om and om.verified else None
+    """--vision auto: the .om that `find_om` finds, where an NPU and ais_bench are. Where they are
+    not, a note says that it cannot be used."""
+    if _is_om(artifact) and not Path(artifact).is_file():
+        raise ToolkitError(f"--artifact {artifact} does not exist; give an .om file")
+    if not npu_nodes():
+        for om in _oms_in_sight(source, artifact):
+            note(f"{om} cannot be used here, there is no NPU: the encoder runs on the CPU")
+        return None
+    om = find_om(source, artifact)
+    if om is None:
+        return None
+    try:
+        infer_session()
+    except ToolkitError as error:
+        note(f"{om.path} cannot be used here ({error}): the encoder runs on the CPU")
+        return None
+    return om
+
+
+def onnx_folder(artifact: str | Path | None) -> str | Path | None:
+    """Where to look for the ONNX when the user named `artifact`: beside an .om, if there is one."""
+    if not _is_om(artifact):
+        return artifact
+    folder = Path(artifact).parent
+    return folder if (folder / MANIFEST).is_file() else None
 
 
 def om_for_onnx(source: Source, artifact: str | Path | None) -> None:
@@ -76,14 +88,16 @@ def check_om(family: Family, checkpoint: Checkpoint, artifact: str | Path | None
 
 
 def find_om(source: Source, given: str | Path | None = None) -> OmFile | None:
-    """The .om at `given`, else the cached artifact's, else the one beside the checkpoint, where the
-    blip2.om of older guides lies; None without any.
+    """The .om at `given`, else that of the artifact which was converted before, else the one beside
+    the checkpoint, where the blip2.om of older guides lies; None without any.
 
-    ToolkitError when `given` or the cached one does not fit the source, or there are several.
+    ToolkitError when `given` does not fit the source, or there are several.
     """
     if given is not None:
         return _om_at(Path(given), source)
-    return _om_at(cache_directory(source), source) or _om_at(source.checkpoint.directory, source)
+    folder = known_directory(source)
+    om = _om_of_artifact(folder, source) if folder else None
+    return om or _om_at(source.checkpoint.directory, source)
 
 
 def check_chip(om: OmFile):
@@ -128,10 +142,22 @@ def _om_of_artifact(folder: Path, source: Source) -> OmFile | None:
 
 
 def _only_om(folder: Path) -> OmFile | None:
+    """The blip2.om of the older guides, else the only .om there."""
     files = sorted(folder.glob("*.om"))
+    named = folder / GUIDE_OM
+    if named in files:
+        return OmFile(named)
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
         raise ToolkitError(
             f"{folder} holds {len(files)} .om files ({names}); name one with --artifact"
         )
     return OmFile(files[0]) if files else None
+
+
+def _oms_in_sight(source: Source, artifact: str | Path | None) -> list[Path]:
+    """Where the user may expect one to be used: named, in the folder named, beside the checkpoint.
+    The checkpoint's weights are not read for this."""
+    if _is_om(artifact):
+        return [Path(artifact)]
+    return sorted(Path(artifact or source.checkpoint.directory).glob("*.om"))

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +26,13 @@ from convert.verify.streamed_tower import StreamedTower
 from convert.verify.verification import measure
 from models import family_of
 from models.checkpoint import Checkpoint
+from runtime.bench.__main__ import main as bench
+from runtime.chat import main as chat
 from runtime.common.errors import ToolkitError, run_command
+from runtime.predict.__main__ import main as predict
 from runtime.vision import artifact, open_session
 from runtime.vision.onnx_session import OnnxVision
+from runtime.vision.source import Source
 from runtime.vision.torch_session import TorchVision, plain_tower
 
 GOLDEN = paths.GOLDEN / "visualglm"
@@ -273,7 +278,7 @@ def test_nothing_compared_is_a_failure(quick, tmp_path):
             ],
             "Ascend910B3",
         ),
-        (lambda path: ["--model", str(GOLDEN)], "--out"),
+        (lambda path: ["--out", str(path)], "--model"),
     ],
 )
 def test_mistakes_end_in_one_sentence(tmp_path, capsys, prepare, says):
@@ -467,3 +472,60 @@ def test_an_unreadable_graph_is_one_sentence(tmp_path):
     (tmp_path / "vision.onnx").write_bytes(b"nonsense")
     with pytest.raises(ToolkitError, match="cannot be loaded"):
         OnnxVision(tmp_path, family_of(GOLDEN).vision)
+
+
+def session_folder(model=GOLDEN):
+    """Which artifact a command without --artifact takes."""
+    return open_session("onnx", family_of(model), Checkpoint(model)).directory
+
+
+@pytest.fixture
+def no_second_export(monkeypatch):
+    def refuse(*given):
+        raise AssertionError("a second export")
+
+    monkeypatch.setattr(artifact, "_convert", refuse)
+
+
+def test_what_was_converted_is_found_by_the_commands(quick, tmp_path, no_second_export):
+    quick.setenv("ASCEND_VLM_CACHE", str(tmp_path / "cache"))
+    for out in (tmp_path / "first", tmp_path / "with a blank"):
+        assert convert(GOLDEN, out)[0] == 0
+        assert session_folder() == out  # the last one
+
+
+def test_every_command_takes_the_one_export(quick, tmp_path, no_second_export, capfd):
+    quick.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    quick.setenv("ASCEND_VLM_CACHE", str(tmp_path / "cache"))
+    assert convert(GOLDEN, tmp_path / "x")[0] == 0
+    picture = str(GOLDEN / "image.png")
+    asked = ["--model", str(GOLDEN), "--max-tokens", "2", "--temperature", "0"]
+    line = json.dumps({"prompt": "hi", "image": "image.png"}) + "\n"
+    (tmp_path / "in.jsonl").write_text(line)
+    shutil.copy(picture, tmp_path)
+    files = ["--input", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl")]
+    perf = ["--model", str(GOLDEN), "--perf", "--output-len", "2", "--out", str(tmp_path)]
+    assert run_command(chat, [*asked, "--image", picture, "--prompt", "hi"]) == 0
+    assert run_command(predict, [*asked, *files]) == 0
+    assert run_command(bench, [*perf, "--image", picture]) == 0
+    assert "converting the vision encoder once" not in capfd.readouterr().err
+
+
+def test_a_folder_that_is_no_longer_whole_is_not_taken(quick, tmp_path):
+    quick.setenv("ASCEND_VLM_CACHE", str(tmp_path / "cache"))
+    source = Source(family_of(GOLDEN), Checkpoint(GOLDEN))
+    made = []
+    quick.setattr(artifact, "_convert", lambda model, out: made.append(convert(model, out)))
+    assert convert(GOLDEN, tmp_path / "gone")[0] == 0
+    (tmp_path / "gone" / artifact.ONNX).unlink()
+    assert session_folder() == artifact.cache_directory(source) and len(made) == 1
+    assert session_folder() == artifact.cache_directory(source) and len(made) == 1
+
+
+def test_without_out_the_cache_holds_it(quick, tmp_path, no_second_export, capsys):
+    quick.setenv("ASCEND_VLM_CACHE", str(tmp_path / "cache"))
+    assert run_command(main, ["--model", str(GOLDEN)]) == 0
+    folder = session_folder()
+    assert tmp_path / "cache" in folder.parents and str(folder) in capsys.readouterr().out
+    assert run_command(main, ["--model", str(GOLDEN), "--dry-run"]) == 0
+    assert str(folder) in capsys.readouterr().out

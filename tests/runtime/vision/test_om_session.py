@@ -8,6 +8,7 @@ import io
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -390,18 +391,15 @@ def test_which_om_is_taken(checkpoint, tmp_path):
     assert find_om(Source(family, checkpoint)) is None
     (checkpoint.directory / "blip2.om").touch()
     found = find_om(Source(family, checkpoint))
-    assert (
-        found.path.name == "blip2.om"
-        and not found.verified
-        and "not verified against this checkpoint" in found.note
-    )
+    assert found.path.name == "blip2.om" and not found.verified
+    (checkpoint.directory / "other.om").touch()
+    assert find_om(Source(family, checkpoint)).path.name == "blip2.om"  # the guide's, of several
     cached = artifact.cache_directory(Source(family, checkpoint))
     manifest(cached, checkpoint, artifact.OM_VERIFIED)
     assert (
         find_om(Source(family, checkpoint)).path == cached / "vision.om"
         and find_om(Source(family, checkpoint)).verified
     )
-    assert find_om(Source(family, checkpoint)).note == ""
     given = manifest(tmp_path / "given", checkpoint, artifact.ONNX_VERIFIED)
     assert find_om(Source(family, checkpoint), given).path == given / "vision.om"
     assert find_om(Source(family, checkpoint), given / "vision.om").path == given / "vision.om"
@@ -456,16 +454,47 @@ def wanted(kind, checkpoint, given=None):
     return om_file.OM_FOR[kind](Source(family_of(checkpoint.directory), checkpoint), given)
 
 
-def test_auto_takes_a_verified_om_where_an_npu_is(checkpoint, tmp_path, monkeypatch):
-    folder = manifest(tmp_path / "a", checkpoint, artifact.OM_VERIFIED)
-    assert wanted("auto", checkpoint, folder) is None  # no NPU here
+@pytest.fixture
+def an_npu(monkeypatch):
+    """What --vision auto looks for: a device file and ais_bench."""
     monkeypatch.setattr(om_file, "npu_nodes", lambda: ["/dev/davinci0"])
-    assert (
-        wanted("auto", checkpoint, folder).verified and wanted("onnx", checkpoint, folder) is None
-    )
+    monkeypatch.setattr(om_file, "infer_session", lambda: None)
+
+
+def test_auto_takes_an_om_where_an_npu_is(checkpoint, tmp_path, an_npu):
+    assert wanted("auto", checkpoint) is None  # there is none
     (checkpoint.directory / "blip2.om").touch()
-    assert wanted("auto", checkpoint) is None  # nobody named it, nothing vouches for it
-    assert wanted("om", checkpoint).path.name == "blip2.om"
+    found = wanted("auto", checkpoint)
+    assert found.path.name == "blip2.om" and not found.verified
+    assert wanted("om", checkpoint) == found
+    folder = manifest(tmp_path / "a", checkpoint, artifact.OM_VERIFIED)
+    assert wanted("auto", checkpoint, folder).verified and not wanted("onnx", checkpoint, folder)
+    assert wanted("auto", checkpoint, folder / "vision.om").path == folder / "vision.om"
+    with pytest.raises(ToolkitError, match="--artifact none.om does not exist"):
+        wanted("auto", checkpoint, "none.om")
+
+
+@pytest.mark.parametrize("place", ["beside", "named", "in the folder named"])
+def test_auto_says_where_an_om_cannot_be_used(place, checkpoint, tmp_path, capsys):
+    folder = manifest(tmp_path / "a", checkpoint, artifact.OM_VERIFIED)
+    given = {"named": folder / "vision.om", "in the folder named": folder}.get(place)
+    om = folder / "vision.om"
+    if place == "beside":
+        om = checkpoint.directory / "blip2.om"
+        om.touch()
+    with notes_on_stderr():
+        assert wanted("auto", checkpoint, given) is None
+    told = f"{om} cannot be used here, there is no NPU: the encoder runs on the CPU"
+    assert told in capsys.readouterr().err
+
+
+def test_auto_goes_on_without_ais_bench(checkpoint, monkeypatch, capsys):
+    forget()
+    monkeypatch.setattr(om_file, "npu_nodes", lambda: ["/dev/davinci0"])
+    (checkpoint.directory / "blip2.om").touch()
+    with notes_on_stderr():
+        assert wanted("auto", checkpoint) is None
+    assert "blip2.om cannot be used here (" in capsys.readouterr().err
 
 
 def test_mistakes(checkpoint):
@@ -541,15 +570,60 @@ def blip2(tmp_path_factory):
     return folder / "blip2.om"
 
 
-def test_features_of_a_blip2_om(acl, blip2, capsys):
+@pytest.fixture
+def opened_blip2(acl, blip2, checkpoint, an_npu):
+    """open(kind, scale) -> (session, what was noted): of the checkpoint with a blip2.om beside it,
+    whose features are the right ones times `scale`."""
+    sessions = []
+
+    def opened(kind, scale=1.0, **settings):
+        model = onnx.load(blip2)
+        node = model.graph.node[-1]
+        model.graph.initializer.append(numpy_helper.from_array(np.float32(scale), "scale"))
+        scaled = helper.make_node("Mul", [node.input[0], "scale"], ["y"])
+        model.graph.node.insert(len(model.graph.node) - 1, scaled)
+        node.input[0] = "y"
+        onnx.save(model, checkpoint.directory / "blip2.om")
+        family = family_of(checkpoint.directory)
+        sessions.append(open_session(kind, family, checkpoint, **settings))
+        return sessions[-1]
+
+    yield opened
+    for session in sessions:
+        session.close()
+
+
+PIXELS = "nhwc_input"
+
+
+@pytest.mark.parametrize("kind", ["auto", "om"])
+def test_an_om_beside_the_checkpoint_is_verified_once(kind, opened_blip2, capsys):
     golden = np.load(GOLDEN / "golden.npz")
-    with notes_on_stderr():
-        session = open_session("om", family_of(GOLDEN), Checkpoint(GOLDEN), blip2, device="npu:1")
-    features = session.encode(golden["nhwc_input"].astype(np.float32))
-    np.testing.assert_allclose(features, golden["image_embeds"], atol=5e-3)
-    assert "not verified" in session.describe() and "on npu:1" in session.describe()
-    assert "note: " in capsys.readouterr().err
-    session.close()
+    told = []
+    for _ in range(2):
+        with notes_on_stderr():
+            session = opened_blip2(kind, device="npu:1")
+        features = session.encode(golden[PIXELS].astype(np.float32))
+        np.testing.assert_allclose(features, golden["image_embeds"], atol=5e-3)
+        described = session.describe()
+        assert "blip2.om on npu:1" in described and "not verified" not in described
+        told.append("used for the first time with this checkpoint" in capsys.readouterr().err)
+    assert told == [True, False]
+
+
+def test_an_om_that_computes_something_else(opened_blip2, monkeypatch, capsys):
+    monkeypatch.setattr("runtime.vision.find_or_convert", lambda *given: None)
+    monkeypatch.setattr("runtime.vision.OnnxVision", lambda *given: SimpleNamespace(close=str))
+    for _ in range(2):  # measured, then remembered
+        with pytest.raises(ToolkitError, match="blip2.om does not compute what .* distance") as e:
+            opened_blip2("om", scale=1.1)
+        assert e.value.exit_code == 1
+        with notes_on_stderr():
+            assert isinstance(opened_blip2("auto", scale=1.1), SimpleNamespace)
+        assert "does not compute what this checkpoint does" in capsys.readouterr().err
+    measured = opened_blip2("om", scale=1.1, judge_om=False)  # as runtime.compare opens it
+    assert "not verified against this checkpoint" in measured.describe()
+    assert not opened_blip2("auto").describe().count("not verified")  # the right one, afterwards
 
 
 ASKED = [
@@ -582,11 +656,8 @@ def test_chat_with_an_om(acl, blip2, monkeypatch, capfd):
         "picture process time: 0." in err
         and f"s (vision: om {blip2} on npu:0, float16 in, float16 out" in err
     )
-    assert (
-        "is not verified against this checkpoint" in err
-        and "INFO" not in out + err
-        and out == answer
-    )
+    assert "INFO" not in out + err and out == answer
+    assert "not verified" not in err
 
 
 def test_pictures_of_one_prompt_go_through_a_gear_together(acl, opened):

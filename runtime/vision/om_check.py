@@ -1,0 +1,101 @@
+"""Whether an .om computes what torch does.
+
+Takes a session of the .om and the Source it stands for, returns a Verdict: measured on a few drawn
+pictures when the two meet for the first time, and remembered by the hashes of both.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from models.errors import ModelError
+from models.family import Family
+from runtime.common.errors import ToolkitError
+from runtime.common.files import cache_folder, open_private, write_atomically
+from runtime.common.files.checksums import sha256_of
+from runtime.common.metrics import compare_rows
+from runtime.common.notes import note
+from runtime.common.sample_questions import EXAMPLES
+
+from .artifact import WEIGHTS
+from .session import VisionSession
+from .source import Source
+from .torch_session import TorchVision
+
+DISTANCE = 0.05  # largest |om - golden| / |golden| of all features, beside the family's cosine
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """cosine: the lowest of all rows. distance: relative, of all features. problem: why nothing
+    could be measured."""
+
+    passed: bool
+    cosine: float | None = None
+    distance: float | None = None
+    problem: str | None = None
+
+    def describe(self, family: Family) -> str:
+        if self.problem:
+            return self.problem
+        return (
+            f"lowest row cosine {self.cosine:.6f} (limit {family.encoder_cosine}), distance "
+            f"{self.distance:.2g} (limit {DISTANCE})"
+        )
+
+
+def judge(family: Family, golden: np.ndarray, features: np.ndarray) -> Verdict:
+    """Features of an .om against what they should be, both [images, rows, hidden]."""
+    width = golden.shape[-1]
+    rows = compare_rows(golden.reshape(-1, width), features.reshape(-1, width))
+    cosine = float(rows["cosine"].min())
+    distance = float(np.linalg.norm(features - golden) / np.linalg.norm(golden))
+    passed = bool(golden.size and cosine >= family.encoder_cosine and distance <= DISTANCE)
+    return Verdict(passed, cosine, distance)
+
+
+def verdict_of(session: VisionSession, om: Path, source: Source) -> Verdict:
+    """The remembered verdict, else one that is measured now against torch, which may take a
+    minute."""
+    record = _record(om, source)
+    known = _read(record)
+    if known:
+        return known
+    note(f"{om} is used for the first time with this checkpoint: comparing it with torch")
+    verdict = _measure(session, source)
+    try:
+        write_atomically(record, json.dumps(asdict(verdict)) + "\n")
+    except OSError:
+        pass  # a cache that cannot be written only costs time
+    return verdict
+
+
+def _measure(session: VisionSession, source: Source) -> Verdict:
+    family = source.family
+    pictures = [family.pixels(question.scene()) for question in EXAMPLES]
+    pixels = np.concatenate(pictures)
+    try:
+        features = session.encode(pixels)
+    except ToolkitError as error:  # NaN or Inf
+        return Verdict(False, problem=str(error))
+    golden = TorchVision(family, source.checkpoint).encode(pixels)
+    return judge(family, golden, features)
+
+
+def _record(om: Path, source: Source) -> Path:
+    """Named after the contents of the .om, of weights beside it, and of the encoder."""
+    digest = hashlib.sha256(source.hash.encode())
+    for file in (om, *sorted((om.parent / WEIGHTS).glob("*"))):
+        digest.update(sha256_of(file).encode())
+    return cache_folder("om") / f"{digest.hexdigest()[:32]}.json"
+
+
+def _read(record: Path) -> Verdict | None:
+    try:
+        with open_private(record) as stream:
+            return Verdict(**json.load(stream))
+    except (OSError, ValueError, TypeError, ModelError):
+        return None
