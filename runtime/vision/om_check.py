@@ -6,6 +6,7 @@ pictures when the two meet for the first time, and remembered by the hashes of b
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -66,10 +67,8 @@ def verdict_of(session: VisionSession, om: Path, source: Source) -> Verdict:
         return known
     note(f"{om} is used for the first time with this checkpoint: comparing it with torch")
     verdict = _measure(session, source)
-    try:
+    with suppress(OSError):  # a cache that cannot be written only costs time
         write_atomically(record, json.dumps(asdict(verdict)) + "\n")
-    except OSError:
-        pass  # a cache that cannot be written only costs time
     return verdict
 
 
