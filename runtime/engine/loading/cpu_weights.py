@@ -82,11 +82,12 @@ def stored_layouts(checkpoint, rows: list[Weight], kind: str) -> dict[str, Layou
 
 def _target_shape(source: tuple[int, ...], part: Part) -> tuple[int, ...]:
     """Shape of the whole target that `part` of a tensor of shape `source` belongs to."""
-    if part.at:
-        return part.at[1], *source[1:]
-    if part.take:
-        return part.take[1] - part.take[0], *source[1:]
-    return tuple(source)
+    first, last = part.take or (0, source[0])
+    piece = torch.empty(last - first, *source[1:], device="meta")
+    if part.transform:  # may select columns, as the split of a matrix over devices does
+        piece = part.transform(piece)
+    rows = part.at[1] if part.at else piece.shape[0]
+    return rows, *piece.shape[1:]
 
 
 def _layout(name: str, shape: tuple[int, ...], kind: str) -> Layout:
