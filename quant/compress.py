@@ -13,7 +13,13 @@ import torch
 
 from models import family_of
 from models.checkpoint import Checkpoint
-from models.checkpoint.quantized import FILE, Description, find_description
+from models.checkpoint.quantized import (
+    FILE,
+    Description,
+    check_stored,
+    find_description,
+    stored_weights,
+)
 from models.config import read_json
 from runtime.common.errors import CHECK_FAILED, MISSING_COMPONENT, ToolkitError
 from runtime.common.files import (
@@ -33,7 +39,7 @@ from .options import CompressOptions
 from .output.files import copy_small_files, small_files, write_config, write_description
 from .output.weights import Entry, write_weights
 from .pipeline import prepare_folder
-from .rank_shares import Share, Shares, part_folders, part_name
+from .rank_shares import Shares, part_folders, part_name
 from .validate.folder import validate
 from .work_folder import PARTIAL
 
@@ -64,7 +70,7 @@ def compress(options: CompressOptions) -> int:
 
 def open_sparse(model: str) -> tuple:
     """(family, checkpoint, description) of a W8A8S folder in float16; ToolkitError for another
-    one."""
+    one, ModelError if its tensors are not those of its config.json and description."""
     description = find_description(model)
     kind = description.type if description else "float"
     if kind != "W8A8S":
@@ -80,7 +86,11 @@ def open_sparse(model: str) -> tuple:
         )
     small_files(Path(model))
     check_checksums(Path(model))
-    return family_of(model), Checkpoint(model), description
+    family = family_of(model)
+    checkpoint = Checkpoint(model)
+    check_stored(description, checkpoint)
+    checkpoint.check(stored_weights(family))
+    return family, checkpoint, description
 
 
 def find_compressor() -> Path:
@@ -103,7 +113,7 @@ def prepare_empty_folder(out: str, model: str) -> Path:
     """The output folder, empty but for what an earlier run left; ToolkitError if other weights are
     in it."""
     folder = prepare_folder(out, model)
-    if find_description(folder):
+    if (folder / FILE).exists():
         raise ToolkitError(f"--out {folder} holds quantised weights already; give an empty folder")
     return folder
 
@@ -132,10 +142,11 @@ def compress_rank(
 def sparse_weights(
     description: Description, checkpoint: Checkpoint, shares: Shares
 ) -> dict[str, torch.Tensor]:
-    """The rank's shares of the weights to compress, int8 [n, k]."""
+    """{stored name: the rank's share} of the weights to compress, int8 [n, k]."""
     weights = {}
-    for name, kind in description.kinds.items():
-        if kind == "W8A8S" and name.endswith(".weight"):
+    for name in description.kinds:
+        is_sparse = description.kind(name.removesuffix(".weight")) == "W8A8S"
+        if is_sparse and name.endswith(".weight"):
             weights[name] = shares.of(name).take(checkpoint.tensor(name)).contiguous()
     return weights
 
@@ -147,14 +158,14 @@ def rank_entries(
     compressed: dict[str, torch.Tensor],
 ) -> list[Entry]:
     """What to write for the rank: its shares of the tensors that are not compressed, and the
-    compressed ones."""
+    compressed ones, under MindIE's names."""
     entries = []
     for name, kind in description.kinds.items():
-        if name not in compressed:
-            entries.append(share_entry(name, kind, shares.of(name), checkpoint))
+        if name not in compressed and shares.is_needed(name):
+            entries.append(share_entry(name, kind, shares, checkpoint))
     for name, tensor in compressed.items():
         read = partial(compressed.get, name)
-        entries.append(Entry(name, tensor.dtype, tuple(tensor.shape), KIND, read))
+        entries.append(Entry(shares.name(name), tensor.dtype, tuple(tensor.shape), KIND, read))
     return entries
 
 
@@ -163,12 +174,12 @@ def total_elements(tensors: dict[str, torch.Tensor]) -> int:
     return sum(tensor.numel() for name, tensor in tensors.items() if name.endswith(".weight"))
 
 
-def share_entry(name: str, kind: str, share: Share, checkpoint: Checkpoint) -> Entry:
+def share_entry(name: str, kind: str, shares: Shares, checkpoint: Checkpoint) -> Entry:
     """A rank's share of a tensor that is not compressed."""
+    share = shares.of(name)
     shape = share.shape(checkpoint.shapes[name])
-    return Entry(
-        name, checkpoint.dtype(name), shape, kind, lambda: share.take(checkpoint.tensor(name))
-    )
+    dtype = checkpoint.dtype(name)
+    return Entry(shares.name(name), dtype, shape, kind, lambda: share.take(checkpoint.tensor(name)))
 
 
 def run_compressor(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -59,11 +59,11 @@ def open_model(model: str) -> tuple:
     """(family, checkpoint) of a float checkpoint; ToolkitError for a quantised one or one in the
     SAT layout."""
     family = family_of(model)
-    checkpoint = Checkpoint(model)
     if find_description(model):
         raise ToolkitError(
             f"--model {model} is quantised already; give the float checkpoint it was made from"
         )
+    checkpoint = Checkpoint(model)
     if checkpoint.format == "sat":
         raise ToolkitError(
             f"--model {model} has the SAT layout, whose names no engine reads; give the Hugging Face release"

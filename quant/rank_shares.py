@@ -1,6 +1,6 @@
-"""The share of a checkpoint that each rank of a tensor-parallel run holds, under the checkpoint's
-own names and in its order of rows. MindIE reads compressed (W8A8SC) weights so, from one folder
-partR-of-N per rank.
+"""The share of a checkpoint that each rank of a tensor-parallel run holds, in the checkpoint's order
+of rows. MindIE reads compressed (W8A8SC) weights so, from one folder partR-of-N per rank, under the
+names of its modules.
 
 Takes a family, a split and the name of a stored tensor; returns the rank's Share of it. Which rows
 and columns those are is the runtime's rule (runtime/parallel/split.py); here it is applied to
@@ -21,6 +21,8 @@ from models.errors import ModelError
 from runtime.parallel.split import COLUMNS, ROWS, Split
 
 NAME = re.compile(r"part(\d+)-of-(\d+)")
+COMPUTED = (".inv_freq", ".position_ids")
+CHATGLM = "transformer.encoder."  # how the layers' names begin in the chatglm layout
 
 
 def part_name(rank: int, size: int) -> str:
@@ -82,6 +84,18 @@ class Shares:
     def __init__(self, family, split: Split):
         self._split = split
         self._rows = {row.source: row for row in family.weights()}
+        self._root = ""
+        if any(source.startswith(CHATGLM) for source in self._rows):
+            self._root = "transformer."
+
+    def name(self, source: str) -> str:
+        """What the tensor is called in a rank's folder: as MindIE's module, which is the
+        checkpoint's name, in the chatglm layout without "transformer."."""
+        return source.removeprefix(self._root)
+
+    def is_needed(self, source: str) -> bool:
+        """False for tables that every engine computes itself."""
+        return not source.endswith(COMPUTED) or bool(self._rows[source].parts)
 
     def of(self, name: str) -> Share:
         """Of a stored tensor; those of a quantised layer follow its weight."""
@@ -98,23 +112,28 @@ class Shares:
             return Share(zero=self._split.rank > 0 and tensor in ("bias", "quant_bias"))
         return Share()
 
+    def required(self) -> set[str]:
+        """Names of the float checkpoint's tensors that must be in the rank's folder."""
+        return {self.name(row.source) for row in self._rows.values() if not row.optional}
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """{name: shape} of the float checkpoint's tensors that must be there."""
+        """{name: shape} of the float checkpoint's tensors in the rank's folder, with those that may
+        be left out."""
         shapes = {}
-        for name, row in self._rows.items():
-            if not row.optional:
-                shapes[name] = self.of(name).shape(row.shape)
+        for source, row in self._rows.items():
+            shapes[self.name(source)] = self.of(source).shape(row.shape)
         return shapes
 
 
 def check_parts(family, description: Description, checkpoint: Checkpoint, split: Split):
     """ModelError unless `checkpoint` holds every tensor of the rank under its name, and in its
     shape where it has one."""
-    expected = Shares(family, split).shapes()
+    shares = Shares(family, split)
+    expected = shares.shapes()
     layers = {_layer(name) for name in expected}
     compressed = _layers_of_kind(description, "W8A8SC")
     wrong = [
-        *_missing(expected, compressed, description, checkpoint),
+        *_missing(shares.required(), compressed, description, checkpoint),
         *_foreign(layers, checkpoint),
         *_misshapen(expected, compressed, checkpoint),
         *_of_other_weights(expected, compressed & layers, checkpoint),
@@ -125,12 +144,12 @@ def check_parts(family, description: Description, checkpoint: Checkpoint, split:
         )
 
 
-def _missing(expected, compressed, description, checkpoint) -> Iterator[str]:
+def _missing(required, compressed, description, checkpoint) -> Iterator[str]:
     """Tensors that are not stored; the bias of a static layer is in its quant_bias."""
     static = set(compressed)
     for kind in STATIC:
         static |= _layers_of_kind(description, kind)
-    for name in sorted(expected.keys() - set(checkpoint.names)):
+    for name in sorted(required - set(checkpoint.names)):
         in_quant_bias = name.endswith(".bias") and name.removesuffix(".bias") in static
         if not in_quant_bias:
             yield f"{name} is missing"

@@ -69,8 +69,10 @@ _STATIC = Kind(
 _WEIGHTS = Kind(("weight", "weight_scale", "weight_offset"))
 KINDS = {"W8A8": _STATIC, "W8A8S": _STATIC, "W8A8_DYNAMIC": _WEIGHTS, "W8A16": _WEIGHTS}
 COMPRESSED = {
-    "W8A8SC": "only the NPU's own kernel can decompress it; run the W8A8S directory it was made from",
-    "W16A16SC": "only the NPU's own kernel can decompress it; run the directory it was made from",
+    "W8A8SC": "it is compressed for MindIE-LLM on the 310P, and only the NPU's own kernel can "
+    "decompress it; run the W8A8S directory it was made from",
+    "W16A16SC": "it is compressed for MindIE-LLM on the 310P, and only the NPU's own kernel can "
+    "decompress it; run the directory it was made from",
 }
 
 
@@ -130,10 +132,12 @@ def read_description(file: Path) -> Description:
 def find_description(directory) -> Description | None:
     """The directory's description; None for a float checkpoint.
 
-    It may have its older name, quant_model_description_<kind>.json.
+    It may have its older name, quant_model_description_<kind>.json, or be in the folder of the
+    first rank, part0-of-N, where each rank has one.
     """
     directory = Path(directory)
-    for file in (directory / FILE, *sorted(directory.glob("quant_model_description_*.json"))):
+    files = [directory / FILE, *sorted(directory.glob("quant_model_description_*.json"))]
+    for file in (*files, *sorted(directory.glob(f"part0-of-*/{FILE}"))):
         if file.is_file():
             return read_description(file)
     return None

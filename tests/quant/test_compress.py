@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 
 from models import family_of
 from quant.__main__ import main
-from quant.msmodelslim_calls import import_msmodelslim
 from quant.rank_shares import Shares
 from quant.validate.findings import MINDIE
 from quant.validate.folder import validate
@@ -32,24 +31,6 @@ pytestmark = pytest.mark.skipif(
 GOLDEN = paths.GOLDEN
 SPARSE = GOLDEN / "msmodelslim" / "glm_f16_w8a8s"
 LAYER = "model.layers.0."
-
-
-@pytest.fixture(scope="module")
-def stand_in(tmp_path_factory):
-    """The stand-in where msmodelslim looks for its own build."""
-    import_msmodelslim()
-    from msmodelslim.pytorch.weight_compression import compress_utils
-
-    home = tmp_path_factory.mktemp("slim")
-    program = home / "compress_graph" / "build" / "compress_excutor"
-    program.parent.mkdir(parents=True)
-    program.write_text(
-        f'#!/bin/sh\nexec {sys.executable} -IS {paths.TESTS / "helpers" / "stand_in_compressor.py"} "$@"\n'
-    )
-    program.chmod(0o755)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compress_utils, "__file__", str(home / "compress_utils.py"))
-        yield program
 
 
 @pytest.fixture(scope="module")
