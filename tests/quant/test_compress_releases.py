@@ -18,6 +18,7 @@ from quant.__main__ import main
 from quant.validate.findings import MINDIE
 from quant.validate.folder import validate
 from runtime.common.errors import ToolkitError
+from runtime.common.files import CHECKSUMS
 
 pytestmark = pytest.mark.skipif(
     find_spec("msmodelslim") is None, reason="needs msmodelslim: pip install 'ascend-vlm[quant]'"
@@ -122,6 +123,7 @@ def test_folder_that_does_not_fit_is_refused_before_the_work(stand_in, tmp_path,
     source = sparse(paths.GOLDEN / "glm4", tmp_path / "sparse")
     file = sorted(source.glob("*.safetensors"))[0]
     (source / "quant_model_weight_w8a8s.safetensors.index.json").unlink()
+    (source / CHECKSUMS).unlink()
     tensors = load_file(file)
     tensors["transformer.stranger.weight"] = torch.zeros(2, dtype=torch.float16)
     save_file(tensors, file)
