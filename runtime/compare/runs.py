@@ -249,4 +249,5 @@ def _information(engine, model: str, seconds: float, digest: str | None = None) 
         "stages": engine.describe(),
         "options": asdict(engine.options),
         "load_seconds": round(seconds, 2),
+        "picture_process_time": round(engine.vision_seconds, 3),
     }

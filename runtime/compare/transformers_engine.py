@@ -6,6 +6,8 @@ teacher-forced logits, computed by none of our code. Nothing else in the toolkit
 transformers.
 """
 
+import time
+
 import numpy as np
 import torch
 
@@ -34,6 +36,7 @@ class TransformersEngine:
                 "leave --reference out to compare with our plain torch reference"
             )
         self.options = EngineOptions(dtype=dtype)
+        self.vision_seconds = 0.0
         self.checkpoint = Checkpoint(self.family.directory)
         self.model = _load(NATIVE[kind], model_dir, getattr(torch, self.options.dtype))
 
@@ -44,8 +47,10 @@ class TransformersEngine:
         """float32 [images * rows, hidden]"""
         if not prompt.pixels:
             return np.zeros((0, self.family.decoder.hidden), np.float32)
+        start = time.perf_counter()
         with torch.inference_mode():
             found = self.model.get_image_features(pixel_values=self._pixels(prompt))
+        self.vision_seconds += time.perf_counter() - start
         # an output object in newer releases, a list of images in others
         found = getattr(found, "pooler_output", found)
         return torch.cat(list(found)).float().numpy()

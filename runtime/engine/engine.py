@@ -224,6 +224,11 @@ class Engine:
             *self._image_features.describe(),
         ]
 
+    @property
+    def vision_seconds(self) -> float:
+        """What the vision encoder has taken so far; opening it does not count."""
+        return self._image_features.seconds
+
     def peak_device_bytes(self) -> int | None:
         """Most memory of the device that this process has had; None where that is the host's."""
         return self._ops.peak_bytes()

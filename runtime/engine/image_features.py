@@ -14,6 +14,7 @@ class ImageFeatures:
     def __init__(self, open_session):
         self._open_session = open_session
         self._session = None
+        self.seconds = 0.0  # of encoding so far; opening the session does not count
         self._remembered = OrderedDict()  # digest of an image -> its features
 
     def of(self, prompt) -> list[np.ndarray]:
@@ -25,7 +26,10 @@ class ImageFeatures:
             if digest not in self._remembered
         }
         if new:
-            encoded = self.session().encode(np.concatenate(list(new.values())))
+            session = self.session()
+            start = time.perf_counter()
+            encoded = session.encode(np.concatenate(list(new.values())))
+            self.seconds += time.perf_counter() - start
             self._remembered.update(zip(new, encoded))
         features = [self._remembered[digest] for digest in prompt.image_digests]
         while len(self._remembered) > IMAGES_KEPT:

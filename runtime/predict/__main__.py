@@ -3,7 +3,8 @@
 Takes --input, a jsonl file of {"prompt": text, "image": file or [files], "history": [[question,
 answer], ...], "language": "zh" | "en"}, where all but the prompt may be left out; image files stand
 relative to it. Writes --out, one line for each input line, in order: the input line, with all else
-that it holds, and "answer", "finish_reason", "output_tokens" and "seconds", or "error".
+that it holds, and "answer", "finish_reason", "output_tokens", "seconds" and "picture_process_time",
+or "error".
 
 While it runs, OUT.partial holds the job (first line) and the finished lines; OUT appears when all
 are there. A batch is appended in one write; after a kill the unfinished batch is asked again, so

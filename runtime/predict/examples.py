@@ -28,7 +28,9 @@ def show_examples(options, engine_options, sampling):
         [result] = engine.generate([prompt], sampling)
         seconds = time.perf_counter() - start
         title = FIRST if index == 0 else LATER
-        print(f"{name}: {question.text}\n{title}: {seconds:.3f} s\n{result.text}\n", flush=True)
+        encoding = f"picture process time: {result.metrics['vision_seconds']:.3f} s"
+        print(f"{name}: {question.text}\n{title}: {seconds:.3f} s ({encoding})")
+        print(f"{result.text}\n", flush=True)
 
 
 def example_images(folder: Path) -> list[tuple]:

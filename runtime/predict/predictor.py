@@ -33,18 +33,24 @@ class Predictor:
         self.folder = folder
 
     def answer(self, questions: list[dict | ToolkitError]) -> list[dict]:
-        """The output lines, in order; "seconds" is the time of the whole batch."""
+        """The output lines, in order; "seconds" and "picture_process_time" (of the vision encoder;
+        0 for pictures seen before) are those of the whole batch."""
+        encoded = self.engine.vision_seconds
         prompts = [self._prompt_or_error(question) for question in questions]
         good = [prompt for prompt in prompts if not isinstance(prompt, Exception)]
         start = time.perf_counter()
         results = iter(self.engine.generate(good, self.sampling))
         seconds = time.perf_counter() - start
+        times = {
+            "seconds": round(seconds, 3),
+            "picture_process_time": round(self.engine.vision_seconds - encoded, 3),
+        }
         lines = []
         for question, prompt in zip(questions, prompts):
             if isinstance(prompt, Exception):
                 lines.append(failed_line(question, prompt))
             else:
-                lines.append(answered_line(question, next(results), seconds))
+                lines.append(answered_line(question, next(results), times))
         return lines
 
     def _prompt_or_error(self, question: dict | ToolkitError):
@@ -60,13 +66,13 @@ class Predictor:
         return prompt
 
 
-def answered_line(question: dict, result, seconds: float) -> dict:
+def answered_line(question: dict, result, times: dict) -> dict:
     return {
         **question,
         "answer": result.text,
         "finish_reason": result.finish_reason,
         "output_tokens": len(result.token_ids),
-        "seconds": round(seconds, 3),
+        **times,
     }
 
 

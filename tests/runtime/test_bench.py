@@ -10,7 +10,7 @@ import pytest
 from runtime import Engine
 from runtime.__main__ import main as guide_main
 from runtime.bench import __main__ as bench
-from runtime.bench import workload
+from runtime.bench import record, workload
 from runtime.bench.figures import case_figures, perf_info, serving_figures
 from runtime.bench.options import BenchOptions
 from runtime.bench.workload import Timeline
@@ -234,6 +234,20 @@ def test_every_argument_is_written(tmp_path, capsys):
     assert {name: table[name] for name in expected} == {n: str(v) for n, v in expected.items()}
     assert stored["peak_host_bytes"] > 1e7 and stored["peak_device_bytes"] is None
     assert "--enforce-eager has no effect on cpu" in capsys.readouterr().err
+
+
+NPU_SMI = "| 0 910B4 | OK | 88.2 30 0 / 0 |\n| 0 | 0000:C1:00.0 | 0 0 / 0 2048/ 32768 |"
+
+
+def test_memory_of_the_device(monkeypatch):
+    engine = Engine(GOLDEN / "glm4", dtype="float32")
+    assert record.peak_memory(engine)["npu_smi_used_bytes"] is None  # there is no npu-smi
+    monkeypatch.setattr(record.Host, "run", lambda self, *command, timeout: (0, NPU_SMI))
+    monkeypatch.setattr(engine, "peak_device_bytes", lambda: 3 << 29)
+    found = record.peak_memory(engine)
+    assert found["npu_smi_used_bytes"] == 2 << 30
+    told = record.describe_peaks(found)
+    assert ", 1.50 GiB on the device (npu-smi shows 2.00 GiB in use)" in told
 
 
 def test_the_grid_writes_what_was_chosen_for_us(tmp_path):

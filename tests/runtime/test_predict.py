@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ KILLS = int(os.environ.get("PREDICT_KILLS", 3))
 ROOT = paths.ROOT
 GOLDEN = paths.GOLDEN / "visualglm"
 FIXED = ["--vision", "torch", "--temperature", "0", "--max-tokens", "3", "--max-model-len", "256"]
+TIMES = ("seconds", "picture_process_time")
 
 
 def argv(file, out, *more):
@@ -38,7 +40,7 @@ def lines(path):
 
 def answers(path):
     return [
-        {name: value for name, value in line.items() if name != "seconds"} for line in lines(path)
+        {name: value for name, value in line.items() if name not in TIMES} for line in lines(path)
     ]
 
 
@@ -260,3 +262,14 @@ def test_run_mode(monkeypatch, capsys):
 def test_modes_that_do_not_exist(given, sentence, capsys):
     assert mode(*given) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_the_time_of_pictures_is_written(tmp_path, capsys):
+    picture = {"prompt": "hi", "image": "image.png"}
+    shutil.copy(GOLDEN / "image.png", tmp_path)
+    file = written(tmp_path, [picture, {"prompt": "hi"}, picture])
+    assert run(file, tmp_path / "out.jsonl") == 0
+    times = [line["picture_process_time"] for line in lines(tmp_path / "out.jsonl")]
+    assert times[0] > 0 and times[1:] == [0, 0]  # the second time it is known
+    assert run_command(predict.main, ["--model", str(GOLDEN), "--examples", *FIXED]) == 0
+    assert capsys.readouterr().out.count("(picture process time: 0.") == 3

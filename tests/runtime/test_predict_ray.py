@@ -32,6 +32,8 @@ FIXED = [
 LINES = 500
 RAY = ["--engine", "ray", "--actors", "2"]
 
+TIMES = ("seconds", "picture_process_time")
+
 
 def argv(file, out, *more):
     return ["--model", str(GOLDEN), "--input", str(file), "--out", str(out), *FIXED, *more]
@@ -39,7 +41,7 @@ def argv(file, out, *more):
 
 def answers(path):
     found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in found]
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in found]
 
 
 # what needs no Ray

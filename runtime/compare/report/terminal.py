@@ -22,9 +22,16 @@ def show(found: dict, out: Path):
         console.print(_dataset_line(found["dataset"]), highlight=False)
     if found["culprit"]:
         _print_line(console, f"search: {found['culprit']['sentence']}")
+    _print_line(console, _picture_line(found))
     _print_line(console, f"report: {out / 'report.html'}")
     colour = "green" if found["passed"] else "red"
     _print_line(console, found["verdict"], f"bold {colour}")
+
+
+def _picture_line(found: dict) -> str:
+    sides = ("reference", "candidate")
+    times = [f"{side} {found[side]['picture_process_time']:.3f} s" for side in sides]
+    return f"picture process time: {', '.join(times)}"
 
 
 def _print_line(console: Console, text: str, style: str = ""):

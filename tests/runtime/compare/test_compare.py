@@ -123,6 +123,7 @@ INFO = {
     "stages": ["decoder: fake"],
     "options": {"dtype": "auto"},
     "load_seconds": 0.1,
+    "picture_process_time": 0.25,
 }
 
 
