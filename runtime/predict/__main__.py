@@ -13,6 +13,7 @@ that the same questions are decoded together.
 
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 from runtime.common.errors import CHECK_FAILED, run_command
@@ -30,6 +31,8 @@ from .questions import read_questions
 
 def main(argv) -> int:
     options, engine_options, sampling = parser().parse(argv)
+    max_num_seqs = engine_options.max_num_seqs or options.batch_size
+    engine_options = replace(engine_options, max_num_seqs=max_num_seqs)
     join_torchrun(engine_options)
     if options.examples:
         show_examples(options, engine_options, sampling)

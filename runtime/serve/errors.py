@@ -62,12 +62,43 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestValidationError):
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"][1:])) or None
-        message = f"{field or 'body'}: {first['msg']}"
-        return ApiError(message[:MOST_CHARACTERS], param=field)
+        return refused_field(error.errors(), error.body)
     if isinstance(error, HTTPException):
         return ApiError(str(error.detail)[:MOST_CHARACTERS], error.status_code)
     if isinstance(error, UserError):
         return ApiError(str(error), 400 if error.exit_code == USER_MISTAKE else 500)
     return ApiError("internal error; the server's log says more", 500)
+
+
+def refused_field(problems: list[dict], body) -> ApiError:
+    """The error about one field, the one that lies deepest. problems: as pydantic reports them for
+    `body`; of a union it reports every branch."""
+    paths = [path_in(body, each["loc"], each["type"] == "missing") for each in problems]
+    path = max(paths, key=len)
+    problem = problems[paths.index(path)]
+    field = ".".join(map(str, path)) or None
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        message = "is missing"
+    return ApiError(f"{field or 'the body'}: {message}"[:MOST_CHARACTERS], param=field)
+
+
+def path_in(body, location: tuple, missing: bool) -> list:
+    """The keys and places of `location` that stand in the body; pydantic's names for the branches
+    of a union do not. missing: the last is a field that should stand there."""
+    path = []
+    value = body
+    for step in location:
+        if has(value, step):
+            value = value[step]
+            path.append(step)
+        elif missing and step is location[-1]:
+            path.append(step)
+    return path
+
+
+def has(value, step) -> bool:
+    """Whether `step` is a key or a place of a JSON value."""
+    if isinstance(value, list):
+        return isinstance(step, int) and step < len(value)
+    return isinstance(value, dict) and step in value

@@ -6,10 +6,13 @@ or the operator allows. Runs in the few threads that read prompts and images.
 
 import json
 
+from models.errors import ModelError
+
 from .engine_thread import EngineThread
 from .errors import ApiError
 from .images import ImageRules
-from .schema import LegacyRequest, Message
+from .messages import Message
+from .schema import LegacyRequest
 
 MAX_TOKEN_CHARACTERS = 128  # no token of any vocabulary is longer
 
@@ -41,7 +44,7 @@ class PromptBuilder:
         text_characters = sum(len(text) for message in messages for text in message.texts)
         tool_characters = len(json.dumps(tools, ensure_ascii=False))
         self._check_characters(text_characters + tool_characters)
-        turns = [self._as_chat_message(message) for message in messages]
+        turns = [self._as_chat_message(message) for message in self._that_say_something(messages)]
         if forced:
             turns.append({"role": "assistant", "metadata": forced, "content": ""})
         return self._engine.prompt(turns, language or self._language, tools or None)
@@ -52,14 +55,8 @@ class PromptBuilder:
         language = request.language if request.language in languages else None
         return self.chat(request.messages(), language)
 
-    def completion(self, prompt: str | list[int] | list[str]):
+    def completion(self, prompt: str | list[int]):
         """A prompt without a chat's frame."""
-        if isinstance(prompt, list) and prompt and isinstance(prompt[0], str):
-            if len(prompt) > 1:
-                raise ApiError(
-                    "several prompts in one request are not supported; send one", param="prompt"
-                )
-            prompt = prompt[0]
         ids = self.token_ids(prompt) if isinstance(prompt, str) else prompt
         if not ids:
             raise ApiError("the prompt is empty", param="prompt")
@@ -114,6 +111,13 @@ class PromptBuilder:
                 param="messages",
             )
 
+    def _that_say_something(self, messages: list[Message]) -> list[Message]:
+        """Without empty system messages where the model knows no system message."""
+        empty = [each for each in messages if each.role == "system" and each.says_nothing]
+        if not empty or takes_system(self._engine.family):
+            return messages
+        return [each for each in messages if each not in empty]
+
     def _as_chat_message(self, message: Message) -> dict:
         chat_message = {"role": message.role, "content": self._content(message.content)}
         if message.tool_calls:
@@ -130,3 +134,13 @@ class PromptBuilder:
             else:
                 parts.append({"type": "image", "image": self._rules.from_url(part.url)})
         return parts
+
+
+def takes_system(family) -> bool:
+    """Whether this family's prompts have a place for a system message."""
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "?"}]
+    try:
+        family.prompt(messages, family.languages[0])
+    except ModelError:
+        return False
+    return True

@@ -26,8 +26,10 @@ from .schema import (
 )
 from .service import Service
 from .tools.calls import ToolCallParser
+from .transport.bodies import describe_bodies, json_body, openapi_of
 from .transport.guard import Guard
 
+BODIES = [ChatRequest, CompletionRequest, LegacyRequest, TokenizeRequest, DetokenizeRequest]
 VERSION = version("ascend-vlm") or "unknown"
 
 
@@ -46,6 +48,7 @@ def create_app(service: Service, max_body: int, max_in_flight: int, api_key: str
     add_legacy(app, service)
     add_tokenizer(app, service)
     add_status(app, service)
+    describe_bodies(app, BODIES)
     return app
 
 
@@ -54,8 +57,8 @@ async def respond_to_error(_, error: Exception) -> JSONResponse:
 
 
 def add_completions(app: FastAPI, service: Service):
-    @app.post("/v1/chat/completions")
-    async def chat(request: ChatRequest):
+    @app.post("/v1/chat/completions", openapi_extra=openapi_of(ChatRequest))
+    async def chat(request: json_body(ChatRequest)):
         forced = request.forced_tool
         parser = ToolCallParser(service.engine.family, request.tool_names, forced)
         tools = request.offered_tools
@@ -63,16 +66,16 @@ def add_completions(app: FastAPI, service: Service):
         responses = service.responses(True, request.num_logprobs, parser)
         return await service.complete(request, prompt, responses)
 
-    @app.post("/v1/completions")
-    async def complete(request: CompletionRequest):
+    @app.post("/v1/completions", openapi_extra=openapi_of(CompletionRequest))
+    async def complete(request: json_body(CompletionRequest)):
         prompt = partial(service.prompts.completion, request.prompt)
         responses = service.responses(False, request.num_logprobs)
         return await service.complete(request, prompt, responses)
 
 
 def add_legacy(app: FastAPI, service: Service):
-    @app.post("/")
-    async def legacy(request: LegacyRequest):
+    @app.post("/", openapi_extra=openapi_of(LegacyRequest))
+    async def legacy(request: json_body(LegacyRequest)):
         prompt = await service.run_in_pool(service.prompts.legacy, request)
         max_tokens = request.max_new_tokens(len(prompt.ids))
         service.prompts.check_length(len(prompt.ids), max_tokens)
@@ -88,8 +91,8 @@ def add_legacy(app: FastAPI, service: Service):
 
 
 def add_tokenizer(app: FastAPI, service: Service):
-    @app.post("/tokenize")
-    async def tokenize(request: TokenizeRequest):
+    @app.post("/tokenize", openapi_extra=openapi_of(TokenizeRequest))
+    async def tokenize(request: json_body(TokenizeRequest)):
         request.check()
         prompts = service.prompts
         if request.messages is None:
@@ -100,8 +103,8 @@ def add_tokenizer(app: FastAPI, service: Service):
             ids = prompt.ids.tolist()
         return {"count": len(ids), "max_model_len": service.engine.max_model_len, "tokens": ids}
 
-    @app.post("/detokenize")
-    async def detokenize(request: DetokenizeRequest):
+    @app.post("/detokenize", openapi_extra=openapi_of(DetokenizeRequest))
+    async def detokenize(request: json_body(DetokenizeRequest)):
         decode = service.engine.family.tokenizer.decode
         return {"prompt": await service.run_in_pool(decode, request.tokens)}
 

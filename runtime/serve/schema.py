@@ -7,96 +7,70 @@ ApiError elsewhere; `check` methods raise ApiError for what this server cannot d
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field
 
 from runtime.engine.options import SamplingParams
 
 from .errors import ApiError
-from .tools.schema import Tool, ToolCall, ToolChoice
+from .known_fields import check_known_fields
+from .messages import (
+    MAX_MESSAGES,
+    MAX_TOOLS,
+    Body,
+    ImagePart,
+    Message,
+    Messages,
+    Text,
+    TextPart,
+    kind_of,
+)
+from .tools.schema import Tool, ToolChoice
 
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
-MAX_TOOLS = 128
 HAN = re.compile(r"[\u4e00-\u9fff]")
-# Fields that are accepted only with the values that change nothing.
-NEUTRAL = {
-    "n": (1,),
-    "best_of": (1,),
-    "min_tokens": (0,),
-    "logit_bias": ({},),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "echo": (False,),
-    "suffix": ("",),
-    "modalities": (["text"],),
-    "audio": (),
-    "skip_special_tokens": (True,),
-    "prompt_logprobs": (0,),
-    "use_beam_search": (False,),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "web_search_options": (),
-}
-Text = Annotated[str, Field(max_length=10_000_000)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
-class TextPart(BaseModel):
-    type: Literal["text"]
-    text: Text
+def check_stop(stop):
+    """ValueError unless it is a text or a list of texts."""
+    texts = stop if isinstance(stop, list) else [stop]
+    for place, text in enumerate(texts):
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"is {kind_of(text)} at place {place}; give a text or a list of texts")
+        if text is None and isinstance(stop, list):
+            raise ValueError(f"is null at place {place}; give a text or a list of texts")
+    return stop
 
 
-class ImageUrl(BaseModel):
-    url: Text
+def check_prompt(prompt):
+    """One prompt: a text, token ids, or a list that holds only one of them."""
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
+        if len(prompt) > 1:
+            raise ValueError("has several prompts, which one request cannot have; send one")
+        prompt = prompt[0]
+    if isinstance(prompt, str):
+        return prompt
+    if not isinstance(prompt, list):
+        raise ValueError(f"is {kind_of(prompt)}; give a text, or a list of token ids")
+    return check_token_ids(prompt)
 
 
-class ImagePart(BaseModel):
-    type: Literal["image_url"]
-    image_url: ImageUrl | Text
-
-    @property
-    def url(self) -> str:
-        return self.image_url if isinstance(self.image_url, str) else self.image_url.url
-
-
-ContentPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+def check_token_ids(ids):
+    """Ends at the first that is none: pydantic would report a million of them."""
+    for place, token in enumerate(ids if isinstance(ids, list) else ()):
+        if type(token) is not int:
+            raise ValueError(f"has {kind_of(token)} at place {place}; give token ids")
+        if not 0 <= token < 2**31:
+            raise ValueError(f"has a number at place {place} that is no token id")
+    return ids
 
 
-class Message(BaseModel):
-    role: Annotated[str, Field(max_length=64)]
-    content: Text | list[ContentPart] | None = None  # may be missing beside tool_calls
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
-
-    @model_validator(mode="after")
-    def _check_fields(self):
-        if self.content is None and not self.tool_calls:
-            raise ValueError("content is missing")
-        if self.tool_calls and self.role != "assistant":
-            raise ValueError("tool_calls stand in an assistant's message only")
-        return self
-
-    @property
-    def texts(self) -> list[str]:
-        """All that becomes tokens."""
-        arguments = [call.function.arguments for call in self.tool_calls or ()]
-        if isinstance(self.content, list):
-            return [part.text for part in self.content if part.type == "text"] + arguments
-        return [self.content or "", *arguments]
-
-    @property
-    def num_images(self) -> int:
-        if not isinstance(self.content, list):
-            return 0
-        return sum(part.type == "image_url" for part in self.content)
-
-
-class StreamOptions(BaseModel):
+class StreamOptions(Body):
     include_usage: bool = False
 
 
-class SamplingRequest(BaseModel):
+class SamplingRequest(Body):
     """Fields of chat and plain completions. Unknown ones are ignored; known ones that this server
     does not support are refused."""
 
@@ -111,7 +85,7 @@ class SamplingRequest(BaseModel):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    stop: str | list[str] | None = None
+    stop: Annotated[str | list[str] | None, BeforeValidator(check_stop)] = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=1024)] | None = None
     ignore_eos: bool = False
     stream: bool = False
@@ -119,9 +93,7 @@ class SamplingRequest(BaseModel):
 
     def check(self):
         """Raises ApiError for what this server cannot do."""
-        for name, value in (self.model_extra or {}).items():
-            if name in NEUTRAL and value is not None and value not in NEUTRAL[name]:
-                raise unsupported(name)
+        check_known_fields(self.model_extra)
         fits = all(0 < len(stop) <= MAX_STOP_LENGTH for stop in self.stops)
         if len(self.stops) > MAX_STOPS or not fits:
             raise ApiError(
@@ -162,16 +134,8 @@ class SamplingRequest(BaseModel):
         )
 
 
-def unsupported(name: str) -> ApiError:
-    """The error about a field of NEUTRAL."""
-    message = f"{name} is not supported by this server; leave it out"
-    if NEUTRAL[name]:
-        message += f", or give {' or '.join(map(repr, NEUTRAL[name]))}"
-    return ApiError(message, 400, "unsupported_parameter", name)
-
-
 class ChatRequest(SamplingRequest):
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -227,7 +191,7 @@ class ChatRequest(SamplingRequest):
 
 
 class CompletionRequest(SamplingRequest):
-    prompt: Text | list[TokenId] | list[Text]
+    prompt: Annotated[Text | list[TokenId], BeforeValidator(check_prompt)]
     max_tokens: Annotated[int, Field(ge=1)] | None = 16  # OpenAI's default
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
@@ -236,13 +200,15 @@ class CompletionRequest(SamplingRequest):
         return self.logprobs
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(Body):
+    model_config = ConfigDict(extra="allow")
     prompt: Text | None = None
-    messages: list[Message] | None = None
+    messages: Messages | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
 
     def check(self):
-        """Raises ApiError unless either prompt or messages is given."""
+        """Raises ApiError unless either prompt or messages is given, and for what is not done."""
+        check_known_fields(self.model_extra)
         if (self.prompt is None) == (self.messages is None):
             raise ApiError("give either prompt or messages", param="prompt")
 
@@ -251,15 +217,15 @@ class TokenizeRequest(BaseModel):
         return [tool.as_prompt_json() for tool in self.tools or ()]
 
 
-class DetokenizeRequest(BaseModel):
-    tokens: Annotated[list[TokenId], Field(max_length=1_000_000)]
+class DetokenizeRequest(Body):
+    tokens: Annotated[list[TokenId], Field(max_length=1_000_000), BeforeValidator(check_token_ids)]
 
 
 def as_data_uri(image: str) -> str:
     return image if image.lstrip()[:5].lower() == "data:" else f"data:;base64,{image}"
 
 
-class LegacyRequest(BaseModel):
+class LegacyRequest(Body):
     """The VisualGLM guide's `POST /`.
 
     image: base64, or a data URI. history: pairs of question and answer. max_length: tokens of
@@ -268,7 +234,7 @@ class LegacyRequest(BaseModel):
 
     text: Text
     image: Text | None = None
-    history: list[tuple[Text, Text]] = []
+    history: Annotated[list[tuple[Text, Text]], Field(max_length=MAX_MESSAGES // 2)] = []
     max_length: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import openai
 
-from models.errors import ModelError
 from runtime.common.errors import ToolkitError
 from runtime.common.progress import print_status
 from runtime.engine.command import open_engine
-from runtime.engine.options import EngineOptions, SamplingParams
+from runtime.engine.options import EngineOptions, SamplingParams, one_at_a_time
 from runtime.serve.engine_thread import EngineThread
 from runtime.serve.images import ImageRules
+from runtime.serve.prompts import takes_system
 
 from .options import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, UiOptions
 
@@ -26,11 +26,11 @@ CONNECT_SECONDS = 10
 
 
 class Local:
-    """An engine of this process; the questions of several visitors are decoded together, as in the
-    service."""
+    """An engine of this process, with a cache for one question at a time; with --max-num-seqs the
+    questions of several visitors are decoded together, as in the service."""
 
     def __init__(self, options: UiOptions, engine_options: EngineOptions):
-        self.engine = open_engine(options.model, engine_options)
+        self.engine = open_engine(options.model, one_at_a_time(engine_options))
         family = self.engine.family
         self.name = family.name
         self.max_model_len = self.engine.max_model_len
@@ -67,16 +67,6 @@ class Local:
 
 def end_process():
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def takes_system(family) -> bool:
-    """Whether this family's prompts have a place for a system message."""
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "?"}]
-    try:
-        family.prompt(messages, family.languages[0])
-    except ModelError:
-        return False
-    return True
 
 
 class Remote:

@@ -14,7 +14,7 @@ import paths
 import pytest
 
 from runtime.__main__ import main as runtime_main
-from runtime.common.errors import run_command
+from runtime.common.errors import ToolkitError, run_command
 from runtime.predict import __main__ as predict
 from runtime.predict import answer_file
 from runtime.predict.questions import read_question
@@ -273,3 +273,20 @@ def test_the_time_of_pictures_is_written(tmp_path, capsys):
     assert times[0] > 0 and times[1:] == [0, 0]  # the second time it is known
     assert run_command(predict.main, ["--model", str(GOLDEN), "--examples", *FIXED]) == 0
     assert capsys.readouterr().out.count("(picture process time: 0.") == 3
+
+
+@pytest.mark.parametrize(
+    ("more", "sequences"),
+    [((), 1), (("--batch-size", "3"), 3), (("--batch-size", "2", "--max-num-seqs", "5"), 5)],
+)
+def test_the_cache_holds_what_is_answered_together(more, sequences, tmp_path, monkeypatch):
+    opened = []
+
+    def open_engine(model, options):
+        opened.append(options.max_num_seqs)
+        raise ToolkitError("opened")
+
+    monkeypatch.setattr(predict.predictor, "open_engine", open_engine)
+    file = written(tmp_path, [{"prompt": "hi"}])
+    assert run(file, tmp_path / "out.jsonl", *more) == 2
+    assert opened == [sequences]

@@ -87,6 +87,10 @@ def asked(text="Describe the picture."):
     return chat_messages([], text, [str(PICTURE)], "")
 
 
+def test_its_cache_holds_one_sequence(local):
+    assert local.engine.plan.cache_tokens == local.engine.max_model_len == 256
+
+
 def test_an_engine_of_its_own_answers(local):
     async def told():
         return [
