@@ -38,11 +38,13 @@ def main(argv: list[str]) -> int:
     options, engine_options = parser().parse(argv)
     join_torchrun(engine_options)
     from .comparison import compare
+    from .components import check_components
     from .report import page, terminal
 
     family = family_of(options.model)
     check_images(family, options.image)
     check_same_family(options, family)
+    check_components(options, engine_options, family)
     out = files.prepare(options.out)
     cases = choose_cases(options, family)
     found = compare(options, engine_options, cases, out)

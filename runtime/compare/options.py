@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from runtime.common.devices import device_name
 from runtime.common.flags import check_folder, flag, require
 from runtime.engine.options import InputOptions, dtype_name
 
@@ -21,6 +22,12 @@ class CompareOptions(InputOptions):
         metavar="DIR",
     )
     reference_dtype: str = flag("arithmetic of the reference", default="float32", metavar="DTYPE")
+    reference_device: str = flag(
+        "where the reference's decoder runs, in plain torch: cpu, npu:N or cuda:N; a bare number N "
+        "is npu:N",
+        default="cpu",
+        metavar="DEVICE",
+    )
     prompt: tuple[str, ...] = flag(
         "question to compare on; may be repeated (default: a small set in Chinese and "
         "English, with and without a picture)",
@@ -70,6 +77,13 @@ class CompareOptions(InputOptions):
         if self.native or not self.reference:
             self.reference = self.model
         self.reference_dtype = dtype_name(self.reference_dtype)
+        self.reference_device = device_name(self.reference_device, "--reference-device")
+        require(
+            self,
+            "reference_device",
+            self.reference_device == "cpu" or not (self.native or self.layer_by_layer),
+            "transformers' implementation and --layer-by-layer run on the CPU; leave it out",
+        )
         check_folder("reference", self.reference)
         require(self, "max_tokens", self.max_tokens >= 1, "1 or more is needed, e.g. 32")
         require(

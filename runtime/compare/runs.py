@@ -65,6 +65,7 @@ def _load_reference(options: CompareOptions, max_model_len: int | None) -> tuple
             make = partial(
                 open_engine,
                 options=EngineOptions(
+                    device=options.reference_device,
                     dtype=options.reference_dtype,
                     vision="torch",
                     ops="reference",
@@ -76,6 +77,7 @@ def _load_reference(options: CompareOptions, max_model_len: int | None) -> tuple
         return load("reference", options.reference, make)
     except ToolkitError as error:
         message = str(error).replace("--dtype", "--reference-dtype")
+        message = message.replace("--device", "--reference-device")
         message = message.replace("--model ", "--reference ")
         raise ToolkitError(f"the reference cannot be loaded: {message}", error.exit_code) from error
 
@@ -178,6 +180,7 @@ def _run_noise(
     candidate.close()
     gc.collect()
     noisy = EngineOptions(
+        device=options.reference_device,
         dtype=dtype,
         vision="torch",
         ops="reference",

@@ -46,8 +46,10 @@ class AcceleratorOps(FusedOps):
         return released if released in self.dtypes else self.dtypes[0]
 
     def free_memory(self) -> int:
-        """Bytes free on the device."""
-        return self.accelerator.mem_get_info(self.device)[0]
+        """Bytes free on the device, with what torch keeps for itself after a model was closed."""
+        kept = self.accelerator.memory_reserved(self.device)
+        kept -= self.accelerator.memory_allocated(self.device)
+        return self.accelerator.mem_get_info(self.device)[0] + kept
 
     def peak_bytes(self) -> int:
         """Most memory that torch has had on the device."""

@@ -462,6 +462,9 @@ FAKE_TORCH_NPU = SimpleNamespace(
     graph_pool_handle=lambda: None,
     synchronize=lambda: None,
     mem_get_info=lambda device: (1 << 34, 1 << 34),
+    memory_reserved=lambda device: 0,
+    memory_allocated=lambda device: 0,
+    max_memory_allocated=lambda device: 0,
 )
 
 

@@ -15,7 +15,7 @@ from runtime.common import files, metrics
 from runtime.common import sample_questions as questions
 from runtime.common.errors import ToolkitError, run_command
 from runtime.compare import __main__ as compare
-from runtime.compare import cases, outcomes, verdict
+from runtime.compare import cases, components, outcomes, runs, verdict
 from runtime.compare.options import CompareOptions
 from runtime.compare.report import formats
 from runtime.compare.report import page as report
@@ -298,6 +298,40 @@ def run(out, *argv):
     return run_command(
         compare.main, ["--model", str(GOLDEN), "--out", str(out), "--vision", "torch", *argv]
     )
+
+
+@pytest.mark.parametrize(
+    "argv, sentence",
+    [
+        (["--device", "0"], "--device npu:0 needs torch_npu"),
+        (["--reference-device", "0"], "--reference-device npu:0 needs torch_npu"),
+        (["--vision", "om"], "needs ais_bench"),
+    ],
+)
+def test_what_is_missing_is_said_before_the_reference_is_loaded(argv, sentence, tmp_path, capsys):
+    assert run(tmp_path, *argv) == 3
+    told = capsys.readouterr().err
+    assert sentence in told.splitlines()[-1] and "reference: loading" not in told
+
+
+def test_the_reference_runs_on_the_device_asked_for(tmp_path, monkeypatch, capsys):
+    devices = []
+
+    def opened(model, options):
+        devices.append((options.device, options.ops))
+        raise ToolkitError("--device npu:1: seen enough")
+
+    monkeypatch.setattr(components, "choose", lambda name, device: None)
+    monkeypatch.setattr(runs, "open_engine", opened)
+    assert run(tmp_path, "--reference-device", "1") == 2
+    assert devices == [("npu:1", "reference")]
+    assert "--reference-device npu:1: seen enough" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["--layer-by-layer"], ["--reference", "transformers"]])
+def test_references_that_run_on_the_cpu_only(argv, tmp_path, capsys):
+    assert run(tmp_path, "--reference-device", "cuda:0", *argv) == 2
+    assert "--reference-device is 'cuda:0'" in capsys.readouterr().err
 
 
 def test_command_passes(tmp_path, capsys):
