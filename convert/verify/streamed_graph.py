@@ -35,6 +35,11 @@ class Piece:
         """Names of all values that its nodes read, weights among them."""
         return set().union(*(node.input for node in self.nodes))
 
+    def computed_outputs(self) -> list[str]:
+        """Names of the outputs that its nodes compute; the others only pass through it."""
+        computed = self.computed()
+        return [name for name in self.outputs if name in computed]
+
     def computed(self) -> set[str]:
         """Names of all values that its nodes compute."""
         return set().union(*(node.output for node in self.nodes))
@@ -88,8 +93,7 @@ class StreamedGraph:
         try:
             session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
             for state in states:
-                inputs = {name: state[name] for name in piece.inputs}
-                results.append(dict(zip(piece.outputs, session.run(piece.outputs, inputs))))
+                results.append(_values(session, piece, state))
         finally:
             (self.onnx_dir / PIECE_FILE).unlink(missing_ok=True)
         return results
@@ -98,7 +102,11 @@ class StreamedGraph:
         read = piece.read()
         weights = [tensor for tensor in self.model.graph.initializer if tensor.name in read]
         graph = helper.make_graph(
-            piece.nodes, "piece", _float_infos(piece.inputs), _float_infos(piece.outputs), weights
+            piece.nodes,
+            "piece",
+            _float_infos(piece.inputs),
+            _float_infos(piece.computed_outputs()),
+            weights,
         )
         model = helper.make_model(
             graph, opset_imports=self.model.opset_import, ir_version=self.model.ir_version
@@ -106,6 +114,22 @@ class StreamedGraph:
         path = self.onnx_dir / PIECE_FILE
         write_atomically(path, model.SerializeToString())
         return path
+
+
+def _values(session, piece: Piece, state: dict) -> dict:
+    """{name: value} of the piece's outputs, in memory of our own.
+
+    ONNX Runtime (seen in 1.23; its PR #28088 ends it) gives an input that is an output too back as
+    an array over the caller's buffer, which it does not keep alive: the values then change without
+    an error. So it is not asked for what passes through, and what it gives is copied while
+    everything still lives.
+    """
+    inputs = {name: state[name] for name in piece.inputs}
+    computed = piece.computed_outputs()
+    found = {name: state[name] for name in piece.outputs if name in state}
+    for name, value in zip(computed, session.run(computed, inputs)):
+        found[name] = np.array(value)
+    return found
 
 
 def _float_infos(names: list[str]) -> list[onnx.ValueInfoProto]:
