@@ -122,13 +122,24 @@ def new_file(path: str | Path, durable: bool = True) -> Iterator[BinaryIO]:
     durable: whether the content is on the disk before it gets its name. A link at `path` is
     replaced, not followed.
     """
-    with private_file(path) as private:
+    with named(path), private_file(path) as private:
         with open(private, "r+b") as stream:
             yield stream
             stream.flush()
             if durable:
                 os.fsync(stream.fileno())
         os.replace(private, path)
+
+
+@contextmanager
+def named(path: str | Path) -> Iterator[None]:
+    """Errors of the system that name no file, such as a full disk, name `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 @contextmanager

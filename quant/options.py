@@ -7,6 +7,8 @@ from runtime.common.errors import ToolkitError
 from runtime.common.flags import check_choices, check_folder, flag, require
 from runtime.common.shared_flags import (
     check_tensor_parallel_size,
+    media_path,
+    media_path_flag,
     model_flag,
     output_flag,
     tensor_parallel_flag,
@@ -51,6 +53,7 @@ class CalibrationOptions:
         default=None,
         metavar="FILE",
     )
+    allowed_local_media_path: str | None = media_path_flag()
     samples: int = flag("most lines used of it", default=24, kind=int, metavar="N")
     seed: int = flag("draws the lines when there are more", default=0, kind=int, metavar="N")
 
@@ -59,6 +62,7 @@ class CalibrationOptions:
         require(
             self, "calib", self.calib is None or Path(self.calib).is_file(), "there is no such file"
         )
+        media_path(self)
 
 
 @dataclass(kw_only=True)

@@ -20,9 +20,19 @@ from PIL import Image
 
 from models.checkpoint.table import WeightTable
 from models.errors import ModelError
-from models.prompt.messages import content
+from models.prompt.messages import (
+    check_messages,
+    content,
+    parse_content,
+    plain_text,
+    split_content,
+    with_images,
+)
+from models.prompt.picture_files import find_below
 from runtime.common.errors import ToolkitError
+from runtime.common.jsonl import Line, read_lines
 from runtime.common.sample_questions import QUESTIONS
+from runtime.common.shared_flags import media_path
 from runtime.engine.sequence import Sequence
 from runtime.vision import open_session
 
@@ -58,7 +68,7 @@ def choose_lines(family, options: CalibrationOptions) -> Lines:
         if family.vision:
             lines.calibration += image_lines()
     else:
-        lines = split_lines(read_lines(options.calib))
+        lines = split_lines(calibration_lines(options.calib, media_path(options)))
     return Lines(draw(lines.calibration, options.samples, options.seed), lines.held_out)
 
 
@@ -76,20 +86,18 @@ def image_lines() -> list[dict]:
     return lines
 
 
-def read_lines(file: str) -> list[dict]:
-    """Lines of a calibration file; ToolkitError with the number of the first that is no calibration
-    line."""
+def calibration_lines(file: str, allowed: Path | None = None) -> list[dict]:
+    """Lines of a calibration file, each with its number as "line"; images, which lie below the
+    file's folder or `allowed`, are paths. ToolkitError with the number of the first that is no
+    calibration line."""
     lines = []
-    for number, text in enumerate(_read_text(file).split("\n"), 1):
-        if not text.strip():
-            continue
-        line = _as_json(text)
-        if not _is_line(line):
-            raise ToolkitError(
-                f'--calib {file}, line {number}, is no calibration line; write {{"text": "..."}} or '
-                '{"messages": [{"role": "user", "content": "..."}]}'
+    for line in read_lines(file, "--calib"):
+        try:
+            lines.append(
+                {**_calibration_line(line, Path(file).parent, allowed), "line": line.number}
             )
-        lines.append(_with_paths(line, Path(file).parent))
+        except ModelError as error:
+            raise ToolkitError(f"--calib {file}, line {line.number}: {error}") from None
     if not lines:
         raise ToolkitError(
             f"--calib {file} is empty; give a jsonl file with one text or conversation per line"
@@ -97,47 +105,51 @@ def read_lines(file: str) -> list[dict]:
     return lines
 
 
-def _read_text(file: str) -> str:
-    try:
-        return Path(file).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ToolkitError(
-            f"--calib {file} is not UTF-8 (byte {error.start}); convert it first, e.g. with iconv "
-            "-f GBK -t UTF-8"
-        ) from None
+def _calibration_line(line: Line, folder: Path, allowed: Path | None) -> dict:
+    """What is used of a line. ModelError if it is none."""
+    if line.problem:
+        raise ModelError(line.problem)
+    found = line.value if isinstance(line.value, dict) else {}
+    if found.get("ids") is not None:
+        return {"ids": _checked_ids(found["ids"])}
+    if found.get("messages") is not None:
+        return {"messages": _checked_messages(found["messages"], folder, allowed)}
+    text = found.get("text")
+    if text is None:
+        text = found.get("inputs_pretokenized")
+    if not isinstance(text, str) or not text.strip():
+        raise ModelError(
+            'it is no calibration line; write {"text": "..."} or '
+            '{"messages": [{"role": "user", "content": "..."}]}'
+        )
+    return {"text": plain_text(text)}
 
 
-def _as_json(text: str):
-    """The value, or None if `text` is not JSON."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return None
+def _checked_ids(ids) -> list[int]:
+    """ModelError unless they are token ids."""
+    fits = isinstance(ids, list) and ids
+    if not fits or not all(type(token) is int and 0 <= token < 1 << 31 for token in ids):
+        raise ModelError('"ids" is not a list of token ids such as [5, 7]')
+    return ids
 
 
-def _is_line(line) -> bool:
-    if not isinstance(line, dict):
-        return False
-    if line.get("ids") is not None:
-        return _are_ids(line["ids"])
-    if line.get("messages") is not None:
-        return _are_messages(line["messages"])
-    return isinstance(line.get("text", line.get("inputs_pretokenized")), str)
-
-
-def _are_ids(ids) -> bool:
-    if not isinstance(ids, list) or not ids:
-        return False
-    return all(type(token) is int and 0 <= token < 1 << 31 for token in ids)
-
-
-def _are_messages(messages) -> bool:
-    if not isinstance(messages, list):
-        return False
+def _checked_messages(messages, folder: Path, allowed: Path | None) -> list[dict]:
+    """The messages with the paths of their images. ModelError for what no chat has."""
+    check_messages(messages)
+    if not any(message["role"] == "user" for message in messages):
+        raise ModelError("its messages ask nothing: none has the role user")
+    found = []
     for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), (str, list)):
-            return False
-    return any(message.get("role") == "user" for message in messages)
+        parts, images = parse_content(message.get("content") or "")
+        paths = [_image_path(image, folder, allowed) for image in images]
+        found.append({**message, "content": with_images(parts, paths)})
+    return found
+
+
+def _image_path(image, folder: Path, allowed: Path | None) -> str:
+    if not isinstance(image, str):
+        raise ModelError('the "image" of a part is no file name')
+    return str(find_below(image, folder, allowed))
 
 
 def draw(lines: list[dict], count: int, seed: int) -> list[dict]:
@@ -187,7 +199,7 @@ def image_digest(image) -> str:
 
 def make_samples(family, checkpoint, lines: list[dict]) -> list[Sample]:
     """Tokenise and embed; ModelError if the model cannot be asked what a line says."""
-    prompts = [_tokens(family, line) for line in lines]
+    prompts = [_numbered_tokens(family, line) for line in lines]
     table = _embedding(family, checkpoint)
     vision = None
     if any(prompt.pixels for prompt, _ in prompts):
@@ -195,30 +207,24 @@ def make_samples(family, checkpoint, lines: list[dict]) -> list[Sample]:
     return [_sample(family, prompt, answer, table, vision) for prompt, answer in prompts]
 
 
-def _with_paths(value, folder: Path):
-    """The line with the paths of image files, which are relative to `folder`."""
-    if isinstance(value, list):
-        return [_with_paths(item, folder) for item in value]
-    if not isinstance(value, dict):
-        return value
-    found = {}
-    for key, item in value.items():
-        if key == "image":
-            found[key] = str(folder / item)
-        else:
-            found[key] = _with_paths(item, folder)
-    return found
+def _numbered_tokens(family, line: dict):
+    """As `_tokens`; errors name the line."""
+    try:
+        return _tokens(family, line)
+    except ModelError as error:
+        place = f"--calib, line {line['line']}: " if "line" in line else ""
+        raise ModelError(f"{place}{error}") from None
 
 
 def _tokens(family, line: dict):
     """(prompt, token ids of the answer that follows it)."""
     if line.get("ids"):
         return family.prompt_from_ids(line["ids"]), []
-    text = line.get("text", line.get("inputs_pretokenized"))
-    messages = line.get("messages") or [{"role": "user", "content": text}]
+    messages = line.get("messages") or [{"role": "user", "content": line["text"]}]
     answer = []
     if messages[-1]["role"] == "assistant":
-        answer = family.tokenizer.encode(messages[-1]["content"])
+        _, text = split_content(messages[-1]["content"])
+        answer = family.tokenizer.encode(text)
         messages = messages[:-1]
     return family.prompt(messages, family.languages[0]), answer
 

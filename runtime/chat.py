@@ -47,9 +47,6 @@ class ChatOptions(InputOptions):
 def main(argv) -> int:
     options, engine_options, sampling = parser().parse(argv)
     join_torchrun(engine_options)
-    for stream in filter(None, (sys.stdin, sys.stdout)):
-        # a terminal of another encoding must not end in a traceback
-        stream.reconfigure(errors="replace")
     question = one_question(options.prompt)
     check_images(family_of(options.model), options.image)
     engine = open_engine(options.model, one_at_a_time(engine_options))

@@ -8,12 +8,14 @@ import io
 import math
 import re
 import warnings
+from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from models.errors import ModelError
-from models.files import open_regular
+from models.files import kind_of, open_regular
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -143,7 +145,7 @@ def _name(source) -> str:
 def _open(source, name: str, max_pixels: int) -> Image.Image:
     """Header read, nothing decoded."""
     try:
-        stream = io.BytesIO(source) if isinstance(source, bytes) else open_regular(source)
+        stream = io.BytesIO(source) if isinstance(source, bytes) else _open_file(source, name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large sizes and odd metadata
             return Image.open(stream, formats=FORMATS)
@@ -160,6 +162,13 @@ def _open(source, name: str, max_pixels: int) -> Image.Image:
         raise ModelError(
             f"{name} is not a picture that can be read; use {FORMAT_NAMES} with 8 bits a channel"
         ) from None
+
+
+def _open_file(path, name: str) -> BinaryIO:
+    kind = kind_of(Path(path).stat().st_mode)
+    if kind:
+        raise ModelError(f"{name} is {kind}; name one picture file")
+    return open_regular(path)
 
 
 def _check_size(name: str, width: int, height: int, max_pixels: int):

@@ -9,6 +9,36 @@ from models.errors import ModelError
 CHAT_ROLES = ("system", "user", "assistant")
 
 
+def check_messages(messages):
+    """ModelError unless each message is a dict with a role and a content that `parse_content`
+    takes; which roles there are and who may speak last, the family knows."""
+    if not isinstance(messages, (list, tuple)):
+        raise ModelError(f"messages are a list of dicts, not {_kind(messages)}")
+    for number, message in enumerate(messages, 1):
+        problem = _problem_of(message)
+        if problem:
+            raise ModelError(
+                f"message {number} {problem}; write "
+                '{"role": "user", "content": "text or a list of parts"}'
+            )
+        if message.get("content") is not None:
+            parse_content(message["content"])
+
+
+def _problem_of(message) -> str | None:
+    if not isinstance(message, dict):
+        return f"is {_kind(message)}, not a dict"
+    if not isinstance(message.get("role"), str):
+        return "has no role"
+    if message.get("content") is None and not message.get("tool_calls"):
+        return "has no content"
+    return None
+
+
+def _kind(value) -> str:
+    return f"of type {type(value).__name__}"
+
+
 def parse_messages(messages: list[dict]) -> tuple[list[dict], list]:
     """Chat messages -> (turns {"role", "content": parts}, images in order).
 
@@ -32,22 +62,47 @@ def parse_messages(messages: list[dict]) -> tuple[list[dict], list]:
 def parse_content(content: str | list[dict]) -> tuple[list[dict], list]:
     """A message's content -> (its parts, the images in order).
 
-    An image part becomes {"type": "image"} in its place. ModelError for other kinds of parts.
+    An image part becomes {"type": "image"} in its place. Half a surrogate pair in a text, which
+    UTF-8 does not have, becomes U+FFFD. ModelError for other kinds of parts.
     """
     if isinstance(content, str):
-        return [{"type": "text", "text": content}], []
+        return [{"type": "text", "text": plain_text(content)}], []
+    if not isinstance(content, (list, tuple)):
+        raise ModelError(f"content is a text or a list of parts, not {_kind(content)}")
     parts = []
     images = []
     for part in content:
-        kind = part.get("type")
+        kind, value = _part(part)
         if kind == "text":
-            parts.append({"type": "text", "text": part["text"]})
-        elif kind == "image":
-            parts.append({"type": "image"})
-            images.append(part["image"])
+            parts.append({"type": "text", "text": plain_text(value)})
         else:
-            raise ModelError(f"content part of type {kind!r} is not known; use 'text' or 'image'")
+            parts.append({"type": "image"})
+            images.append(value)
     return parts, images
+
+
+def _part(part) -> tuple[str, object]:
+    """(kind, value) of a content part."""
+    if not isinstance(part, dict):
+        raise ModelError(
+            f'a content part is {_kind(part)}, not a dict such as {{"type": "text", "text": "..."}}'
+        )
+    kind = part.get("type")
+    if kind not in ("text", "image"):
+        raise ModelError(f"content part of type {kind!r} is not known; use 'text' or 'image'")
+    value = part.get(kind)
+    if value is None or (kind == "text" and not isinstance(value, str)):
+        raise ModelError(f'a content part of type {kind!r} has no {kind} under the key "{kind}"')
+    return kind, value
+
+
+def plain_text(text: str) -> str:
+    """The text with U+FFFD in place of half a surrogate pair, and whole pairs as characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
 
 
 def split_content(content: str | list[dict]) -> tuple[list, str]:
@@ -59,6 +114,15 @@ def split_content(content: str | list[dict]) -> tuple[list, str]:
 def joined_text(parts: list[dict]) -> str:
     """The texts of content parts, joined without anything between them."""
     return "".join(part["text"] for part in parts if part["type"] == "text")
+
+
+def with_images(parts: list[dict], images: list) -> list[dict]:
+    """The parts of `parse_content` with the images in their places, in order."""
+    rest = iter(images)
+    found = []
+    for part in parts:
+        found.append({**part, "image": next(rest)} if part["type"] == "image" else part)
+    return found
 
 
 def with_plain_text(turns: list[dict]) -> list[dict]:

@@ -19,19 +19,22 @@ class OutsideFolder(ModelError):
 def find_below(name: str, folder: Path, allowed: Path | None = None) -> Path:
     """Path of the file `name`, which is relative to `folder`, free of links.
 
-    OutsideFolder unless it lies, links followed, below `folder` or `allowed`.
+    OutsideFolder unless it lies, links followed, below `folder` or `allowed`; ModelError if there
+    is none.
     """
     try:
         path = (folder / name).resolve()
     except (OSError, ValueError, RuntimeError) as error:
         raise OutsideFolder(f"picture {name!r} is no name of a file ({error})") from None
-    for each in (folder, allowed):
-        if each is not None and path.is_relative_to(each.resolve()):
-            return path
-    raise OutsideFolder(
-        f"picture {name} lies outside {folder}, the folder of the jsonl file; move it there, or "
-        "name the folder that may be read: --allowed-local-media-path DIR"
-    )
+    folders = [each.resolve() for each in (folder, allowed) if each is not None]
+    if not any(path.is_relative_to(each) for each in folders):
+        raise OutsideFolder(
+            f"picture {name} lies outside {folder}, the folder of the jsonl file; move it there, "
+            "or name the folder that may be read: --allowed-local-media-path DIR"
+        )
+    if not path.exists():
+        raise ModelError(f"picture {path} does not exist; check its name in the jsonl file")
+    return path
 
 
 def read_below(path: str, folder: Path, limit: int) -> bytes:

@@ -13,6 +13,7 @@ import sys
 
 from models import RELEASED
 from models.errors import ModelError
+from models.terminal import replace_unprintable
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -37,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; exit code 0, or 2 for a user mistake."""
+    replace_unprintable()
     options = _parser().parse_args(arguments)
     from rich.progress import (
         BarColumn,

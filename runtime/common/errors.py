@@ -4,10 +4,13 @@ Takes a command's main function, returns its exit code: 1 a check failed, 2 a us
 component is missing, 130 Ctrl-C, 141 nobody reads our output any more.
 """
 
+import contextlib
+import errno
 import os
 import sys
 
 from models.errors import UserError
+from models.terminal import replace_unprintable
 
 from .notes import notes_on_stderr
 
@@ -16,6 +19,7 @@ USER_MISTAKE = 2
 MISSING_COMPONENT = 3
 INTERRUPTED = 130
 READER_GONE = 141
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class ToolkitError(UserError):
@@ -33,9 +37,12 @@ def run_command(main, argv=None) -> int:
     `--debug` anywhere in the arguments shows the traceback instead.
     """
     arguments = sys.argv[1:] if argv is None else argv
+    replace_unprintable()
     try:
         with notes_on_stderr():
-            return main(arguments) or 0
+            code = main(arguments) or 0
+            _flush_stdout()
+            return code
     except KeyboardInterrupt:
         return _fail(
             "interrupted; nothing half-written was kept, run the same command again to continue",
@@ -43,18 +50,39 @@ def run_command(main, argv=None) -> int:
         )
     except BrokenPipeError:
         # head or less has closed our stdout: Python must not flush into it again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_stdout_up()
         return READER_GONE
     except Exception as error:
         expected = isinstance(error, (UserError, OSError, MemoryError))
         if "--debug" in arguments or not expected:
             raise
+        with contextlib.suppress(OSError):
+            _flush_stdout()
         return _fail(_sentence(error), getattr(error, "exit_code", USER_MISTAKE))
+
+
+def _flush_stdout():
+    """OSError if what was printed cannot be written; Python does not try again at exit."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError as error:
+        error.filename = "standard output"
+        _give_stdout_up()
+        raise
+
+
+def _give_stdout_up():
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename or 'unnamed file'}"
+        place = error.filename or "standard output, or a file that the system does not name"
+        advice = ""
+        if error.errno in DISK_FULL:
+            advice = "; make room there, and run the same command again"
+        return f"{error.strerror}: {place}{advice}"
     if isinstance(error, MemoryError):
         return "out of memory; use a smaller --max-model-len or another --dtype, or free memory and run again"
     return str(error)

@@ -4,6 +4,8 @@ Takes what differs between the commands (help text, default), returns a dataclas
 does.
 """
 
+from pathlib import Path
+
 from .flags import flag, require
 
 RANKS = (1, 2, 4, 8)
@@ -23,6 +25,24 @@ def language_flag():
         default=None,
         choices=("zh", "en"),
     )
+
+
+def media_path_flag():
+    return flag(
+        "folder in which pictures that the jsonl file names may lie, beside the file's own folder "
+        "(default: none)",
+        default=None,
+        metavar="DIR",
+    )
+
+
+def media_path(options) -> Path | None:
+    """The folder of --allowed-local-media-path. ToolkitError if there is no such folder."""
+    given = options.allowed_local_media_path
+    if given is None:
+        return None
+    require(options, "allowed_local_media_path", Path(given).is_dir(), "there is no such folder")
+    return Path(given)
 
 
 def max_model_len_flag():

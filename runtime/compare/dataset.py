@@ -8,27 +8,65 @@ around it.
 
 from pathlib import Path
 
+from models.errors import ModelError
+from models.prompt.messages import plain_text
 from runtime.common.errors import ToolkitError
-from runtime.predict.questions import read_questions
+from runtime.common.jsonl import read_lines
+from runtime.predict.questions import are_texts, chat_messages, optional, read_question
 
 
-def read(path: str) -> list[dict]:
-    """ToolkitError for a file, or a line, that is no question with an answer."""
+def read(path: str, allowed: Path | None = None) -> list[dict]:
+    """ToolkitError, with the number of the line, unless all are questions with an answer.
+    allowed: folder in which pictures may lie, beside the file's own."""
     if not Path(path).is_file():
         raise ToolkitError(
             f"--dataset {path} does not exist; give a jsonl file with prompt, answer and perhaps image and "
             "choices"
         )
-    questions = read_questions(path)
-    for number, question in enumerate(questions, 1):
-        if isinstance(question, Exception):
-            raise ToolkitError(f"--dataset {path}, question {number}: {question}")
-        known = question.get("answer")
-        if not isinstance(known, str) or known not in question.get("choices", [known]):
-            raise ToolkitError(
-                f'--dataset {path}, question {number}: no "answer" text, or it is none of the choices'
-            )
+    folder = Path(path).parent
+    questions = []
+    for line in read_lines(path, "--dataset"):
+        question = read_question(line)
+        problem = question
+        if not isinstance(question, Exception):
+            problem = problem_of(question) or picture_problem(question, folder, allowed)
+        if problem:
+            place = f"line {line.number}, question {len(questions) + 1}"
+            raise ToolkitError(f"--dataset {path}, {place}: {problem}")
+        questions.append(with_plain_texts(question))
+    if not questions:
+        raise ToolkitError(f"--dataset {path} is empty; give one question with an answer per line")
     return questions
+
+
+def with_plain_texts(question: dict) -> dict:
+    """The question with texts that a report can show."""
+    plain = {name: plain_text(question[name]) for name in ("prompt", "answer")}
+    choices = optional(question, "choices", None)
+    if choices:
+        plain["choices"] = [plain_text(choice) for choice in choices]
+    return {**question, **plain}
+
+
+def picture_problem(question: dict, folder: Path, allowed: Path | None) -> ModelError | None:
+    try:
+        chat_messages(question, folder, allowed)
+    except ModelError as error:
+        return error
+    return None
+
+
+def problem_of(question: dict) -> str | None:
+    """What keeps a question from having a known answer."""
+    known = question.get("answer")
+    if not isinstance(known, str):
+        return 'no "answer" text'
+    choices = optional(question, "choices", [known])
+    if not are_texts(choices) or not all(choice.strip() for choice in choices):
+        return '"choices" is not a list of texts such as ["red", "blue"]'
+    if known not in choices:
+        return '"answer" is none of the choices'
+    return None
 
 
 def summary(path: str, questions: list[dict], reference: list[str], candidate: list[str]) -> dict:

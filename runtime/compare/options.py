@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from runtime.common.devices import device_name
 from runtime.common.flags import check_folder, flag, require
+from runtime.common.shared_flags import media_path, media_path_flag
 from runtime.engine.options import InputOptions, dtype_name
 
 from .dataset import read as read_dataset
@@ -57,6 +58,7 @@ class CompareOptions(InputOptions):
         default=None,
         metavar="FILE.jsonl",
     )
+    allowed_local_media_path: str | None = media_path_flag()
     search: bool = flag(
         "if the logits fail: put the decoder's layers back to the reference's weights until they pass, and "
         "name the smallest set found (loads both models)",
@@ -112,5 +114,5 @@ class CompareOptions(InputOptions):
         )
         self.questions = []
         if self.dataset:
-            self.questions = read_dataset(self.dataset)
+            self.questions = read_dataset(self.dataset, media_path(self))
         self.limit = [read_limit(text) for text in self.limit]

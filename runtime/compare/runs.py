@@ -19,6 +19,7 @@ from models.checkpoint.quantized import find_description
 from models.family import Family, Prompt
 from runtime.common.errors import ToolkitError
 from runtime.common.progress import print_status, spinner, track
+from runtime.common.shared_flags import media_path
 from runtime.engine.command import open_engine
 from runtime.engine.options import EngineOptions, SamplingParams, one_at_a_time
 
@@ -224,7 +225,8 @@ def is_quantised(model: str) -> bool:
 
 def _answer_dataset(engine, options: CompareOptions) -> list[str]:
     path = options.dataset or ""
-    return answers(engine, options.questions, path, options.language, options.max_tokens)
+    allowed = media_path(options)
+    return answers(engine, options.questions, path, options.language, options.max_tokens, allowed)
 
 
 def _check_same_model(family: Family, ids: list[int], features: np.ndarray, expected: Outcome):

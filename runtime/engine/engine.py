@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 
 from models.family import Prompt
+from models.prompt.messages import check_messages
 from runtime.common.errors import ToolkitError
 from runtime.parallel.team import close_team
 from runtime.vision import open_session
@@ -78,6 +79,7 @@ class Engine:
 
         tools: functions the model may call, as OpenAI describes them.
         """
+        check_messages(messages)
         if language not in (None, *self.family.languages):
             raise ToolkitError(
                 f"{self.family.name} has no prompt wording for language {language!r}; "

@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from models.files import open_own
+from models.files import named, open_own
 from runtime.common.errors import ToolkitError
 from runtime.common.files import write_atomically
+from runtime.common.jsonl import as_line
 
 
 def job_description(options, engine_options, sampling) -> dict:
@@ -22,6 +23,7 @@ def job_description(options, engine_options, sampling) -> dict:
         "input": hashlib.sha256(Path(options.input).read_bytes()).hexdigest(),
         "model": str(Path(options.model).resolve()),
         "language": options.language,
+        "pictures": options.allowed_local_media_path,
         "batch_size": options.batch_size,
         "engine": asdict(engine_options),
         "sampling": asdict(sampling),
@@ -36,23 +38,24 @@ def open_answer_file(out: Path, job: dict):
     """
     if out.exists():
         raise ToolkitError(f"--out {out} exists already; remove it, or give another name")
-    with open_own(out.with_name(out.name + ".partial"), "a+b") as stream:
+    partial = out.with_name(out.name + ".partial")
+    with open_own(partial, "a+b") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ToolkitError(
-                f"another process is writing {stream.name}; wait for it, or give another --out"
+                f"another process is writing {partial}; wait for it, or give another --out"
             ) from None
         stream.seek(0)
-        yield AnswerFile(out, stream, job)
+        yield AnswerFile(out, partial, stream, job)
 
 
 class AnswerFile:
     """The partial file: the job as JSON, then finished lines."""
 
-    def __init__(self, out: Path, stream, job: dict):
+    def __init__(self, out: Path, partial: Path, stream, job: dict):
         self.out = out
-        self.partial = Path(stream.name)
+        self.partial = partial
         self.stream = stream
         self._head = (json.dumps(job) + "\n").encode()
         self._lines = self._finished_lines()
@@ -70,15 +73,13 @@ class AnswerFile:
 
     def append(self, lines: list[dict]):
         """Add the finished lines of one batch, and wait until they are on disk."""
-        encoded = [(json.dumps(line, ensure_ascii=False) + "\n").encode() for line in lines]
-        self.stream.write(b"".join(encoded))
-        self.stream.flush()
-        os.fsync(self.stream.fileno())
+        encoded = [as_line(line) for line in lines]
+        self._write(b"".join(encoded))
         self._lines += encoded
 
     def publish(self) -> int:
         """Give the finished file its name; returns how many lines failed."""
-        write_atomically(self.out, b"".join(self._lines).decode())
+        write_atomically(self.out, b"".join(self._lines))
         self.partial.unlink()
         return sum("error" in json.loads(line) for line in self._lines)
 
@@ -87,7 +88,7 @@ class AnswerFile:
         head, *lines = self.stream.read().splitlines(keepends=True) or [b""]
         if not head.endswith(b"\n"):  # new, or killed within the first line
             self._cut_after([])
-            self.stream.write(self._head)
+            self._write(self._head)
             return []
         if head != self._head:
             raise ToolkitError(
@@ -95,6 +96,17 @@ class AnswerFile:
                 "or give another --out"
             )
         return [line for line in lines if line.endswith(b"\n")]
+
+    def _write(self, data: bytes):
+        """OSError names the file; what could not be written is not tried again."""
+        try:
+            with named(self.partial):
+                self.stream.write(data)
+                self.stream.flush()
+                os.fsync(self.stream.fileno())
+        except OSError:
+            self.stream.raw.close()
+            raise
 
     def _cut_after(self, lines: list[bytes]):
         self.stream.seek(0)

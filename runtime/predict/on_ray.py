@@ -19,7 +19,7 @@ from models.errors import UserError
 from runtime.common.errors import CHECK_FAILED, MISSING_COMPONENT, ToolkitError
 from runtime.engine.command import open_engine
 
-from .predictor import Predictor, failed_line
+from .predictor import failed_line, predictor_of
 
 RETRIES = 2  # of a batch whose actor died
 
@@ -188,8 +188,7 @@ class BatchActor:
         except UserError as error:
             self.refused = str(error), error.exit_code
         else:
-            folder = Path(options.input).resolve().parent
-            self.predictor = Predictor(engine, sampling, options.language, folder)
+            self.predictor = predictor_of(options, engine, sampling)
 
     def __call__(self, batch: dict) -> dict:
         questions = pickle.loads(batch["questions"][0])

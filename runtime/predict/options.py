@@ -5,7 +5,7 @@ from pathlib import Path
 
 from runtime.common.errors import ToolkitError
 from runtime.common.flags import check_choices, check_folder, flag, require
-from runtime.common.shared_flags import language_flag, model_flag
+from runtime.common.shared_flags import language_flag, media_path, media_path_flag, model_flag
 
 
 @dataclass(kw_only=True)
@@ -41,10 +41,12 @@ class PredictOptions:
         metavar="N",
     )
     language: str | None = language_flag()
+    allowed_local_media_path: str | None = media_path_flag()
 
     def __post_init__(self):
         check_choices(self)
         check_folder("model", self.model)
+        media_path(self)
         require(self, "batch_size", self.batch_size >= 1, "1 or more is needed, e.g. 8")
         require(
             self,

@@ -7,32 +7,48 @@ import time
 from pathlib import Path
 
 from models.errors import UserError
-from runtime.common.errors import ToolkitError
+from runtime.common.shared_flags import media_path
 from runtime.engine.command import open_engine
 
-from .questions import chat_messages
+from .questions import BadLine, chat_messages, optional
+
+OUTCOME = ("answer", "finish_reason", "output_tokens", "seconds", "picture_process_time", "error")
 
 
 def answer_batches(options, engine_options, sampling, batches: list[list]):
     """Yields the output lines of one batch after another, with an engine of this process."""
     engine = open_engine(options.model, engine_options)
-    predictor = Predictor(engine, sampling, options.language, Path(options.input).parent)
-    yield from map(predictor.answer, batches)
+    yield from map(predictor_of(options, engine, sampling).answer, batches)
+
+
+def predictor_of(options, engine, sampling):
+    """The Predictor of a command's options."""
+    folder = Path(options.input).resolve().parent
+    return Predictor(engine, sampling, options.language, folder, media_path(options))
 
 
 class Predictor:
     """Answers questions together with one engine; a question that cannot be asked fails alone.
 
-    language: of the questions that name none. folder: image files stand relative to it.
+    language: of the questions that name none. folder: image files stand relative to it, and lie
+    below it, or below `allowed`.
     """
 
-    def __init__(self, engine, sampling, language: str | None, folder: Path):
+    def __init__(
+        self,
+        engine,
+        sampling,
+        language: str | None,
+        folder: Path,
+        allowed: Path | None = None,
+    ):
         self.engine = engine
         self.sampling = sampling
         self.language = language
         self.folder = folder
+        self.allowed = allowed
 
-    def answer(self, questions: list[dict | ToolkitError]) -> list[dict]:
+    def answer(self, questions: list[dict | BadLine]) -> list[dict]:
         """The output lines, in order; "seconds" and "picture_process_time" (of the vision encoder;
         0 for pictures seen before) are those of the whole batch."""
         encoded = self.engine.vision_seconds
@@ -53,12 +69,13 @@ class Predictor:
                 lines.append(answered_line(question, next(results), times))
         return lines
 
-    def _prompt_or_error(self, question: dict | ToolkitError):
+    def _prompt_or_error(self, question: dict | BadLine):
         if isinstance(question, Exception):
             return question
-        language = question.get("language") or self.language
+        language = optional(question, "language", self.language)
         try:
-            prompt = self.engine.prompt(chat_messages(question, self.folder), language=language)
+            messages = chat_messages(question, self.folder, self.allowed)
+            prompt = self.engine.prompt(messages, language=language)
             self.engine.settings(prompt, self.sampling)  # raises if it is too long
             self.engine.features(prompt)
         except (UserError, OSError) as error:
@@ -68,7 +85,7 @@ class Predictor:
 
 def answered_line(question: dict, result, times: dict) -> dict:
     return {
-        **question,
+        **without_outcome(question),
         "answer": result.text,
         "finish_reason": result.finish_reason,
         "output_tokens": len(result.token_ids),
@@ -76,9 +93,15 @@ def answered_line(question: dict, result, times: dict) -> dict:
     }
 
 
-def failed_line(question: dict | ToolkitError, error: Exception) -> dict:
-    """`error` in the line of `question`; alone, where the input line was no question."""
-    fields = {} if isinstance(question, Exception) else question
+def failed_line(question: dict | BadLine, error: Exception) -> dict:
+    """`error` in the line of `question`, with all that could be read of it."""
+    fields = question.fields if isinstance(question, Exception) else question
+    fields = without_outcome(fields)
     if isinstance(error, OSError) and error.strerror:
         return {**fields, "error": f"{error.strerror}: {error.filename}"}
     return {**fields, "error": str(error)}
+
+
+def without_outcome(fields: dict) -> dict:
+    """The fields of an input line, but for those of an earlier run whose output it was."""
+    return {name: value for name, value in fields.items() if name not in OUTCOME}

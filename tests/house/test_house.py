@@ -34,6 +34,7 @@ COMMANDS = ("chat", "serve", "ui", "predict", "bench", "compare", "plan", "docto
 ALLOWED = {
     "models.errors": (),
     "models.files": ("models.errors",),
+    "models.terminal": (),
     "models.config": ("models.errors", "models.files"),
     "models.family": MODELS[1:4],
     "models.network": MODELS[1:5],
@@ -41,8 +42,8 @@ ALLOWED = {
     "models.checkpoint": MODELS[1:7],
     "models.families": MODELS[1:8],
     "models": MODELS[1:5],
-    "models.synthetic": MODELS,
-    "runtime.common": ("models.errors", "models.files"),
+    "models.synthetic": (*MODELS, "models.terminal"),
+    "runtime.common": ("models.errors", "models.files", "models.terminal"),
     "runtime.ascend": ("runtime.common",),
     "runtime.parallel": ("runtime.common", *MODELS),
     "runtime.ops": ("runtime.common", "runtime.ascend", *MODELS),

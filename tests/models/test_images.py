@@ -225,7 +225,7 @@ def huge_png(width=30_000, height=30_000) -> bytes:
     "source, words",
     [
         ("/no/such/picture.png", "does not exist"),
-        (str(GOLDEN), "is a folder, not a file"),
+        (str(GOLDEN), "is a folder; name one picture"),
         (str(GOLDEN / "visualglm" / "config.json"), "is not a picture"),
         (b"", "is not a picture"),
         (b"hello", "is not a picture"),
@@ -237,7 +237,7 @@ def huge_png(width=30_000, height=30_000) -> bytes:
         (huge_png(60_000, 10), "too narrow with 60000 x 10 pixels: the limit is 2,000 times"),
         (Image.new("RGB", (1, 60_000)), "too narrow"),
         (Image.new("RGB", (0, 5)), "is empty"),
-        ("/dev/zero", "is a device, not a file"),
+        ("/dev/zero", "is a device; name one picture"),
         (5, "is not a picture"),
     ],
 )
@@ -249,7 +249,7 @@ def test_what_is_no_usable_picture_gets_one_sentence(source, words):
 
 def test_a_named_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(ModelError, match="is a named pipe, not a file"):
+    with pytest.raises(ModelError, match="is a named pipe; name one"):
         open_image(tmp_path / "pipe.png")
 
 

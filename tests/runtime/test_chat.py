@@ -103,7 +103,7 @@ def test_unknown_command_and_too_long_question_do_not_end_the_chat(say):
         (["--prompt", " "], "the prompt is empty"),
         (["--prompt", "x", "--image", "none.png"], "none.png does not exist"),
         (["--prompt", "x", "--image", PICTURE, "--image", PICTURE], "takes one picture"),
-        (["--prompt", "x", "--image", str(GOLDEN)], "is a directory"),
+        (["--prompt", "x", "--image", str(GOLDEN)], "is a folder; name one picture file"),
         (["--prompt", "x" * 5000], "maximum length"),
         (["--prompt", "x", "--max-model-len", "999999"], "--max-model-len 999999"),
     ],

@@ -1,5 +1,6 @@
 """predict: order, failures per line, resuming after kill -9, and the guide's modes."""
 
+import errno
 import io
 import json
 import os
@@ -13,11 +14,13 @@ import time
 import paths
 import pytest
 
+from models.errors import ModelError
 from runtime.__main__ import main as runtime_main
 from runtime.common.errors import ToolkitError, run_command
+from runtime.common.jsonl import Line
 from runtime.predict import __main__ as predict
 from runtime.predict import answer_file
-from runtime.predict.questions import read_question
+from runtime.predict.questions import chat_messages, read_question
 
 KILLS = int(os.environ.get("PREDICT_KILLS", 3))
 ROOT = paths.ROOT
@@ -208,10 +211,156 @@ def test_mistakes(given, sentence, capsys):
     assert sentence in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("field", ["history", "image"])
-def test_a_field_that_is_no_list_is_an_error_of_its_line(field):
-    error = read_question(json.dumps({"prompt": "x", field: 5}))
-    assert f'"{field}" is n' in str(error)
+@pytest.mark.parametrize("field", ["history", "image", "language", "lang"])
+@pytest.mark.parametrize("value", [5, 0, False, {}, {"a": 1}, [5], [["a"]], [["a", 5]], [None]])
+def test_a_field_of_another_type_is_an_error_of_its_line(field, value):
+    error = read_question(Line(1, {"prompt": "x", field: value, "id": 7}))
+    assert f'"{field}" is n' in str(error) and error.fields["id"] == 7
+
+
+@pytest.mark.parametrize("value", [None, ""])
+def test_null_and_empty_text_stand_for_nothing(value, tmp_path):
+    fields = dict.fromkeys(("history", "image", "language", "lang"), value)
+    question = read_question(Line(1, {"prompt": "x", **fields}))
+    [message] = chat_messages(question, tmp_path)
+    assert message["content"] == [{"type": "text", "text": "x"}]
+
+
+def test_one_bad_line_fails_alone_with_its_id(tmp_path, capsys):
+    deep = '{"prompt": "x", "a": ' + "[" * 200 + "]" * 200 + "}"
+    file = written(
+        tmp_path,
+        [
+            "\ufeff" + json.dumps({"id": 1, "prompt": "hi"}),
+            r'{"id": "caf\udce9", "prompt": "cut \ud83d", "history": [["\ud83d", "\ude00"]]}',
+            "   ",
+            deep,
+            "[" * 100_000,
+            "[1, 2]",
+            '"text"',
+            {"id": [4], "prompt": 5},
+            {"id": 5, "prompt": "x", "image": ["a.png", 5]},
+            {"id": 6, "prompt": "x", "image": r"\ud800.png"},
+            {"id": 7, "prompt": "x", "image": "a\0b"},
+            "9" * 5000,
+            "\ufeff" + json.dumps({"id": 8, "prompt": "hi"}),
+        ],
+    )
+    with open(file, "ab") as stream:
+        stream.write(b'{"id": 9, "prompt": "\xed\xa0\xbd"}\r\n\xe3\x80\x80\n')
+    assert run(file, tmp_path / "out.jsonl") == 1
+    found = lines(tmp_path / "out.jsonl")
+    assert "Traceback" not in capsys.readouterr().err
+    failed = [number for number, line in enumerate(found) if "error" in line]
+    assert len(found) == 13 and failed == [2, 3, 4, 5, 6, 7, 8, 9, 10, 12]
+    assert [line.get("id") for line in found if "id" in line] == [
+        1,
+        "caf\udce9",
+        [4],
+        5,
+        6,
+        7,
+        8,
+    ]
+    assert "nested deeper than 100" in found[2]["error"] and "no JSON" in found[10]["error"]
+    assert "is not UTF-8 text (byte 21" in found[12]["error"]
+    assert found[0]["answer"] == found[11]["answer"]
+
+
+def test_half_an_emoji_is_asked_as_the_replacement_character(tmp_path):
+    questions = [r'{"prompt": "cut \ud83d"}', {"prompt": "cut \ufffd"}]
+    run(written(tmp_path, questions), tmp_path / "out.jsonl")
+    half, replaced = answers(tmp_path / "out.jsonl")
+    assert half["answer"] == replaced["answer"] and half["prompt"] == "cut \ud83d"
+
+
+def test_output_of_an_earlier_run_as_input(mixed, tmp_path):
+    assert run(mixed, tmp_path / "first.jsonl") == 1
+    (tmp_path / "none.png").write_bytes((GOLDEN / "image.png").read_bytes())
+    first = lines(tmp_path / "first.jsonl")
+    again = written(tmp_path, [line for line in first if "prompt" in line and "id" not in line])
+    run(again, tmp_path / "second.jsonl")
+    mended = [line for line in lines(tmp_path / "second.jsonl") if line.get("image") == "none.png"]
+    assert "error" not in mended[0] and mended[0]["output_tokens"] == 3
+    stale = written(tmp_path, [{"prompt": "x", "language": "fr", "answer": "old", "seconds": 1}])
+    run(stale, tmp_path / "third.jsonl")
+    [failed] = lines(tmp_path / "third.jsonl")
+    assert set(failed) == {"prompt", "language", "error"}
+
+
+@pytest.fixture
+def outside(tmp_path):
+    """A jsonl file whose pictures lie elsewhere, beside what it may name."""
+    (tmp_path / "questions").mkdir()
+    (tmp_path / "pictures").mkdir()
+    picture = (GOLDEN / "image.png").read_bytes()
+    (tmp_path / "pictures" / "a.png").write_bytes(picture)
+    (tmp_path / "questions" / "b.png").write_bytes(picture)
+    (tmp_path / "questions" / "inner.png").symlink_to("b.png")
+    (tmp_path / "questions" / "link.png").symlink_to(tmp_path / "pictures" / "a.png")
+    (tmp_path / "questions" / "up").symlink_to(tmp_path)
+    return tmp_path / "questions"
+
+
+@pytest.mark.parametrize(
+    "name", ["../pictures/a.png", "{}/pictures/a.png", "link.png", "up/pictures/a.png"]
+)
+def test_pictures_are_confined_to_the_folder_of_the_file(name, outside):
+    name = name.format(outside.parent)
+    question = {"prompt": "x", "image": [name]}
+    with pytest.raises(ModelError, match="lies outside .*: --allowed-local-media-path DIR"):
+        chat_messages(question, outside)
+    with pytest.raises(ModelError, match="lies outside"):
+        chat_messages(question, outside, outside.parent / "questions")
+    [message] = chat_messages(question, outside, outside.parent / "pictures")
+    assert message["content"][0]["image"] == outside.parent / "pictures" / "a.png"
+
+
+@pytest.mark.parametrize("name", ["b.png", "./b.png", "inner.png", "{}/questions/b.png"])
+def test_pictures_of_the_folder(name, outside):
+    question = {"prompt": "x", "image": name.format(outside.parent)}
+    [message] = chat_messages(question, outside)
+    assert message["content"][0]["image"] == outside / "b.png"
+
+
+def test_the_flag_opens_another_folder(outside, capsys):
+    file = written(outside, [{"prompt": "x", "image": "../pictures/a.png"}])
+    assert run(file, outside / "closed.jsonl") == 1
+    allowed = ["--allowed-local-media-path", str(outside.parent / "pictures")]
+    assert run(file, outside / "open.jsonl", *allowed) == 0
+    assert run(file, outside / "o.jsonl", "--allowed-local-media-path", "nowhere") == 2
+    assert "--allowed-local-media-path is 'nowhere': there is no such folder" in (
+        capsys.readouterr().err
+    )
+
+
+def test_the_partial_file_is_no_link(mixed, tmp_path, capsys):
+    thesis = tmp_path / "thesis.txt"
+    thesis.write_text("all of it")
+    (tmp_path / "out.jsonl.partial").symlink_to(thesis)
+    assert run(mixed, tmp_path / "out.jsonl") == 2
+    assert "is a link" in capsys.readouterr().err and thesis.read_text() == "all of it"
+
+
+def test_a_full_disk_is_named(mixed, tmp_path, monkeypatch, capsys):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(answer_file.os, "fsync", full)
+    assert run(mixed, tmp_path / "out.jsonl") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"No space left on device: {tmp_path}/out.jsonl.partial" in error
+    assert "run the same command again" in error
+    monkeypatch.undo()
+    assert run(mixed, tmp_path / "out.jsonl") == 1
+    assert len(lines(tmp_path / "out.jsonl")) == len(MIXED)
+
+
+@pytest.mark.parametrize("content", ["é".encode("utf-16"), "你好".encode("gbk"), b"\xff\n\xff\n"])
+def test_another_encoding(content, tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_bytes(content)
+    assert run(tmp_path / "in.jsonl", tmp_path / "o.jsonl") == 2
+    assert "is not UTF-8 text; save it as UTF-8 jsonl" in capsys.readouterr().err
 
 
 def test_empty_input(tmp_path, capsys):

@@ -1,8 +1,10 @@
 """Exit codes and sentences of a command, whatever ends it."""
 
+import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import paths
 import pytest
@@ -26,7 +28,8 @@ def command(error):
         (ToolkitError("no CANN", MISSING_COMPONENT), 3, "no CANN"),
         (ModelError("no shard"), 2, "no shard"),
         (PermissionError(13, "Permission denied", "/x"), 2, "Permission denied: /x"),
-        (OSError(28, "No space left on device"), 2, "No space left on device"),
+        (OSError(28, "No space left on device"), 2, "No space left on device: standard output, or"),
+        (OSError(28, "No space left on device", "/x"), 2, "/x; make room there, and run the same"),
         (MemoryError(), 2, "out of memory"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
@@ -57,3 +60,67 @@ def test_nobody_reads_our_output():
     )
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+def printed(text: str, encoding: str, stdout=subprocess.PIPE):
+    """A command that prints the text in a terminal of that encoding."""
+    code = f"import sys; from runtime.common.errors import run_command as run; sys.exit(run(lambda argv: print({text!r})))"
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        cwd=paths.ROOT,
+        env=environment,
+    )
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text", "shown"),
+    [
+        ("latin-1", "é 答案 ✓", b"\xe9 ?? ?\n"),
+        ("ascii", "é 答案", b"? ??\n"),
+        ("gbk", "答案 é 한", "答案 é ?\n".encode("gbk")),
+        ("utf-8", "caf\udce9", b"caf?\n"),
+    ],
+)
+def test_what_a_terminal_cannot_show_is_replaced(encoding, text, shown):
+    done = printed(text, encoding)
+    assert (done.returncode, done.stdout, done.stderr) == (0, shown, b"")
+
+
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_a_full_disk_behind_stdout(buffered, monkeypatch):
+    monkeypatch.setenv("PYTHONUNBUFFERED", buffered)
+    with open("/dev/full", "wb") as full:
+        done = printed("answer", "utf-8", full)
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"error: No space left on device: standard output")
+    assert done.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "convert",
+        "convert.nodes",
+        "quant",
+        "models.synthetic",
+        "runtime.chat",
+        "runtime.serve",
+        "runtime.ui",
+        "runtime.predict",
+        "runtime.bench",
+        "runtime.compare",
+        "runtime.plan",
+        "runtime.doctor",
+        "runtime",
+    ],
+)
+def test_every_command_prints_this_way(module):
+    """Their main functions are run by run_command, or call what it calls."""
+    spec = importlib.util.find_spec(module)
+    if spec.submodule_search_locations:
+        spec = importlib.util.find_spec(f"{module}.__main__")
+    source = Path(spec.origin).read_text(encoding="utf-8")
+    assert "run_command(main)" in source or "replace_unprintable()" in source

@@ -16,6 +16,7 @@ from runtime.common import sample_questions as questions
 from runtime.common.errors import ToolkitError, run_command
 from runtime.compare import __main__ as compare
 from runtime.compare import cases, components, outcomes, runs, verdict
+from runtime.compare.dataset import read as read_dataset
 from runtime.compare.options import CompareOptions
 from runtime.compare.report import formats
 from runtime.compare.report import page as report
@@ -431,12 +432,36 @@ def test_dataset(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "line", ['{"prompt": "x"}', '{"prompt": "x", "answer": "a", "choices": ["b"]}', "no json"]
+    "line, words",
+    [
+        ({"prompt": "x"}, 'no "answer" text'),
+        ({"prompt": "x", "answer": 5}, 'no "answer" text'),
+        ({"prompt": "x", "answer": "a", "choices": ["b"]}, "none of the choices"),
+        ({"prompt": "x", "answer": "blue", "choices": "blue"}, '"choices" is not a list'),
+        ({"prompt": "x", "answer": "b", "choices": 5}, '"choices" is not a list'),
+        ({"prompt": "x", "answer": "b", "choices": ["b", 5]}, '"choices" is not a list'),
+        ({"prompt": "x", "answer": "b", "choices": ["b", " "]}, '"choices" is not a list'),
+        ({"prompt": "x", "answer": "b", "choices": {"b": 1}}, '"choices" is not a list'),
+        ({"prompt": "x", "answer": "b", "language": 5}, '"language" is not a text'),
+        ({"prompt": "x", "answer": "b", "image": "none.png"}, "does not exist"),
+        ({"prompt": "x", "answer": "b", "image": "/etc/passwd"}, "--allowed-local-media-path"),
+        ("no json", "no JSON"),
+    ],
 )
-def test_dataset_without_answers(line, tmp_path, capsys):
-    (tmp_path / "d.jsonl").write_text(line + "\n")
+def test_dataset_without_answers(line, words, tmp_path, capsys):
+    text = line if isinstance(line, str) else json.dumps(line)
+    (tmp_path / "d.jsonl").write_text('{"prompt": "x", "answer": "y"}\n\n' + text + "\n")
     assert run(tmp_path / "out", "--dataset", str(tmp_path / "d.jsonl")) == 2
-    assert "question 1: " in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "line 3, question 2: " in shown and words in shown
+
+
+def test_dataset_with_half_an_emoji(tmp_path):
+    (tmp_path / "d.jsonl").write_text(
+        r'{"prompt": "cut \ud83d", "answer": "y\ud83d", "choices": null}' + "\n"
+    )
+    [question] = read_dataset(str(tmp_path / "d.jsonl"))
+    assert (question["prompt"], question["answer"]) == ("cut \ufffd", "y\ufffd")
 
 
 def test_answers_that_differ():
