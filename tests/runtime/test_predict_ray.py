@@ -14,6 +14,7 @@ import pytest
 from runtime.common.errors import ToolkitError, run_command
 from runtime.predict import __main__ as predict
 from runtime.predict import on_ray
+from runtime.predict.questions import BadLine
 
 ROOT = paths.ROOT
 GOLDEN = paths.GOLDEN / "visualglm"
@@ -145,7 +146,7 @@ def test_actors_of_one_machine_share_its_memory_and_see_only_their_npu():
 def test_lost_batches_become_errors_in_their_places():
     batches = [
         [{"prompt": "a"}],
-        [{"prompt": "b"}, ToolkitError("no JSON")],
+        [{"prompt": "b"}, BadLine("no JSON")],
         [{"prompt": "c"}],
         [{"prompt": "d"}],
     ]
