@@ -35,6 +35,7 @@ setup(
         "convert": ["*/*.json"],
         "runtime": [
             "bench/*.html",
+            "predict/*.html",
             "compare/report/templates/*",
             "doctor/*.json",
             "ops/cpu/kernels/*",

@@ -34,6 +34,11 @@ def main(argv) -> int:
     max_num_seqs = engine_options.max_num_seqs or options.batch_size
     engine_options = replace(engine_options, max_num_seqs=max_num_seqs)
     join_torchrun(engine_options)
+    if options.against:
+        from .against import compare_answers
+
+        compare_answers(options, engine_options, sampling)
+        return 0
     if options.examples:
         show_examples(options, engine_options, sampling)
         return 0
@@ -53,7 +58,7 @@ def main(argv) -> int:
 def parser() -> Parser:
     return Parser(
         "python -m runtime.predict",
-        "--model DIR (--input FILE --out FILE | --examples) [options]",
+        "--model DIR (--input FILE --out FILE | --examples) [--against DEVICE|FILE] [options]",
         "Answer every line of a jsonl file; a killed run continues where it was. Exit code 0: all "
         "lines were answered, 1: some failed (they say why).",
         {"input": PredictOptions, "engine": EngineOptions, "sampling": SamplingParams},

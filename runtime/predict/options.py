@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from runtime.common.devices import device_name
 from runtime.common.errors import ToolkitError
 from runtime.common.flags import check_choices, check_folder, flag, require
 from runtime.common.shared_flags import language_flag, media_path, media_path_flag, model_flag
@@ -40,6 +41,15 @@ class PredictOptions:
         kind=int,
         metavar="N",
     )
+    against: str | None = flag(
+        "answer on this device too (cpu, npu:N, cuda:N), or take the answers of a file that this "
+        "command wrote, and show both side by side",
+        default=None,
+        metavar="DEVICE|FILE",
+    )
+    report: str = flag(
+        "--against: the html page that is written", default="predict_report.html", metavar="FILE"
+    )
     language: str | None = language_flag()
     allowed_local_media_path: str | None = media_path_flag()
 
@@ -56,7 +66,8 @@ class PredictOptions:
         )
         if self.examples == bool(self.input):
             raise ToolkitError("give either --input FILE --out FILE, or --examples")
-        if self.input:
+        self._check_against()
+        if self.input and not self.against:
             require(
                 self, "out", bool(self.out), "the answers need a file, e.g. --out answers.jsonl"
             )
@@ -67,3 +78,19 @@ class PredictOptions:
                 Path(self.out).parent.is_dir(),
                 "its folder does not exist; make it first",
             )
+
+    def _check_against(self):
+        """Sets `against_file` where the other side is a file, else the device's name."""
+        self.against_file = None
+        if self.against is None:
+            return
+        require(self, "engine", self.engine == "local", "--against compares in one process")
+        if self.input:
+            require(self, "input", Path(self.input).is_file(), "there is no such file")
+        if Path(self.against).is_file():
+            require(self, "against", bool(self.input), "answers of a file need --input")
+            self.against_file = Path(self.against)
+            return
+        is_file_name = "." in self.against or "/" in self.against
+        require(self, "against", not is_file_name, "there is no such file")
+        self.against = device_name(self.against, "--against")

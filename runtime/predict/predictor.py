@@ -52,7 +52,7 @@ class Predictor:
         """The output lines, in order; "seconds" and "picture_process_time" (of the vision encoder;
         0 for pictures seen before) are those of the whole batch."""
         encoded = self.engine.vision_seconds
-        prompts = [self._prompt_or_error(question) for question in questions]
+        prompts = [self.prompt_or_error(question) for question in questions]
         good = [prompt for prompt in prompts if not isinstance(prompt, Exception)]
         start = time.perf_counter()
         results = iter(self.engine.generate(good, self.sampling))
@@ -69,7 +69,8 @@ class Predictor:
                 lines.append(answered_line(question, next(results), times))
         return lines
 
-    def _prompt_or_error(self, question: dict | BadLine):
+    def prompt_or_error(self, question: dict | BadLine):
+        """The Prompt of a question, its images encoded, or why it cannot be asked."""
         if isinstance(question, Exception):
             return question
         language = optional(question, "language", self.language)

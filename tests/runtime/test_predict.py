@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
+import numpy as np
 import paths
 import pytest
 
@@ -19,7 +21,10 @@ from runtime.__main__ import main as runtime_main
 from runtime.common.errors import ToolkitError, run_command
 from runtime.common.jsonl import Line
 from runtime.predict import __main__ as predict
+from runtime.predict import against as against_module
 from runtime.predict import answer_file
+from runtime.predict.against import Answer
+from runtime.predict.parting import Parting, find_parting
 from runtime.predict.questions import chat_messages, read_question
 
 KILLS = int(os.environ.get("PREDICT_KILLS", 3))
@@ -439,3 +444,94 @@ def test_the_cache_holds_what_is_answered_together(more, sequences, tmp_path, mo
     file = written(tmp_path, [{"prompt": "hi"}])
     assert run(file, tmp_path / "out.jsonl", *more) == 2
     assert opened == [sequences]
+
+
+# --against
+
+
+def against(*more):
+    """(exit code) of the two questions, greedily."""
+    return run_command(predict.main, ["--model", str(GOLDEN), *FIXED, *more])
+
+
+@pytest.fixture
+def two_questions(tmp_path):
+    shutil.copy(GOLDEN / "image.png", tmp_path)
+    return written(tmp_path, [{"prompt": "hi"}, {"prompt": "what?", "image": "image.png"}, "no"])
+
+
+def test_both_sides_agree(two_questions, tmp_path, capsys):
+    report = tmp_path / "report.html"
+    files = ["--input", str(two_questions), "--report", str(report)]
+    assert against(*files, "--against", "cpu") == 0
+    out = capsys.readouterr().out
+    assert "2 of 3 answers are the same" in out and "no JSON" in out
+    page = report.read_text(encoding="utf-8")
+    assert page.count("The same answer.") == 2 and "cpu (--against)" in page
+
+
+def test_the_first_token_at_which_they_part(two_questions, tmp_path, monkeypatch, capsys):
+    """The other side is the same model with other weights in its last norm."""
+    real = against_module.open_engine
+    opened = []
+
+    def other(model, options):
+        engine = real(model, options)
+        if opened:
+            engine.decoder.final_norm.weight.mul_(-1)
+        opened.append(engine.score(engine.prompt([{"role": "user", "content": "hi"}]), [0])[0])
+        return engine
+
+    monkeypatch.setattr(against_module, "open_engine", other)
+    report = tmp_path / "report.html"
+    files = ["--input", str(two_questions), "--report", str(report)]
+    assert against(*files, "--against", "cpu") == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("[1/3] parts at token 0: cpu ")
+    ours, theirs = opened
+    assert np.argmax(ours) != np.argmax(theirs) and "0 of 3 answers are the same" not in first
+    assert "logit gap" in report.read_text(encoding="utf-8")
+
+
+def test_where_tokens_part_and_the_gaps():
+    family = SimpleNamespace(
+        stop_ids=(9,), tokenizer=SimpleNamespace(decode=lambda ids: "".join(map(str, ids)))
+    )
+    ours = Answer("12", [1, 2, 9], [{1: -0.1, 3: -2.0}, {2: -0.5, 3: -1.5}])
+    theirs = Answer("13", [1, 3, 4], [{1: -0.1}, {3: -0.25, 2: -3.25}, {4: 0.0}])
+    assert find_parting(family, ours, theirs) == Parting(1, ("2", "3"), (1.0, 3.0))
+    assert find_parting(family, ours, ours) is None
+    ended = Answer("1", [1, 9], [{1: -0.1, 3: -2.0}])
+    assert find_parting(family, ours, ended) == Parting(1, ("2", "end of the answer"), (None, None))
+    text = Answer("13 and more")
+    assert find_parting(family, ours, text) == Parting(1, ("2", "3 and more"), (1.0, None))
+    assert find_parting(family, ours, Answer("12")) is None
+
+
+def test_against_a_file(two_questions, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    assert run(two_questions, out) == 1  # one line is no question
+    answered = [line for line in lines(out) if "answer" in line]
+    answered[1]["answer"] = "something else"
+    (tmp_path / "theirs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in answered))
+    (tmp_path / "two.jsonl").write_text("\n".join(two_questions.read_text().splitlines()[:2]))
+    files = ["--input", str(tmp_path / "two.jsonl"), "--report", str(tmp_path / "r.html")]
+    assert against(*files, "--against", str(tmp_path / "theirs.jsonl")) == 0
+    told = capsys.readouterr().out
+    assert "1 of 2 answers are the same" in told and "(gap unknown)" in told
+    files[1] = str(two_questions)
+    assert against(*files, "--against", str(tmp_path / "theirs.jsonl")) == 2
+    assert "has 2 answers, --input has 3 questions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv, sentence",
+    [
+        (["--examples", "--against", "none.jsonl"], "there is no such file"),
+        (["--examples", "--against", "gcu"], "--against is 'gcu'"),
+        (["--examples", "--against", "cpu", "--engine", "ray"], "--engine is 'ray'"),
+    ],
+)
+def test_mistakes_of_against(argv, sentence, capsys):
+    assert against(*argv) == 2
+    assert sentence in capsys.readouterr().err
