@@ -30,9 +30,8 @@ from .questions import read_questions
 
 
 def main(argv) -> int:
-    options, engine_options, sampling = parser().parse(argv)
-    max_num_seqs = engine_options.max_num_seqs or options.batch_size
-    engine_options = replace(engine_options, max_num_seqs=max_num_seqs)
+    options, given, sampling = parser().parse(argv)
+    engine_options = replace(given, max_num_seqs=given.max_num_seqs or options.batch_size)
     join_torchrun(engine_options)
     if options.against:
         from .against import compare_answers
@@ -43,7 +42,7 @@ def main(argv) -> int:
         show_examples(options, engine_options, sampling)
         return 0
     questions = read_questions(options.input)
-    job = job_description(options, engine_options, sampling)
+    job = job_description(options, given, sampling)
     with open_answer_file(Path(options.out), job) as answer_file:
         answer_file.keep_whole_batches(options.batch_size, len(questions))
         if answer_file.count:
