@@ -127,7 +127,7 @@ def other_options(engine_options, device: str):
 def texts_of(path: Path, count: int) -> list[Answer]:
     """Answers of a jsonl file that runtime.predict wrote; ToolkitError unless there is one for each
     question."""
-    lines = read_questions(str(path))
+    lines = read_questions(str(path), "--against")
     answers = []
     for number, line in enumerate(lines, 1):
         text = None if isinstance(line, Exception) else line.get("answer")
