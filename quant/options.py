@@ -6,6 +6,8 @@ from pathlib import Path
 from runtime.common.errors import ToolkitError
 from runtime.common.flags import check_choices, check_folder, flag, require
 from runtime.common.shared_flags import (
+    MAX_KL,
+    MIN_TOP1,
     check_tensor_parallel_size,
     media_path,
     media_path_flag,
@@ -115,13 +117,13 @@ class RecipeOptions:
 class GateOptions:
     max_kl: float = flag(
         "most KL divergence of the next token from the float model, mean over held-out text, in nats",
-        default=0.05,
+        default=MAX_KL,
         kind=float,
         metavar="KL",
     )
     min_top1: float = flag(
         "least share of held-out tokens whose most likely successor stays the same",
-        default=0.9,
+        default=MIN_TOP1,
         kind=float,
         metavar="P",
     )

@@ -10,6 +10,11 @@ from .flags import flag, require
 
 RANKS = (1, 2, 4, 8)
 
+# what a quantised model must hold, in `python -m quant` and in runtime.compare: mean KL divergence
+# of the next token from the float model in nats, share of tokens whose most likely successor stays
+MAX_KL = 0.05
+MIN_TOP1 = 0.9
+
 
 def model_flag(help: str = "folder of a downloaded checkpoint", **default):
     return flag(help, "-m", "--model-path", metavar="DIR", **default)

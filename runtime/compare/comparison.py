@@ -15,6 +15,7 @@ from .cases import Case
 from .limits import all_limits
 from .options import CompareOptions
 from .runs import is_quantised, run_candidate, run_reference
+from .scales import judge_scales
 from .verdict import judge
 
 
@@ -27,7 +28,8 @@ def compare(
         gc.collect()  # one model in memory at a time
         candidate = run_candidate(options, engine_options, cases, reference)
     limits = all_limits(options.threshold, options.limit, _is_rounded(options, engine_options))
-    found = judge(reference, candidate, cases, limits)
+    scales = judge_scales(options.model, options.reference)
+    found = judge(reference, candidate, cases, limits, scales)
     found |= {"dataset": None, "vision_node": None, "culprit": None}
     if options.questions:
         found["dataset"] = dataset.summary(

@@ -6,9 +6,10 @@ decode. What is missing there is decided by the dtype, when it is known (verdict
 
 from runtime.common.errors import ToolkitError
 from runtime.common.flags import limit_value
+from runtime.common.shared_flags import MAX_KL, MIN_TOP1
 
 EXACT = 0.9999  # smallest cosine that passes, as the VisualGLM guide has it
-QUANTISED = 0.99  # of the logits of a quantised model
+QUANTISED = {"kl_mean": MAX_KL, "top1_agreement": MIN_TOP1}  # of its logits: the gate's rule
 QUANTISED_LAYERS = {"relative": 0.5, "gain": 0.2}
 # measures of which more is better; of all others less is
 AT_LEAST = {"cosine_min", "cosine_mean", "top1_agreement", "top5_agreement"}
@@ -37,13 +38,14 @@ def all_limits(
     """Stage -> measure -> limit; the limits `given` one by one win.
 
     rounded: the candidate's weights are rounded to 8 or 4 bits and the reference's are not. That
-    moves logits by more than any kernel does; what it may cost is judged by `python -m quant`, here
-    a broken scale shows.
+    moves logits by more than any kernel does; what it may cost is the rule of the quality gate of
+    `python -m quant`, unless a cosine (`threshold`) is given.
     """
     limits = {"vision": {"cosine_min": threshold or EXACT}, "decode": {}, "layers": {}}
     if rounded:
-        limits["decode"]["cosine_min"] = QUANTISED
         limits["layers"] |= QUANTISED_LAYERS
+    if rounded and not threshold:
+        limits["decode"] |= QUANTISED
     if threshold:
         limits["decode"]["cosine_min"] = threshold
     for stage, measure, value in given:

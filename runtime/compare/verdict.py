@@ -12,7 +12,7 @@ from runtime.common import metrics
 
 from . import layerwise
 from .cases import Case
-from .limits import EXACT, is_within
+from .limits import EXACT, QUANTISED, is_within
 from .outcomes import Noise, Outcome, Side
 from .report import sentences
 from .report.page import SCHEMA
@@ -24,11 +24,14 @@ POWERS = np.arange(-9, 3.01, 0.5)  # edges of the histogram of errors, as powers
 Measures = dict[str, np.ndarray]  # of metrics.compare_rows or compare_logits, each [rows]
 
 
-def judge(reference: Side, candidate: Side, cases: list[Case], limits: dict) -> dict:
+def judge(
+    reference: Side, candidate: Side, cases: list[Case], limits: dict, scales: dict | None = None
+) -> dict:
     """The findings: summary per stage, the checks that decide, every layer, case and token (keys:
     docs/compare.md).
 
-    limits: stage -> measure -> limit, as `limits.all_limits` returns them.
+    limits: stage -> measure -> limit, as `limits.all_limits` returns them. scales: as
+    `scales.judge_scales` returns them.
     """
     pairs = list(zip(reference.outcomes, candidate.outcomes))
     vision = [metrics.compare_rows(expected.features, found.features) for expected, found in pairs]
@@ -39,7 +42,7 @@ def judge(reference: Side, candidate: Side, cases: list[Case], limits: dict) -> 
         "vision": {"relative_euclidean": vision_limit(candidate.info), **limits["vision"]},
         "decode": with_rounding(limits["decode"], reference, candidate.noise),
     }
-    checks = [*stage_checks(stages, limits), *layer_checks(layers)]
+    checks = [*stage_checks(stages, limits), *scale_checks(scales), *layer_checks(layers)]
     passed = bool(stages["decode"]["rows"]) and all(check["passed"] for check in checks)
     return {
         "schema": SCHEMA,
@@ -51,6 +54,7 @@ def judge(reference: Side, candidate: Side, cases: list[Case], limits: dict) -> 
         "stages": stages,
         "layers": layers,
         "layers_note": candidate.note,
+        "scales": scales,
         "reference": reference.info,
         "candidate": candidate.info,
         "cases": [
@@ -78,12 +82,12 @@ def vision_limit(info: dict) -> float:
 def with_rounding(
     limits: dict[str, float], reference: Side, noise: Noise | None
 ) -> dict[str, float]:
-    """The decoder's limits, with a cosine where none was given: 0.9999, or what rounding alone
-    leaves in this dtype.
+    """The decoder's limits, with a cosine where none was given and no 8 bits are judged: 0.9999, or
+    what rounding alone leaves in this dtype.
 
     bf16 is below 0.9999 on some models, and a candidate cannot be better than its dtype.
     """
-    if "cosine_min" in limits:
+    if "cosine_min" in limits or QUANTISED.keys() <= limits.keys():
         return limits
     if noise is None:
         return {"cosine_min": EXACT, **limits}
@@ -114,6 +118,25 @@ def _check(name: str, stage: dict, measure: str, limit: float) -> dict:
         "nonfinite": stage["nonfinite"],
         "worst": stage["worst"],
     }
+
+
+def scale_checks(scales: dict | None) -> list[dict]:
+    """At most one check: of the int8 layer whose scales are farthest from its weights."""
+    if not scales or not scales["worst"]:
+        return []
+    worst = scales["worst"]
+    check = {
+        "stage": "scales",
+        "measure": worst["measure"],
+        "value": worst["value"],
+        "limit": worst["limit"],
+        "passed": not scales["failed"],
+        "nonfinite": 0,
+        "worst": {"stage": worst["layer"], "row": worst["row"], "against": worst["against"]},
+        "failed": [fault["layer"] for fault in scales["failed"]],
+        "judged": scales["judged"],
+    }
+    return [check]
 
 
 def layer_checks(layers: list[dict]) -> list[dict]:

@@ -42,6 +42,8 @@ ENGLISH = Wording(
         "{limit:g} from plain torch in this dtype are allowed{more}",
         "layers relative": "{stage} deviates first: its error is {value:.2e} of what it adds, above "
         "{limit:.2e}{more}",
+        "scales": "the scales of {layer} do not fit: {times} times what {against} give{more}",
+        "bias": "quant_bias of {layer} is {steps:+.1f} from what {against} give{more}",
         "nonfinite": "{nonfinite:,} values of the {features} are NaN or Inf, the first at {place}",
         "cosine": "the cosine of the {features} falls to {shown} at {place}, below {limit:g}",
         "too small": "{measure} of the {features} is {value:.3g} at {place}, below {limit:g}",
@@ -53,6 +55,7 @@ ENGLISH = Wording(
     nothing="FAILED: nothing was compared",
 )
 
+FIRST = {"scales": 0, "layers": 1}  # the order in which failures are told: causes first
 OFF_LIMIT_CHINESE = "{features}的 {measure} 为 {shown}（{place}），限值 {limit:.6g}"
 CHINESE = Wording(
     features={"vision": "视觉特征", "decode": "解码器 logits"},
@@ -64,6 +67,8 @@ CHINESE = Wording(
         "layers nonfinite": "{stage} 首先出现 NaN 或 Inf（共 {stages} 个阶段偏离）",
         "layers gain": "{stage} 首先偏离：增益为 {value:.4g}，限值 {limit:.4g}（共 {stages} 个阶段偏离）",
         "layers relative": "{stage} 首先偏离：误差为 {value:.4g}，限值 {limit:.4g}（共 {stages} 个阶段偏离）",
+        "scales": "{layer} 的量化比例不符：为应有值的 {times} 倍（共 {count} 层）",
+        "bias": "{layer} 的 quant_bias 偏差 {steps:+.1f}（共 {count} 层）",
         "nonfinite": "{features}含 {nonfinite} 个 NaN 或 Inf，首个位于{place}",
         "cosine": OFF_LIMIT_CHINESE,
         "too small": OFF_LIMIT_CHINESE,
@@ -96,11 +101,25 @@ def _passed_english(checks: list[dict]) -> str:
     for check in _cosines(checks):
         limits.append(f"{check['limit']:g}")
         smallest.append(f"{ENGLISH.features[check['stage']]} {formats.cosine(check['value'])}")
-    limits = " or ".join(dict.fromkeys(limits))
-    sentence = f"PASSED: no cosine is below {limits}; smallest: {', '.join(smallest)}"
+    parts = []
+    if smallest:
+        limits = " or ".join(dict.fromkeys(limits))
+        parts.append(f"no cosine is below {limits}; smallest: {', '.join(smallest)}")
+    if gate := _gate(checks):
+        parts.append("within the limits of python -m quant: KL {}, top-1 {}".format(*gate))
+    sentence = f"PASSED: {'; '.join(parts)}"
+    for check in checks:
+        if check["stage"] == "scales":
+            sentence += f"; the scales of {check['judged']} int8 layers fit their weights"
     if checks[-1]["stage"] == "layers":
-        sentence += "; every layer computes what the reference's does"
+        sentence += _layers_english(bool(gate))
     return sentence
+
+
+def _layers_english(rounded: bool) -> str:
+    if rounded:
+        return "; no layer's error is above what rounding its weights may cost"
+    return "; every layer computes what the reference's does"
 
 
 def _passed_chinese(checks: list[dict]) -> str:
@@ -109,7 +128,25 @@ def _passed_chinese(checks: list[dict]) -> str:
         features = CHINESE.features[check["stage"]]
         value = formats.cosine(check["value"])
         parts.append(f"{features}的最小余弦为 {value}（限值 {check['limit']:.6g}）")
+    if gate := _gate(checks):
+        parts.append("满足 python -m quant 的限值：KL {}，top-1 {}".format(*gate))
     return CHINESE.between.join(parts)
+
+
+def _gate(checks: list[dict]) -> tuple[str, str] | None:
+    """(mean KL, top-1 agreement) of the logits with their limits, where these decide."""
+    found = {}
+    for check in checks:
+        if check["stage"] == "decode":
+            found[check["measure"]] = check
+    if "kl_mean" not in found or "top1_agreement" not in found:
+        return None
+    kl = found["kl_mean"]
+    top1 = found["top1_agreement"]
+    return (
+        f"{kl['value']:.3g} (at most {kl['limit']:g})",
+        f"{top1['value']:.1%} (at least {top1['limit']:.1%})",
+    )
 
 
 def _cosines(checks: list[dict]) -> list[dict]:
@@ -120,7 +157,7 @@ def _failed(wording: Wording, checks: list[dict]) -> str:
     if not any(check["stage"] == "decode" for check in checks):
         return wording.nothing
     failed = [check for check in checks if not check["passed"]]
-    failed.sort(key=lambda check: check["stage"] != "layers")
+    failed.sort(key=lambda check: FIRST.get(check["stage"], len(FIRST)))
     failures = wording.between.join(_failure(wording, check) for check in failed)
     return wording.failed.format(failures=failures)
 
@@ -128,6 +165,8 @@ def _failed(wording: Wording, checks: list[dict]) -> str:
 def _failure(wording: Wording, check: dict) -> str:
     if check["stage"] == "layers":
         values = _layer_values(wording, check)
+    elif check["stage"] == "scales":
+        values = _scale_values(check)
     else:
         values = _stage_values(wording, check)
     return wording.failures[kind_of(check)].format(**values)
@@ -138,6 +177,8 @@ def kind_of(check: dict) -> str:
     if check["stage"] == "layers":
         kind = "nonfinite" if check["nonfinite"] else check["measure"]
         return f"layers {kind}"
+    if check["stage"] == "scales":
+        return check["measure"].replace("gain", "scales")
     if check["nonfinite"]:
         return "nonfinite"
     if check["measure"] == "cosine_min":
@@ -150,6 +191,20 @@ def _layer_values(wording: Wording, check: dict) -> dict:
     stages = len(check["failed"])
     more = wording.more_stages.format(others=stages - 1) if stages > 1 else ""
     return {**check, "stage": check["worst"]["stage"], "stages": stages, "more": more}
+
+
+def _scale_values(check: dict) -> dict:
+    """What the template "scales" names."""
+    worst = check["worst"]
+    layer = worst["stage"]
+    if worst["row"] is not None:
+        layer = f"row {worst['row'] + 1} of {layer}"
+    others = len(check["failed"]) - 1
+    more = f"; {others} more layers do not fit either" if others else ""
+    words = {"layer": layer, "more": more, "against": worst["against"]}
+    times = f"{check['value']:.4f}"
+    count = len(check["failed"])
+    return {**words, "times": times, "steps": check["value"] - 1, "count": count}
 
 
 def _stage_values(wording: Wording, check: dict) -> dict:

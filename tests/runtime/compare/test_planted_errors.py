@@ -11,12 +11,14 @@ import torch
 from damaged_checkpoints import edited
 
 from models import family_of
+from quant.options import GateOptions
 from runtime import Engine
 from runtime.common.errors import ToolkitError
 from runtime.compare import __main__ as command
 from runtime.compare import layerwise as layers
 from runtime.compare.cases import choose_cases
 from runtime.compare.comparison import compare
+from runtime.compare.limits import all_limits
 from runtime.compare.options import CompareOptions
 from runtime.engine.options import EngineOptions
 from runtime.ops.cpu.ops import CpuOps
@@ -213,8 +215,9 @@ def test_keep_dtype_that_names_nothing(pattern, sentence):
         Engine(GOLDEN / "glm_edge", dtype="bfloat16", keep_dtype=[pattern])
 
 
-def quantised(model, tmp_path, damage=None):
-    """A W8A8_DYNAMIC folder as msmodelslim lays it out; the scales of the linear layer `damage` are twice too large."""
+def quantised(model, tmp_path, damage=None, factor=2):
+    """A W8A8_DYNAMIC folder as msmodelslim lays it out; the scales of the linear layer `damage` are
+    `factor` times too large."""
     linears = {
         w.source for w in family_of(model).weights() for p in w.parts if layers_of(str(p.target))
     }
@@ -228,7 +231,7 @@ def quantised(model, tmp_path, damage=None):
             tensors |= {
                 name: (weight / scale).round().to(torch.int8),
                 f"{base}.weight_offset": torch.zeros_like(scale),
-                f"{base}.weight_scale": scale * (2 if name == damage else 1),
+                f"{base}.weight_scale": scale * (factor if name == damage else 1),
             }
         kinds.update(
             {
@@ -264,6 +267,30 @@ def test_quantised_folders(family, tmp_path):
     )
     assert departed(found) == "layers.1.mlp"
     assert f"--keep-float {victim.removesuffix('.weight')}" in found["culprit"]["flags"]
+
+
+@pytest.mark.parametrize("family", ["glm_edge", "glm4", "llava"])
+def test_wrong_scale_of_one_percent(family, tmp_path):
+    """It costs the logits less than the rounding does, and is named without --search."""
+    model = GOLDEN / family
+    victim = sources(family_of(model), "layers.1.down.weight")[0]
+    found = compared(quantised(model, tmp_path, victim, 1.01), tmp_path, model)
+    layer = victim.removesuffix(".weight")
+    assert not found["passed"] and f"the scales of {layer} do not fit: 1.0" in found["verdict"]
+    assert [fault["layer"] for fault in found["scales"]["failed"]] == [layer]
+    assert layer in found["verdict_zh"]
+
+
+def test_rule_of_a_quantised_model(tmp_path):
+    """The gate's limits decide, not a cosine; the report says so."""
+    found = compared(quantised(GOLDEN / "glm4", tmp_path), tmp_path, GOLDEN / "glm4")
+    gate = GateOptions()
+    limits = {c["measure"]: c["limit"] for c in found["checks"] if c["stage"] == "decode"}
+    assert limits == {"kl_mean": gate.max_kl, "top1_agreement": gate.min_top1}
+    assert "within the limits of python -m quant: KL" in found["verdict"]
+    assert "scales of 12 int8 layers fit" in found["verdict"] and found["passed"]
+    given = all_limits(0.95, [], True)
+    assert given["decode"] == {"cosine_min": 0.95}
 
 
 @pytest.mark.parametrize("family", ["visualglm", "glm_edge", "glm4"])
