@@ -6,6 +6,7 @@ against CANN (`compress_excutor`); nothing here replaces it.
 """
 
 import os
+import shlex
 from functools import partial
 from pathlib import Path
 
@@ -103,7 +104,7 @@ def find_compressor() -> Path:
     if not os.access(program, os.X_OK):
         raise ToolkitError(
             f"msmodelslim's compressor {program} is not there: on the machine with the 310P and CANN run "
-            f"`bash {folder / 'build.sh'} $ASCEND_HOME_PATH`, then this command again",
+            f"`bash {shlex.quote(str(folder / 'build.sh'))} $ASCEND_HOME_PATH`, then this command again",
             MISSING_COMPONENT,
         )
     return program

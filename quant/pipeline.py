@@ -5,6 +5,7 @@ hands its result to the next: open_model -> choose_lines -> make_plan -> quantis
 pass_gate -> write_result.
 """
 
+import shlex
 import shutil
 from pathlib import Path
 
@@ -104,7 +105,7 @@ def print_summary(out: Path, plan: QuantPlan, verdict: Verdict):
         f"{out}: {plan.scheme.kind}, KL {figures.kl:.3g}, top-1 {figures.top1:.1%} on {figures.tokens} "
         f"held-out tokens, {len(verdict.float_groups)} layer groups put back to float"
     )
-    print(f"next: python -m runtime.chat --model {out}")
+    print(f"next: python -m runtime.chat --model {shlex.quote(str(out))}")
 
 
 def check_disk(plan: QuantPlan, out: Path):

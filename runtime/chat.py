@@ -5,10 +5,12 @@ that the answer can be piped.
 """
 
 import contextlib
+import os
 import re
+import shlex
 import sys
 from dataclasses import dataclass
-from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from models import family_of
 from models.errors import UserError
@@ -113,7 +115,7 @@ class Conversation:
         """Begin a new conversation about the image in this file, or about none."""
         images = []
         if file:
-            images.append(str(Path(file).expanduser()))
+            images.append(os.path.expanduser(file))
         check_images(self.engine.family, images)
         self.images = images
         self.clear()
@@ -174,9 +176,10 @@ def respond(conversation: Conversation, line: str):
 
 def run_chat_command(conversation: Conversation, line: str) -> bool:
     """Run `line` if it is a command; False if it is a question."""
-    word, _, rest = line.partition(" ")
+    word, *rest = line.split(maxsplit=1)
+    rest = "".join(rest)
     if word == "/image":
-        conversation.change_image(rest.strip().strip("'\""))
+        conversation.change_image(typed_path(rest))
         names = ", ".join(conversation.images) or "none"
         print_status(f"picture: {names}; a new conversation begins / 新对话")
     elif line in ("/clear", "clear"):
@@ -191,6 +194,22 @@ def run_chat_command(conversation: Conversation, line: str) -> bool:
     else:
         return False
     return True
+
+
+def typed_path(text: str) -> str:
+    """The file that a user typed, or dropped into the terminal, which then writes it as a shell
+    takes it (my\\ photo.jpg, 'my photo.jpg') or as a file: URL."""
+    text = text.strip()
+    if not text or os.path.exists(os.path.expanduser(text)):
+        return text
+    if text.startswith("file://"):
+        parts = urlsplit(text)
+        return unquote(parts.path) if parts.netloc in ("", "localhost") else text
+    try:
+        words = shlex.split(text)
+    except ValueError:  # a quotation mark of the name itself
+        return text
+    return typed_path(words[0]) if len(words) == 1 and words[0] != text else text
 
 
 def print_answer(conversation: Conversation, question: str):

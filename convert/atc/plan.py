@@ -37,8 +37,8 @@ def next_step(family: Family, artifact_dir: Path, request: OmRequest) -> str:
     """For a user without CANN: what compiles the artifact where CANN is installed."""
     command = _described(family, artifact_dir, request)
     return (
-        f"where CANN is installed, run the same command, or `sh {artifact_dir / SCRIPT}`, which runs "
-        f"{command}"
+        "where CANN is installed, run the same command, or "
+        f"`sh {shlex.quote(str(artifact_dir / SCRIPT))}`, which runs {command}"
     )
 
 

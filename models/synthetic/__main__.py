@@ -9,6 +9,7 @@ Finished shards are kept; index and config.json come last.
 """
 
 import argparse
+import shlex
 import sys
 
 from models import RELEASED
@@ -81,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     print(
         f"{options.out} is a complete checkpoint; "
-        f"next: python -m convert --model {options.out} --out ARTIFACT"
+        f"next: python -m convert --model {shlex.quote(options.out)} --out ARTIFACT"
     )
     return 0
 

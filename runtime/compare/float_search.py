@@ -9,6 +9,7 @@ each of these is tried without. Both models are in memory.
 """
 
 import gc
+import shlex
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -166,7 +167,7 @@ def flags(family: Family, stages: list[str]) -> str:
             if part in LINEARS:
                 names += table.sources_of(f"layers.{index}.{part}.weight")
     names = [name.removesuffix(".weight") for name in dict.fromkeys(names)]
-    return " ".join(f"--keep-float {name}" for name in names)
+    return " ".join(f"--keep-float {shlex.quote(name)}" for name in names)
 
 
 def report(family: Family, stages: list[str] | None, trials: int, only_dtype: bool) -> dict:
@@ -179,7 +180,7 @@ def report(family: Family, stages: list[str] | None, trials: int, only_dtype: bo
         return {"stages": [], "flags": "", "trials": trials, "sentence": sentence}
     if only_dtype:
         kind = "float32"
-        given = " ".join(f"--keep-dtype {stage}" for stage in stages)
+        given = " ".join(f"--keep-dtype {shlex.quote(stage)}" for stage in stages)
     else:
         kind = "float"
         given = flags(family, stages)

@@ -3,6 +3,7 @@
 Takes a Host, the toolkit in use and the chips (["ascend910b"]), returns Checks.
 """
 
+import shlex
 from pathlib import Path
 
 from runtime.ascend.cann import HOMES, Toolkit, numbers
@@ -54,7 +55,7 @@ def versions(toolkits: list[Toolkit]) -> str:
 
 def _environment(host: Host, toolkit: Toolkit) -> Check:
     """Whether set_env.sh of that toolkit, and of no other, was sourced in this shell."""
-    fix = f"source {toolkit.set_env}"
+    fix = f"source {shlex.quote(str(toolkit.set_env))}"
     home = host.environ.get("ASCEND_HOME_PATH") or host.environ.get("ASCEND_TOOLKIT_HOME")
     if not home:
         return Check("environment", MISMATCH, "set_env.sh was not sourced in this shell", fix)

@@ -6,6 +6,7 @@ imported here: without CANN even `import torch` may fail, so a child process tri
 
 import json
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 
@@ -145,7 +146,7 @@ def _fix_import(output: str, toolkit: Toolkit | None) -> str:
     if library:
         values["library"] = library[1]
     if toolkit:
-        values["set_env"] = toolkit.set_env
+        values["set_env"] = shlex.quote(str(toolkit.set_env))
     for pattern, fix in CAUSES.items():
         if re.search(pattern, output):
             return fix.format(**values)

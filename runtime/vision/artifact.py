@@ -8,6 +8,7 @@ holds nothing usable.
 import json
 import os
 import re
+import shlex
 import subprocess
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -222,4 +223,5 @@ def _convert(model_dir: Path, artifact_dir: Path):
 
 
 def _convert_command(model_dir: str | Path, artifact_dir: str | Path) -> str:
-    return f"`python -m convert --model {model_dir} --out {artifact_dir}`"
+    folders = ["--model", str(model_dir), "--out", str(artifact_dir)]
+    return f"`{shlex.join(['python', '-m', 'convert', *folders])}`"

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import paths
 import pytest
@@ -81,6 +82,53 @@ def test_pictures_come_and_go(say):
     prompts = [line for line in err.splitlines() if line.startswith("prompt text")]
     assert ["<img>" in p for p in prompts] == [True, True, False]
     assert "error: picture none.png does not exist" in err and "picture: none" in err
+
+
+@pytest.fixture
+def drop(tmp_path, monkeypatch):
+    """A folder with pictures of odd names, which is the home, too."""
+    for name in (
+        "my photo.jpg",
+        "it's.png",
+        "plain.png",
+        "back\\slash.png",
+        "50%20.png",
+        '"q".png',
+    ):
+        (tmp_path / name).write_bytes(Path(PICTURE).read_bytes())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "typed, name",
+    [
+        (r"{}/my\ photo.jpg", "my photo.jpg"),
+        (r"{}/my\ photo.jpg ", "my photo.jpg"),
+        ("'{}/my photo.jpg'", "my photo.jpg"),
+        ('"{}/my photo.jpg"', "my photo.jpg"),
+        ("{}/my photo.jpg", "my photo.jpg"),
+        ("file://{}/my%20photo.jpg", "my photo.jpg"),
+        ("file://localhost{}/my%20photo.jpg", "my photo.jpg"),
+        ("'file://{}/my%20photo.jpg'", "my photo.jpg"),
+        ("~/plain.png", "plain.png"),
+        ("{}/it's.png", "it's.png"),
+        (r"{}/it\'s.png", "it's.png"),
+        (r"{}/back\slash.png", "back\\slash.png"),
+        ("{}/50%20.png", "50%20.png"),
+        ('{}/"q".png', '"q".png'),
+    ],
+)
+def test_a_file_dropped_into_the_terminal(typed, name, drop):
+    found = os.path.expanduser(chat.typed_path(typed.format(drop)))
+    assert found == str(drop / name)
+
+
+def test_a_dropped_file_is_opened(say, drop):
+    typed = f"/image\t{drop}/my\\ photo.jpg\n/image ~none-such/x.png\n/image a b\n/history\n"
+    code, out, err = say(typed=typed)
+    assert code == 0 and f"picture: {drop}/my photo.jpg; a new conversation" in err
+    assert "picture ~none-such/x.png does not exist" in err and "picture a b does not exist" in err
 
 
 @pytest.mark.parametrize("word", ["/stop", "/exit", "stop"])
