@@ -71,21 +71,29 @@ def read_optional_json(path: Path) -> dict:
 
 
 def rope_of(config: dict, head_dim: int, factor: float = 1.0) -> Rope:
-    """Rotary settings in old (rope_theta) or new (rope_parameters) spelling.
+    """Rotary settings in old (rope_theta) or new (rope_parameters) spelling; where both stand there,
+    transformers 5 takes what is in the group of parameters (rope_scaling before rope_parameters).
 
     factor: the part of head_dim that is rotated when the config does not say. ModelError for scaled
     positions, which this toolkit does not compute.
     """
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind != "default":
         raise ModelError(
             f"config.json scales the rotary positions ({kind!r}), which this toolkit does not; "
             "use the released config.json"
         )
-    theta = config.get("rope_theta") or parameters.get("rope_theta", 10000.0)
-    factor = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", factor))
+    theta = first_given(parameters.get("rope_theta"), config.get("rope_theta"), 10000.0)
+    factor = first_given(
+        parameters.get("partial_rotary_factor"), config.get("partial_rotary_factor"), factor
+    )
     return Rope(dim=int(head_dim * factor), theta=float(theta))
+
+
+def first_given(*values):
+    """The first value that is not null."""
+    return next((value for value in values if value is not None), None)
 
 
 def chosen(table: dict, config: dict, key: str, default: str):

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .config import VisionSpec, read_optional_json
+from .config import VisionSpec
 from .errors import ModelError
+from .generation_config import read_generation_config
 
 
 @dataclass
@@ -63,6 +64,7 @@ class SamplingDefaults:
     """What the release samples with by default; generation_config.json overrides it."""
 
     max_length: int  # prompt + answer, as the releases count
+    max_new_tokens: int | None = None  # of one answer; None = as many as max_length leaves
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0  # 0 = off
@@ -94,16 +96,29 @@ class Family:
         raise NotImplementedError
 
     def sampling(self, with_image: bool) -> SamplingDefaults:
-        """Release defaults, overridden by the directory's generation_config.json."""
-        defaults = self.release_sampling(with_image)
-        given = self._generation_config()
-        known = {}
-        for name in defaults.__dataclass_fields__:
-            if given.get(name) is not None:
-                known[name] = given[name]
+        """What fills the gaps of a request: the release's defaults, overridden by the directory's
+        generation_config.json.
+
+        The repetition penalty is that of the file or none: one that nobody names would make
+        temperature 0 something else than the most likely token.
+        """
+        plain = replace(self.release_sampling(with_image), repetition_penalty=1.0)
+        return self._as_configured(plain)
+
+    def chat_sampling(self, with_image: bool) -> SamplingDefaults:
+        """As `sampling`, with the repetition penalty of the release's own chat program."""
+        return self._as_configured(self.release_sampling(with_image))
+
+    def _as_configured(self, defaults: SamplingDefaults) -> SamplingDefaults:
+        given = self.generation_config
+        known = {name: given[name] for name in defaults.__dataclass_fields__ if name in given}
         if given.get("do_sample") is False:
             known["temperature"] = 0.0
         return replace(defaults, **known)
+
+    @cached_property
+    def generation_config(self) -> dict:
+        return read_generation_config(self.directory)
 
     def clean(self, answer: str) -> str:
         """The answer as the release shows it."""
@@ -119,6 +134,3 @@ class Family:
             raise ModelError(
                 f"{self.name} takes one picture per conversation, {images} given; send one picture"
             )
-
-    def _generation_config(self) -> dict:
-        return read_optional_json(self.directory / "generation_config.json")

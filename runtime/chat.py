@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import unquote, urlsplit
 
 from models import family_of
@@ -31,6 +31,8 @@ HELP = """\
 /help         show this                                               查看命令
 /stop, /exit  end (or: stop, Ctrl-D)                                  退出"""
 
+# without any of these, chat samples as the release does
+SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "repetition_penalty")
 SPEAKERS = {"user": "Q", "assistant": "A"}
 
 
@@ -94,6 +96,7 @@ class Conversation:
         self.sampling = sampling
         self.images = list(options.image)
         self.messages = []
+        self._printed = None  # the sampling that was printed last
 
     def ask(self, question: str):
         """Yields the answer in pieces. The turn is remembered even if the caller stops early."""
@@ -104,12 +107,24 @@ class Conversation:
             show_prompt(prompt)
         answer = ""
         try:
-            for piece in self.engine.stream(prompt, self.sampling):
+            for piece in self.engine.stream(prompt, self._sampling_of(prompt)):
                 answer += piece
                 yield piece
         finally:
             if answer:
                 self.messages = [*messages, {"role": "assistant", "content": answer}]
+
+    def _sampling_of(self, prompt) -> SamplingParams:
+        """What the flags say; without any, the sampling of the release's own chat, which is printed."""
+        if any(getattr(self.sampling, name) is not None for name in SAMPLING_FLAGS):
+            return self.sampling
+        released = self.engine.family.chat_sampling(bool(prompt.pixels))
+        chosen = {name: getattr(released, name) for name in SAMPLING_FLAGS}
+        if chosen != self._printed:
+            values = ", ".join(f"{name.replace('_', ' ')} {chosen[name]:g}" for name in chosen)
+            print_status(f"sampling as in the release's chat: {values}")
+            self._printed = chosen
+        return replace(self.sampling, **chosen)
 
     def change_image(self, file: str):
         """Begin a new conversation about the image in this file, or about none."""

@@ -11,6 +11,7 @@ import numpy as np
 from models.checkpoint.shards import stored_shapes
 from models.errors import ModelError
 from models.family import Family, Layout, Prompt
+from models.generation_config import token_ids
 from models.prompt.chat_template import ChatTemplate, directory_template
 from models.prompt.images import denormalize
 from models.prompt.messages import joined_text, parse_messages, with_plain_text
@@ -87,8 +88,8 @@ class TemplatedFamily(Family):
     def stop_ids(self) -> tuple[int, ...]:
         """Ids that end an answer: of generation_config.json, config.json and `stop_tokens`."""
         ids = {self.tokenizer.token_id(token) for token in self.stop_tokens}
-        for given in (self._generation_config().get("eos_token_id"), self._config_eos()):
-            ids.update(given if isinstance(given, list) else [given])
+        ids.update(self.generation_config.get("eos_token_id", ()))
+        ids.update(token_ids(self.directory / "config.json", "eos_token_id", self._config_eos()))
         return tuple(sorted(ids - {None}))
 
     def _config_eos(self):

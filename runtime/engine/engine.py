@@ -121,6 +121,8 @@ class Engine:
             if len(prompt.ids) >= limit:
                 limit = self.max_model_len
             max_tokens = max(limit - len(prompt.ids), 1)
+            if defaults.max_new_tokens:
+                max_tokens = min(max_tokens, defaults.max_new_tokens)
         self.check_length(prompt, max_tokens)
         return Settings(
             min_p=params.min_p,

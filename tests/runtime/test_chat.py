@@ -227,3 +227,15 @@ def test_terminal_end_of_input():
     terminal.read_until("> ")
     terminal.type("\x04")
     assert terminal.process.wait(60) == 0
+
+
+def test_sampling_of_the_releases_chat_is_printed(capsys):
+    """Without a sampling flag; with one, nothing is added that nobody named."""
+    argv = ["--model", str(GOLDEN), "--vision", "torch", "--image", PICTURE, "--prompt", "x"]
+    argv += ["--max-tokens", "1"]
+    assert run_command(chat.main, argv) == 0
+    printed = capsys.readouterr().err
+    assert "sampling as in the release's chat: temperature 0.8, top p 0.4, top k 100" in printed
+    assert "repetition penalty 1.2" in printed
+    assert run_command(chat.main, [*argv, "--temperature", "0"]) == 0
+    assert "sampling as in" not in capsys.readouterr().err

@@ -207,7 +207,8 @@ def test_stop_ids_sampling_and_names(tmp_path):
     assert (text.name, v.name) == ("glm-edge", "glm-edge-v") and "vision_config" in v.rule
     assert text.stop_ids == v.stop_ids == (494, 501, 503)
     assert (
-        text.sampling(False).repetition_penalty == 1.2 and text.sampling(False).temperature == 0.8
+        text.chat_sampling(False).repetition_penalty == 1.2
+        and text.sampling(False).temperature == 0.8
     )
     config = {k: x for k, x in read_json(CHAT / "config.json").items() if k != "eos_token_id"}
     shutil.copy(CHAT / "tokenizer.json", tmp_path)
