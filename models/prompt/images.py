@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from models.errors import ModelError
 from models.files import kind_of, open_regular
@@ -28,6 +28,15 @@ MAX_RATIO = 2_000  # of the longer side to the shorter one
 MAX_RESIZED_PIXELS = 1 << 24  # 64 MB, of which the centre is cut out
 WHOLE = 1e-3  # a denormalised value this close to a whole number was that number
 ORIENTATION = 0x0112  # EXIF tag
+TURNS = {  # its value -> what shows the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 BITS_PER_SAMPLE = 258  # TIFF tag
 PHOTOMETRIC = 262  # TIFF tag
 WHITE_IS_ZERO = 0  # a value of PHOTOMETRIC
@@ -196,10 +205,14 @@ def _too_many(name: str, pixels: int, limit: int) -> ImageTooLarge:
 
 
 def _turned_upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF tag says; the same object where there is nothing to turn."""
-    if image.getexif().get(ORIENTATION, 1) == 1:
+    """Turned as its EXIF tag says; the same object where there is nothing to turn, or where the
+    EXIF block is damaged, which harms no pixel."""
+    try:
+        orientation = image.getexif().get(ORIENTATION)
+    except Exception:  # whatever PIL's parser stumbles over
         return image
-    return ImageOps.exif_transpose(image)
+    method = TURNS.get(orientation)
+    return image if method is None else image.transpose(method)
 
 
 def _grey_depth(image: Image.Image) -> tuple[int, bool] | None:

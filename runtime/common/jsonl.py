@@ -57,17 +57,17 @@ def _parsed(number: int, line: bytes) -> Line | None:
     try:
         text = line.decode().strip().strip(MARK).strip()
     except UnicodeDecodeError as error:
-        return Line(number, problem=f"{NOT_UTF8} (byte {error.start} of the line)")
+        return Line(number, problem=f"the line {NOT_UTF8} (byte {error.start} of the line)")
     if not text:
         return None
     try:
         value = json.loads(text)
     except RecursionError:
-        return Line(number, problem=f"is nested deeper than {MAX_DEPTH} levels")
+        return Line(number, problem=f"the line is nested deeper than {MAX_DEPTH} levels")
     except ValueError as error:
         return Line(number, problem=f"no JSON ({error})")
     if _is_deep(value):
-        return Line(number, problem=f"is nested deeper than {MAX_DEPTH} levels")
+        return Line(number, problem=f"the line is nested deeper than {MAX_DEPTH} levels")
     return Line(number, value)
 
 

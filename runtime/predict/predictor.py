@@ -23,7 +23,7 @@ def answer_batches(options, engine_options, sampling, batches: list[list]):
 
 def predictor_of(options, engine, sampling):
     """The Predictor of a command's options."""
-    folder = Path(options.input).resolve().parent
+    folder = Path(options.input).absolute().parent
     return Predictor(engine, sampling, options.language, folder, media_path(options))
 
 

@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 import paths
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from models.errors import ModelError
 from models.prompt.images import (
@@ -183,6 +183,24 @@ def test_camera_rotation_is_applied_unless_asked_not_to():
     photo = encoded(picture(), exif=exif)
     assert np.array_equal(open_image(photo), picture().transpose(Image.Transpose.ROTATE_270))
     assert np.array_equal(open_image(photo, upright=False), picture())
+
+
+@pytest.mark.parametrize("value", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+def test_every_rotation_is_pils(value, kind):
+    exif = Image.Exif()
+    exif[0x0112] = value
+    more = {"lossless": True} if kind == "WEBP" else {}
+    photo = encoded(picture(), kind, exif=exif, **more)
+    with Image.open(io.BytesIO(photo)) as opened:
+        expected = ImageOps.exif_transpose(opened)
+    assert np.array_equal(open_image(photo), expected)
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0MM\0*\0\0", b"Exif\0\0??????????????", b"\0"])
+def test_a_damaged_exif_block_harms_no_pixel(exif):
+    photo = encoded(picture(), "PNG", exif=exif)
+    assert np.array_equal(open_image(photo), picture())
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (40, 1), (5000, 3)])
