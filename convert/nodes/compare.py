@@ -7,6 +7,7 @@ import numpy as np
 
 from convert.verify.images import verification_images
 from models import family_of
+from models.files import new_file
 from runtime.common.errors import ToolkitError
 
 from .comparison import NodeComparison
@@ -27,7 +28,9 @@ def compare_nodes(options) -> list[NodeComparison]:
         )
     pixels = family.pixels(options.image or verification_images()["scene"])
     if options.save_input:
-        np.save(options.save_input, pixels)
+        path = Path(options.save_input)
+        with new_file(path if path.suffix == ".npy" else Path(f"{path}.npy")) as stream:
+            np.save(stream, pixels)
     if options.dump:
         return compare_dump(Path(options.artifact), Path(options.dump), pixels)
     with tempfile.TemporaryDirectory(prefix="ascend-vlm-") as temporary:
