@@ -104,6 +104,11 @@ hostile: setup  ## 20,000 hostile requests to a service of its own, on loopback:
 overload: setup  ## 10 minutes of requests at twice the rate that a service of its own can keep up with
 	@$(PY) benchmarks/overload.py
 
+NEIGHBOURS := $(DEMO_OUT)/glm-edge-1.5b-chat
+bench-neighbours: setup  ## the demo and GLM-Edge-1.5B int8 (random weights, 3 GB) beside two busy loops: at least 0.4 of alone
+	@test -f $(NEIGHBOURS)/config.json || $(PY) -m models.synthetic --like glm-edge-1.5b-chat --out $(NEIGHBOURS)
+	@$(PY) benchmarks/neighbours.py $(DEMO) $(NEIGHBOURS):int8 $(ARGS)
+
 bench-decode: setup  ## MODEL=checkpoint [WEIGHTS=int8] [BATCH=1,8]: where the time of a token goes on this CPU
 	@test -n "$(MODEL)" || { echo "usage: make bench-decode MODEL=/path/to/checkpoint [WEIGHTS=float|int8|int4] [BATCH=1,8]"; exit 2; }
 	@$(PY) benchmarks/bench_decode.py --model "$(MODEL)" --cpu-weights "$(or $(WEIGHTS),float)" --batch "$(or $(BATCH),1)"
@@ -128,5 +133,5 @@ clean:  ## remove what demo and tests wrote
 
 comma := ,
 .PHONY: help setup demo test test-npu test-ui test-ray lint convert chat bench compare doctor clean hostile overload \
-	bench-decode bench-export bench-peers bench-quant quant-w8a8 quant-w8a8s convert-visualglm convert-glm4v convert-llava \
+	bench-decode bench-neighbours bench-export bench-peers bench-quant quant-w8a8 quant-w8a8s convert-visualglm convert-glm4v convert-llava \
 	convert-glm-edge-v

@@ -7,6 +7,12 @@ import os
 # it off.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
+# Threads that wait for each other spin for some 10 microseconds and then sleep. OpenMP's own 10
+# milliseconds are lost for whoever needs the processor: beside other work answers come a hundred
+# times slower. OpenMP reads this when torch is imported.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "500")
+
 
 def __getattr__(name):
     # torch is imported with the first use, so that `--help` of a command answers at once

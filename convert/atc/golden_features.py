@@ -18,6 +18,7 @@ from models.family import Family
 from runtime.common.errors import CHECK_FAILED, ToolkitError, run_command
 from runtime.common.processes import die_with_parent, output_of
 from runtime.vision.artifact import ONNX
+from runtime.vision.onnx_session import session_options
 
 from .aipp import apply_aipp
 
@@ -54,7 +55,7 @@ def compute(model_dir: str, graph: str, aipp: str | None = None) -> np.ndarray:
     pixels = verification_pixels(family)
     if aipp:
         pixels = apply_aipp(Path(aipp).read_text(encoding="ascii"), pixels)
-    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(graph, session_options(), ["CPUExecutionProvider"])
     if isinstance(session.get_inputs()[0].shape[0], int):
         batches = np.split(pixels, len(pixels))
     else:  # a free batch is tried with all images at once

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper
 
 from runtime.common.files import write_atomically
 from runtime.vision.artifact import ONNX
+from runtime.vision.onnx_session import session_options
 
 FLOAT_BYTES = 4
 PIECE_BYTES = 1 << 30  # of weights; a smaller graph stays whole
@@ -85,8 +86,7 @@ class StreamedGraph:
         """{name: value} of the piece's outputs, for each {name: value} of its inputs."""
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options = session_options()
         whole = self.steps == 1 and piece is self.pieces[0]
         path = self.onnx_dir / ONNX if whole else self._write(piece)
         results = []

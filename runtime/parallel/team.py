@@ -28,7 +28,7 @@ from runtime.common.processes import die_with_parent
 
 from . import secret as secrets
 from .messages import Sealer
-from .workers import FOLDER, end_workers, start_workers, threads_of, workers
+from .workers import FOLDER, end_workers, start_workers, workers
 
 TIMEOUT = timedelta(days=30)  # of a message: a user may think that long before the next question
 REPORT_SECONDS = 10  # that a lost connection waits for rank 0's thread, which knows which rank died
@@ -79,7 +79,6 @@ class Team:
         self._dist = dist
         self._device_group = None
         self._out_of_step = False
-        torch.set_num_threads(threads_of(size))
         where = {"store": store} if store else {"init_method": "env://"}
         dist.init_process_group("gloo", rank=rank, world_size=size, timeout=TIMEOUT, **where)
         atexit.register(leave)

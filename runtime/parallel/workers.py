@@ -87,7 +87,6 @@ class Watcher:
             "WORLD_SIZE": str(self.size),
             "LOCAL_RANK": str(self.rank),
             FOLDER: str(self.folder),
-            "OMP_NUM_THREADS": str(threads_of(self.size)),
             "PYTHONPATH": os.pathsep.join(path),
             "PYTHONSAFEPATH": "1",  # nothing is imported from where the user stands
         }
@@ -116,11 +115,6 @@ def _reason(code: int, stderr_text: str) -> str:
     if "--debug" in sys.argv:
         return f"failed: {stderr_text}"
     return f"failed: {stderr_text.splitlines()[-1].removeprefix('error: ')}"
-
-
-def threads_of(size: int) -> int:
-    """Threads of each of `size` processes that share this machine's processors."""
-    return max(1, (os.cpu_count() or 1) // size)
 
 
 def _terminal_settings():

@@ -30,7 +30,7 @@ def open_session(
     else onnx; torch for a `precision` other than fp32).
 
     artifact: an artifact's directory or an .om; None: the cached artifact, made if missing.
-    threads: of ONNX Runtime; None: one per core.
+    threads: of ONNX Runtime; None: as many as this process may use.
     device: the decoder's; an om runs on the same NPU, and on npu:0 if the decoder is on the CPU.
     judge_om: an .om that no manifest vouches for is compared with torch when it is first used.
 

@@ -3,9 +3,22 @@ float32."""
 
 from models.config import VisionSpec
 from runtime.common.errors import ToolkitError
+from runtime.common.threads import usable
 
 from .artifact import ONNX
 from .session import VisionSession
+
+
+def session_options(threads: int | None = None):
+    """onnxruntime.SessionOptions of every graph that we run on the CPU: as many threads as this
+    process may use, none of which spins while it waits, and no warnings."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads or usable()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
 
 
 class OnnxVision(VisionSession):
@@ -14,16 +27,14 @@ class OnnxVision(VisionSession):
     stage = "ONNX vision encoder"
 
     def __init__(self, directory, spec: VisionSpec, threads: int | None = None):
-        """directory: an artifact's. threads: None = one per core. ToolkitError when the graph
-        cannot be loaded."""
+        """directory: an artifact's. threads: None = as many as this process may use. ToolkitError
+        when the graph cannot be loaded."""
         import onnxruntime
 
         super().__init__(spec)
         self.directory = directory
         self.version = onnxruntime.__version__
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = threads or 0
+        options = session_options(threads)
         try:
             self.session = onnxruntime.InferenceSession(
                 str(directory / ONNX), options, ["CPUExecutionProvider"]

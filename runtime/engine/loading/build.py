@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
+
 from models import family_of
 from models.checkpoint import Checkpoint
 from models.checkpoint.quantized import check_stored, find_description, stored_weights
 from models.family import Family
 from models.network.decoder import Decoder
+from runtime.common import threads
 from runtime.common.files import check_checksums
 from runtime.common.notes import note
 from runtime.engine.device_graphs import DecodeGraphs
@@ -28,7 +31,7 @@ from runtime.vision.om_file import check_om
 
 from .cpu_weights import check_packable, packed_weights
 from .layer_by_layer import CurrentLayerWeights
-from .memory import Plan, max_model_len_for, plan_engine
+from .memory import Plan, decoder_bytes, max_model_len_for, plan_engine
 from .weights import decoder_weights
 
 
@@ -75,6 +78,7 @@ def build(model_dir, options: EngineOptions, load: Callable) -> EngineParts:
     # 6. Processes: the other ranks of a split model begin to load
     team = open_team(model_dir, replace(options, cache_tokens=plan.cache_tokens), load)
     ops.team = team
+    choose_threads(family, plan, options)
     rank = team.rank if team else 0
     split = Split(family.decoder, options.tensor_parallel_size, rank)
     # 7. Decoder: weights, cache, recorded graphs
@@ -83,6 +87,16 @@ def build(model_dir, options: EngineOptions, load: Callable) -> EngineParts:
     )
     load_decoder(parts)
     return parts
+
+
+def choose_threads(family: Family, plan: Plan, options: EngineOptions):
+    """On the CPU: as many threads as this process may use, and one for a small decoder."""
+    if options.device != "cpu":
+        return
+    processes = options.tensor_parallel_size
+    split = Split(family.decoder, processes)
+    weights = decoder_bytes(family, plan.dtype, split, options.cpu_weights)
+    torch.set_num_threads(threads.for_decoder(weights, processes))
 
 
 def open_device(family: Family, options: EngineOptions) -> tuple[object, int, str]:
