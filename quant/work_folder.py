@@ -7,7 +7,7 @@ to the quality gate and to the output.
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from models.files import private_file
-from runtime.common.files import fresh_folder, write_atomically
+from runtime.common.files import file_entry, fresh_folder, problem_of, write_atomically
+from runtime.common.notes import note
 
 PARTIAL = ".partial"  # folder inside --out that holds everything until it is published
 
@@ -47,12 +48,17 @@ class FinishedLayer:
 
     cosine, snr (dB): how close what the quantised layer adds to the residual streams of the
     held-out samples is to what the float layer adds, both fed by the float model.
+
+    files, streams: {bytes, sha256} of the layer's files by name, and of the residual streams after
+    it, as they were written.
     """
 
     kinds: dict[str, str]
     groups: dict[str, list[str]]
     cosine: float
     snr: float
+    files: dict[str, dict] = field(default_factory=dict)
+    streams: dict = field(default_factory=dict)
 
 
 class WorkFolder:
@@ -61,11 +67,11 @@ class WorkFolder:
 
     def __init__(self, folder: Path, identity: dict):
         self.folder = folder
-        note = folder / "job.json"
+        job = folder / "job.json"
         wanted = json.dumps(identity, sort_keys=True)
-        if not note.is_file() or note.read_text(encoding="utf-8") != wanted:
+        if not job.is_file() or job.read_text(encoding="utf-8", errors="replace") != wanted:
             fresh_folder(folder)
-            write_atomically(note, wanted)
+            write_atomically(job, wanted)
 
     def weights(self, index: int) -> Path:
         """File of the layer's tensors as the result stores them."""
@@ -79,12 +85,39 @@ class WorkFolder:
         return FinishedLayer(**json.loads(self._note(index).read_text(encoding="utf-8")))
 
     def num_finished(self) -> int:
-        """Number of layers that are complete; 0 if the residual streams after the last of them are
-        missing."""
+        """Number of layers that are complete and as they were written; 0 if the residual streams
+        after the last of them are not."""
         count = 0
         while self._note(count).is_file():
+            if problem := self._problem_of(count):
+                note(f"layer {count} of the interrupted run is made again: {problem}")
+                break
             count += 1
-        return count if self._streams(count).is_file() else 0
+        return count if count and self._has_streams(count) else 0
+
+    def _problem_of(self, index: int) -> str | None:
+        """Why a layer cannot be used; None: it can."""
+        names = {self.weights(index).name, self.smoothed(index).name}
+        try:
+            files = self.layer(index).files
+            if self.weights(index).name not in files or not set(files) <= names:
+                return f"{self._note(index)} names other files"
+            for name, entry in files.items():
+                if problem := problem_of(self.folder / name, entry, "its note"):
+                    return f"{self.folder / name} {problem}"
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            return f"{self._note(index)} cannot be read ({error})"
+        return None
+
+    def _has_streams(self, index: int) -> bool:
+        """Whether the residual streams before layer `index` are as they were written."""
+        try:
+            problem = problem_of(self._streams(index), self.layer(index - 1).streams, "its note")
+        except (TypeError, KeyError):
+            problem = "has no checksum"
+        if problem:
+            note(f"all layers are made again: {self._streams(index)} {problem}")
+        return problem is None
 
     def save_layer(
         self,
@@ -96,10 +129,14 @@ class WorkFolder:
     ):
         """Write tensors, streams after the layer, and last the note that marks the layer as
         finished."""
+        written = [self.weights(index)]
         store(tensors, self.weights(index))
         if smoothed:
             store(smoothed, self.smoothed(index))
+            written.append(self.smoothed(index))
         self._save_streams(index + 1, streams)
+        finished.files = {file.name: file_entry(file) for file in written}
+        finished.streams = file_entry(self._streams(index + 1))
         write_atomically(self._note(index), json.dumps(vars(finished)))
         self._streams(index).unlink(missing_ok=True)
 

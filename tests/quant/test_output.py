@@ -4,11 +4,13 @@ import json
 import os
 
 import pytest
+import torch
 
 from models.errors import UserError
 from quant.output.files import copy_small_files, small_files
 from quant.work_folder import FinishedLayer, ResidualStreams, WorkFolder, store
 from runtime.common.files import CHECKSUMS
+from runtime.common.notes import notes_on_stderr
 
 
 @pytest.fixture
@@ -75,3 +77,52 @@ def test_a_work_folder_of_another_job_is_emptied(tmp_path):
     assert WorkFolder(tmp_path / "layers", {"job": 1}).num_finished() == 1
     assert WorkFolder(tmp_path / "layers", {"job": 2}).num_finished() == 0
     assert json.loads((tmp_path / "layers" / "job.json").read_text()) == {"job": 2}
+
+
+@pytest.fixture
+def two_layers(tmp_path):
+    """The work folder of a run that was killed after its second layer."""
+    work = WorkFolder(tmp_path / "layers", {"job": 1})
+    for index in range(2):
+        streams = ResidualStreams({0: torch.ones(2, 4)}, {0: torch.ones(2, 4)})
+        tensors = {"weight": torch.full((4, 4), float(index))}
+        work.save_layer(index, tensors, tensors, FinishedLayer({}, {}, 1.0, 50.0), streams)
+    return work
+
+
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGE = {
+    "layer-0001.safetensors": flip_a_bit,
+    "layer-0000.float.safetensors": flip_a_bit,
+    "streams-0002.safetensors": flip_a_bit,
+    "layer-0000.safetensors": lambda file: file.unlink(),
+    "layer-0000.json": lambda file: file.write_text("{"),
+    "layer-0001.json": lambda file: file.write_text("[" * 100_000),
+}
+
+
+def test_whole_layers_are_continued(two_layers):
+    assert two_layers.num_finished() == 2
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_of_the_work_folder_is_named_and_made_again(two_layers, capsys, name):
+    DAMAGE[name](two_layers.folder / name)
+    with notes_on_stderr():
+        assert two_layers.num_finished() == 0  # the streams before an earlier layer are gone
+    said = capsys.readouterr().err
+    assert "made again" in said and name in said
+
+
+@pytest.mark.parametrize("name", ["../../secret", "/etc/passwd", "layer-0007.safetensors"])
+def test_a_note_names_its_own_files_only(two_layers, name):
+    path = two_layers.folder / "layer-0000.json"
+    content = json.loads(path.read_text())
+    content["files"][name] = content["files"]["layer-0000.safetensors"]
+    path.write_text(json.dumps(content))
+    assert two_layers.num_finished() == 0

@@ -535,3 +535,13 @@ def test_against_a_file(two_questions, tmp_path, capsys):
 def test_mistakes_of_against(argv, sentence, capsys):
     assert against(*argv) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_a_partial_file_that_is_a_link_is_refused(tmp_path, capsys):
+    file = written(tmp_path, [{"prompt": "hello"}])
+    thesis = tmp_path / "thesis"
+    thesis.write_text("the only copy")
+    (tmp_path / "out.jsonl.partial").symlink_to(thesis)
+    assert run(file, tmp_path / "out.jsonl") == 2
+    assert "out.jsonl.partial is a link" in capsys.readouterr().err
+    assert thesis.read_text() == "the only copy"
