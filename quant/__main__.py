@@ -12,6 +12,7 @@ import sys
 from runtime.common.errors import ToolkitError, run_command
 from runtime.common.flags import Parser
 
+from .guide_form import translated
 from .options import CalibrationOptions, CompressOptions, GateOptions, QuantOptions, RecipeOptions
 
 
@@ -26,17 +27,19 @@ def main(argv: list[str]) -> int:
 def quantise(argv: list[str]) -> int:
     options = Parser(
         "python -m quant",
-        "--model DIR --out DIR [options] | validate DIR | compress --model DIR --out DIR",
+        "--model DIR --out DIR [options] | validate DIR | compress --model DIR --out DIR | "
+        "-src DIR -dst DIR | SRC W8A8S_DST CALIB TP DEVICE DEVICES",
         "Quantises the language model of a checkpoint with msmodelslim, layer by layer, proves it against the "
         "float model and writes what MindIE and vllm-ascend load. `validate DIR` checks such a folder instead; "
-        "`compress` makes W8A8SC of W8A8S, for the 310P.",
+        "`compress` makes W8A8SC of W8A8S, for the 310P. The last two forms are those of MindIE's guide for "
+        "GLM-4-9B; the six words mean --scheme w8a8s --dtype float16 and name the compress command to run next.",
         {
             "quantisation": QuantOptions,
             "calibration": CalibrationOptions,
             "recipe": RecipeOptions,
             "quality gate": GateOptions,
         },
-    ).parse(argv)
+    ).parse(translated(argv))
     from . import pipeline
 
     return pipeline.quantise(*options)

@@ -17,6 +17,7 @@ from runtime.common.shared_flags import (
 )
 
 SCHEMES = ("w8a8", "w8a8s", "w8a8-dynamic", "w8a16")
+LAYOUTS = ("ascend", "mindie")
 COMPRESSED = (
     "w8a8sc is w8a8s compressed for the 310P: run python -m quant --scheme w8a8s --dtype float16 here and, on a "
     "machine with CANN, python -m quant compress --model THAT_FOLDER --out DIR -tp RANKS"
@@ -38,6 +39,13 @@ class QuantOptions:
         "float type of the result: float16 (310P takes no other), bfloat16, auto (as the checkpoint)",
         default="auto",
         choices=("auto", "float16", "bfloat16"),
+    )
+    layout: str = flag(
+        "file names: shards with an index and quant_model_description.json, which MindIE and vllm-ascend "
+        "read; mindie: the guide's one quant_model_weight_w8a8.safetensors and "
+        "quant_model_description_w8a8.json, which vllm-ascend does not find",
+        default="ascend",
+        choices=LAYOUTS,
     )
 
     def __post_init__(self):

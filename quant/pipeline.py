@@ -51,7 +51,7 @@ def quantise(
             )
         with plan.timed("judging"):
             verdict = pass_gate(plan, work, gate_options, print_figures)
-        write_result(plan, work, verdict, out)
+        write_result(plan, work, verdict, out, options.layout == "mindie")
     print_summary(out, plan, verdict)
     return 0
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from models.checkpoint.quantized import FILE
 from models.files import new_file, open_inside
 from runtime.common.files import CHECKSUMS
 
@@ -63,9 +62,8 @@ def copy_small_files(source: Path, folder: Path) -> list[str]:
 
 
 def publish(folder: Path, out: Path, names: list[str]):
-    """Move finished files into `out`, the description last."""
-    (out / FILE).unlink(missing_ok=True)
-    others = [name for name in names if name != FILE]
-    for name in [*others, FILE]:
+    """Move finished files into `out` in this order; the last is the description, without which
+    nothing loads."""
+    for name in names:
         os.chmod(folder / name, 0o644)
         os.replace(folder / name, out / name)

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from models.checkpoint.quantized import FILE
+from models.checkpoint.shards import TensorReader, stored_entries
 from models.checkpoint.table import WeightTable
 from models.config import read_json
 from runtime.common.errors import CHECK_FAILED, ToolkitError
@@ -31,11 +32,11 @@ from .files import copy_small_files, publish, write_config, write_description
 from .weights import Entry, write_weights
 
 
-def write_result(plan: QuantPlan, work: WorkFolder, verdict: Verdict, out: Path):
+def write_result(plan: QuantPlan, work: WorkFolder, verdict: Verdict, out: Path, one_file: bool):
     """Write everything into a folder inside `out`, validate and publish it, then remove the work
-    folder; ToolkitError if it would not load."""
+    folder; ToolkitError if it would not load. one_file: under the names of MindIE's guide."""
     folder = fresh_folder(out / PARTIAL / "result")
-    names = write_files(plan, work, verdict, folder)
+    names = write_files(plan, work, verdict, folder, one_file)
     problems = validate(folder).problems
     if problems:
         raise ToolkitError(
@@ -44,12 +45,14 @@ def write_result(plan: QuantPlan, work: WorkFolder, verdict: Verdict, out: Path)
     write_checksums(folder, names)
     for old in set(out.glob("quant_model*")):
         old.unlink()
-    publish(folder, out, [*names, CHECKSUMS])
+    publish(folder, out, [CHECKSUMS, *names])
     remove_folder(out / PARTIAL)
 
 
-def write_files(plan: QuantPlan, work: WorkFolder, verdict: Verdict, folder: Path) -> list[str]:
-    """The files of the result in `folder` -> their names."""
+def write_files(
+    plan: QuantPlan, work: WorkFolder, verdict: Verdict, folder: Path, one_file: bool
+) -> list[str]:
+    """The files of the result in `folder` -> their names, the description last."""
     source = Path(plan.checkpoint.directory)
     kind = plan.scheme.kind
     entries = entries_outside(plan)
@@ -58,12 +61,17 @@ def write_files(plan: QuantPlan, work: WorkFolder, verdict: Verdict, folder: Pat
         plan, work, verdict.float_groups, folder.with_name("kept")
     )
     kinds |= kinds_in_layers
+    description = FILE
+    if one_file:
+        description = f"quant_model_description_{kind.lower()}.json"
+        entries += layer_entries(layers, kinds)
+        layers = []
     with byte_progress("writing") as update:
-        names = write_weights(entries, folder, kind, update, layers)
+        names = write_weights(entries, folder, kind, update, layers, one_file)
     texts = {
-        FILE: write_description(kinds, kind),
         REPORT: report(plan, work, verdict),
         "config.json": write_config(read_json(source / "config.json"), kind, plan.dtype),
+        description: write_description(kinds, kind),
     }
     names += copy_small_files(source, folder)
     for name, text in texts.items():
@@ -83,6 +91,17 @@ def entries_outside(plan: QuantPlan) -> list[Entry]:
             dtype = plan.dtype
         read = partial(plan.checkpoint.tensor, name)
         entries.append(Entry(name, dtype, plan.checkpoint.shapes[name], "FLOAT", read))
+    return entries
+
+
+def layer_entries(files: list[Path], kinds: dict[str, str]) -> list[Entry]:
+    """The tensors of finished layers' files, to be written into another."""
+    entries = []
+    reader = TensorReader()
+    for file in files:
+        for name, stored in stored_entries(file).items():
+            read = partial(reader.tensor, name, stored)
+            entries.append(Entry(name, stored.dtype, stored.shape, kinds[name], read))
     return entries
 
 

@@ -36,15 +36,22 @@ class Entry:
 
 
 def write_weights(
-    entries: list[Entry], folder: Path, kind: str, progress, layers: Sequence[Path] = ()
+    entries: list[Entry],
+    folder: Path,
+    kind: str,
+    progress,
+    layers: Sequence[Path] = (),
+    one_file: bool = False,
 ) -> list[str]:
     """Write shards named as msmodelslim names them, and an index if there are several -> names of
     the files.
 
     layers: complete shards that come after those of `entries`, which have at most SHARD_BYTES each;
-    they are linked. progress(done, total) is called with bytes.
+    they are linked. progress(done, total) is called with bytes. one_file: all entries in one.
     """
-    shards = grouped_by_size(entries, lambda entry: entry.nbytes, SHARD_BYTES)
+    shards = [entries]
+    if not one_file:
+        shards = grouped_by_size(entries, lambda entry: entry.nbytes, SHARD_BYTES)
     stem = f"quant_model_weight_{kind.lower()}"
     names = _shard_names(stem, len(shards) + len(layers))
     done = 0

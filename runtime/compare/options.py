@@ -40,7 +40,7 @@ class CompareOptions(InputOptions):
     threshold: float | None = flag(
         "smallest cosine that passes, of every token's logits and every picture row (default: "
         "0.9999; for the logits less where the dtype's rounding alone costs more; a quantised --model "
-        "against a float --reference is held to the limits of python -m quant instead: KL 0.05, top-1 90 %)",
+        "against a float --reference is held to the limits of python -m quant instead: KL 0.05, top-1 0.9)",
         default=None,
         kind=float,
         metavar="C",
