@@ -59,10 +59,12 @@ def open_image(source, upright: bool = True) -> Image.Image:
     """
     name, image = open_header(source)
     try:
-        image.load()
-        depth = _grey_depth(image)
-        if upright:
-            image = _turned_upright(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata
+            image.load()
+            depth = _grey_depth(image)
+            if upright:
+                image = _turned_upright(image)
     except Exception as error:  # PIL's decoders raise whatever their parsers stumble over
         raise ModelError(
             f"{name} is damaged or truncated ({_brief(error)}); use another copy of it"

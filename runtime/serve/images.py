@@ -82,7 +82,7 @@ class ImageRules:
                 "the data URI has no comma in front of its data; write data:image/png;base64,..."
             )
         if not IN_BASE64.search(head):
-            return unquote_to_bytes(data)
+            return unquote_to_bytes(data.encode(errors="replace"))
         return self._from_base64(unquote(data) if "%" in data else data)
 
     def _from_base64(self, text: str) -> bytes:

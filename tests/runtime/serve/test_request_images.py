@@ -72,6 +72,8 @@ def test_the_url_safe_alphabet():
         ("data:image/png;base64,", "not a picture that can be read"),
         ("data:image/png;base64,SGVsbG8=", "not a picture that can be read; use PNG, JPEG"),
         ("data:image/svg+xml,%3Csvg%3E", "not a picture that can be read"),
+        ("data:image/png,\ud83d", "not a picture that can be read"),
+        ("data:image/png;base64,\ud83d", "not valid base64"),
         ("blob:http://localhost/1", "begins with blob:"),
         ("img.png", "--allowed-local-media-path DIR"),
         ("", "image_url is empty"),
