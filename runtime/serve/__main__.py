@@ -17,6 +17,7 @@ from runtime.engine.command import join_torchrun, open_engine
 from runtime.engine.options import EngineOptions
 
 from .options import LOCAL, ServeOptions
+from .transport.listen import BACKLOG, open_listeners, possible_connections, url_of
 
 HEADER_BYTES = 65536
 
@@ -50,13 +51,14 @@ def main(argv) -> int:
 def serve(uvicorn, options: ServeOptions, engine_options: EngineOptions):
     """Until a signal ends it. Raises what kept the model from loading."""
     family_of(options.model)  # a folder that is no checkpoint is refused before anything listens
+    listeners = open_listeners(options.host, options.port)
     server, engine_thread = build(uvicorn, options, engine_options)
     for number in (signal.SIGINT, signal.SIGTERM):
         # uvicorn handles it, and raises it again when it has ended
         signal.signal(number, lambda *event: None)
     engine_thread.start()
     try:
-        server.run()
+        server.run(sockets=listeners)
     finally:
         engine_thread.stop()
     if engine_thread.failure:
@@ -75,10 +77,9 @@ def build(uvicorn, options: ServeOptions, engine_options: EngineOptions):
 
     def ready_engine():
         engine = open_engine(options.model, engine_options)
-        url = f"http://{options.host}:{options.port}/v1"
-        print_status(
-            "\n".join([*engine.describe(), f"ready: {options.served_model_name} at {url}"])
-        )
+        url = url_of(options.host, options.port)
+        ready = f"ready: {', '.join(options.names)} at {url}/v1"
+        print_status("\n".join([*engine.describe(), ready]))
         return engine
 
     def end_server():
@@ -87,12 +88,14 @@ def build(uvicorn, options: ServeOptions, engine_options: EngineOptions):
     engine_options = replace(
         engine_options, max_num_seqs=engine_options.max_num_seqs or DEFAULT_MAX_NUM_SEQS
     )
-    telemetry = Telemetry(options.served_model_name)
+    telemetry = Telemetry(options.names[0])
     engine_thread = EngineThread(ready_engine, end_server, telemetry.record)
     prompts = PromptBuilder(engine_thread, image_rules(options), options.language)
-    service = Service(engine_thread, prompts, telemetry, options.served_model_name)
+    service = Service(engine_thread, prompts, telemetry, options.names, options.takes_any_name)
     max_in_flight = engine_options.max_num_seqs + options.max_queue
-    app = create_app(service, options.max_body_bytes, max_in_flight, options.api_key)
+    app = create_app(
+        service, options.max_body_bytes, max_in_flight, options.api_key, options.allowed_origins
+    )
     server = uvicorn.Server(uvicorn_config(uvicorn, app, options))
     return server, engine_thread
 
@@ -110,14 +113,31 @@ def image_rules(options: ServeOptions):
     )
 
 
+def connection_limits(options: ServeOptions):
+    """The limits of the options, or what this process may have open files for."""
+    from .transport.connection import ConnectionLimits
+
+    in_all = possible_connections(options.max_connections)
+    if in_all < options.max_connections:
+        print_status(
+            f"note: this process may open so few files (ulimit -n) that {in_all} connections are "
+            f"taken, not {options.max_connections}"
+        )
+    return ConnectionLimits(in_all, min(options.max_connections_per_address, in_all))
+
+
 def uvicorn_config(uvicorn, app, options: ServeOptions):
+    from .transport.connection import KEEP_ALIVE_SECONDS, connection_class
+
     return uvicorn.Config(
         app,
         host=options.host,
         port=options.port,
         log_level="warning",
         access_log=False,
-        http="h11",
+        http=connection_class(connection_limits(options)),
+        backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         ws="none",
         h11_max_incomplete_event_size=HEADER_BYTES,
         timeout_graceful_shutdown=options.shutdown_seconds,

@@ -10,6 +10,15 @@ from runtime.common.shared_flags import language_flag, model_flag
 
 KEY = "ASCEND_VLM_API_KEY"
 LOCAL = ("127.0.0.1", "localhost", "::1")
+ANY_NAME = "*"
+ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+", re.IGNORECASE)
+AT_LEAST_ONE = (
+    "max_body_bytes",
+    "max_image_bytes",
+    "max_image_pixels",
+    "max_connections",
+    "max_connections_per_address",
+)
 HOST = re.compile(r"([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:\d{1,5})?")
 
 
@@ -51,8 +60,11 @@ class ServeOptions:
     host: str = host_flag()
     port: int = port_flag(8000)
     api_key: str | None = api_key_flag("clients must send it")
-    served_model_name: str | None = flag(
-        "name that clients use (default: the folder's)", default=None, metavar="NAME"
+    served_model_name: tuple[str, ...] = flag(
+        "name that clients use (default: the folder's); repeat it for more; '*' takes any name",
+        default=(),
+        metavar="NAME",
+        many=True,
     )
     language: str | None = language_flag()
     max_queue: int = flag(
@@ -79,6 +91,19 @@ class ServeOptions:
         metavar="HOST",
         many=True,
     )
+    allowed_origins: tuple[str, ...] = flag(
+        "site whose pages may use this server from a browser, e.g. https://chat.example.com; "
+        "'*' for all; repeat it for more (default: none)",
+        default=(),
+        metavar="ORIGIN",
+        many=True,
+    )
+    max_connections: int = flag(
+        "connections in all; more get status 429", default=512, kind=int, metavar="N"
+    )
+    max_connections_per_address: int = flag(
+        "connections of one address; raise it behind a proxy", default=256, kind=int, metavar="N"
+    )
     shutdown_seconds: int = flag(
         "time that answers under way get at the end", default=30, kind=int, metavar="N"
     )
@@ -99,7 +124,24 @@ class ServeOptions:
         check_port(self, 8000)
         for name in ("max_queue", "limit_images", "shutdown_seconds"):
             require(self, name, getattr(self, name) >= 0, "0 or more is needed")
-        for name in ("max_body_bytes", "max_image_bytes", "max_image_pixels"):
+        for name in AT_LEAST_ONE:
             require(self, name, getattr(self, name) >= 1, "1 or more is needed")
         self.api_key = given_api_key(self)
-        self.served_model_name = self.served_model_name or Path(self.model).resolve().name
+        self.served_model_name = tuple(self.served_model_name)
+        self.allowed_origins = tuple(self.allowed_origins)
+        require(
+            self,
+            "allowed_origins",
+            all(map(ORIGIN.fullmatch, self.allowed_origins)),
+            "give origins without a path, e.g. https://chat.example.com or http://localhost:3000",
+        )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names under which the model is listed, at least one."""
+        given = tuple(name for name in self.served_model_name if name != ANY_NAME)
+        return given or (Path(self.model).resolve().name,)
+
+    @property
+    def takes_any_name(self) -> bool:
+        return ANY_NAME in self.served_model_name

@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from models.errors import UserError
 from runtime.common.machine import version
@@ -33,7 +34,14 @@ BODIES = [ChatRequest, CompletionRequest, LegacyRequest, TokenizeRequest, Detoke
 VERSION = version("ascend-vlm") or "unknown"
 
 
-def create_app(service: Service, max_body: int, max_in_flight: int, api_key: str | None) -> FastAPI:
+def create_app(
+    service: Service,
+    max_body: int,
+    max_in_flight: int,
+    api_key: str | None,
+    allowed_origins: tuple[str, ...] = (),
+) -> FastAPI:
+    """allowed_origins: of pages that browsers let use the service."""
     app = FastAPI(title="ascend-vlm", version=VERSION, docs_url=None, redoc_url=None)
     app.add_middleware(
         Guard,
@@ -42,6 +50,13 @@ def create_app(service: Service, max_body: int, max_in_flight: int, api_key: str
         max_body=max_body,
         api_key=api_key,
     )
+    if allowed_origins:  # outside the guard: a browser asks first, without the key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+        )
     for kind in (ApiError, UserError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, respond_to_error)
     add_completions(app, service)
@@ -110,19 +125,19 @@ def add_tokenizer(app: FastAPI, service: Service):
 
 
 def add_status(app: FastAPI, service: Service):
-    def card() -> dict:
-        return model_card(service.name, service.engine.max_model_len, service.started)
+    def card(name: str) -> dict:
+        return model_card(name, service.engine.max_model_len, service.started)
 
     @app.get("/v1/models")
     async def models():
         service.check_ready()
-        return {"object": "list", "data": [card()]}
+        return {"object": "list", "data": [card(name) for name in service.names]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str):
         service.check_ready()
         service.check_model(name)
-        return card()
+        return card(name)
 
     @app.get("/health")
     async def health():

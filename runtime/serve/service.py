@@ -21,15 +21,21 @@ from .tools.calls import ToolCallParser
 
 
 class Service:
-    """What the routes share. engine_thread may still be loading its engine; name: that clients use
-    for the model."""
+    """What the routes share. engine_thread may still be loading its engine; names: that clients use
+    for the model; takes_any_name: others are taken for it, too."""
 
     def __init__(
-        self, engine_thread: EngineThread, prompts: PromptBuilder, telemetry: Telemetry, name: str
+        self,
+        engine_thread: EngineThread,
+        prompts: PromptBuilder,
+        telemetry: Telemetry,
+        names: tuple[str, ...],
+        takes_any_name: bool = False,
     ):
         self.prompts = prompts
         self.telemetry = telemetry
-        self.name = name
+        self.names = names
+        self._takes_any_name = takes_any_name
         self.started = int(time.time())
         self._engine_thread = engine_thread
 
@@ -43,13 +49,15 @@ class Service:
             raise ApiError("the model is still loading; try again later", 503, "loading")
 
     def check_model(self, name: str | None):
-        if name not in (None, self.name):
-            raise ApiError(
-                f"the model {name[:100]!r} does not exist here; use {self.name!r}",
-                404,
-                "model_not_found",
-                "model",
-            )
+        if name is None or name in self.names or self._takes_any_name:
+            return
+        known = " or ".join(map(repr, self.names))
+        raise ApiError(
+            f"the model {name[:100]!r} does not exist here; use {known}",
+            404,
+            "model_not_found",
+            "model",
+        )
 
     def responses(
         self, chat: bool, num_logprobs: int | None = None, parser: ToolCallParser | None = None
@@ -58,7 +66,7 @@ class Service:
         token_logprobs = None
         if num_logprobs is not None:
             token_logprobs = TokenLogprobs(self.engine.family.tokenizer, num_logprobs)
-        return ResponseBuilder(chat, self.name, parser, token_logprobs)
+        return ResponseBuilder(chat, self.names[0], parser, token_logprobs)
 
     async def run_in_pool(self, function, *arguments):
         return await self._engine_thread.run_in_pool(function, *arguments)

@@ -17,6 +17,7 @@ from runtime.common.progress import print_status
 from runtime.engine.command import join_torchrun
 from runtime.engine.options import EngineOptions, SamplingParams
 from runtime.serve.options import LOCAL
+from runtime.serve.transport.listen import check_address, url_of
 
 from .options import UiOptions
 
@@ -43,6 +44,7 @@ def main(argv) -> int:
         check_packages()
         if options.host not in LOCAL:
             print_status(f"warning: anybody who reaches {options.host} may use this page")
+        check_address(options.host, options.port)
         with open_backend(options, engine_options) as backend:
             show(backend, options, sampling)
     return 0
@@ -72,7 +74,7 @@ def show(backend, options: UiOptions, sampling: SamplingParams):
     page = launch(build_page(backend, sampling), options.host, options.port)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *event: ended.set())
-    print_status(f"ready: {backend.name} at http://{options.host}:{options.port}")
+    print_status(f"ready: {backend.name} at {url_of(options.host, options.port)}")
     ended.wait()
     page.close(verbose=False)
 
