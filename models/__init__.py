@@ -10,8 +10,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .config import read_json
 from .errors import ModelError
+from .side_fields import shown
+from .side_files import is_there, read_json
 
 if TYPE_CHECKING:  # `--help` does without numpy
     from .family import Family
@@ -93,7 +94,7 @@ def family_of(directory) -> Family:
             "give --model the folder of a downloaded checkpoint"
         )
     sat = directory / "model_config.json"
-    config = read_json(sat if sat.is_file() else directory / "config.json")
+    config = read_json(sat if is_there(sat) else directory / "config.json")
     if relative := relative_of(config):
         name, reason = relative
         raise ModelError(
@@ -118,15 +119,17 @@ def relative_of(config: dict) -> tuple[str, str] | None:
 
 
 def _kind(config) -> str:
-    return f"model_type {config.get('model_type')!r}, architectures {config.get('architectures')}"
+    architectures = shown(config.get("architectures"))
+    return f"model_type {shown(config.get('model_type'))}, architectures {architectures}"
 
 
 def _build(family, directory, config, rule) -> Family:
     try:
         built = family(directory, config)
-    except (KeyError, TypeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ModelError(
-            f"the config of {directory} looks like {family.name} ({rule}) but lacks {error}"
+            f"the config of {directory} looks like {family.name} ({rule}) but cannot be used "
+            f"({type(error).__name__}: {error}); take config.json from the release"
         ) from None
     built.rule = rule
     return built

@@ -1,10 +1,12 @@
-"""What a config says. Takes JSON files, returns the decoder, rotary and vision settings in them."""
+"""What a config says. Takes its fields, returns the decoder, rotary and vision settings in them."""
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 from .errors import ModelError
+from .side_fields import shown
+
+RELEASED = "take config.json from the release"
+LARGEST_GRID = 512  # patches along one side of a picture; released models have up to 80
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,24 @@ class DecoderConfig:
     # ChatGLM-6B: x = norm(x) * alpha + branch(norm(x)); None = plain pre-norm
     residual_alpha: float | None = None
 
+    def __post_init__(self):
+        """ModelError for sizes that make no attention."""
+        if self.heads % self.kv_heads:
+            raise ModelError(
+                f"config.json has {self.heads} attention heads, which its {self.kv_heads} key/value "
+                f"heads do not divide; {RELEASED}"
+            )
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ModelError(
+                f"config.json gives every attention head {self.head_dim} dimensions, which must be an "
+                f"even number of at least 2; {RELEASED}"
+            )
+        if self.rope.dim < 2 or self.rope.dim % 2:
+            raise ModelError(
+                f"config.json rotates {self.rope.dim} of the {self.head_dim} dimensions of a head, "
+                f"which must be an even number of at least 2; {RELEASED}"
+            )
+
 
 @dataclass(frozen=True)
 class VisionSpec:
@@ -53,21 +73,25 @@ class VisionSpec:
         return self.output_shape[1]
 
 
-def read_json(path: Path) -> dict:
-    """ModelError if the file is missing or no JSON."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+def head_size(hidden: int, heads: int) -> int:
+    """Dimensions of a head where a config names only both; ModelError if they do not divide."""
+    if hidden % heads:
         raise ModelError(
-            f"{path} is missing; give --model the folder of a downloaded checkpoint"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path} is not valid JSON ({error}); download it again") from None
+            f"config.json has hidden_size {hidden}, which its {heads} attention heads do not "
+            f"divide; {RELEASED}"
+        )
+    return hidden // heads
 
 
-def read_optional_json(path: Path) -> dict:
-    """As read_json; {} without the file."""
-    return read_json(path) if Path(path).is_file() else {}
+def patch_grid(side: int, patch: int, least: int = 1) -> int:
+    """How many patches of `patch` pixels lie along a side of a picture; ModelError below `least`."""
+    grid = side // patch
+    if not least <= grid <= LARGEST_GRID:
+        raise ModelError(
+            f"config.json has image_size {side} and patch_size {patch}, which makes {grid} patches "
+            f"along a side; it must be {least} to {LARGEST_GRID}; {RELEASED}"
+        )
+    return grid
 
 
 def rope_of(config: dict, head_dim: int, factor: float = 1.0) -> Rope:
@@ -81,7 +105,7 @@ def rope_of(config: dict, head_dim: int, factor: float = 1.0) -> Rope:
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind != "default":
         raise ModelError(
-            f"config.json scales the rotary positions ({kind!r}), which this toolkit does not; "
+            f"config.json scales the rotary positions ({shown(kind)}), which this toolkit does not; "
             "use the released config.json"
         )
     theta = first_given(parameters.get("rope_theta"), config.get("rope_theta"), 10000.0)
@@ -99,9 +123,9 @@ def first_given(*values):
 def chosen(table: dict, config: dict, key: str, default: str):
     """table[config[key]]; ModelError with the known values when the config names another one."""
     value = config.get(key, default)
-    if value not in table:
+    if not isinstance(value, str) or value not in table:
         raise ModelError(
-            f"config.json says {key} {value!r}, this toolkit knows {', '.join(map(repr, table))}; "
+            f"config.json says {key} {shown(value)}, this toolkit knows {', '.join(map(repr, table))}; "
             "use the released config.json"
         )
     return table[value]
@@ -115,4 +139,4 @@ def check_fields(config: dict, wanted: dict, sentence: str):
     for field, value in wanted.items():
         given = config.get(field, value)
         if given != value:
-            raise ModelError(sentence.format(field=field, given=given, wanted=value))
+            raise ModelError(sentence.format(field=field, given=shown(given), wanted=value))

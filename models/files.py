@@ -116,6 +116,24 @@ def open_own(path: str | Path, mode: str = "r+b") -> BinaryIO:
 
 
 @contextmanager
+def native_path(path: str | Path) -> Iterator[str]:
+    """The file's name for a library in C++ or Rust, which takes every name for UTF-8.
+
+    Where the locale writes the name in other bytes, it goes through the folder's descriptor; the last part of the name
+    is then one of ours, in ASCII. What reads whole files anyway is given their content instead.
+    """
+    path = Path(path)
+    if os.fsencode(path) == str(path).encode(errors="replace"):
+        yield str(path)
+        return
+    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{folder}/{path.name}"
+    finally:
+        os.close(folder)
+
+
+@contextmanager
 def new_file(path: str | Path, durable: bool = True) -> Iterator[BinaryIO]:
     """A stream for the new content of `path`; whenever the process dies, it holds the old or the new.
 

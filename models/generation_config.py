@@ -9,8 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .config import read_optional_json
 from .errors import ModelError
+from .side_fields import shown
+from .side_files import is_there, read_json
 
 FILE = "generation_config.json"
 MAX_REPETITION_PENALTY = 100  # as --repetition-penalty
@@ -49,9 +50,9 @@ def read_generation_config(directory: Path) -> dict:
     do_sample is always there when the file is: without it transformers does not sample.
     """
     path = Path(directory) / FILE
-    if not path.is_file():
+    if not is_there(path):
         return {}
-    given = read_optional_json(path)
+    given = read_json(path)
     known = {"do_sample": False}
     for field, rule in RULES.items():
         if given.get(field) is not None:
@@ -64,7 +65,9 @@ def read_generation_config(directory: Path) -> dict:
 def _checked(path: Path, field: str, value, rule: Rule):
     converted = _converted(value, rule.kind)
     if converted is None or not rule.fits(converted):
-        raise ModelError(f"{path} has {field} {value!r}; {rule.range} is needed: correct the file")
+        raise ModelError(
+            f"{path} has {field} {shown(value)}; {rule.range} is needed: correct the file"
+        )
     return converted
 
 
@@ -87,7 +90,7 @@ def token_ids(path: Path, field: str, value) -> tuple[int, ...]:
     for each in ids:
         if isinstance(each, bool) or not isinstance(each, int) or not 0 <= each < 1 << 31:
             raise ModelError(
-                f"{path} has {field} {value!r}; a token id or a list of them is needed: "
+                f"{path} has {field} {shown(value)}; a token id or a list of them is needed: "
                 "correct the file"
             )
     return tuple(ids)

@@ -21,7 +21,7 @@ from models.checkpoint.quantized import (
     find_description,
     stored_weights,
 )
-from models.config import read_json
+from models.side_files import read_as_stored, read_json
 from runtime.common.errors import CHECK_FAILED, MISSING_COMPONENT, ToolkitError
 from runtime.common.files import (
     CHECKSUMS,
@@ -229,7 +229,7 @@ def finish(checkpoint: Checkpoint, folder: Path, out: Path, size: int):
     source = Path(checkpoint.directory)
     small = copy_small_files(source, folder)
     (folder / FILE).unlink(missing_ok=True)
-    config = write_config(read_json(source / "config.json"), KIND, torch.float16)
+    config = write_config(read_as_stored(source / "config.json"), KIND, torch.float16)
     write_atomically(folder / "config.json", config)
     if problems := validate(folder).problems:
         raise ToolkitError(

@@ -16,7 +16,7 @@ import torch
 
 from models.checkpoint import Checkpoint
 from models.checkpoint.table import WeightTable
-from models.config import read_json
+from models.side_files import read_as_stored
 from runtime.common.files import own_folder, write_atomically
 from runtime.common.machine import version
 from runtime.common.progress import step_progress
@@ -151,7 +151,7 @@ def measured(family, checkpoint: Checkpoint, lines: list[dict], samples, work: P
     file = work / "statistics.json"
     key = digest([lines_key(lines), stamp(checkpoint)])
     for earlier in filter(Path.is_file, (file, work.parent / REPORT)):
-        stored = read_json(earlier).get("statistics", {})
+        stored = read_as_stored(earlier).get("statistics", {})
         if stored.get("key") == key:
             return stored
     with step_progress("measuring inputs", family.decoder.layers) as advance:

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from models.config import read_json
 from models.errors import ModelError
 from models.family import Family
 from models.network.linear import Linear, Stacked
+from models.side_files import is_there, read_json
 
 from .reader import SHOWN, Checkpoint
 from .table import Part, Target, Weight, WeightTable
@@ -27,18 +27,6 @@ from .table import Part, Target, Weight, WeightTable
 FILE = "quant_model_description.json"
 STATIC = ("W8A8", "W8A8S")  # activations quantised with stored scales
 NORMS = ("attention_norm", "mlp_norm", "final_norm")
-NOT_TENSORS = {
-    "model_quant_type",
-    "version",
-    "group_size",
-    "kv_cache_type",
-    "kv_quant_type",
-    "fa_quant_type",
-    "reduce_quant_type",
-    "metadata",
-    "optional",
-}
-
 # tensor of a linear layer [n, k] -> (its shape, dtypes). D in msmodelslim's files: the model's
 # float type, or float32
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -121,11 +109,14 @@ class Description:
 
 def read_description(file: Path) -> Description:
     entries = read_json(file)
-    if not isinstance(entries, dict) or not isinstance(entries.get("model_quant_type"), str):
+    if not isinstance(entries.get("model_quant_type"), str):
         raise ModelError(
             f"{file} has no model_quant_type; it is not a description that msmodelslim wrote"
         )
-    kinds = {name: kind for name, kind in entries.items() if name not in NOT_TENSORS}
+    kinds = {}
+    for name, kind in entries.items():
+        if "." in name and isinstance(kind, str):  # the others are settings, which may be new
+            kinds[name] = kind
     return Description(file, entries["model_quant_type"], kinds)
 
 
@@ -138,7 +129,7 @@ def find_description(directory) -> Description | None:
     directory = Path(directory)
     files = [directory / FILE, *sorted(directory.glob("quant_model_description_*.json"))]
     for file in (*files, *sorted(directory.glob(f"part0-of-*/{FILE}"))):
-        if file.is_file():
+        if is_there(file):
             return read_description(file)
     return None
 

@@ -17,12 +17,14 @@ import torch
 
 from models.errors import ModelError
 
-from .shards import DamagedFile, Entry, TensorReader, find_files, stored_entries
+from .shards import DamagedFile, Entry, TensorReader, stored_entries
 from .table import Part, Weight
+from .weight_files import find_files
 
 LARGE_BYTES = 256 << 20  # sources above are assembled first, while few targets are in memory
 CONVERT_BLOCK = 1 << 18  # elements converted at a time between half formats: they stay in the cache
 SHOWN = 8  # name groups shown per kind of problem
+SHOWN_FILES = 40
 
 
 class Checkpoint:
@@ -156,6 +158,9 @@ class Checkpoint:
 def _read_headers(
     directory: Path, files: list[Path], index: dict[str, str] | None
 ) -> dict[str, Entry]:
+    named = defaultdict(set)  # file -> the tensors that the index places in it
+    for name, file in (index or {}).items():
+        named[file].add(name)
     entries = {}
     problems = []
     damaged = []
@@ -163,27 +168,32 @@ def _read_headers(
         try:
             stored = stored_entries(file)
         except DamagedFile as error:
-            count = list((index or {}).values()).count(file.name)
+            count = len(named[file.name])
             tensors = f" ({count} tensors)" if count else ""
             problems.append(f"  {file.name} {error}{tensors}")
             damaged.append(file.name)
             continue
         if index is not None:
-            problems += _contradictions(file.name, stored, index)
+            problems += _contradictions(file.name, stored, named[file.name])
         elif twice := sorted(stored.keys() & entries.keys()):
             problems += _listing(f"in {file.name} and in another file", twice)
         entries.update(stored)
     if problems:
         again = "download index and weights again, together"
         if damaged:
-            again = f"download again: {', '.join(damaged)}"
+            again = f"download again: {', '.join(_first(damaged, 'files'))}"
         title = f"the weights in {directory} are not complete:"
-        raise ModelError("\n".join([title, *problems, again]))
+        raise ModelError("\n".join([title, *_first(problems, "problems"), again]))
     return entries
 
 
-def _contradictions(file: str, stored: dict[str, Entry], index: dict[str, str]) -> list[str]:
-    named = {name for name, where in index.items() if where == file}
+def _first(texts: list[str], what: str) -> list[str]:
+    """The texts, those beyond a screen's length counted only."""
+    more = len(texts) - SHOWN_FILES
+    return [*texts[:SHOWN_FILES], f"  and {more:,} more {what}"] if more > 0 else texts
+
+
+def _contradictions(file: str, stored: dict[str, Entry], named: set[str]) -> list[str]:
     not_stored = _listing(f"named by the index, not in {file}", sorted(named - stored.keys()))
     not_named = _listing(f"in {file}, not named by the index", sorted(stored.keys() - named))
     return not_stored + not_named

@@ -1,6 +1,6 @@
-"""The files of a checkpoint: which belong to it, what their headers say, how one tensor is read.
+"""The weight files of a checkpoint: what their headers say, how one tensor is read.
 
-Takes a directory, returns entries (file, dtype, shape, place) and tensors. Formats: safetensors,
+Takes files, returns entries (file, dtype, shape, place) and tensors. Formats: safetensors,
 .bin (pickled state dicts, read as tensors only) and the SAT layout (`latest` + one .pt). Nothing
 stays mapped for long, because mapped pages count as resident memory.
 """
@@ -8,19 +8,18 @@ stays mapped for long, because mapped pages count as resident memory.
 import json
 import math
 import os
-import pickle
-import re
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 
-from models.config import read_json
 from models.errors import ModelError
-from models.files import is_plain_name
+from models.files import kind_of, native_path, open_regular
+from models.side_fields import is_whole
+from models.side_files import parse_json
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -33,13 +32,18 @@ SAFETENSORS_DTYPES = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
 SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 HEADER_ALIGNMENT = 8  # tensors start on a multiple of it, as the safetensors library writes them
 LFS_MARK = b"version https://git-lfs"
-HEADER_LIMIT = 100 << 20  # a larger safetensors header is damage, not a header
+HEADER_LIMIT = 16 << 20  # a larger safetensors header is damage, not a header
+LARGEST = 1 << 48  # of a length or an offset in a header
+MOST_AXES = 8
 REOPEN_BYTES = 256 << 20  # a mapped .bin is reopened after this much was read from it
 
 
@@ -71,106 +75,22 @@ class DamagedFile(Exception):
     """One file cannot be used; the message continues the sentence that starts with its name."""
 
 
-def find_files(directory: Path) -> tuple[str, list[Path], dict[str, str] | None]:
-    """Format, weight files, and the index's {tensor: file name} where there is one."""
-    formats = [
-        _indexed(directory, "safetensors", "*.safetensors"),
-        _indexed(directory, "bin", "pytorch_model*.bin"),
-    ]
-    for name, files, index in formats:
-        if any(file.exists() for file in files):
-            return name, files, index
-    if (directory / "latest").is_file():
-        return "sat", _sat_files(directory), None
-    for name, files, index in formats:
-        if index is not None:
-            return name, files, index
-    raise ModelError(
-        f"{directory} holds no weights (*.safetensors, pytorch_model*.bin, or SAT's `latest`); "
-        "download the model's weight files into it"
-    )
-
-
-def _indexed(
-    directory: Path, name: str, pattern: str
-) -> tuple[str, list[Path], dict[str, str] | None]:
-    indexes = sorted(
-        directory.glob(f"{pattern}.index.json"),
-        key=lambda p: (not p.name.startswith("model."), p.name),
-    )
-    if not indexes:
-        return name, _with_gaps(sorted(directory.glob(pattern))), None
-    content = read_json(indexes[0])
-    index = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
-        raise ModelError(
-            f"{indexes[0]} has no weight_map of tensor names to file names; download it again"
-        )
-    for file in set(index.values()):
-        check_plain(file, indexes[0])
-    return name, [directory / file for file in sorted(set(index.values()))], index
-
-
-def check_plain(name: str, source: Path):
-    """ModelError unless a name that the file `source` gives is that of a file beside it."""
-    if not is_plain_name(name):
-        raise ModelError(
-            f"{source} names {name[:80]!r}, which is no file beside it; download the folder again"
-        )
-
-
-def _with_gaps(files: list[Path]) -> list[Path]:
-    """Without an index, -0000k-of-0000n in the names still says which shards there should be."""
-    complete = dict.fromkeys(files)
-    for file in files:
-        if match := re.fullmatch(r"(.+-)(\d+)-of-(\d+)(\.\w+)", file.name):
-            stem, number, count, suffix = match.groups()
-            for k in range(1, int(count) + 1):
-                name = f"{stem}{k:0{len(number)}}-of-{count}{suffix}"
-                complete[file.with_name(name)] = None
-    return sorted(complete)
-
-
-def _sat_files(directory: Path) -> list[Path]:
-    step = (directory / "latest").read_text(encoding="utf-8").strip()
-    check_plain(step, directory / "latest")
-    files = sorted((directory / step).glob("mp_rank_*_model_states.pt"))
-    if len(files) > 1:
-        raise ModelError(
-            f"{directory / step} is split over {len(files)} model-parallel ranks, only 1 can be read; "
-            "merge it with SAT's own merge command first"
-        )
-    return files or [directory / step / "mp_rank_00_model_states.pt"]
-
-
 def stored_entries(file: Path) -> dict[str, Entry]:
-    """Names and entries of the tensors in one file; DamagedFile says what is wrong with it."""
-    if not file.exists():
-        raise DamagedFile("is missing")
-    if file.is_dir():
-        raise DamagedFile("is a directory, not a weight file")
+    """Names and entries of the tensors in one weight file; DamagedFile says what is wrong with it."""
     try:
-        with open(file, "rb") as stream:
+        kind = kind_of(os.stat(file).st_mode)
+        if kind:
+            raise DamagedFile(f"is {kind}, not a weight file")
+        with open_regular(file) as stream:
             if stream.read(len(LFS_MARK)) == LFS_MARK:
                 raise DamagedFile("is only a Git LFS pointer, not the weights; run `git lfs pull`")
-        if file.suffix == ".safetensors":
-            return _safetensors_entries(file)
+            if file.suffix == ".safetensors":
+                return _safetensors_entries(file, stream)
         return _pickled_entries(file)
+    except FileNotFoundError:
+        raise DamagedFile("is missing") from None
     except OSError as error:
         raise DamagedFile(f"cannot be read ({reason(error)})") from None
-
-
-def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors in `directory`, from which a family reads the layout.
-
-    {} if a file is missing or damaged.
-    """
-    shapes = {}
-    with suppress(ModelError, DamagedFile):
-        for file in find_files(directory)[1]:
-            shapes.update((name, entry.shape) for name, entry in stored_entries(file).items())
-        return shapes
-    return {}
 
 
 def grouped_by_size(items: Iterable, nbytes_of: Callable, limit: int) -> list[list]:
@@ -206,32 +126,39 @@ def safetensors_header(
     return len(text).to_bytes(8, "little") + text
 
 
-def _safetensors_entries(file: Path) -> dict[str, Entry]:
-    size = file.stat().st_size
-    with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = stream.read(length) if length <= min(size, HEADER_LIMIT) else b""
+def _safetensors_entries(file: Path, stream: BinaryIO) -> dict[str, Entry]:
+    size = os.fstat(stream.fileno()).st_size
+    stream.seek(0)
+    length = int.from_bytes(stream.read(8), "little")
+    if HEADER_LIMIT < length <= size - 8:
+        raise DamagedFile(f"has a header of {length:,} bytes; {HEADER_LIMIT:,} is the most")
+    header = stream.read(length) if length <= size else b""
     if size < 8 or len(header) < length:
         raise DamagedFile(f"is truncated inside its header ({size:,} bytes)")
     data = 8 + length  # where the tensors begin
-    end = data
-    consistent = True
-    entries = {}
     try:
-        header = json.loads(header)
+        header = parse_json(header.decode(), file)
         header.pop("__metadata__", None)
-        for name, item in header.items():
-            start, stop = item["data_offsets"]
-            dtype = SAFETENSORS_DTYPES[item["dtype"]]
-            entries[name] = Entry(file, dtype, tuple(item["shape"]), data + start)
-            end = max(end, data + stop)
-            consistent = consistent and entries[name].nbytes == stop - start
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        entries = {name: _entry(file, item, data) for name, item in header.items()}
+    except (ModelError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DamagedFile(f"has a damaged header ({reason(error)})") from None
-    if size != end or not consistent:
+    end = max((entry.offset + entry.nbytes for entry in entries.values()), default=data)
+    if size != end:
         kind = "is truncated" if size < end else "is damaged"
         raise DamagedFile(f"{kind}: {size:,} bytes, its header says {end:,}")
     return entries
+
+
+def _entry(file: Path, item: dict, data: int) -> Entry:
+    """What a header says about one tensor; ValueError unless its place has the size of its shape."""
+    shape = item["shape"]
+    start, stop = item["data_offsets"]
+    if len(shape) > MOST_AXES or not all(is_whole(n, 0, LARGEST) for n in (*shape, start, stop)):
+        raise ValueError("shapes and offsets must be whole numbers")
+    entry = Entry(file, SAFETENSORS_DTYPES[item["dtype"]], tuple(shape), data + start)
+    if entry.nbytes != stop - start:
+        raise ValueError(f"{stop - start:,} bytes for the shape {shape}")
+    return entry
 
 
 def _pickled_entries(file: Path) -> dict[str, Entry]:
@@ -244,25 +171,22 @@ def _load_pickled(file: Path) -> dict[str, torch.Tensor]:
 
     Zip files (torch >= 1.6) are mapped, older ones are loaded whole.
     """
-    with open(file, "rb") as stream:
+    with open_regular(file) as stream:
         mapped = stream.read(2) == b"PK"
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        with native_path(file) as path:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         state = state.get("module", state)  # SAT keeps the state dict one level down
-        return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        OSError,
-        EOFError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ):
+        return {name: value for name, value in state.items() if _is_plain_tensor(name, value)}
+    except Exception:  # a pickle is a program for torch's reader: it may fail in any way
         raise DamagedFile(
             "is truncated, or holds more than tensors (pickled code is never run)"
         ) from None
+
+
+def _is_plain_tensor(name, value) -> bool:
+    tensor = isinstance(name, str) and isinstance(value, torch.Tensor)
+    return tensor and value.layout is torch.strided and not value.is_quantized
 
 
 class TensorReader:
@@ -280,7 +204,8 @@ class TensorReader:
         """The stored tensor, contiguous; ModelError if the file is shorter than when opened."""
         if entry.offset is None:
             return _raw(np.empty(entry.nbytes, np.uint8), entry).copy_(self._pickled(name, entry))
-        raw = np.fromfile(entry.file, np.uint8, entry.nbytes, offset=entry.offset)
+        with open_regular(entry.file) as stream:
+            raw = np.fromfile(stream, np.uint8, entry.nbytes, offset=entry.offset)
         if raw.size < entry.nbytes:
             raise ModelError(f"{entry.file} became shorter while it was read; download it again")
         return _raw(raw, entry)

@@ -11,7 +11,7 @@ import re
 import numpy as np
 
 from models.checkpoint.table import Weight, pair
-from models.config import DecoderConfig, Rope, check_fields, rope_of
+from models.config import DecoderConfig, Rope, check_fields, head_size, rope_of
 from models.errors import ModelError
 from models.family import Prompt, SamplingDefaults
 from models.network.rope import interleaved_order, permute_heads
@@ -51,7 +51,7 @@ CHATGLM_ONLY = {
     "pre_seq_len": None,
 }
 NOT_RELEASED = (
-    "config.json has {field} = {given!r}, which none of the released models has "
+    "config.json has {field} = {given}, which none of the released models has "
     "(they have {wanted!r}); take config.json from the release"
 )
 WITH_TOOLS = (
@@ -297,7 +297,7 @@ def chatglm_decoder(config: dict) -> DecoderConfig:
     check_fields(config, CHATGLM_ONLY, NOT_RELEASED)
     hidden = config["hidden_size"]
     heads = config["num_attention_heads"]
-    head_dim = config.get("kv_channels") or hidden // heads
+    head_dim = config.get("kv_channels") or head_size(hidden, heads)
     return DecoderConfig(
         vocab_size=config["padded_vocab_size"],
         hidden=hidden,

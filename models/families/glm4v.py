@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from models.checkpoint.table import Weight, dense, fused_dense, one_to_one, pair
-from models.config import VisionSpec, check_fields
+from models.config import VisionSpec, check_fields, patch_grid
 from models.errors import ModelError
 from models.family import Layout, Prompt
 from models.network.vision_blocks import Attention, GluAdapter, Mlp, Normalize, with_class_token
@@ -92,7 +92,7 @@ class Glm4V(Glm4):
         tower = config["vision_config"]
         check_fields(tower, {"hidden_act": "gelu", "in_channels": 3}, NOT_RELEASED)
         side = tower["image_size"]
-        grid = tower["image_size"] // tower["patch_size"]
+        grid = patch_grid(side, tower["patch_size"], least=2)
         if tower["num_positions"] != grid * grid + 1:
             raise ModelError(
                 f"vision_config has num_positions {tower['num_positions']}, but a picture of "

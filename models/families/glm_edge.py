@@ -13,7 +13,15 @@ import torch
 from torch import nn
 
 from models.checkpoint.table import Weight, one_to_one, pair
-from models.config import DecoderConfig, VisionSpec, check_fields, chosen, rope_of
+from models.config import (
+    DecoderConfig,
+    VisionSpec,
+    check_fields,
+    chosen,
+    head_size,
+    patch_grid,
+    rope_of,
+)
 from models.family import SamplingDefaults
 from models.network.rope import interleaved_order
 from models.network.vision_blocks import GluAdapter, Normalize, PreNormBlock, gelu_erf, gelu_tanh
@@ -34,7 +42,7 @@ from .weight_rows import (
 MEAN = STD = (0.5, 0.5, 0.5)
 ACTIVATIONS = {"gelu_pytorch_tanh": gelu_tanh, "gelu": gelu_erf}
 OTHER_ACTIVATION = (
-    "config.json says {field} {given!r}, GLM-Edge has {wanted!r}; use the released config.json"
+    "config.json says {field} {given}, GLM-Edge has {wanted!r}; use the released config.json"
 )
 SIGLIP = {
     "hidden_size": 768,
@@ -128,7 +136,7 @@ class GlmEdge(TemplatedFamily):
         self.default_template = CHAT_V
         self.siglip = SIGLIP | self.config["vision_config"]
         side = self.siglip["image_size"]
-        grid = self.siglip["image_size"] // self.siglip["patch_size"]
+        grid = patch_grid(side, self.siglip["patch_size"], least=2)
         rows = (grid // 2) ** 2 + 2
         self.vision = VisionSpec((1, side, side, 3), (1, rows, self.decoder.hidden))
         self.placeholder = ("<|begin_of_image|>", self.config["boi_token_id"])
@@ -206,7 +214,8 @@ class GlmEdge(TemplatedFamily):
 
 
 def _decoder(config: dict) -> DecoderConfig:
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    head_dim = config.get("head_dim")
+    head_dim = head_dim or head_size(config["hidden_size"], config["num_attention_heads"])
     return DecoderConfig(
         vocab_size=config["vocab_size"],
         hidden=config["hidden_size"],

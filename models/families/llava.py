@@ -17,7 +17,8 @@ from models.config import (
     VisionSpec,
     check_fields,
     chosen,
-    read_optional_json,
+    head_size,
+    patch_grid,
     rope_of,
 )
 from models.errors import ModelError
@@ -38,6 +39,7 @@ from models.prompt.tokenizers import (
     SentencePieceTokenizer,
     added_tokens,
 )
+from models.side_files import read_optional_json
 
 from .templated import TemplatedFamily
 from .weight_rows import buffers, decoder_weights, output_matrix, prefix, tower_block, unused
@@ -69,7 +71,7 @@ CLIP = {
 }
 CLIP_ONLY = {"model_type": "clip_vision_model", "num_channels": 3}
 OTHER_PART = (
-    "{part} says {{field}} {{given!r}}, this toolkit runs LLaVA with {{wanted!r}} only; "
+    "{part} says {{field}} {{given}}, this toolkit runs LLaVA with {{wanted!r}} only; "
     "use llava-hf/llava-1.5-7b-hf"
 )
 # of a config without vision_config
@@ -169,7 +171,7 @@ class Llava(TemplatedFamily):
         self.layers = self._feature_layers()
         self.whole = self._keeps_class_token()
         side = self.clip["image_size"]
-        rows = (side // self.clip["patch_size"]) ** 2 + self.whole
+        rows = patch_grid(side, self.clip["patch_size"]) ** 2 + self.whole
         self.vision = VisionSpec((1, side, side, 3), (1, rows, self.decoder.hidden))
         image_token = config.get("image_token_index", config.get("image_token_id", 32000))
         self.placeholder = ("<image>", image_token)
@@ -293,7 +295,7 @@ class Llava(TemplatedFamily):
 def _decoder(text: dict) -> DecoderConfig:
     heads = text["num_attention_heads"]
     hidden = text["hidden_size"]
-    head_dim = text.get("head_dim") or hidden // heads
+    head_dim = text.get("head_dim") or head_size(hidden, heads)
     return DecoderConfig(
         vocab_size=text["vocab_size"],
         hidden=hidden,

@@ -8,7 +8,7 @@ import functools
 
 import numpy as np
 
-from models.checkpoint.shards import stored_shapes
+from models.checkpoint.weight_files import stored_shapes
 from models.errors import ModelError
 from models.family import Family, Layout, Prompt
 from models.generation_config import token_ids

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from models.checkpoint.table import Weight, dense, fused_dense, one_to_one, pair
-from models.config import DecoderConfig, Rope, VisionSpec
+from models.config import DecoderConfig, Rope, VisionSpec, head_size, patch_grid
 from models.errors import ModelError
 from models.family import Family, Layout, Prompt, SamplingDefaults
 from models.network.rope import permute_heads, two_halves_order
@@ -143,7 +143,7 @@ class VisualGLM(Family):
         self.sat = "eva_args" in config
         if self.sat:
             parts = {"eva_config": config["eva_args"], "qformer_config": config["qformer_args"]}
-            config = {**config, **parts}
+            config = config | parts
         super().__init__(directory, config)
         hidden = config["hidden_size"]
         heads = config["num_attention_heads"]
@@ -153,7 +153,7 @@ class VisualGLM(Family):
             layers=config["num_layers"],
             heads=heads,
             kv_heads=heads,
-            head_dim=hidden // heads,
+            head_dim=head_size(hidden, heads),
             ffn=config.get("inner_hidden_size") or 4 * hidden,
             eps=config["layernorm_epsilon"],
             rope=Rope(dim=hidden // heads // 2, channels=2, half_rounded=True),
@@ -163,7 +163,9 @@ class VisualGLM(Family):
             # the release never passes num_layers to its blocks: always 28
             residual_alpha=math.sqrt(2 * 28),
         )
-        side = self.config["eva_config"]["image_size"][0]
+        eva = self.config["eva_config"]
+        side = eva["image_size"][0]
+        patch_grid(side, eva["patch_size"])
         rows = self.config["qformer_config"]["vocab_size"]
         self.vision = VisionSpec((1, side, side, 3), (1, rows, hidden))
         self.stop_ids = (config["eos_token_id"],)

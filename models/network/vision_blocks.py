@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from models.errors import ModelError
+
 
 def repeated_lists(tower: nn.Module) -> list[str]:
     """Paths of the outermost ModuleLists, whose members make up nearly all of a tower."""
@@ -38,6 +40,11 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, context_width: int | None = None):
         super().__init__()
+        if width % heads:
+            raise ModelError(
+                f"the vision encoder is {width} wide, which its {heads} attention heads do not "
+                "divide; take config.json from the release"
+            )
         self.heads = heads
         self.head_dim = width // heads
         self.crossed = context_width is not None

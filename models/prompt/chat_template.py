@@ -8,8 +8,8 @@ import json
 from datetime import datetime
 from pathlib import Path
 
-from models.config import read_optional_json
 from models.errors import ModelError
+from models.side_files import read_optional_json
 
 SPECIAL = (
     "bos_token",

@@ -8,8 +8,8 @@ import base64
 import re
 from pathlib import Path
 
-from models.config import read_optional_json
 from models.errors import ModelError
+from models.side_files import read_optional_json
 
 from .token_bytes import byte_level_bytes, fallback_byte
 

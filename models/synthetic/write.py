@@ -14,9 +14,9 @@ import torch
 from models import RELEASED, known_families
 from models.checkpoint.shards import grouped_by_size, safetensors_header
 from models.checkpoint.table import Weight
-from models.config import read_json
 from models.errors import ModelError
 from models.files import is_private_name, new_file, open_regular
+from models.side_files import read_as_stored
 
 from .releases import RELEASES, as_json_bytes
 
@@ -91,7 +91,7 @@ def write_checkpoint(
 
 def _release(like: str, scale: str) -> tuple[dict, dict[str, bytes]]:
     """config.json as a dict, and the tokenizer files."""
-    release = read_json(RELEASED / f"{like}.json")
+    release = read_as_stored(RELEASED / f"{like}.json")
     config = release["config"] if scale == "full" else _merged(release["config"], release["tiny"])
     files, fields = RELEASES[like](release["tokenizer_config"], scale == "full")
     return config | fields, files

@@ -11,7 +11,7 @@ from pathlib import Path
 from models.checkpoint.quantized import FILE
 from models.checkpoint.shards import TensorReader, stored_entries
 from models.checkpoint.table import WeightTable
-from models.config import read_json
+from models.side_files import read_as_stored
 from runtime.common.errors import CHECK_FAILED, ToolkitError
 from runtime.common.files import (
     CHECKSUMS,
@@ -70,7 +70,7 @@ def write_files(
         names = write_weights(entries, folder, kind, update, layers, one_file)
     texts = {
         REPORT: report(plan, work, verdict),
-        "config.json": write_config(read_json(source / "config.json"), kind, plan.dtype),
+        "config.json": write_config(read_as_stored(source / "config.json"), kind, plan.dtype),
         description: write_description(kinds, kind),
     }
     names += copy_small_files(source, folder)

@@ -12,8 +12,8 @@ from pathlib import Path
 from models import family_of
 from models.checkpoint import Checkpoint
 from models.checkpoint.quantized import FILE, Description, find_description, stored_weights
-from models.config import read_json
 from models.errors import ModelError
+from models.side_files import read_json
 from runtime.common.files import checksum_problems
 from runtime.parallel.split import Split
 

@@ -187,10 +187,11 @@ def test_the_same_name_in_two_files(tmp_path):
         (lambda d: d.rmdir(), "does not exist"),
         (lambda d: (d.rmdir(), d.write_text("x")), "is a file"),
         (lambda d: None, "holds no weights"),
-        (lambda d: (d / "model.safetensors").mkdir(), "is a directory"),
+        (lambda d: (d / "model.safetensors").mkdir(), "is a folder, not a weight file"),
         (lambda d: (d / "model.safetensors").write_bytes(bytes(100)), "damaged header"),
         (lambda d: (d / "model.safetensors.index.json").write_text("{"), "not valid JSON"),
-        (lambda d: (d / "model.safetensors.index.json").write_text("[]"), "no weight_map"),
+        (lambda d: (d / "model.safetensors.index.json").write_text("{}"), "no weight_map"),
+        (lambda d: (d / "model.safetensors.index.json").write_text("[]"), "JSON object"),
         (lambda d: (d / "latest").write_text("7"), "mp_rank_00_model_states.pt is missing"),
     ],
 )

@@ -15,8 +15,8 @@ import torch
 from models import family_of
 from models.checkpoint import Checkpoint
 from models.checkpoint.table import Weight
-from models.config import read_json
 from models.errors import ModelError
+from models.side_files import read_json
 from models.synthetic import __main__ as synthetic
 from models.synthetic import write as writing
 from models.synthetic.tokenizer_files import ice_text

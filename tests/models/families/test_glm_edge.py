@@ -19,10 +19,10 @@ from torch.nn import functional as F
 
 from models import family_of
 from models.checkpoint import Checkpoint
-from models.config import read_json
 from models.errors import ModelError
 from models.families.glm_edge import GlmEdge
 from models.prompt.streaming import StreamDecoder
+from models.side_files import read_json
 from runtime import Engine, SamplingParams
 
 CHAT, EYES = (paths.GOLDEN / name for name in ("glm_edge", "glm_edge_v"))

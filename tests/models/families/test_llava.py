@@ -16,12 +16,12 @@ from safetensors.torch import save_file
 
 from models import family_of
 from models.checkpoint import Checkpoint
-from models.config import read_json
 from models.errors import ModelError
 from models.families.llava import Llava
 from models.prompt.images import CLIP_MEAN, CLIP_STD
 from models.prompt.streaming import StreamDecoder
 from models.prompt.tokenizers import SentencePieceTokenizer
+from models.side_files import read_json
 from runtime import Engine, SamplingParams
 
 GOLDEN = paths.GOLDEN / "llava"

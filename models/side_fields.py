@@ -1,0 +1,183 @@
+"""The known fields of a checkpoint's side files: which type and range each must have.
+
+Takes a file's name and a field's place in it ("vision_config.patch_size"), returns a rule. The ranges are far beyond
+every released model; they hold back numbers that would be used as sizes and counts before anything else is checked.
+"""
+
+import reprlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+SHOWN = 60  # characters of a value in a message
+
+
+def shown(value) -> str:
+    """A value of a stranger's file for a message: short, one line, nothing invisible."""
+    if value is None:
+        return "null"
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = SHOWN
+    short.maxlevel = 2
+    return short.repr(value)[: 2 * SHOWN]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value must be, in words and as a test."""
+
+    words: str
+    fits: Callable[[object], bool]
+
+
+def is_whole(value, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def is_real(value, least: float, most: float) -> bool:
+    """Infinite values and NaN are in no range."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and least <= value <= most
+
+
+def is_text(value) -> bool:
+    return isinstance(value, str)
+
+
+def is_token(value) -> bool:
+    """A text, or a table whose "content" is one."""
+    return is_text(value.get("content") if isinstance(value, dict) else value)
+
+
+def is_template(value) -> bool:
+    """A template, or several named ones."""
+    if isinstance(value, dict):
+        return all(map(is_text, value.values()))
+    if isinstance(value, list):
+        return all(is_named_template(entry) for entry in value)
+    return is_text(value)
+
+
+def is_named_template(entry) -> bool:
+    return isinstance(entry, dict) and is_text(entry.get("name")) and is_text(entry.get("template"))
+
+
+def is_added(value) -> bool:
+    """{"id": {"content": text, ...}, ...}"""
+    if not isinstance(value, dict):
+        return False
+    return all(
+        name.isascii() and name.isdigit() and len(name) < 10 and is_token(entry)
+        for name, entry in value.items()
+    )
+
+
+def whole(least: int, most: int) -> Rule:
+    words = f"a whole number from {least:,} to {most:,}"
+    return Rule(words, lambda value: is_whole(value, least, most))
+
+
+def real(least: float, most: float) -> Rule:
+    return Rule(f"a number from {least:g} to {most:g}", lambda value: is_real(value, least, most))
+
+
+def lists_of(rule: Rule, least: int = 0, most: int = 1000) -> Rule:
+    return Rule(
+        f"a list of {least} to {most:,} values, each {rule.words}",
+        lambda value: (
+            isinstance(value, list) and least <= len(value) <= most and all(map(rule.fits, value))
+        ),
+    )
+
+
+def either(first: Rule, second: Rule) -> Rule:
+    return Rule(
+        f"{first.words}, or {second.words}", lambda value: first.fits(value) or second.fits(value)
+    )
+
+
+TEXT = Rule("a text", is_text)
+FLAG = Rule("true or false", lambda value: isinstance(value, bool))
+TABLE = Rule("a table {...}", lambda value: isinstance(value, dict))
+TEXTS = Rule(
+    "a table of texts",
+    lambda value: isinstance(value, dict) and all(map(is_text, value.values())),
+)
+TOKEN = Rule('a text, or a table with a text as "content"', is_token)
+WIDTH = whole(1, 1 << 18)
+HEADS = whole(1, 1 << 12)
+LAYERS = whole(1, 1000)
+PIECES = whole(1, 1 << 24)
+POSITIONS = whole(1, 1 << 27)
+SIDE = whole(1, 1 << 13)
+SQUARE = Rule(
+    "a list of two equal sides of up to 8,192 pixels",
+    lambda value: lists_of(SIDE, 2, 2).fits(value) and value[0] == value[1],
+)
+ID = whole(-1, (1 << 31) - 1)
+IDS = either(ID, lists_of(ID))
+EPSILON = real(0, 1)
+CHANNELS = either(real(-1e6, 1e6), lists_of(real(-1e6, 1e6), 1, 4))
+
+CONFIG = {
+    **dict.fromkeys(("hidden_size", "intermediate_size", "inner_hidden_size"), WIDTH),
+    **dict.fromkeys(("ffn_hidden_size", "cross_attn_hidden_size"), WIDTH),
+    **dict.fromkeys(("num_layers", "num_hidden_layers"), LAYERS),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_heads"), HEADS),
+    **dict.fromkeys(("multi_query_group_num", "head_dim", "kv_channels"), HEADS),
+    **dict.fromkeys(("vocab_size", "padded_vocab_size"), PIECES),
+    **dict.fromkeys(("max_position_embeddings", "seq_length"), POSITIONS),
+    "max_sequence_length": whole(0, 1 << 27),
+    **dict.fromkeys(("image_size", "patch_size"), SIDE),
+    **dict.fromkeys(("eva_config.image_size", "eva_args.image_size"), SQUARE),
+    **dict.fromkeys(("qformer_config.vocab_size", "qformer_args.vocab_size"), whole(1, 1 << 14)),
+    "vision_feature_layer": either(whole(-1000, 1000), lists_of(whole(-1000, 1000))),
+    "num_positions": whole(1, 1 << 26),
+    "qformer_config.is_decoder": lists_of(FLAG, 1),
+    "qformer_args.is_decoder": lists_of(FLAG, 1),
+    **dict.fromkeys(("layer_norm_eps", "layernorm_epsilon", "rms_norm_eps"), EPSILON),
+    "rope_theta": real(1, 1e15),
+    "rope_ratio": real(1e-6, 1e9),
+    "partial_rotary_factor": real(1e-6, 1),
+    "scaling_factor": real(1e-6, 1e6),
+    **dict.fromkeys(("attention_bias", "mlp_bias", "add_qkv_bias"), FLAG),
+    **dict.fromkeys(("tie_word_embeddings", "multimodal_projector_bias"), FLAG),
+    **dict.fromkeys(("model_type", "hidden_act", "projector_hidden_act", "rope_type"), TEXT),
+    **dict.fromkeys(("torch_dtype", "dtype", "vision_feature_select_strategy"), TEXT),
+    **dict.fromkeys(("text_config", "vision_config", "eva_config", "qformer_config"), TABLE),
+    **dict.fromkeys(("eva_args", "qformer_args", "rope_parameters", "rope_scaling"), TABLE),
+    "quantization_config": TABLE,
+    **dict.fromkeys(("bos_token_id", "pad_token_id", "mask_token_id", "gmask_token_id"), ID),
+    **dict.fromkeys(("boi_token_id", "eoi_token_id"), ID),
+    **dict.fromkeys(("image_token_index", "image_token_id"), ID),
+    "eos_token_id": IDS,
+}
+TOKENIZER = {
+    "added_tokens_decoder": Rule('a table of ids, each with a text as "content"', is_added),
+    "chat_template": Rule("a text, or named texts", is_template),
+    **dict.fromkeys(("bos_token", "eos_token", "unk_token", "sep_token"), TOKEN),
+    **dict.fromkeys(("pad_token", "cls_token", "mask_token"), TOKEN),
+}
+PREPROCESSOR = {
+    **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), FLAG),
+    **dict.fromkeys(("do_pad", "do_convert_rgb"), FLAG),
+    **dict.fromkeys(("image_mean", "image_std"), CHANNELS),
+    "rescale_factor": real(0, 1e6),
+    "resample": whole(0, 5),
+    **dict.fromkeys(("size.height", "size.width", "size.shortest_edge"), SIDE),
+    **dict.fromkeys(("crop_size.height", "crop_size.width"), SIDE),
+    **dict.fromkeys(("size", "crop_size"), either(SIDE, TABLE)),
+}
+INDEX = {"weight_map": TEXTS}
+FILES = {
+    "config.json": CONFIG,
+    "model_config.json": CONFIG,
+    "tokenizer_config.json": TOKENIZER,
+    "special_tokens_map.json": TOKENIZER,
+    "chat_template.json": TOKENIZER,
+    "preprocessor_config.json": PREPROCESSOR,
+}
+
+
+def rules_of(file: str) -> dict[str, Rule]:
+    """The rules of the file of that name: of a field by its place in the file, or by its last name."""
+    return INDEX if file.endswith(".index.json") else FILES.get(file, {})
