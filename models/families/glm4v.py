@@ -13,6 +13,7 @@ from models.errors import ModelError
 from models.family import Layout, Prompt
 from models.network.vision_blocks import Attention, GluAdapter, Mlp, Normalize, with_class_token
 from models.prompt.images import CLIP_MEAN, CLIP_STD, open_image, squash
+from models.prompt.preprocessor import check_preprocessor, squashed
 
 from .glm4 import NOT_RELEASED, Glm4, is_chatglm, released_pieces
 from .weight_rows import glu_adapter_weights
@@ -102,6 +103,7 @@ class Glm4V(Glm4):
         self.vision = VisionSpec(
             (1, side, side, 3), (1, (grid // 2) ** 2 + 2, config["hidden_size"])
         )
+        check_preprocessor(self.directory, self.name, squashed(side))
 
     def vision_encoder(self):
         return VisionEncoder(self.config["vision_config"], self.decoder.hidden, self.decoder.ffn)

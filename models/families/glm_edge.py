@@ -26,6 +26,7 @@ from models.family import SamplingDefaults
 from models.network.rope import interleaved_order
 from models.network.vision_blocks import GluAdapter, Normalize, PreNormBlock, gelu_erf, gelu_tanh
 from models.prompt.images import fit_pad, open_image
+from models.prompt.preprocessor import check_preprocessor, padded
 from models.prompt.tokenizers import JsonTokenizer, MissingTokenizer
 
 from .templated import TemplatedFamily
@@ -140,6 +141,7 @@ class GlmEdge(TemplatedFamily):
         rows = (grid // 2) ** 2 + 2
         self.vision = VisionSpec((1, side, side, 3), (1, rows, self.decoder.hidden))
         self.placeholder = ("<|begin_of_image|>", self.config["boi_token_id"])
+        check_preprocessor(self.directory, self.name, padded(side))
 
     def vision_encoder(self):
         return VisionEncoder(self.siglip, self.decoder.hidden, self.decoder.ffn)

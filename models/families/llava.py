@@ -32,7 +32,8 @@ from models.network.vision_blocks import (
     quick_gelu,
     with_class_token,
 )
-from models.prompt.images import CLIP_MEAN, CLIP_STD, center_crop, open_image
+from models.prompt.images import CLIP_MEAN, CLIP_STD, center_crop, open_image, pad_square
+from models.prompt.preprocessor import check_preprocessor, cropped, pads_to_square
 from models.prompt.tokenizers import (
     JsonTokenizer,
     MissingTokenizer,
@@ -83,6 +84,7 @@ VIT_L_336 = {
     "image_size": 336,
     "patch_size": 14,
 }
+MEAN_COLOUR = tuple(int(255 * mean) for mean in CLIP_MEAN)
 TEMPLATE = """\
 {% for message in messages %}{% if message.role != 'system' %}{{ message.role | upper }}: {% endif %}
 {% for part in message.content if part.type == 'image' %}{{ '<image>\n' }}{% endfor %}
@@ -175,6 +177,7 @@ class Llava(TemplatedFamily):
         self.vision = VisionSpec((1, side, side, 3), (1, rows, self.decoder.hidden))
         image_token = config.get("image_token_index", config.get("image_token_id", 32000))
         self.placeholder = ("<image>", image_token)
+        check_preprocessor(self.directory, self.name, cropped(side))
 
     def vision_encoder(self):
         activation = chosen(ACTIVATIONS, self.config, "projector_hidden_act", "gelu")
@@ -206,8 +209,19 @@ class Llava(TemplatedFamily):
         """Any number of images is accepted; they stand in the order of the prompt."""
 
     def fit(self, source, side):
-        """The shorter edge becomes `side`, then the centre is cut out."""
-        return center_crop(open_image(source), side)
+        """The shorter edge becomes `side`, then the centre is cut out.
+
+        With do_pad of the directory's preprocessor_config.json, squares are made of all images
+        first, so that nothing is cut off.
+        """
+        image = open_image(source)
+        if self._pads:
+            image = pad_square(image, MEAN_COLOUR)
+        return center_crop(image, side)
+
+    @functools.cached_property
+    def _pads(self) -> bool:
+        return pads_to_square(self.directory)
 
     def _expand(self, ids):
         times = np.where(ids == self.placeholder[1], self.vision.rows, 1)

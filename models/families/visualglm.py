@@ -27,6 +27,7 @@ from models.network.vision_blocks import (
 )
 from models.prompt.images import CLIP_MEAN, CLIP_STD, denormalize, open_image, squash
 from models.prompt.messages import split_content
+from models.prompt.preprocessor import check_preprocessor, squashed
 from models.prompt.streaming import TRAINING_DATE, partial_match, with_training_date
 from models.prompt.tokenizers import IceTokenizer
 
@@ -168,6 +169,7 @@ class VisualGLM(Family):
         patch_grid(side, eva["patch_size"])
         rows = self.config["qformer_config"]["vocab_size"]
         self.vision = VisionSpec((1, side, side, 3), (1, rows, hidden))
+        check_preprocessor(self.directory, self.name, squashed(side))
         self.stop_ids = (config["eos_token_id"],)
 
     def vision_encoder(self):

@@ -112,6 +112,19 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     return _array(resized.crop((left, top, left + size, top + size)))
 
 
+def pad_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """The image in the middle of a square as long as its longer edge: LLaVA's authors' own way."""
+    side = max(image.size)
+    if side * side > MAX_PIXELS:
+        raise ImageTooLarge(
+            f"a picture of {image.width}x{image.height} becomes a square of {side * side:,} pixels, "
+            f"the limit is {MAX_PIXELS:,}; make it smaller first"
+        )
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
 def fit_pad(image: Image.Image, size: int) -> np.ndarray:
     """Fit into size x size keeping the aspect (also enlarging), top left, rest zero: GLM-Edge-V."""
     across = size / image.width
