@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from models.checkpoint.shards import grouped_by_size, safetensors_header, stored_entries
+from models.files import named
 from runtime.common.files import write_atomically
 
 SHARD_BYTES = 4 << 30
@@ -96,7 +97,7 @@ def _index(folder: Path, names: list[str]) -> dict:
 def _write_shard(file: Path, entries: list[Entry]) -> Iterator[int]:
     """Header, then tensor after tensor; yields the bytes of each."""
     tensors = [(entry.name, entry.dtype, entry.shape) for entry in entries]
-    with open(file, "wb") as stream:
+    with named(file), open(file, "wb") as stream:
         stream.write(safetensors_header(tensors, {"format": "pt"}))
         for entry in entries:
             tensor = entry.read().to(entry.dtype).contiguous()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+from models.files import named
 from runtime.common.errors import INTERRUPTED, ToolkitError
 from runtime.common.files import appended_text, new_text, write_atomically
 from runtime.common.progress import print_status, token_progress
@@ -125,7 +126,7 @@ def append_csv(path: Path, row: dict, max_model_len: int, fresh: bool):
     header."""
     figures = ["" if row[name] is None else f"{row[name]:.2f}" for name in HEADER[4:]]
     values = [row["batch"], max_model_len, row["input"], row["output"], *figures]
-    with new_text(path) if fresh else appended_text(path) as file:
+    with named(path), new_text(path) if fresh else appended_text(path) as file:
         writer = csv.writer(file)
         if fresh:
             writer.writerow(HEADER)

@@ -8,6 +8,7 @@ import json
 import time
 from pathlib import Path
 
+from models.files import named
 from runtime.common.files import new_text, write_atomically
 from runtime.common.progress import print_status, token_progress
 
@@ -27,7 +28,7 @@ def measure_case(engine, options: BenchOptions, folder: Path):
     arguments["input_len"] = timelines[0].input_tokens
     peaks = peak_memory(engine)
     path = folder / f"{time.strftime('%Y%m%d%H%M%S')}.csv"
-    with new_text(path) as file:
+    with named(path), new_text(path) as file:
         rows = [("Key", "Value"), *arguments.items(), *info.items(), *peaks.items()]
         csv.writer(file).writerows(rows)
     figures = arguments | serving_figures(timelines) | peaks

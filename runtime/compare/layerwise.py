@@ -9,12 +9,14 @@ the attention and the MLP of every layer, the final norm, and the logits.
 """
 
 import math
+import os
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from models.files import named
 from runtime.common import metrics
 
 HALF_MAX = 65504.0  # the largest fp16 number
@@ -34,6 +36,9 @@ class RecordingTap:
         self.stages = {stage: index for index, stage in enumerate(stages)}
         shape = (len(stages), tokens, hidden)
         self.values = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+        with named(path), open(path, "r+b") as file:
+            # a full disk ends here in an error; found while the map is written, it ends the process
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         path.unlink()  # lives on as long as it is mapped, and not a moment longer
         self.num_recorded = Counter()  # stage -> tokens
 

@@ -1,5 +1,6 @@
 """Precision report: measures against their definitions, the verdict, files, and the command on a tiny checkpoint."""
 
+import errno
 import json
 import re
 import shutil
@@ -15,7 +16,7 @@ from runtime.common import files, metrics
 from runtime.common import sample_questions as questions
 from runtime.common.errors import ToolkitError, run_command
 from runtime.compare import __main__ as compare
-from runtime.compare import cases, components, outcomes, runs, verdict
+from runtime.compare import cases, components, layerwise, outcomes, runs, verdict
 from runtime.compare.dataset import read as read_dataset
 from runtime.compare.options import CompareOptions
 from runtime.compare.report import formats
@@ -454,6 +455,17 @@ def test_dataset_without_answers(line, words, tmp_path, capsys):
     assert run(tmp_path / "out", "--dataset", str(tmp_path / "d.jsonl")) == 2
     shown = capsys.readouterr().err
     assert "line 3, question 2: " in shown and words in shown
+
+
+def test_a_full_disk_is_found_before_the_streams_are_written(tmp_path, monkeypatch):
+    def full(descriptor, start, size):
+        assert size >= 4 * 2 * 3 * 4
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(layerwise.os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left on device") as error:
+        layerwise.RecordingTap(tmp_path / "s.npy", ["a", "b"], 3, 4)
+    assert error.value.filename == str(tmp_path / "s.npy")
 
 
 def test_dataset_with_half_an_emoji(tmp_path):
