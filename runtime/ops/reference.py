@@ -125,7 +125,8 @@ class ReferenceOps:
             return self.linear(x, dequantized(layer, x.dtype))
         q, token_scale = quantize(x, layer)
         total = q.double() @ layer.weight.double().T
-        return dequantize(total, token_scale, layer).to(x.dtype)
+        y = dequantize(total, token_scale, layer)
+        return (y + not_finite(x) if layer.static else y).to(x.dtype)
 
     def layer_norm(self, x, norm, eps):
         y = F.layer_norm(x.float(), x.shape[-1:], norm.weight.float(), norm.bias.float(), eps)
@@ -193,6 +194,12 @@ def dequantized(layer, dtype) -> Linear:
     weight = layer.weight.float() * layer.scale[:, None]
     bias = None if layer.bias is None else layer.bias.to(dtype)
     return Linear(weight.to(dtype), bias)
+
+
+def not_finite(x):
+    """x [T, k] -> float32 [T, 1]: 0, or NaN for a token with NaN or Inf, which whole numbers of a
+    static layer cannot say."""
+    return x.abs().amax(-1, keepdim=True).float() * 0
 
 
 def quantize(x, layer):

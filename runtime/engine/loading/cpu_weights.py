@@ -23,9 +23,9 @@ from runtime.common.progress import byte_progress, step_progress
 from runtime.ops.cpu.packed_weights import GROUP, Int4Weight, Int8Weight
 
 from .packed_folder import DamagedPack, Layout, check_listed, read_weights, write_list
-from .weights import MATRICES, decoder_rows
+from .weights import MATRICES, check_finite, decoder_rows, sources_of
 
-PACKER = 1  # raise it when other numbers are stored: folders of older packers are made again
+PACKER = 2  # raise it when other numbers are stored: folders of older packers are made again
 FORMS = {"int8": Int8Weight, "int4": Int4Weight}
 
 
@@ -106,7 +106,10 @@ def _pack(checkpoint, family, kind, split, folder: Path, layouts: dict[str, Layo
     with locked(work), byte_progress(f"packing to {kind}") as progress:
         with suppress(DamagedPack):
             return check_listed(folder, layouts)  # another process was quicker
-        for name, tensor in checkpoint.assemble(decoder_rows(family, split), progress=progress):
+        rows = list(decoder_rows(family, split))
+        sources = sources_of(rows)
+        for name, tensor in checkpoint.assemble(rows, progress=progress):
+            check_finite(sources[name], tensor)
             save_file(_stored(name, tensor, kind), work / f"{name}.safetensors")
         write_list(work)
         remove_folder(folder)

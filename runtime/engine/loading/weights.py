@@ -9,11 +9,11 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from models.checkpoint.quantized import layer_of, stored_weights
+from models.checkpoint.quantized import float_scale, layer_of, stored_weights
 from models.checkpoint.table import Weight, WeightTable
 from models.network.decoder import linear_of
 from models.network.linear import Linear, Stacked, as_float32
-from runtime.common.errors import ToolkitError
+from runtime.common.errors import CHECK_FAILED, ToolkitError
 from runtime.common.progress import byte_progress
 
 MATRICES = ("qkv.weight", "out.weight", "up.weight", "down.weight", "lm_head.weight")
@@ -109,6 +109,27 @@ def read_rows(checkpoint, rows: list[Weight], dtype: torch.dtype, device: str, o
     return weights
 
 
+def sources_of(rows: list[Weight]) -> dict[str, str]:
+    """{target: names of the tensors in the checkpoint that it is made of}."""
+    sources = {}
+    for row in rows:
+        for part in row.parts:
+            name = str(part.target)
+            sources[name] = f"{sources[name]}, {row.source}" if name in sources else row.source
+    return sources
+
+
+def check_finite(name: str, tensor: torch.Tensor):
+    """ToolkitError for NaN or Inf in a tensor that is rounded to whole numbers, or scales them:
+    what is computed with them would not show it."""
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise ToolkitError(
+            f"{name} in the checkpoint holds NaN or Inf; download its files again, or look at the run that "
+            "wrote them",
+            CHECK_FAILED,
+        )
+
+
 def stored_bytes(checkpoint, rows: list[Weight]) -> int:
     """Bytes of the rows' sources; optional ones may be missing."""
     return sum(checkpoint.nbytes(row.source) for row in rows if row.source in checkpoint.shapes)
@@ -117,11 +138,14 @@ def stored_bytes(checkpoint, rows: list[Weight]) -> int:
 def _layers(tensors, rows, dtype):
     """(name, layer) of every layer whose pieces have all been read."""
     targets = {str(part.target): part.target for row in rows for part in row.parts}
+    sources = sources_of(rows)
     missing = Counter(target.module for target in targets.values())
     read = defaultdict(dict)
     for name, tensor in tensors:
         target = targets[name]
         _, piece = read[target.module].setdefault(target.first_row, (target.kind, {}))
+        is_scale = target.tensor == "deq_scale"  # whose bits may be stored as a whole number
+        check_finite(sources[name], float_scale(tensor) if is_scale else tensor)
         piece[target.tensor] = tensor
         missing[target.module] -= 1
         if not missing[target.module]:

@@ -15,7 +15,7 @@ from models.network.decoder import Step
 from models.network.linear import Linear
 from runtime.common.processes import keep_freed_memory
 from runtime.ops.fused import FusedOps
-from runtime.ops.reference import add_norm_bias, dequantize, dequantized, quantize
+from runtime.ops.reference import add_norm_bias, dequantize, dequantized, not_finite, quantize
 
 from . import native
 from .native import ZERO
@@ -50,7 +50,8 @@ class PackedInt8(Int8Rows):
         q, token_scale = _round_unsigned(x, layer)
         if layer.static:
             out = torch.float32 if x.dtype == torch.float16 else x.dtype
-            return self.matmul(q, ZERO + layer.input_offset, self._bias, out).to(x.dtype)
+            y = self.matmul(q, ZERO + layer.input_offset, self._bias, out)
+            return y.add_(not_finite(x)).to(x.dtype)
         y = self.matmul(q, ZERO, None, torch.float32).mul_(token_scale)
         if self._bias is not None:
             y = y.add_(self._bias)
@@ -120,7 +121,8 @@ class CpuOps(FusedOps):
             return layer(x)
         q, token_scale = quantize(x, layer)
         total = torch._int_mm(q.to(torch.int8), layer.weight.t())
-        return dequantize(total, token_scale, layer).to(x.dtype)
+        y = dequantize(total, token_scale, layer)
+        return (y + not_finite(x) if layer.static else y).to(x.dtype)
 
     def rms_norm(self, x, norm, eps):
         """In float32 and in place: torch's own is several times slower on many rows of bfloat16."""

@@ -55,8 +55,15 @@ INLINE __m512i pair(const void *p) {        /* 4 bytes in every lane */
     return _mm512_set1_epi32(bits);
 }
 
+/* 0, or NaN if one of the n values of x is NaN or Inf: whole numbers cannot say so */
+INLINE float not_finite(const bf16 *x, long n) {
+    __m512 mark = _mm512_setzero_ps();
+    for (long i = 0; i < n; i += 16) mark = _mm512_fmadd_ps(load(x + i), _mm512_setzero_ps(), mark);
+    return _mm512_reduce_add_ps(mark);
+}
+
 INLINE __m512 exponential(__m512 x) {       /* 2^n * e^r, |r| <= ln 2 / 2, Taylor's polynomial: 2e-7 relative */
-    x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
+    x = _mm512_max_ps(_mm512_set1_ps(-87.0f), x);       /* in this order: NaN stays NaN */
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);
     r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);

@@ -53,7 +53,7 @@ static float round_group(const bf16 *x, int8_t *q, float *sum) {
         memcpy(q + 64 + 4 * s + 2, pairs + 48 + s, 2);
     }
     *sum = total;
-    return scale;
+    return scale + not_finite(x, 128);
 }
 
 void matmul_int4(const Matmul *p, const bf16 *x, bf16 *y, int m) {

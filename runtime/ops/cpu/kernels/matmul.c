@@ -24,7 +24,8 @@ INLINE void tile(const int KIND, const int M, const int Z, const char *w, long s
     UNROLL for (int m = 0; m < M; m++) UNROLL for (int z = 0; z < Z; z++) sums[z][m] = acc[m][z];
 }
 
-/* A row of x as whole numbers around 128 -> its scale: `fixed`, which stands for 1, or (0) the largest value is 127. */
+/* A row of x as whole numbers around 128 -> its scale: `fixed`, which stands for 1, or (0) the largest value is 127; NaN for
+ * a row with NaN or Inf. */
 static float round_row(const bf16 *x, uint8_t *q, long k, float fixed, float offset) {
     float scale = fixed;
     if (!fixed) {
@@ -37,7 +38,7 @@ static float round_row(const bf16 *x, uint8_t *q, long k, float fixed, float off
         __m512i whole = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(v, _mm512_set1_ps(-128)), _mm512_set1_ps(127)));
         _mm_storeu_si128((__m128i *)(q + i), _mm512_cvtepi32_epi8(_mm512_add_epi32(whole, _mm512_set1_epi32(128))));
     }
-    return fixed ? 1 : scale;
+    return (fixed ? 1 : scale) + not_finite(x, k);
 }
 
 /* All rows; scales [m]. */
