@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from models.checkpoint.quantized import STATIC, as_stored, float_scale
 from models.network.decoder import Layer
 
 from .integer_layer import integer_layer, run_layer
@@ -120,7 +121,44 @@ def calibrate(plan: QuantPlan, layer: LayerModule, streams: ResidualStreams) -> 
         inputs = [streams.quantised[number] for number in plan.calibration]
     with plan.timed("calibrating"):
         tensors, kinds = quantise_linears(layer, config, float_inputs, inputs, plan.input_ranges)
-    return LayerTensors(in_result_dtype(plan, tensors, kinds), kinds, layer.outputs)
+    tensors = in_result_dtype(plan, tensors, kinds)
+    for name, kind in kinds.items():
+        if kind in STATIC and name.endswith(".input_scale"):
+            tensors |= as_engines_round(tensors, name.removesuffix(".input_scale"), plan.dtype)
+    return LayerTensors(tensors, kinds, layer.outputs)
+
+
+def as_engines_round(
+    tensors: dict[str, torch.Tensor], layer: str, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """input_scale, deq_scale and quant_bias of a static layer, made of the input_scale that engines
+    see: they round it to the model's float type and take deq_scale as it is stored."""
+    measured = tensors[f"{layer}.input_scale"].float()
+    rounded = measured.to(dtype).float()
+    if not rounded > 0:  # below the smallest number of float16
+        return {}
+    stored = tensors[f"{layer}.deq_scale"]
+    before = float_scale(stored)
+    scale = before * (rounded / measured)
+    if f"{layer}.weight_scale" in tensors:
+        scale = tensors[f"{layer}.weight_scale"].float().flatten() * rounded
+    bias = rescaled_bias(tensors, layer, before, scale)
+    return {
+        f"{layer}.input_scale": rounded,
+        f"{layer}.deq_scale": as_stored(scale, stored.dtype),
+        f"{layer}.quant_bias": bias,
+    }
+
+
+def rescaled_bias(
+    tensors: dict[str, torch.Tensor], layer: str, before: torch.Tensor, after: torch.Tensor
+) -> torch.Tensor:
+    """quant_bias int32 [n] for deq_scale `after` in place of `before`, both float32 [n]: the float
+    bias in steps of deq_scale, less what the offset adds to each sum."""
+    stored = tensors[f"{layer}.quant_bias"]
+    offset = tensors[f"{layer}.input_offset"].double() * tensors[f"{layer}.weight"].double().sum(1)
+    steps = (stored + offset) * before.double() / after.double()
+    return (steps.round() - offset).to(stored.dtype)
 
 
 def in_result_dtype(

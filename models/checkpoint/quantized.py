@@ -11,7 +11,7 @@ read: each has a Target of its own, with its kind and the row at which it begins
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from .table import Part, Target, Weight, WeightTable
 FILE = "quant_model_description.json"
 STATIC = ("W8A8", "W8A8S")  # activations quantised with stored scales
 NORMS = ("attention_norm", "mlp_norm", "final_norm")
+FUSED = ".gate_up_proj.weight"
 # tensor of a linear layer [n, k] -> (its shape, dtypes). D in msmodelslim's files: the model's
 # float type, or float32
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -98,6 +99,7 @@ class Description:
     file: Path
     type: str  # the directory's type, as MindIE calls it
     kinds: dict[str, str]  # of every tensor
+    halves: dict[str, str] = field(default_factory=dict)  # of names only: see `halves_of`
 
     def kind(self, layer: str) -> str:
         """Kind of the linear layer's weight; "FLOAT" if it is not quantised, or no linear layer."""
@@ -117,7 +119,20 @@ def read_description(file: Path) -> Description:
     for name, kind in entries.items():
         if "." in name and isinstance(kind, str):  # the others are settings, which may be new
             kinds[name] = kind
-    return Description(file, entries["model_quant_type"], kinds)
+    halves = {name: kinds.pop(name) for name in halves_of(kinds) if name in kinds}
+    return Description(file, entries["model_quant_type"], kinds, halves)
+
+
+def halves_of(kinds: dict[str, str]) -> dict[str, str]:
+    """{name: kind} of the halves of fused weights: vllm-ascend looks up gate_proj and up_proj in the
+    description where GLM stores gate_up_proj. They are names only, without tensors.
+    """
+    halves = {}
+    for name, kind in kinds.items():
+        if name.endswith(FUSED):
+            for half in ("gate_proj", "up_proj"):
+                halves[name.replace("gate_up_proj", half)] = kind
+    return halves
 
 
 def find_description(directory) -> Description | None:
@@ -280,6 +295,13 @@ def float_scale(deq_scale: torch.Tensor) -> torch.Tensor:
     if deq_scale.dtype == torch.int64:
         return deq_scale.to(torch.int32).view(torch.float32)
     return deq_scale.float()
+
+
+def as_stored(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """float32 scales as deq_scale of this dtype: the inverse of `float_scale`."""
+    if dtype != torch.int64:
+        return scale.to(dtype)
+    return scale.view(torch.int32).to(torch.int64)
 
 
 def _linear(tensors, dtype) -> Linear:

@@ -8,7 +8,7 @@ import json
 from functools import partial
 from pathlib import Path
 
-from models.checkpoint.quantized import FILE
+from models.checkpoint.quantized import FILE, halves_of
 from models.checkpoint.shards import TensorReader, stored_entries
 from models.checkpoint.table import WeightTable
 from models.side_files import read_as_stored
@@ -71,7 +71,7 @@ def write_files(
     texts = {
         REPORT: report(plan, work, verdict),
         "config.json": write_config(read_as_stored(source / "config.json"), kind, plan.dtype),
-        description: write_description(kinds, kind),
+        description: write_description(kinds | halves_of(kinds), kind),
     }
     names += copy_small_files(source, folder)
     for name, text in texts.items():

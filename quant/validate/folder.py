@@ -11,7 +11,13 @@ from pathlib import Path
 
 from models import family_of
 from models.checkpoint import Checkpoint
-from models.checkpoint.quantized import FILE, Description, find_description, stored_weights
+from models.checkpoint.quantized import (
+    FILE,
+    Description,
+    find_description,
+    halves_of,
+    stored_weights,
+)
 from models.errors import ModelError
 from models.side_files import read_json
 from runtime.common.files import checksum_problems
@@ -74,6 +80,7 @@ def _findings_of(folder: Path, top: Path, size: int, rank: int) -> Iterator[Find
     yield from _table_findings(description, checkpoint, top, size, rank)
     yield from _kind_findings(description, dtype)
     yield from _fused_findings(description)
+    yield from _half_findings(description)
     for layer in _quantised_layers(description):
         yield from layer_findings(layer, description.kind(layer), checkpoint, dtype)
 
@@ -202,6 +209,26 @@ def _fused_findings(description: Description) -> Iterator[Finding]:
                     "vllm-ascend makes them one layer",
                     (A2, P310),
                 )
+
+
+def _half_findings(description: Description) -> Iterator[Finding]:
+    """vllm-ascend expands gate_up_proj and looks up the kinds of both names."""
+    wanted = halves_of(description.kinds)
+    wrong = sorted(name for name, kind in wanted.items() if description.halves.get(name) != kind)
+    if wrong:
+        name = wrong[0]
+        yield Finding(
+            f"{len(wrong)} names of halves are not described as their gate_up_proj is, e.g. {name}: "
+            f"vllm-ascend looks them up; write them into {description.file.name}, this one as "
+            f"{wanted[name]}",
+            (A2, P310),
+        )
+    if wanted:
+        yield Finding(
+            "MindIE-LLM (2026-04) has no class that reads this layout of GLM; quantise the chatglm layout for "
+            "it",
+            (),
+        )
 
 
 def _quantised_layers(description: Description) -> Iterator[str]:

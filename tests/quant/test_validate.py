@@ -12,6 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from models import family_of
+from models.checkpoint import Checkpoint
+from models.checkpoint.quantized import (
+    check_stored,
+    find_description,
+    halves_of,
+    stored_weights,
+)
 from quant.__main__ import main
 from quant.validate.findings import A2, CONSUMERS, MINDIE, P310
 from quant.validate.folder import validate
@@ -34,6 +42,8 @@ class Folder:
         self.config = json.loads((self.path / "config.json").read_text())
 
     def write(self):
+        """As `python -m quant` writes it: with the names of the halves of gate_up_proj."""
+        self.description |= halves_of(self.description)
         save_file({n: t.contiguous() for n, t in self.tensors.items()}, self.file)
         (self.path / "quant_model_description.json").unlink(missing_ok=True)
         (self.path / self.name).write_text(json.dumps(self.description))
@@ -72,9 +82,27 @@ def folder(tmp_path):
         ("glm_f16_w8a8_dynamic", (MINDIE, A2)),
     ],
 )
-def test_golden_directories(case, loads):
-    found = validate(GOLDEN / case)
+def test_golden_directories(case, loads, folder):
+    found = folder(case).write()
     assert tuple(c for c in CONSUMERS if found.loads(c)) == loads and not found.problems
+
+
+@pytest.mark.parametrize("case", ["glm_f16_w8a8", "glm_bf16_w8a8", "glm_f16_w8a8_dynamic"])
+def test_halves_that_vllm_ascend_looks_up(case, folder):
+    """msmodelslim describes gate_up_proj alone: KeyError in vllm-ascend's reader."""
+    raw = validate(GOLDEN / case)
+    assert raw.loads(MINDIE) and not raw.loads(A2) and not raw.loads(P310) and not raw.problems
+    assert any("model.layers.0.mlp.gate_proj.weight" in finding.text for finding in raw.found)
+    f = folder(case)
+    assert f.write().loads(A2)
+    assert not any("are described but not stored" in finding.text for finding in f.write().found)
+    f.description["model.layers.1.mlp.up_proj.weight"] = "FLOAT"
+    (f.path / f.name).write_text(json.dumps(f.description))
+    found = validate(f.path)
+    assert not found.loads(A2) and found.loads(MINDIE)
+    assert any("1 names of halves" in finding.text for finding in found.found)
+    Checkpoint(f.path).check(stored_weights(family_of(f.path)))
+    check_stored(find_description(f.path), Checkpoint(f.path))
 
 
 def weight_only(f):
@@ -97,6 +125,7 @@ def shards(f):
     parts = {first: names[:40], second: names[40:]}
     for file, members in parts.items():
         save_file({n: f.tensors[n] for n in members}, file)
+    f.write()
     f.file.unlink()
     index = {
         "metadata": {},
@@ -368,7 +397,7 @@ def test_command_on_a_float_checkpoint(capsys):
 
 
 def test_json(capsys):
-    assert main(["validate", "--json", str(GOLDEN / "glm_f16_w8a8")]) == 0
+    assert main(["validate", "--json", str(GOLDEN / "llama_f16_w8a8_m4")]) == 0
     assert json.loads(capsys.readouterr().out)["loads"] == dict.fromkeys(CONSUMERS, True)
 
 
