@@ -8,8 +8,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.config import read_optional_json
 from models.errors import ModelError
+from models.side_files import read_optional_json
 
 from .images import CLIP_MEAN, CLIP_STD
 
