@@ -36,10 +36,23 @@ def open_npu(device: str) -> NpuOps:
         )
     torch.npu.set_device(index)
     soc = soc_of(torch_npu.npu.get_soc_version(), torch.npu.get_device_name(index))
+    if soc.cache_write == "scatter":
+        check_scatter(torch.ops.npu.npu_scatter_pa_kv_cache.default, torch_npu.__version__)
     # kernels from the installed packages, none compiled at run time
     torch.npu.set_compile_mode(jit_compile=False)
     torch.npu.config.allow_internal_format = soc.weight_format == NZ or soc.cache_format == NZ
     return NpuOps(soc, device)
+
+
+def check_scatter(operator, version: str):
+    """ToolkitError for the operator of torch_npu 2.7 to 2.9, which cannot write a cache in ND."""
+    if "cache_mode" not in {argument.name for argument in operator._schema.arguments}:
+        raise ToolkitError(
+            f"torch_npu {version} is too old to decode on this chip: its npu_scatter_pa_kv_cache has "
+            "no cache_mode; run: pip install torch_npu==2.13.0 (`python -m runtime.doctor` names its "
+            "CANN), or use --device cpu",
+            MISSING_COMPONENT,
+        )
 
 
 def _first_line(error: Exception) -> str:

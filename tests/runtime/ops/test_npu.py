@@ -12,12 +12,13 @@ import cpu_kernels
 import numpy as np
 import paths
 import pytest
+import torch
 
 from runtime import Engine, SamplingParams
 from runtime.ascend.socs import A2, A3, P310, soc_of
 from runtime.common.errors import MISSING_COMPONENT, ToolkitError
 from runtime.engine.loading import build
-from runtime.ops.npu.open import open_npu
+from runtime.ops.npu.open import check_scatter, open_npu
 from runtime.ops.npu.ops import NpuOps
 
 GOLDEN = paths.GOLDEN
@@ -168,3 +169,21 @@ def test_explicit_npu_without_torch_npu():
     ) as caught:
         open_npu("npu:0")
     assert caught.value.exit_code == MISSING_COMPONENT
+
+
+SCATTER_OF_2_9 = (
+    "npu_scatter_pa_kv_cache(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
+    "Tensor slot_mapping, *, Tensor? compress_lens=None, Tensor? compress_seq_offsets=None, "
+    "Tensor? seq_lens=None) -> ()"
+)
+
+
+def test_a_torch_npu_that_cannot_write_the_cache():
+    """2.7.1 and 2.9.0 declare the operator without cache_mode."""
+    cpu_kernels.declare()
+    check_scatter(torch.ops.npu.npu_scatter_pa_kv_cache.default, "2.13.0")
+    library = torch.library.Library("npu_2_9", "DEF")
+    library.define(SCATTER_OF_2_9)
+    with pytest.raises(ToolkitError, match="torch_npu 2.9.0 is too old .*torch_npu==2.13.0") as e:
+        check_scatter(torch.ops.npu_2_9.npu_scatter_pa_kv_cache.default, "2.9.0")
+    assert e.value.exit_code == 3
