@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import ModelError
+from .other_kinds import refuse_other_folder, refuse_quantised
 from .side_fields import shown
 from .side_files import is_there, read_json
 
@@ -93,8 +94,10 @@ def family_of(directory) -> Family:
             f"model folder {directory} does not exist; "
             "give --model the folder of a downloaded checkpoint"
         )
+    refuse_other_folder(directory)
     sat = directory / "model_config.json"
     config = read_json(sat if is_there(sat) else directory / "config.json")
+    refuse_quantised(directory, config)
     if relative := relative_of(config):
         name, reason = relative
         raise ModelError(

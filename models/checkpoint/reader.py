@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from models.errors import ModelError
+from models.other_kinds import refuse_other_tensors
 
 from .shards import DamagedFile, Entry, TensorReader, stored_entries
 from .table import Part, Weight
@@ -85,6 +86,7 @@ class Checkpoint:
             if tuple(expected) != entry.shape:
                 wrong[name] = f"is {list(entry.shape)}, expected {list(expected)}"
         found = _listing("missing", missing)
+        refuse_other_tensors(self.directory, unknown)
         found += _listing("unknown", unknown)
         found += _listing("of wrong shape", wrong, wrong.get)
         if found:

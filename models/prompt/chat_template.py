@@ -1,15 +1,15 @@
 """Chat templates: prompt text exactly as transformers renders a model directory's own template.
 
 Takes messages, returns the prompt's text. No code of the checkpoint runs: a template is Jinja,
-rendered in jinja2's immutable sandbox.
+rendered in jinja2's immutable sandbox, in a process whose time and memory are limited.
 """
 
-import json
-from datetime import datetime
 from pathlib import Path
 
 from models.errors import ModelError
-from models.side_files import read_optional_json
+from models.side_files import is_there, read_optional_json, read_text
+
+from .template_client import PROCESS_OF_TEMPLATES
 
 SPECIAL = (
     "bos_token",
@@ -23,7 +23,7 @@ SPECIAL = (
 
 
 class ChatTemplate:
-    """A compiled template.
+    """A template that can be compiled.
 
     tokens: the special tokens that it may name (bos_token, ...). origin: what messages call it.
     """
@@ -34,18 +34,10 @@ class ChatTemplate:
         tokens: dict[str, str] | None = None,
         origin: str = "the default chat template",
     ):
-        import jinja2
-
         self.source = source
         self.origin = origin
         self._tokens = tokens or {}
-        try:
-            self._template = _environment().from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise ModelError(
-                f"{origin} is not valid Jinja (line {error.lineno}: {error.message}); "
-                "download it again"
-            ) from None
+        PROCESS_OF_TEMPLATES.ask(source, None, origin)
 
     def render(self, messages: list[dict], tools: list[dict] | None = None, **variables) -> str:
         """Prompt text up to where the answer begins.
@@ -54,17 +46,10 @@ class ChatTemplate:
         """
         if tools and "tools" not in self.source:
             raise ModelError(f"{self.origin} has no place for tools; leave the tools out")
-        try:
-            return self._template.render(
-                messages=messages,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=True,
-                **self._tokens,
-                **variables,
-            )
-        except Exception as error:  # a template is a program: it may fail in any way
-            raise ModelError(f"{self.origin} cannot render these messages ({error})") from None
+        variables |= self._tokens
+        variables |= {"messages": messages, "tools": tools, "documents": None}
+        variables["add_generation_prompt"] = True
+        return PROCESS_OF_TEMPLATES.ask(self.source, variables, self.origin)
 
 
 def directory_template(directory: Path, tools: bool = False) -> ChatTemplate | None:
@@ -77,8 +62,8 @@ def directory_template(directory: Path, tools: bool = False) -> ChatTemplate | N
     named_tokens = read_optional_json(directory / "special_tokens_map.json")
     tokens = special_tokens(named_tokens | settings)
     file = directory / "chat_template.jinja"
-    if file.is_file():
-        return ChatTemplate(file.read_text(encoding="utf-8"), tokens, str(file))
+    if is_there(file):
+        return ChatTemplate(read_text(file), tokens, str(file))
     contents = {
         "chat_template.json": read_optional_json(directory / "chat_template.json"),
         "tokenizer_config.json": settings,
@@ -109,43 +94,3 @@ def _select(template: str | dict | list | None, tools: bool) -> str | None:
     if tools and "tool_use" in template:
         return template["tool_use"]
     return template.get("default")
-
-
-def _environment():
-    from jinja2 import TemplateError, nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """{% generation %} marks an assistant's text for training; rendering ignores it."""
-
-        tags = {"generation"}
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            return nodes.Scope(
-                parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
-            )
-
-    def raise_exception(message):
-        raise TemplateError(message)
-
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        """Plain JSON; jinja2's own filter would escape <, > and & for HTML."""
-        return json.dumps(
-            value,
-            ensure_ascii=ensure_ascii,
-            indent=indent,
-            separators=separators,
-            sort_keys=sort_keys,
-        )
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals |= {
-        "raise_exception": raise_exception,
-        "strftime_now": lambda form: datetime.now().strftime(form),
-    }
-    return environment

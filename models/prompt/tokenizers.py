@@ -9,9 +9,10 @@ import re
 from pathlib import Path
 
 from models.errors import ModelError
-from models.side_files import read_optional_json
+from models.side_files import parse_json, read_bytes, read_optional_json, read_text
 
 from .token_bytes import byte_level_bytes, fallback_byte
+from .tokenizer_limits import LARGEST, check_tokenizer, library_errors
 
 
 class IceTokenizer:
@@ -30,8 +31,9 @@ class IceTokenizer:
                 f"tokenizer file {path} is missing (released size about 2.7 MB); "
                 "copy it from the release"
             )
+        content = read_bytes(path, LARGEST)
         try:
-            self._pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=content)
         except RuntimeError:
             raise ModelError(f"{path} is not a sentencepiece file; download it again") from None
         self.offset = sop_id - self._pieces.piece_to_id("<sop>")
@@ -112,13 +114,21 @@ class MissingTokenizer:
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
+    """{bytes: rank}. The library needs every byte and ranks without gaps."""
     try:
-        lines = [line.split() for line in path.read_bytes().splitlines() if line]
-        return {base64.b64decode(piece, validate=True): int(rank) for piece, rank in lines}
-    except (ValueError, OSError):
+        lines = [line.split() for line in read_bytes(path, LARGEST).splitlines() if line]
+        ranks = {base64.b64decode(piece, validate=True): int(rank) for piece, rank in lines}
+    except ValueError:
         raise ModelError(
             f'{path} is not a tokenizer file of lines "base64 rank"; download it again'
         ) from None
+    complete = all(bytes([byte]) in ranks for byte in range(256))
+    if not complete or set(ranks.values()) != set(range(len(ranks))):
+        raise ModelError(
+            f"{path} lacks tokens: it must have all 256 bytes, and ranks from 0 up without gaps; "
+            "download it again"
+        )
+    return ranks
 
 
 def added_tokens(path: Path) -> dict[str, int]:
@@ -137,12 +147,14 @@ class JsonTokenizer:
     def __init__(self, path: Path, bos_id: int | None = None, plain: bool = False):
         from tokenizers import Tokenizer
 
-        try:
-            self._tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        except Exception as error:  # tokenizers raises plain Exceptions
-            raise ModelError(
-                f"{path} is not a tokenizer file ({error}); download it again"
-            ) from None
+        text = read_text(path, LARGEST)
+        content = parse_json(text, path)
+        if not isinstance(content, dict):
+            raise ModelError(f"{path} is not a tokenizer file; download it again")
+        check_tokenizer(content, path)
+        with library_errors(path):
+            self._tokenizer = Tokenizer.from_str(text)
+        self._path = path
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = plain
@@ -154,7 +166,8 @@ class JsonTokenizer:
         return self._tokenizer.token_to_id(token)
 
     def encode(self, text: str) -> list[int]:
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        with library_errors(self._path):
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids if ids[:1] == self._bos else self._bos + ids
 
     def decode(self, ids) -> str:
@@ -179,7 +192,7 @@ class SentencePieceTokenizer:
         from sentencepiece import sentencepiece_model_pb2
 
         try:
-            model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+            model = sentencepiece_model_pb2.ModelProto.FromString(read_bytes(path, LARGEST))
             model.normalizer_spec.add_dummy_prefix = False  # `encode` adds it, where it belongs
             self._pieces = sentencepiece.SentencePieceProcessor(
                 model_proto=model.SerializeToString()
