@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.errors import ModelError
-from models.side_files import read_optional_json
+from models.side_files import is_there, read_as_stored
 
 from .images import CLIP_MEAN, CLIP_STD
 
@@ -135,15 +135,20 @@ def pads_to_square(directory: Path) -> bool:
 def _given(directory: Path) -> tuple[Path, dict]:
     """(the file that transformers reads, its fields; {} if there is none)"""
     file = directory / NESTED
-    settings = read_optional_json(file).get(NESTED_KEY)
+    settings = _stored(file).get(NESTED_KEY)
     if settings is None:
         file = directory / FILE
-        settings = read_optional_json(file)
+        settings = _stored(file)
     if not isinstance(settings, dict):
         raise ModelError(
             f"{file} has {_short(settings)} where image settings belong; use the release's file"
         )
     return file, settings
+
+
+def _stored(file: Path) -> dict:
+    """With its nulls, which transformers takes for false in `do_center_crop` and the like."""
+    return read_as_stored(file) if is_there(file) else {}
 
 
 def _kind(given: dict, wanted: Preprocessing) -> str:
