@@ -101,6 +101,9 @@ bench-export: setup  ## MODEL=checkpoint: time and peak memory of the vision exp
 hostile: setup  ## 20,000 hostile requests to a service of its own, on loopback: no crash, fetch, status 500 or leak
 	@$(PY) benchmarks/hostile.py
 
+storm: setup  ## an hour of clients that break off, with pictures of all sizes: memory stays flat (SECONDS_OF_STORM=n: another time)
+	@$(PY) benchmarks/storm.py --seconds "$(or $(SECONDS_OF_STORM),3600)"
+
 overload: setup  ## 10 minutes of requests at twice the rate that a service of its own can keep up with
 	@$(PY) benchmarks/overload.py
 
@@ -132,6 +135,6 @@ clean:  ## remove what demo and tests wrote
 	@rm -rf out .pytest_cache .ruff_cache
 
 comma := ,
-.PHONY: help setup demo test test-npu test-ui test-ray lint convert chat bench compare doctor clean hostile overload \
+.PHONY: help setup demo test test-npu test-ui test-ray lint convert chat bench compare doctor clean hostile storm overload \
 	bench-decode bench-neighbours bench-export bench-peers bench-quant quant-w8a8 quant-w8a8s convert-visualglm convert-glm4v convert-llava \
 	convert-glm-edge-v

@@ -94,6 +94,7 @@ def bodies(seed: int, port: int, folder: str):
         texts,
         tools,
         compressed,
+        crowds,
         honest,
     )
     for kind in itertools.cycle(kinds):
@@ -268,6 +269,17 @@ def compressed(source, *_):
     yield request(data, **{"content-encoding": "gzip"})
     path = source.choice(PATHS)
     yield request(json.dumps(chat()).encode(), path, **{"content-type": source.choice(TYPES)})
+
+
+def crowds(source, *_):
+    """Bodies that are nothing but many small things."""
+    count = source.choice((1025, 5000, 40_000))
+    part = {"type": "text", "text": ""}
+    yield request(chat(messages=[{"role": "user", "content": [part] * count}]))
+    message = {"role": "user", "content": ""}
+    yield request({"messages": [message] * count}, source.choice(("/tokenize", PATHS[0])))
+    yield request({"text": "x", "history": [["", ""]] * count}, "/")
+    yield request({"tokens": [source.choice(VALUES)] * count}, "/detokenize")
 
 
 def honest(source, *_):

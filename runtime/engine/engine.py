@@ -211,6 +211,11 @@ class Engine:
         free = self._cache.free_blocks
         return len(self._scheduler.running), len(self._scheduler.waiting), used / (used + free)
 
+    def take_cache_memory(self):
+        """Take the KV cache's memory now, rather than block by block as requests first use it. For
+        processes that live long; only before the first request."""
+        self._cache.take_memory()
+
     def describe(self) -> list[str]:
         """One line per stage: what runs where."""
         options = self.options

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from models import family_of
+from runtime.common.allocator import return_large_blocks
 from runtime.common.errors import MISSING_COMPONENT, ToolkitError, run_command
 from runtime.common.flags import Parser
 from runtime.common.progress import print_status
@@ -51,6 +52,7 @@ def main(argv) -> int:
 def serve(uvicorn, options: ServeOptions, engine_options: EngineOptions):
     """Until a signal ends it. Raises what kept the model from loading."""
     family_of(options.model)  # a folder that is no checkpoint is refused before anything listens
+    return_large_blocks()
     listeners = open_listeners(options.host, options.port)
     server, engine_thread = build(uvicorn, options, engine_options)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -77,6 +79,7 @@ def build(uvicorn, options: ServeOptions, engine_options: EngineOptions):
 
     def ready_engine():
         engine = open_engine(options.model, engine_options)
+        engine.take_cache_memory()
         url = url_of(options.host, options.port)
         ready = f"ready: {', '.join(options.names)} at {url}/v1"
         print_status("\n".join([*engine.describe(), ready]))

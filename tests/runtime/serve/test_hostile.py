@@ -4,6 +4,7 @@ import asyncio
 import itertools
 
 import pytest
+import storm
 from hostile import Canary, Report, send
 from hostile_bodies import BOMBS, bodies
 from http_service import Server
@@ -50,8 +51,8 @@ def test_200_hostile_bodies(canary):
 
 
 def test_bodies_repeat_and_hold_every_kind(canary):
-    first, again = ([*itertools.islice(bodies(3, 1, "/x"), 60)] for _ in range(2))
-    assert first == again and len({kind for kind, *_ in first}) == 13 and len(BOMBS) > 10
+    first, again = ([*itertools.islice(bodies(3, 1, "/x"), 80)] for _ in range(2))
+    assert first == again and len({kind for kind, *_ in first}) == 14 and len(BOMBS) > 10
 
 
 def test_the_canary_sings(canary):
@@ -72,3 +73,22 @@ def test_overload():
     finally:
         server.stop()
     assert fine, line
+
+
+def test_a_short_storm_leaves_nothing_over():
+    server = Server(*LIMITS, "--max-model-len", "512")
+    samples = []
+    try:
+        port = int(server.url.rpartition(":")[2])
+        look = lambda: samples.append(server.gauge("num_requests_running"))  # noqa: E731
+        assert asyncio.run(storm.storm(port, 3, 0, look, clients=6)) > 5
+        server.until("num_requests_running", 0)
+        server.until("num_requests_waiting", 0)
+        server.until("kv_cache_usage_perc", 0)
+    finally:
+        server.stop()
+    assert samples
+
+
+def test_growth_is_that_from_the_second_tenth_to_the_last():
+    assert storm.growth([1, *[100] * 8, 110]) == pytest.approx(0.1)
