@@ -99,6 +99,22 @@ def private_directory():
             os.chdir(before)
 
 
+@contextlib.contextmanager
+def failures_in_one_sentence(layer: LayerModule):
+    """ToolkitError with msmodelslim's last message for whatever it raises."""
+    try:
+        yield
+    except (ToolkitError, OSError, MemoryError):
+        raise
+    except Exception as error:  # its classes are as many as its modules
+        message = " ".join(str(error).split())
+        raise ToolkitError(
+            f"msmodelslim failed in the layer of {layer.linear_names[0]} ({type(error).__name__}: "
+            f"{message[:300]}); finished layers are kept, try another --act-method or --scheme",
+            CHECK_FAILED,
+        ) from error
+
+
 def set_config(layer: LayerModule, dtype: torch.dtype):
     """Give the layer the config that msmodelslim reads. dtype: float type of the result, on which
     the form of deq_scale depends; its factors stay float32."""
@@ -158,7 +174,8 @@ def suppress_outliers(layer: LayerModule, method: str, expected: list[torch.Tens
     from msmodelslim.pytorch.llm_ptq.anti_outlier import AntiOutlier, AntiOutlierConfig
 
     config = AntiOutlierConfig(anti_method=method, dev_type="cpu")
-    AntiOutlier(layer, calib_data=sample_numbers(len(layer.streams)), cfg=config).process()
+    with failures_in_one_sentence(layer):
+        AntiOutlier(layer, calib_data=sample_numbers(len(layer.streams)), cfg=config).process()
     found = layer.float_outputs(dict(enumerate(layer.streams)))
     changes = [
         relative_error(expected[number], found[number], stream)
@@ -211,7 +228,11 @@ def quantise_linears(
     from msmodelslim.pytorch.llm_ptq.llm_ptq_tools import Calibrator
 
     data = sample_numbers(len(streams)) or None
-    with private_directory() as folder, reused_input_ranges(input_ranges):
+    with (
+        private_directory() as folder,
+        reused_input_ranges(input_ranges),
+        failures_in_one_sentence(layer),
+    ):
         layer.streams = float_streams
         calibrator = Calibrator(layer, config, calib_data=data, disable_level="L0")
         cache_quantised_weights(layer)

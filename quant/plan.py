@@ -25,6 +25,7 @@ from .msmodelslim_calls import SCHEMES, Scheme
 from .options import QuantOptions, RecipeOptions
 from .recipe import (
     NUM_MEASURED,
+    check_fraction,
     chosen_recipe,
     input_ranges,
     kept_by_group,
@@ -117,6 +118,8 @@ def make_plan(
     samples = make_samples(family, checkpoint, lines.calibration + lines.held_out)
     kept_float = kept_by_group(family, recipe.float_groups)
     kept_float |= kept_by_name(family, recipe_options.keep_float)
+    if scheme.settings.get("is_lowbit"):
+        check_fraction(family, recipe_options.fraction, kept_float)
     count = num_widest(recipe_options.disable_level, recipe.share, family)
     observers_by_range = scheme.calibrated and recipe.act_method == 3
     statistics = {}

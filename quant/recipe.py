@@ -7,9 +7,11 @@ refuses mixed ones.
 """
 
 import fnmatch
+import math
 from dataclasses import dataclass, replace
 from itertools import chain
 
+from models.checkpoint.table import WeightTable
 from runtime.common.errors import ToolkitError
 
 from .layer_module import LayerModule, linear_groups, release_memory
@@ -102,6 +104,19 @@ def whole_groups(family, names: set[str]) -> set[str]:
         if not names.isdisjoint(group):
             whole.update(group)
     return whole
+
+
+def check_fraction(family, fraction: float, kept: set[str]):
+    """ToolkitError if `fraction` of some sparse layer's columns is less than one column. kept:
+    layers that stay float."""
+    for row in WeightTable(family.weights()).layers():
+        sparse = len(row.shape) == 2 and row.module not in kept
+        if sparse and int(row.shape[1] * fraction) < 1:
+            least = math.ceil(100 / row.shape[1]) / 100
+            raise ToolkitError(
+                f"--fraction {fraction:g} of the {row.shape[1]} columns of {row.module} is no column; "
+                f"use --fraction {least:g} or more (at most 0.1), or another --scheme"
+            )
 
 
 def kept_by_range(family, ranges: dict[str, float], count: int, kept: set[str]) -> set[str]:

@@ -6,6 +6,7 @@ the largest probability counts. Without choices the greedy text counts, exactly,
 around it.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from models.errors import ModelError
@@ -13,6 +14,8 @@ from models.prompt.messages import plain_text
 from runtime.common.errors import ToolkitError
 from runtime.common.jsonl import read_lines
 from runtime.predict.questions import are_texts, chat_messages, optional, read_question
+
+LETTERS = "ABCD"
 
 
 def read(path: str, allowed: Path | None = None) -> list[dict]:
@@ -26,7 +29,7 @@ def read(path: str, allowed: Path | None = None) -> list[dict]:
     folder = Path(path).parent
     questions = []
     for line in read_lines(path, "--dataset"):
-        question = read_question(line)
+        question = read_question(replace(line, value=as_question(line.value)))
         problem = question
         if not isinstance(question, Exception):
             problem = problem_of(question) or picture_problem(question, folder, allowed)
@@ -37,6 +40,26 @@ def read(path: str, allowed: Path | None = None) -> list[dict]:
     if not questions:
         raise ToolkitError(f"--dataset {path} is empty; give one question with an answer per line")
     return questions
+
+
+def as_question(value):
+    """A line of CEval (inputs_pretokenized, choices_pretokenized, label or targets_pretokenized), as
+    `python -m quant --calib` takes it, with the fields of a question; any other unchanged."""
+    if not isinstance(value, dict) or "prompt" in value or "inputs_pretokenized" not in value:
+        return value
+    question = {**value, "prompt": value["inputs_pretokenized"]}
+    choices = value.get("choices_pretokenized", value.get("choices"))
+    label = value.get("label")
+    targets = value.get("targets_pretokenized")
+    if isinstance(label, int) and choices is None:
+        choices = list(LETTERS)
+    if isinstance(choices, list) and choices:
+        question["choices"] = choices
+    if isinstance(targets, list) and targets:
+        question.setdefault("answer", targets[0])
+    elif isinstance(label, int) and isinstance(choices, list) and 0 <= label < len(choices):
+        question.setdefault("answer", choices[label])
+    return question
 
 
 def with_plain_texts(question: dict) -> dict:

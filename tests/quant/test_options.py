@@ -14,6 +14,7 @@ from models.errors import ModelError
 from quant import pipeline
 from quant.__main__ import main
 from quant.layer_module import linear_groups
+from quant.msmodelslim_calls import import_msmodelslim
 from quant.recipe import (
     kept_by_group,
     kept_by_range,
@@ -21,8 +22,8 @@ from quant.recipe import (
     recipe_for,
     whole_groups,
 )
-from quant.samples import read_lines
-from runtime.common.errors import ToolkitError
+from quant.samples import calibration_lines
+from runtime.common.errors import CHECK_FAILED, ToolkitError
 
 pytestmark = pytest.mark.skipif(
     find_spec("msmodelslim") is None, reason="needs msmodelslim: pip install 'ascend-vlm[quant]'"
@@ -122,12 +123,15 @@ def test_quantised_model_as_input(tmp_path):
     "text, message",
     [
         (b"", "is empty"),
-        (b"not json", "line 1, is no calibration line"),
-        (b'{"prompt": "x"}', "line 1, is no calibration line"),
-        (b'{"text": "x"}\n{"text": 5}', "line 2, is no"),
-        (b'{"messages": []}', "line 1, is no"),
+        (b"not json", "line 1: no JSON"),
+        (b'{"prompt": "x"}', "line 1: it is no calibration line"),
+        (b'{"text": "x"}\n{"text": 5}', "line 2: it is no"),
+        (b'{"messages": []}', "line 1: its messages ask nothing"),
         (b'{"ids": ["a"]}', "is no"),
-        (b'{"messages": [{"role": "assistant", "content": "x"}]}', "line 1, is no"),
+        (
+            b'{"messages": [{"role": "assistant", "content": "x"}]}',
+            "line 1: its messages ask nothing",
+        ),
         ("描述".encode("gbk"), "is not UTF-8"),
     ],
 )
@@ -147,7 +151,7 @@ def test_lines_as_windows_and_databases_write_them(tmp_path):
     file = tmp_path / "lines.jsonl"
     text = '\ufeff{"text": "a\u2028b"}\r\n\r\n{"text": null, "messages": [{"role": "user", "content": "c"}]}'
     file.write_bytes(text.encode())
-    assert len(read_lines(str(file))) == 2
+    assert len(calibration_lines(str(file))) == 2
 
 
 def test_token_id_outside_the_vocabulary(tmp_path):
@@ -163,3 +167,26 @@ def test_disk_too_small(calib, tmp_path, monkeypatch):
     )
     with pytest.raises(ToolkitError, match="needs about 0.0 GB, its disk has 0.0 GB free"):
         quantise(tmp_path, "--calib", calib)
+
+
+def test_fraction_of_narrow_layers(calib, tmp_path):
+    """msmodelslim ends in an IndexError: one hundredth of 64 columns is no column."""
+    with pytest.raises(
+        ToolkitError, match="--fraction 0.01 of the 64 columns of .* use --fraction"
+    ):
+        quantise(tmp_path / "out", "--scheme", "w8a8s", model=GOLDEN / "glm_edge")
+
+
+def test_msmodelslim_that_fails(calib, tmp_path, monkeypatch):
+    """One sentence with its last message, exit code 1."""
+
+    def fail(*rest, **settings):
+        raise IndexError("index -1 is out of bounds")
+
+    import_msmodelslim()
+    from msmodelslim.pytorch.llm_ptq.llm_ptq_tools import Calibrator
+
+    monkeypatch.setattr(Calibrator, "run", fail)
+    with pytest.raises(ToolkitError, match=r"in the layer of .*q_proj \(IndexError: index -1") as e:
+        quantise(tmp_path / "out", "--calib", calib)
+    assert e.value.exit_code == CHECK_FAILED
