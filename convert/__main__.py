@@ -51,7 +51,9 @@ class ConvertOptions:
         "stop at the verified ONNX, also where atc is installed", default=False, kind=bool
     )
     dry_run: bool = flag(
-        "print the atc command and stop; needs config.json only", default=False, kind=bool
+        "print the atc command and stop; with --out it needs config.json only",
+        default=False,
+        kind=bool,
     )
     force: bool = flag(
         "replace an artifact in OUT, also one of another checkpoint", default=False, kind=bool
