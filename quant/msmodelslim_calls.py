@@ -13,6 +13,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from .layer_module import LayerModule, relative_error
 LINEAR_PAIR_METHODS = ("m4", "m6")  # also scale one linear layer against the next
 MAX_CHANGE = 1e-4  # relative change of a float32 layer's output that anti-outlier may cause
 MODEL_TYPE = "ascend_vlm_layer"
+LIBGOMP = ("/usr/lib/aarch64-linux-gnu/libgomp.so.1", "/usr/lib64/libgomp.so.1")
 INSTALL = "pip install 'ascend-vlm[quant]'"
 
 
@@ -80,10 +82,21 @@ def _import_quietly():
         importlib.import_module("msmodelslim.pytorch.llm_ptq.anti_outlier")
     except ImportError as error:
         raise ToolkitError(
-            f"msmodelslim cannot be imported ({error}); run: {INSTALL}", MISSING_COMPONENT
+            f"msmodelslim cannot be imported ({error}); run: {_cure(str(error))}", MISSING_COMPONENT
         ) from None
     finally:
         logging.disable(logging.NOTSET)
+
+
+def _cure(message: str) -> str:
+    """The command after which an import that failed with this message succeeds."""
+    if "static TLS block" not in message:
+        return INSTALL
+    named = re.search(r"(/\S*libgomp\S*?):", message)
+    if named:
+        return f"export LD_PRELOAD={named[1]}"
+    found = [library for library in LIBGOMP if Path(library).exists()]
+    return f"export LD_PRELOAD={(found or LIBGOMP)[0]}"
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import pytest
 
 from models import family_of
 from models.errors import ModelError
-from quant import pipeline
+from quant import msmodelslim_calls, pipeline
 from quant.__main__ import main
 from quant.layer_module import linear_groups
 from quant.msmodelslim_calls import import_msmodelslim
@@ -190,3 +190,23 @@ def test_msmodelslim_that_fails(calib, tmp_path, monkeypatch):
     with pytest.raises(ToolkitError, match=r"in the layer of .*q_proj \(IndexError: index -1") as e:
         quantise(tmp_path / "out", "--calib", calib)
     assert e.value.exit_code == CHECK_FAILED
+
+
+@pytest.mark.parametrize(
+    "message, line",
+    [
+        (
+            "/env/torch.libs/libgomp-d22c30c5.so.1: cannot allocate memory in static TLS block",
+            "export LD_PRELOAD=/env/torch.libs/libgomp-d22c30c5.so.1",
+        ),
+        ("cannot allocate memory in static TLS block", "export LD_PRELOAD=/usr/lib.*/libgomp.so.1"),
+        ("No module named 'pandas'", "pip install"),
+    ],
+)
+def test_import_that_fails_names_its_cure(message, line, monkeypatch):
+    def fail(name):
+        raise ImportError(message)
+
+    monkeypatch.setattr(msmodelslim_calls.importlib, "import_module", fail)
+    with pytest.raises(ToolkitError, match=f"run: {line}"):
+        msmodelslim_calls._import_quietly()
