@@ -115,10 +115,12 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
 def pad_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
     """The image in the middle of a square as long as its longer edge: LLaVA's authors' own way."""
     side = max(image.size)
-    if side * side > MAX_PIXELS:
+    # a file of few bytes must not fill the memory: a narrow image gets a smaller square
+    limit = min(MAX_PIXELS, max(MAX_RESIZED_PIXELS, 4 * image.width * image.height))
+    if side * side > limit:
         raise ImageTooLarge(
             f"a picture of {image.width}x{image.height} becomes a square of {side * side:,} pixels, "
-            f"the limit is {MAX_PIXELS:,}; make it smaller first"
+            f"the limit is {limit:,}; make it smaller first"
         )
     square = Image.new("RGB", (side, side), colour)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))

@@ -14,10 +14,12 @@ from models.errors import ModelError
 from models.prompt.images import (
     CLIP_MEAN,
     CLIP_STD,
+    ImageTooLarge,
     center_crop,
     denormalize,
     fit_pad,
     open_image,
+    pad_square,
     squash,
 )
 
@@ -220,6 +222,13 @@ def test_too_narrow_to_crop():
         center_crop(Image.new("RGB", (1, 60000)), 336)
     with pytest.raises(ModelError, match="longer edge would become 504,000 pixels"):
         center_crop(Image.new("RGB", (1500, 1)), 336)
+
+
+def test_a_narrow_picture_makes_no_huge_square():
+    with pytest.raises(ImageTooLarge, match="a square of 169,000,000 pixels, the limit is 16,777"):
+        pad_square(Image.new("RGB", (13_000, 7)), (0, 0, 0))
+    assert pad_square(Image.new("RGB", (4_000, 2)), (0, 0, 0)).size == (4_000, 4_000)
+    assert pad_square(Image.new("RGB", (5_000, 2_500)), (0, 0, 0)).size == (5_000, 5_000)
 
 
 def huge_png(width=30_000, height=30_000) -> bytes:
