@@ -20,6 +20,7 @@ from models.prompt.messages import split_content
 from models.prompt.special_tokens import SpecialToken, SpecialTokenEscaper
 from models.prompt.streaming import TRAINING_DATE, partial_match, with_training_date
 from models.prompt.tokenizers import JsonTokenizer, MissingTokenizer, TiktokenTokenizer
+from models.side_files import is_there
 
 from .templated import TemplatedFamily
 from .weight_rows import buffers, decoder_weights
@@ -90,9 +91,9 @@ class Glm4(TemplatedFamily):
     def tokenizer(self):
         ranks = self.directory / "tokenizer.model"
         json_file = self.directory / "tokenizer.json"
-        if ranks.is_file():
+        if is_there(ranks):
             return TiktokenTokenizer(ranks, SPECIAL)
-        if json_file.is_file():
+        if is_there(json_file):
             return JsonTokenizer(json_file, plain=True)
         return MissingTokenizer(json_file if self.hf else ranks)
 

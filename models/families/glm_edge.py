@@ -28,6 +28,7 @@ from models.network.vision_blocks import GluAdapter, Normalize, PreNormBlock, ge
 from models.prompt.images import fit_pad, open_image
 from models.prompt.preprocessor import check_preprocessor, padded
 from models.prompt.tokenizers import JsonTokenizer, MissingTokenizer
+from models.side_files import is_there
 
 from .templated import TemplatedFamily
 from .weight_rows import (
@@ -149,7 +150,7 @@ class GlmEdge(TemplatedFamily):
     @functools.cached_property
     def tokenizer(self):
         file = self.directory / "tokenizer.json"
-        return JsonTokenizer(file) if file.is_file() else MissingTokenizer(file)
+        return JsonTokenizer(file) if is_there(file) else MissingTokenizer(file)
 
     def release_sampling(self, with_image):
         return SamplingDefaults(

@@ -40,7 +40,7 @@ from models.prompt.tokenizers import (
     SentencePieceTokenizer,
     added_tokens,
 )
-from models.side_files import read_optional_json
+from models.side_files import is_there, read_optional_json
 
 from .templated import TemplatedFamily
 from .weight_rows import buffers, decoder_weights, output_matrix, prefix, tower_block, unused
@@ -194,9 +194,9 @@ class Llava(TemplatedFamily):
     def tokenizer(self):
         json = self.directory / "tokenizer.json"
         model = self.directory / "tokenizer.model"
-        if json.is_file():
+        if is_there(json):
             return JsonTokenizer(json, self.text["bos_token_id"])
-        if not model.is_file():
+        if not is_there(model):
             return MissingTokenizer(json)
         added = added_tokens(self.directory / "tokenizer_config.json")
         added |= read_optional_json(self.directory / "added_tokens.json")
