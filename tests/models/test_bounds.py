@@ -19,23 +19,6 @@ from models.side_files import read_json
 FAMILIES = ("glm4", "glm4v", "glm_edge", "glm_edge_v", "llava", "visualglm")
 DEEP = json.loads("[" * 40 + "]" * 40)
 STRANGE = (None, "4", [], {}, -1, 10**9, 0.5, DEEP)
-    None,
-    "4",
-    "",
-    [],
-    {},
-    [None],
-    {"a": None},
-    -1,
-    0,
-    1,
-    10**9,
-    10**30,
-    0.5,
-    1e308,
-    True,
-    DEEP,
-)
 HELLO = [{"role": "user", "content": "hello"}]
 
 
