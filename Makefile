@@ -8,8 +8,8 @@ VENV_NPU ?= .venv-npu
 VENV_UI ?= .venv-ui
 VENV_RAY ?= .venv-ray
 PY := $(VENV)/bin/python
-PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
-	"$$p" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null && echo "$$p" && break; done)
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10 python3.13; do \
+	"$$p" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null && echo "$$p" && break; done)
 TORCH_INDEX ?=
 SOC ?= Ascend910B3
 CHECKPOINTS ?= checkpoints
@@ -23,7 +23,7 @@ help:  ## list the targets
 setup: $(VENV)/.installed  ## create .venv and install everything (TORCH_INDEX=URL: where to take torch from)
 
 $(VENV)/.installed: setup.py
-	@test -n "$(PYTHON)" || { echo "no Python 3.10-3.12 found; install one, or name it: make setup PYTHON=/path/to/python3.11"; exit 3; }
+	@test -n "$(PYTHON)" || { echo "no Python 3.10-3.13 found; install one, or name it: make setup PYTHON=/path/to/python3.11"; exit 3; }
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo "installing packages into $(VENV) (a few minutes the first time)"
 	@$(if $(TORCH_INDEX),$(PY) -m pip install --quiet --index-url "$(TORCH_INDEX)" "torch>=2.13$(comma)<2.14")
@@ -37,6 +37,9 @@ demo: setup  ## the main job on a small trained model: convert, ask two question
 
 test: setup  ## all tests
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile tests
+
+test-versions: setup  ## the suite on Python 3.10-3.13 (3.13: without quant) and on the lowest releases; ARGS="--only 3.10 onnx"
+	@$(PY) tests/helpers/versions.py $(ARGS)
 
 test-npu: $(VENV_NPU)/.installed  ## the NPU path under the real torch_npu wheel on stand-in CANN libraries (needs gcc)
 	@$(VENV_NPU)/bin/python tests/npu/run.py
@@ -135,6 +138,7 @@ clean:  ## remove what demo and tests wrote
 	@rm -rf out .pytest_cache .ruff_cache
 
 comma := ,
-.PHONY: help setup demo test test-npu test-ui test-ray lint convert chat bench compare doctor clean hostile storm overload \
+.PHONY: help setup demo test test-versions test-npu test-ui test-ray lint convert chat bench compare doctor clean hostile storm \
+	overload \
 	bench-decode bench-neighbours bench-export bench-peers bench-quant quant-w8a8 quant-w8a8s convert-visualglm convert-glm4v convert-llava \
 	convert-glm-edge-v
