@@ -264,6 +264,8 @@ def template_pieces(template: ChatTemplate, messages: list[dict], tools=None) ->
     escaped = []
     for message in messages:
         content = escaper.escape(message["content"])
+        if template.takes_parts:
+            content = [{"type": "text", "text": content}]
         metadata = escaper.escape(message["metadata"])
         escaped.append({**message, "content": content, "metadata": metadata})
     return escaper.split(template.render(escaped, tools))

@@ -223,6 +223,10 @@ class Llava(TemplatedFamily):
     def _pads(self) -> bool:
         return pads_to_square(self.directory)
 
+    def image_mark(self):
+        """One mark, which `_expand` repeats, in a line of its own as in the release's template."""
+        return self.placeholder[0] + "\n"
+
     def _expand(self, ids):
         times = np.where(ids == self.placeholder[1], self.vision.rows, 1)
         return np.repeat(ids, times)

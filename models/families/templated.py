@@ -40,9 +40,10 @@ class TemplatedFamily(Family):
         """
         turns, images = parse_messages(messages)
         self._check_images(len(images))
-        shown = turns if self.vision else with_plain_text(turns)
+        template = self.template(bool(tools))
+        shown = turns if template.takes_parts else with_plain_text(turns, self.image_mark())
         rows = self.vision.rows if self.vision else 0
-        text = self.template(bool(tools)).render(shown, tools, rows=rows)
+        text = template.render(shown, tools, rows=rows)
         self._check_system_shown(turns, text)
         ids = np.array(self.tokenizer.encode(text), dtype=np.int64)
         pixels = [self.pixels(image) for image in images]
@@ -75,6 +76,10 @@ class TemplatedFamily(Family):
     def fit(self, source, side: int) -> np.ndarray:
         """Path, bytes or PIL image -> float32 [1, side, side, 3], fitted as the release does it."""
         raise NotImplementedError
+
+    def image_mark(self) -> str:
+        """What stands for an image in a template whose content is a string: its placeholders."""
+        return self.placeholder[0] * self.vision.rows if self.vision else ""
 
     def template(self, tools: bool = False) -> ChatTemplate:
         return directory_template(self.directory, tools) or ChatTemplate(self.default_template)

@@ -26,6 +26,7 @@ class ChatTemplate:
     """A template that can be compiled.
 
     tokens: the special tokens that it may name (bos_token, ...). origin: what messages call it.
+    takes_parts: whether content is OpenAI's list of parts for it, else a string.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class ChatTemplate:
         self.source = source
         self.origin = origin
         self._tokens = tokens or {}
-        PROCESS_OF_TEMPLATES.ask(source, None, origin)
+        self.takes_parts = PROCESS_OF_TEMPLATES.ask(source, None, origin) == "parts"
 
     def render(self, messages: list[dict], tools: list[dict] | None = None, **variables) -> str:
         """Prompt text up to where the answer begins.

@@ -4,14 +4,14 @@ Read off the source once, as vLLM does: a template that goes through a message's
 OpenAI's parts; any other one puts a string into the prompt.
 """
 
+from jinja2 import nodes
+
 PART_FIELDS = ("type", "text")
 PART_FILTERS = ("selectattr", "rejectattr", "map")  # pick parts out of content without a loop
 
 
 def reads_parts(tree) -> bool:
     """Whether the template with this jinja2 tree reads content as a list of parts."""
-    from jinja2 import nodes
-
     names = _names_of_content(tree)
     if any(_is_content(loop.iter, names) for loop in tree.find_all(nodes.For)):
         return True
@@ -24,8 +24,6 @@ def reads_parts(tree) -> bool:
 
 def _names_of_content(tree) -> set[str]:
     """Variables that a message's content is assigned to."""
-    from jinja2 import nodes
-
     names = set()
     for assignment in tree.find_all(nodes.Assign):
         target = assignment.target
@@ -36,8 +34,6 @@ def _names_of_content(tree) -> set[str]:
 
 def _is_content(node, names: set[str]) -> bool:
     """Whether an expression is content, or what filters, slices and defaults leave of it."""
-    from jinja2 import nodes
-
     if isinstance(node, nodes.Filter):
         return node.node is not None and _is_content(node.node, names)
     if isinstance(node, nodes.Or):
@@ -53,8 +49,6 @@ def _is_content(node, names: set[str]) -> bool:
 
 def _is_field_of_part(node, names: set[str]) -> bool:
     """content[0].text and the like."""
-    from jinja2 import nodes
-
     if _field(node) not in PART_FIELDS or not isinstance(node.node, nodes.Getitem):
         return False
     return isinstance(_constant([node.node.arg]), int) and _is_content(node.node.node, names)
@@ -62,8 +56,6 @@ def _is_field_of_part(node, names: set[str]) -> bool:
 
 def _field(node):
     """b of a.b and a['b']; None for other expressions."""
-    from jinja2 import nodes
-
     if isinstance(node, nodes.Getattr):
         return node.attr
     if isinstance(node, nodes.Getitem):
@@ -72,7 +64,8 @@ def _field(node):
 
 
 def _constant(arguments: list):
-    from jinja2 import nodes
-
-    is_constant = arguments and isinstance(arguments[0], nodes.Const)
-    return arguments[0].value if is_constant else None
+    """The value of the first argument; None if it is known only when it is computed."""
+    try:
+        return arguments[0].as_const()
+    except (IndexError, nodes.Impossible):
+        return None

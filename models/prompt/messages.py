@@ -125,9 +125,17 @@ def with_images(parts: list[dict], images: list) -> list[dict]:
     return found
 
 
-def with_plain_text(turns: list[dict]) -> list[dict]:
-    """Turns with their texts joined, for templates that want a string; images are left out."""
-    return [{"role": turn["role"], "content": joined_text(turn["content"])} for turn in turns]
+def with_plain_text(turns: list[dict], image_mark: str = "") -> list[dict]:
+    """Turns with their texts joined, for templates that want a string.
+
+    image_mark: what stands in front of a turn's text for each of its images.
+    """
+    plain = []
+    for turn in turns:
+        images = sum(part["type"] == "image" for part in turn["content"])
+        text = image_mark * images + joined_text(turn["content"])
+        plain.append({"role": turn["role"], "content": text})
+    return plain
 
 
 def content(text: str, images=()) -> list[dict]:

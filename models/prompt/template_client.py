@@ -25,7 +25,7 @@ class TemplateProcess:
         self._owner = None
 
     def ask(self, source: str, variables: dict | None, origin: str) -> str:
-        """The rendered text; variables None: only whether the source can be compiled."""
+        """The rendered text; variables None: "parts" or "string", the form of content that it reads."""
         try:
             request = json.dumps({"source": source, "variables": variables}).encode() + b"\n"
         except (RecursionError, TypeError, ValueError):

@@ -1,7 +1,7 @@
 """The process in which templates of checkpoints are rendered: a template is a program that may never end.
 
 Reads a JSON request per line {"source", "variables"} (variables null: compile only), writes a JSON answer per line
-{"text"} or {"error"}. The kernel ends the process when a request takes more than SECONDS of processor time; memory
+{"text"} or {"error"}; that of compiling is "parts" or "string", the form of content that the template reads. The kernel ends the process when a request takes more than SECONDS of processor time; memory
 beyond MEMORY and texts beyond LONGEST become errors.
 """
 
@@ -13,6 +13,7 @@ from functools import lru_cache
 
 from jinja2 import TemplateSyntaxError
 
+from .content_form import reads_parts
 from .template_environment import environment
 
 SECONDS = 3  # of processor time for one request
@@ -26,11 +27,16 @@ def compiled(source: str):
     return environment().from_string(source)
 
 
+@lru_cache(maxsize=8)
+def content_form(source: str) -> str:
+    return "parts" if reads_parts(environment().parse(source)) else "string"
+
+
 def answer(request: dict) -> dict:
     try:
         template = compiled(request["source"])
         if request["variables"] is None:
-            return {"text": ""}
+            return {"text": content_form(request["source"])}
         text = template.render(request["variables"])
     except TemplateSyntaxError as error:
         return {"error": f"is not valid Jinja (line {error.lineno}: {error.message})"[:SHOWN]}

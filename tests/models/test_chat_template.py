@@ -1,9 +1,12 @@
 """Chat templates: where they are found, and rendered text equal to what transformers renders."""
 
 import json
+import shutil
 
+import paths
 import pytest
 
+from models import family_of
 from models.errors import ModelError
 from models.prompt.chat_template import ChatTemplate, directory_template
 from models.prompt.messages import parse_messages, with_plain_text
@@ -123,3 +126,73 @@ def test_messages_become_parts_in_order():
 def test_messages_no_chat_has(messages, complaint):
     with pytest.raises(ModelError, match=complaint):
         parse_messages(messages)
+
+
+STRINGS = [
+    "{% for m in messages %}USER: {{ m.content }}{% endfor %}",
+    "{% for m in messages %}{{ 'USER: ' + m['content'] }}{% endfor %}",
+    "{% for m in messages %}USER: {{ m['content'].strip() }}{% endfor %}",
+    "{% for m in messages %}{% set text = m.content | trim %}USER: {{ text }}{% endfor %}",
+    "{% for m in messages[0:] %}USER: {% if m.content[0] == 'x' %}?{% endif %}{{ m.content }}{% endfor %}",
+    "{% for m in messages %}USER: {% for w in m.content.split('!') %}{{ w }}{% endfor %}{% endfor %}",
+]
+LOOP = "{{ part.text if part.type == 'text' else '<image>\n' }}{% endfor %}{% endfor %}"
+PARTS = [
+    "{% for m in messages %}USER: {% for part in m.content %}" + LOOP,
+    "{% for m in messages %}USER: {% for part in m['content'] | list %}" + LOOP,
+    "{% for m in messages %}USER: {% set c = m.get('content') or [] %}{% for part in c %}" + LOOP,
+    "{% for m in messages %}USER: {% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for part in m.content %}" + LOOP.replace("{% endfor %}", "{% endfor %}{% endif %}", 1),
+    "{% for m in messages %}USER: {{ '<image>\n' * (m.content | selectattr('type', 'equalto', 'image') "
+    "| list | length) }}{{ m.content | selectattr('type', 'equalto', 'text') | map(attribute='text') "
+    "| join }}{% endfor %}",
+    "{% for m in messages %}USER: {{ '<image>\n' * (m.content | length - 1) }}"
+    "{{ m.content[-1]['text'] }}{% endfor %}",
+]
+FORMS = [(source, False) for source in STRINGS] + [(source, True) for source in PARTS]
+
+
+@pytest.mark.parametrize("source, parts", FORMS)
+def test_the_form_of_content_is_read_off_the_template(tmp_path, source, parts):
+    template = ChatTemplate(source)
+    assert template.takes_parts == parts
+    folder = tmp_path / "llava"
+    ignored = shutil.ignore_patterns("chat_template*", "*.npz", "*.safetensors")
+    shutil.copytree(paths.GOLDEN / "llava", folder, ignore=ignored)
+    (folder / "chat_template.jinja").write_text(source)
+    family = family_of(folder)
+    assert family.prompt([{"role": "user", "content": "Hello"}]).text == "USER: Hello"
+    picture = {"type": "image", "image": str(paths.GOLDEN / "llava" / "image_a.png")}
+    content = [picture, {"type": "text", "text": "Hello"}]
+    prompt = family.prompt([{"role": "user", "content": content}])
+    assert prompt.text == "USER: <image>\nHello"
+    assert len(prompt.layout.image_starts) == 1
+
+
+def test_an_image_in_a_template_of_strings_is_as_many_marks_as_it_has_rows(tmp_path):
+    folder = tmp_path / "glm_edge_v"
+    ignored = shutil.ignore_patterns("chat_template*", "*.npz", "*.safetensors")
+    shutil.copytree(paths.GOLDEN / "glm_edge_v", folder, ignore=ignored)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}<|user|>\n{{ m.content }}{% endfor %}<|assistant|>"
+    )
+    family = family_of(folder)
+    picture = {"type": "image", "image": str(paths.GOLDEN / "glm_edge_v" / "image_a.png")}
+    prompt = family.prompt([{"role": "user", "content": [{"type": "text", "text": "?"}, picture]}])
+    marks = "<|begin_of_image|>" * family.vision.rows
+    assert prompt.text == f"<|user|>\n{marks}?<|assistant|>"
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ m.content }}", "{% for p in m.content %}{{ p.text }}{% endfor %}"]
+)
+def test_glm4_gives_its_template_the_form_that_it_reads(tmp_path, source):
+    folder = tmp_path / "glm4"
+    shutil.copytree(
+        paths.GOLDEN / "glm4", folder, ignore=shutil.ignore_patterns("*.npz", "*.safetensors", "hf")
+    )
+    (folder / "chat_template.jinja").write_text(
+        "[gMASK]<sop>{% for m in messages %}<|user|>\n" + source + "{% endfor %}<|assistant|>"
+    )
+    prompt = family_of(folder).prompt([{"role": "user", "content": "a <|user|>"}])
+    assert prompt.text == "[gMASK]<sop><|user|>\na <|user|><|assistant|>"
