@@ -12,8 +12,14 @@ import sys
 from runtime.common.errors import ToolkitError, run_command
 from runtime.common.flags import Parser
 
-from .guide_form import translated
-from .options import CalibrationOptions, CompressOptions, GateOptions, QuantOptions, RecipeOptions
+from .options import (
+    CalibrationOptions,
+    CompressOptions,
+    GateOptions,
+    QuantOptions,
+    RecipeOptions,
+    translated,
+)
 
 
 def main(argv: list[str]) -> int:

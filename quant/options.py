@@ -1,10 +1,15 @@
-"""Options of `python -m quant`."""
+"""Options of `python -m quant`, and the command lines of MindIE's GLM-4-9B guide in its words.
+
+Two forms of the guide are known: `-src SRC -dst DST [-type NAME_w8a8]`, and for sparse weights the
+six words SRC W8A8S_DST CALIB TP QUANT_DEVICE COMPRESS_DEVICES.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.common.errors import ToolkitError
 from runtime.common.flags import check_choices, check_folder, flag, require
+from runtime.common.progress import print_status
 from runtime.common.shared_flags import (
     MAX_KL,
     MIN_TOP1,
@@ -17,6 +22,13 @@ from runtime.common.shared_flags import (
 )
 
 SCHEMES = ("w8a8", "w8a8s", "w8a8-dynamic", "w8a16")
+FORM = "SRC W8A8S_DST CALIB TP DEVICE DEVICES"
+FLAGS = {
+    "-src": "--model",
+    "-dst": "--out",
+    "-type": "--scheme",
+    "-trust_remote_code": "--trust-remote-code",
+}
 LAYOUTS = ("ascend", "mindie")
 COMPRESSED = (
     "w8a8sc is w8a8s compressed for the 310P: run python -m quant --scheme w8a8s --dtype float16 here and, on a "
@@ -152,3 +164,41 @@ class CompressOptions:
     def __post_init__(self):
         check_folder("model", self.model)
         check_tensor_parallel_size(self)
+
+
+def translated(argv: list[str]) -> list[str]:
+    """The command line with the guide's words replaced; any other is returned unchanged."""
+    places = _leading_words(argv)
+    if len(places) > 1:
+        return _sparse(places) + translated(argv[len(places) :])
+    words = []
+    for word in argv:
+        if words and words[-1] == "--scheme":
+            word = word.rpartition("_")[2]  # glm4_9b_w8a8s
+        words.append(FLAGS.get(word, word))
+    return words
+
+
+def _leading_words(argv: list[str]) -> list[str]:
+    words = []
+    for word in argv:
+        if word.startswith("-"):
+            break
+        words.append(word)
+    return words
+
+
+def _sparse(words: list[str]) -> list[str]:
+    """The flags of the guide's sparse form; its second half, compression, is another command."""
+    if len(words) != len(FORM.split()):
+        raise ToolkitError(
+            f"{len(words)} words without a flag ({' '.join(words)}); give --model DIR --out DIR, or the "
+            f"guide's six: {FORM}"
+        )
+    model, out, calib, size, *_ = words
+    print_status(
+        f"note: devices {words[4]} and {words[5]} are not used, calibration runs on the CPU; afterwards, "
+        f"on the machine with the 310P: python -m quant compress --model {out} --out {out}c -tp {size}"
+    )
+    flags = ["--model", model, "--out", out, "--calib", calib]
+    return [*flags, "--scheme", "w8a8s", "--dtype", "float16"]
