@@ -179,7 +179,8 @@ class Glm4(TemplatedFamily):
         template = directory_template(self.directory, bool(tools))
         if template is None:
             return released_pieces(messages, tools)
-        return template_pieces(template, messages, tools)
+        special = self.tokenizer.special_tokens() or SPECIAL
+        return template_pieces(template, messages, tools, special)
 
     def _ids(self, piece) -> list[int]:
         if not isinstance(piece, SpecialToken):
@@ -255,12 +256,14 @@ def released_pieces(messages: list[dict], tools=None) -> list[str]:
     return [*pieces, SpecialToken("<|assistant|>")]
 
 
-def template_pieces(template: ChatTemplate, messages: list[dict], tools=None) -> list[str]:
+def template_pieces(
+    template: ChatTemplate, messages: list[dict], tools=None, special=SPECIAL
+) -> list[str]:
     """The rendered text, cut at the special tokens that the template itself wrote."""
     if READS_TOOLS_OF_MESSAGES.search(template.source):
         messages = with_tools(messages, tools)
         tools = None
-    escaper = SpecialTokenEscaper(SPECIAL)
+    escaper = SpecialTokenEscaper(special)
     escaped = []
     for message in messages:
         content = escaper.escape(message["content"])

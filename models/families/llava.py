@@ -39,6 +39,7 @@ from models.prompt.tokenizers import (
     MissingTokenizer,
     SentencePieceTokenizer,
     added_tokens,
+    visible_tokens,
 )
 from models.side_files import is_there, read_optional_json
 
@@ -198,9 +199,11 @@ class Llava(TemplatedFamily):
             return JsonTokenizer(json, self.text["bos_token_id"])
         if not is_there(model):
             return MissingTokenizer(json)
-        added = added_tokens(self.directory / "tokenizer_config.json")
-        added |= read_optional_json(self.directory / "added_tokens.json")
-        return SentencePieceTokenizer(model, added, self.text["bos_token_id"])
+        settings = self.directory / "tokenizer_config.json"
+        listed = added_tokens(settings)
+        added = listed | read_optional_json(self.directory / "added_tokens.json")
+        hidden = {self.placeholder[0], *listed} - visible_tokens(settings).keys()
+        return SentencePieceTokenizer(model, added, self.text["bos_token_id"], hidden)
 
     def release_sampling(self, with_image):
         return SamplingDefaults(max_length=self.decoder.max_length, temperature=0.0)

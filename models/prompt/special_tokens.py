@@ -26,7 +26,8 @@ class SpecialTokenEscaper:
 
     def __init__(self, special: tuple[str, ...]):
         self._special = special
-        self._any_special = re.compile("(" + "|".join(map(re.escape, special)) + ")")
+        longest_first = sorted(special, key=len, reverse=True)
+        self._any_special = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         last = chr(ESCAPE + len(special) - 1)
         self._escaped = re.compile(f"{chr(ESCAPE)}([{chr(ESCAPE)}-{last}])")
 

@@ -60,8 +60,8 @@ class IceTokenizer:
 class TiktokenTokenizer:
     """GLM-4's `tokenizer.model`: a line "base64-bytes rank" per token; byte-pair encoding by rank.
 
-    Special tokens have ids of their own behind the ranks: those of tokenizer_config.json, else
-    those of `special` in order.
+    Added tokens have ids of their own behind the ranks: those of tokenizer_config.json, else those
+    of `special` in order. Those that are not special are one id in any text, and are shown.
     """
 
     PATTERN = (
@@ -74,19 +74,27 @@ class TiktokenTokenizer:
 
         ranks = _read_ranks(path)
         self._pieces = {rank: piece for piece, rank in ranks.items()}
+        settings = path.with_name("tokenizer_config.json")
+        self._added = added_tokens(settings)
+        self._added = self._added or {piece: len(ranks) + i for i, piece in enumerate(special)}
+        self._visible = visible_tokens(settings)
+        self._pieces |= {token_id: piece.encode() for piece, token_id in self._visible.items()}
         self._encoding = tiktoken.Encoding(
-            path.name, pat_str=self.PATTERN, mergeable_ranks=ranks, special_tokens={}
+            path.name, pat_str=self.PATTERN, mergeable_ranks=ranks, special_tokens=self._visible
         )
-        self._special = added_tokens(path.with_name("tokenizer_config.json"))
-        self._special = self._special or {piece: len(ranks) + i for i, piece in enumerate(special)}
+
+    def special_tokens(self) -> tuple[str, ...]:
+        return tuple(piece for piece in self._added if piece not in self._visible)
 
     def token_id(self, piece: str) -> int | None:
-        """Id of a special piece."""
-        return self._special.get(piece)
+        """Id of an added piece."""
+        return self._added.get(piece)
 
     def encode(self, text: str) -> list[int]:
         """Plain text: what looks like a special piece is spelled out."""
-        return self._encoding.encode_ordinary(text)
+        return self._encoding.encode(
+            text, allowed_special=set(self._visible), disallowed_special=()
+        )
 
     def decode(self, ids) -> str:
         """Special and unknown ids are left out; bytes that are no UTF-8 become U+FFFD."""
@@ -102,6 +110,9 @@ class MissingTokenizer:
 
     def __init__(self, path: Path):
         self._path = path
+
+    def special_tokens(self) -> tuple[str, ...]:
+        return ()
 
     def token_id(self, piece: str) -> None:
         return None
@@ -137,6 +148,13 @@ def added_tokens(path: Path) -> dict[str, int]:
     return {entry["content"]: int(token_id) for token_id, entry in added.items()}
 
 
+def visible_tokens(path: Path) -> dict[str, int]:
+    """Those of `added_tokens` that are not special: one id in a text, and shown in answers."""
+    added = read_optional_json(path).get("added_tokens_decoder", {})
+    entries = added.items()
+    return {entry["content"]: int(i) for i, entry in entries if entry.get("special") is False}
+
+
 class JsonTokenizer:
     """A `tokenizer.json` of the tokenizers library.
 
@@ -162,6 +180,10 @@ class JsonTokenizer:
         pieces = (self._tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
         self.byte_ids = frozenset(piece for piece in pieces if piece is not None)
 
+    def special_tokens(self) -> tuple[str, ...]:
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        return tuple(token.content for token in added if token.special)
+
     def token_id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
 
@@ -183,11 +205,12 @@ class SentencePieceTokenizer:
     """LLaMA's `tokenizer.model`, for directories without a tokenizer.json: the same ids.
 
     added: {token: id} of the tokens that are not in the sentencepiece file; they and its control
-    pieces (<s>, </s>, <unk>) are recognised in a text first. Only the beginning of a text gets
+    pieces (<s>, </s>, <unk>) are recognised in a text first. hidden: those of `added` that answers
+    do not show. Only the beginning of a text gets
     sentencepiece's blank in front.
     """
 
-    def __init__(self, path: Path, added: dict[str, int], bos_id: int):
+    def __init__(self, path: Path, added: dict[str, int], bos_id: int, hidden=None):
         import sentencepiece
         from sentencepiece import sentencepiece_model_pb2
 
@@ -206,6 +229,9 @@ class SentencePieceTokenizer:
             if self._pieces.is_control(i) or self._pieces.is_unknown(i):
                 self._special[self._pieces.id_to_piece(i)] = i
         self._special |= added
+        self._shown = set(range(len(self._pieces))) - set(self._special.values())
+        hidden = added if hidden is None else hidden
+        self._visible = {i: token for token, i in added.items() if token not in hidden}
         longest_first = sorted(self._special, key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         self._bos = bos_id
@@ -229,9 +255,15 @@ class SentencePieceTokenizer:
 
     def decode(self, ids) -> str:
         """Text of the ids; special tokens and ids beyond the vocabulary are left out."""
-        shown = set(range(len(self._pieces))) - set(self._special.values())
-        text = self._pieces.decode([int(i) for i in ids if int(i) in shown])
-        return text.removeprefix(" ")
+        text = ""
+        run = []
+        for token_id in map(int, ids):
+            if token_id in self._visible:
+                text += self._pieces.decode(run) + self._visible[token_id]
+                run = []
+            elif token_id in self._shown:
+                run.append(token_id)
+        return (text + self._pieces.decode(run)).removeprefix(" ")
 
     def part_bytes(self, token_id: int) -> bytes:
         return fallback_byte(self._pieces.id_to_piece(token_id))
