@@ -13,7 +13,7 @@ from models.errors import ModelError
 from models.family import Family, Layout, Prompt
 from models.generation_config import token_ids
 from models.prompt.chat_template import ChatTemplate, directory_template
-from models.prompt.images import denormalize
+from models.prompt.images import denormalize, one_by_one
 from models.prompt.messages import joined_text, parse_messages, with_plain_text
 
 
@@ -56,11 +56,9 @@ class TemplatedFamily(Family):
         more axes in front. image_starts None: the images take the placeholders in order.
         """
         ids = np.asarray(ids, dtype=np.int64).reshape(-1)
-        images = np.asarray([] if pixels is None else pixels)
-        if len(images):
-            images = images.reshape(-1, *images.shape[-3:])
+        images = one_by_one(pixels)
         self._check_images(len(images))
-        return self._prompt(ids, [self.pixels(image[None]) for image in images], image_starts)
+        return self._prompt(ids, [self.pixels(image) for image in images], image_starts)
 
     def pixels(self, source) -> np.ndarray:
         """One image -> float32 [1, S, S, 3], raw 0..255.

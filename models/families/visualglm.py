@@ -25,7 +25,7 @@ from models.network.vision_blocks import (
     PreNormBlock,
     with_class_token,
 )
-from models.prompt.images import CLIP_MEAN, CLIP_STD, denormalize, open_image, squash
+from models.prompt.images import CLIP_MEAN, CLIP_STD, denormalize, one_by_one, open_image, squash
 from models.prompt.messages import split_content
 from models.prompt.preprocessor import check_preprocessor, squashed
 from models.prompt.streaming import TRAINING_DATE, partial_match, with_training_date
@@ -225,12 +225,10 @@ class VisualGLM(Family):
     def prompt_from_ids(self, ids, pixels=None, image_starts=None) -> Prompt:
         """Token ids as the release feeds its model -> Prompt.
 
-        ids [T] with 32 placeholders, gMASK and <sop>; pixels [n, 3, S, S], normalised.
+        ids [T] with 32 placeholders, gMASK and <sop>; pixels [n, 3, S, S], normalised, also with more axes.
         """
         ids = np.asarray(ids, dtype=np.int64).reshape(-1)
-        images = []
-        if pixels is not None:
-            images = [self.pixels(image[None]) for image in np.asarray(pixels)]
+        images = [self.pixels(image) for image in one_by_one(pixels)]
         self.check_image_count(len(images))
         if images and image_starts is None:
             image_starts = (self._find_placeholders(ids),)

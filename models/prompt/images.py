@@ -142,6 +142,12 @@ def fit_pad(image: Image.Image, size: int) -> np.ndarray:
     return pixels
 
 
+def one_by_one(pixels) -> np.ndarray:
+    """Arrays [..., 3, S, S] in a list, or one with more axes; None -> [n, 1, 3, S, S]"""
+    images = np.asarray([] if pixels is None else pixels)
+    return images.reshape(-1, 1, *images.shape[-3:]) if len(images) else images
+
+
 def denormalize(pixels: np.ndarray, mean, std, shape: tuple[int, ...]) -> np.ndarray:
     """Undo (x / 255 - mean) / std: float NCHW -> float32 NHWC of `shape`, raw 0..255.
 

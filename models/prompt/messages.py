@@ -32,7 +32,26 @@ def _problem_of(message) -> str | None:
         return "has no role"
     if message.get("content") is None and not message.get("tool_calls"):
         return "has no content"
+    if not isinstance(message.get("metadata") or "", str):
+        return "has metadata that is no text"
+    if not _are_calls(message.get("tool_calls") or []):
+        return 'has tool_calls that are not [{"function": {"name": "...", "arguments": "{}"}}]'
     return None
+
+
+def _are_calls(calls) -> bool:
+    """Whether every call has a function with a name and arguments, both texts."""
+    if not isinstance(calls, (list, tuple)):
+        return False
+    for call in calls:
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict):
+            return False
+        if not isinstance(function.get("name"), str):
+            return False
+        if not isinstance(function.get("arguments"), str):
+            return False
+    return True
 
 
 def _kind(value) -> str:

@@ -23,6 +23,13 @@ USER = {"role": "user", "content": "hi"}
         ([{"role": "user", "content": [{"type": "text"}]}], 'no text under the key "text"'),
         ([{"role": "user", "content": [{"type": "image"}]}], 'no image under the key "image"'),
         ([{"role": "user", "content": [{"type": ["text"]}]}], "is not known"),
+        ([{"role": "assistant", "content": "x", "metadata": 5}], "has metadata that is no text"),
+        ([{"role": "assistant", "tool_calls": 5}], "message 1 has tool_calls that are not"),
+        ([{"role": "assistant", "tool_calls": [{}]}], "message 1 has tool_calls that are not"),
+        (
+            [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}],
+            "message 1 has tool_calls that are not",
+        ),
     ],
 )
 def test_malformed_messages(messages, words):
@@ -32,7 +39,8 @@ def test_malformed_messages(messages, words):
 
 
 def test_messages_of_tools_need_no_content():
-    check_messages([USER, {"role": "assistant", "content": None, "tool_calls": [{}]}])
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    check_messages([USER, {"role": "assistant", "content": None, "tool_calls": [call]}])
 
 
 @pytest.mark.parametrize(

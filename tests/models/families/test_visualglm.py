@@ -8,6 +8,7 @@ import pytest
 import torch
 from golden_engine import golden_engine
 
+from models import family_of
 from models.checkpoint import Checkpoint
 from models.errors import ModelError
 from models.families.visualglm import VisualGLM
@@ -177,3 +178,12 @@ def sat_rows(name, tensor, heads):
     if name.startswith("transformer.layers") and "query_key_value" in name:
         tensor = tensor.view(heads, 3, -1, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
     return tensor.contiguous()
+
+
+@pytest.mark.parametrize("shape", [(3, 224, 224), (1, 3, 224, 224)])
+def test_pixels_of_ids_with_and_without_the_axis_of_the_batch(shape):
+    golden = dict(np.load(GOLDEN / "golden.npz"))
+    pixels = golden["pixel_values"].reshape(shape)
+    family = family_of(GOLDEN)
+    one = family.prompt_from_ids(golden["img_input_ids"], pixels=[pixels])
+    assert np.array_equal(one.pixels[0], family.pixels(golden["pixel_values"]))
