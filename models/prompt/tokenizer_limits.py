@@ -29,7 +29,7 @@ def library_errors(path: Path) -> Iterator[None]:
         raise
     except BaseException as error:
         raise ModelError(
-            f"{path} cannot be used by its library ({str(error)[:200]}); download it again"
+            f"{path} is not a tokenizer file, or cannot be used by its library ({str(error)[:200]}); download it again"
         ) from None
 
 
