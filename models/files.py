@@ -119,8 +119,9 @@ def open_own(path: str | Path, mode: str = "r+b") -> BinaryIO:
 def native_path(path: str | Path) -> Iterator[str]:
     """The file's name for a library in C++ or Rust, which takes every name for UTF-8.
 
-    Where the locale writes the name in other bytes, it goes through the folder's descriptor; the last part of the name
-    is then one of ours, in ASCII. What reads whole files anyway is given their content instead.
+    Where the locale writes the name in other bytes, it goes through the folder's descriptor; the
+    last part of the name is then one of ours, in ASCII. What reads whole files anyway is given
+    their content instead.
     """
     path = Path(path)
     if os.fsencode(path) == str(path).encode(errors="replace"):

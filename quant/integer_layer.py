@@ -10,12 +10,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from models.checkpoint import Checkpoint
 from models.checkpoint.quantized import Description, quantized_weights
 from models.checkpoint.shards import Entry
 from models.checkpoint.table import WeightTable
+from models.checkpoint.tensor_files import load_tensors
 from models.network.decoder import Layer, LayerArithmetic, layer_of
 from runtime.engine.loading.weights import load_rows
 
@@ -70,7 +70,7 @@ def finished_tensors(
             back_to_float.update(finished.groups[group])
     tensors = {}
     kinds = {}
-    for name, tensor in load_file(folder.weights(index)).items():
+    for name, tensor in load_tensors(folder.weights(index)).items():
         if name.rpartition(".")[0] not in back_to_float:
             tensors[name] = tensor
             kinds[name] = finished.kinds[name]
@@ -85,7 +85,7 @@ def float_tensors(
     anti-outlier did so."""
     smoothed = {}
     if linear_names and folder.smoothed(index).is_file():
-        smoothed = load_file(folder.smoothed(index))
+        smoothed = load_tensors(folder.smoothed(index))
     tensors = {}
     for linear in sorted(linear_names):
         for name in (f"{linear}.weight", f"{linear}.bias"):

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
+from models.checkpoint.tensor_files import load_tensors
 from runtime.common.errors import CHECK_FAILED, MISSING_COMPONENT, ToolkitError
 
 from .layer_module import LayerModule, relative_error
@@ -303,7 +303,7 @@ class _FirstResult:
 def _saved(folder: Path) -> tuple[dict, dict]:
     tensors = {}
     for file in folder.glob("*.safetensors"):
-        for name, tensor in load_file(file).items():
+        for name, tensor in load_tensors(file).items():
             tensors[name] = tensor.clone()  # not a view of the file, which is removed
     description = json.loads((folder / "quant_model_description.json").read_text(encoding="utf-8"))
     kinds = {name: description[name] for name in tensors}

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
+from models.checkpoint.tensor_files import load_tensors, save_tensors
 from models.files import private_file
 from runtime.common.files import file_entry, fresh_folder, problem_of, write_atomically
 from runtime.common.notes import note
@@ -143,7 +143,7 @@ class WorkFolder:
     def load_streams(self, index: int) -> ResidualStreams:
         """Residual streams before layer `index`, in the order of the samples."""
         streams = {"float": {}, "quantised": {}}
-        for name, tensor in load_file(self._streams(index)).items():
+        for name, tensor in load_tensors(self._streams(index)).items():
             model, number = name.split(".")
             streams[model][int(number)] = tensor
         return ResidualStreams(
@@ -171,7 +171,7 @@ def store(tensors: dict[str, torch.Tensor], file: Path):
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
         with private_file(file) as private:
-            save_file(contiguous, private, {"format": "pt"})
+            save_tensors(contiguous, private, {"format": "pt"})
             os.replace(private, file)
     except SafetensorError as error:
         raise OSError(

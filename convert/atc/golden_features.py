@@ -15,6 +15,7 @@ import numpy as np
 from convert.verify.images import verification_images
 from models import family_of
 from models.family import Family
+from models.files import native_path
 from runtime.common.errors import CHECK_FAILED, ToolkitError, run_command
 from runtime.common.processes import die_with_parent, output_of
 from runtime.vision.artifact import ONNX
@@ -55,7 +56,8 @@ def compute(model_dir: str, graph: str, aipp: str | None = None) -> np.ndarray:
     pixels = verification_pixels(family)
     if aipp:
         pixels = apply_aipp(Path(aipp).read_text(encoding="ascii"), pixels)
-    session = onnxruntime.InferenceSession(graph, session_options(), ["CPUExecutionProvider"])
+    with native_path(graph) as name:
+        session = onnxruntime.InferenceSession(name, session_options(), ["CPUExecutionProvider"])
     if isinstance(session.get_inputs()[0].shape[0], int):
         batches = np.split(pixels, len(pixels))
     else:  # a free batch is tried with all images at once

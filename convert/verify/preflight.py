@@ -15,6 +15,7 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 from models.config import VisionSpec
+from models.files import native_path
 
 MAX_RANK = 6  # ATC allows 8; transposes above 6 dimensions leave the fast kernels
 BUILT_IN = {"Constant"}
@@ -216,7 +217,8 @@ def _subgraph_findings(graph: onnx.GraphProto) -> Iterator[Finding]:
 def _checker_findings(path: Path) -> list[Finding]:
     """What onnx.checker itself finds; only its first line."""
     try:
-        onnx.checker.check_model(str(path), full_check=True)
+        with native_path(path) as name:
+            onnx.checker.check_model(name, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         return [Finding(path.name, str(error).strip().splitlines()[0])]
     return []

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from models.files import native_path
 from runtime.common.files import write_atomically
 from runtime.vision.artifact import ONNX
 from runtime.vision.onnx_session import session_options
@@ -91,7 +92,8 @@ class StreamedGraph:
         path = self.onnx_dir / ONNX if whole else self._write(piece)
         results = []
         try:
-            session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+            with native_path(path) as name:
+                session = onnxruntime.InferenceSession(name, options, ["CPUExecutionProvider"])
             for state in states:
                 results.append(_values(session, piece, state))
         finally:

@@ -2,6 +2,7 @@
 float32."""
 
 from models.config import VisionSpec
+from models.files import native_path
 from runtime.common.errors import ToolkitError
 from runtime.common.threads import usable
 
@@ -36,9 +37,8 @@ class OnnxVision(VisionSession):
         self.version = onnxruntime.__version__
         options = session_options(threads)
         try:
-            self.session = onnxruntime.InferenceSession(
-                str(directory / ONNX), options, ["CPUExecutionProvider"]
-            )
+            with native_path(directory / ONNX) as name:
+                self.session = onnxruntime.InferenceSession(name, options, ["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises plain Exceptions of its own
             reason = str(error).strip().splitlines()[0]
             raise ToolkitError(

@@ -12,10 +12,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from models.checkpoint.quantized import find_description
 from models.checkpoint.table import Part, Weight
+from models.checkpoint.tensor_files import save_tensors
 from runtime.common.errors import ToolkitError
 from runtime.common.files import cache_folder, locked, remove_folder, tensors_digest
 from runtime.common.notes import note
@@ -110,7 +110,7 @@ def _pack(checkpoint, family, kind, split, folder: Path, layouts: dict[str, Layo
         sources = sources_of(rows)
         for name, tensor in checkpoint.assemble(rows, progress=progress):
             check_finite(sources[name], tensor)
-            save_file(_stored(name, tensor, kind), work / f"{name}.safetensors")
+            save_tensors(_stored(name, tensor, kind), work / f"{name}.safetensors")
         write_list(work)
         remove_folder(folder)
         os.rename(work, folder)

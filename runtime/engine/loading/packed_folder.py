@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from models.checkpoint.shards import DamagedFile, Entry, stored_entries
+from models.checkpoint.tensor_files import load_tensors
 from models.errors import ModelError
 from models.files import read_record
 from runtime.common.files import file_entry, open_private, problem_of, write_atomically
@@ -59,7 +59,7 @@ def read_weights(folder: Path, layouts: dict[str, Layout]) -> Iterator[tuple[str
     for name in layouts:
         file = folder / f"{name}{SUFFIX}"
         try:
-            yield name, load_file(file)
+            yield name, load_tensors(file)
         except (OSError, SafetensorError) as error:
             raise DamagedPack(f"{file} cannot be read ({error})") from None
 
