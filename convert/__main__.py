@@ -85,11 +85,11 @@ def main(argv: list[str]) -> int:
         {"conversion": ConvertOptions},
     )
     [options] = parser.parse(argv)
+    from convert.atc.option_rules import check_path
+    from convert.atc.plan import check_request, dry_run
+    from convert.atc.run import find_atc
     from runtime.vision.artifact import cache_directory
 
-    from .atc.option_rules import check_path
-    from .atc.plan import check_request, dry_run
-    from .atc.run import find_atc
     from .pipeline import convert, open_source, vision_family
 
     family = vision_family(options.model)

@@ -55,7 +55,7 @@ def validate(argv: list[str]) -> int:
     folders = [argument for argument in argv if not argument.startswith("-")]
     if len(folders) != 1 or set(argv) - {*folders, "--json", "--debug"}:
         raise ToolkitError("give one folder: python -m quant validate DIR [--json]")
-    from .validate.command import print_findings
+    from quant.validate.command import print_findings
 
     return print_findings(folders[0], "--json" in argv)
 

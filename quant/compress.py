@@ -22,6 +22,9 @@ from models.checkpoint.quantized import (
     stored_weights,
 )
 from models.side_files import read_as_stored, read_json
+from quant.output.files import copy_small_files, small_files, write_config, write_description
+from quant.output.weights import Entry, write_weights
+from quant.validate.folder import validate
 from runtime.common.errors import CHECK_FAILED, MISSING_COMPONENT, ToolkitError
 from runtime.common.files import (
     CHECKSUMS,
@@ -37,11 +40,8 @@ from runtime.parallel.split import Split, check_split
 
 from .msmodelslim_calls import import_msmodelslim, private_directory
 from .options import CompressOptions
-from .output.files import copy_small_files, small_files, write_config, write_description
-from .output.weights import Entry, write_weights
 from .pipeline import prepare_folder
 from .rank_shares import Shares, part_folders, part_name
-from .validate.folder import validate
 from .work_folder import PARTIAL
 
 KIND = "W8A8SC"

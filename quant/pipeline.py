@@ -14,6 +14,9 @@ import torch
 from models import family_of
 from models.checkpoint import Checkpoint
 from models.checkpoint.quantized import find_description
+from quant.calibration.samples import choose_lines
+from quant.output.files import WEIGHTS, small_files
+from quant.output.result import write_result
 from runtime.common.errors import ToolkitError
 from runtime.common.files import locked, work_folder
 
@@ -22,10 +25,7 @@ from .layer_loop import quantise_layers
 from .layer_module import linear_groups
 from .msmodelslim_calls import import_msmodelslim
 from .options import CalibrationOptions, GateOptions, QuantOptions, RecipeOptions
-from .output.files import WEIGHTS, small_files
-from .output.result import write_result
 from .plan import QuantPlan, make_plan
-from .samples import choose_lines
 from .work_folder import PARTIAL, WorkFolder
 
 

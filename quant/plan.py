@@ -17,6 +17,7 @@ import torch
 from models.checkpoint import Checkpoint
 from models.checkpoint.table import WeightTable
 from models.side_files import read_as_stored
+from quant.calibration.samples import Lines, Sample, lines_key, make_samples
 from runtime.common.files import own_folder, write_atomically
 from runtime.common.machine import version
 from runtime.common.progress import step_progress
@@ -33,7 +34,6 @@ from .recipe import (
     kept_by_range,
     num_widest,
 )
-from .samples import Lines, Sample, lines_key, make_samples
 
 REPORT = "quant_report.json"
 

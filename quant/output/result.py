@@ -12,6 +12,11 @@ from models.checkpoint.quantized import FILE, halves_of
 from models.checkpoint.shards import TensorReader, stored_entries
 from models.checkpoint.table import WeightTable
 from models.side_files import read_as_stored
+from quant.gate import Group, Verdict
+from quant.integer_layer import finished_tensors
+from quant.plan import REPORT, QuantPlan
+from quant.validate.folder import validate
+from quant.work_folder import PARTIAL, WorkFolder, store
 from runtime.common.errors import CHECK_FAILED, ToolkitError
 from runtime.common.files import (
     CHECKSUMS,
@@ -23,11 +28,6 @@ from runtime.common.files import (
 )
 from runtime.common.progress import byte_progress
 
-from ..gate import Group, Verdict
-from ..integer_layer import finished_tensors
-from ..plan import REPORT, QuantPlan
-from ..validate.folder import validate
-from ..work_folder import PARTIAL, WorkFolder, store
 from .files import copy_small_files, publish, write_config, write_description
 from .weights import Entry, write_weights
 

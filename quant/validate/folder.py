@@ -20,10 +20,10 @@ from models.checkpoint.quantized import (
 )
 from models.errors import ModelError
 from models.side_files import read_json
+from quant.rank_shares import check_parts, find_parts
 from runtime.common.files import checksum_problems
 from runtime.parallel.split import Split
 
-from ..rank_shares import check_parts, find_parts
 from .findings import A2, CONSUMERS, MINDIE, P310, Finding, Findings
 from .layers import NEEDED, layer_findings
 

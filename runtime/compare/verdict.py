@@ -9,13 +9,13 @@ import numpy as np
 
 from models.family import Family
 from runtime.common import metrics
+from runtime.compare.report.page import SCHEMA
 
 from . import layerwise
 from .cases import Case
 from .limits import EXACT, QUANTISED, is_within
 from .outcomes import Noise, Outcome, Side
 from .report import sentences
-from .report.page import SCHEMA
 
 FP32_DISTANCE = 1e-5  # largest relative Euclidean distance of an image row (measured: 9e-7)
 OM_DISTANCE = 0.05  # the same for an .om, which computes in fp16: msit's limit

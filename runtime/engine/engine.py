@@ -9,12 +9,12 @@ import numpy as np
 from models.family import Prompt
 from models.prompt.messages import check_messages
 from runtime.common.errors import ToolkitError
+from runtime.engine.loading.build import build
+from runtime.engine.loading.memory import DEFAULT_MAX_NUM_SEQS
 from runtime.parallel.team import close_team
 from runtime.vision import open_session
 
 from .image_features import ImageFeatures
-from .loading.build import build
-from .loading.memory import DEFAULT_MAX_NUM_SEQS
 from .options import EngineOptions, SamplingParams
 from .request import Request, Result, Settings
 from .scheduler import Scheduler

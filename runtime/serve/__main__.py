@@ -16,9 +16,9 @@ from runtime.common.flags import Parser
 from runtime.common.progress import print_status
 from runtime.engine.command import join_torchrun, open_engine
 from runtime.engine.options import EngineOptions
+from runtime.serve.transport.listen import BACKLOG, open_listeners, possible_connections, url_of
 
 from .options import LOCAL, ServeOptions
-from .transport.listen import BACKLOG, open_listeners, possible_connections, url_of
 
 HEADER_BYTES = 65536
 
@@ -118,7 +118,7 @@ def image_rules(options: ServeOptions):
 
 def connection_limits(options: ServeOptions):
     """The limits of the options, or what this process may have open files for."""
-    from .transport.connection import ConnectionLimits
+    from runtime.serve.transport.connection import ConnectionLimits
 
     in_all = possible_connections(options.max_connections)
     if in_all < options.max_connections:
@@ -130,7 +130,7 @@ def connection_limits(options: ServeOptions):
 
 
 def uvicorn_config(uvicorn, app, options: ServeOptions):
-    from .transport.connection import KEEP_ALIVE_SECONDS, connection_class
+    from runtime.serve.transport.connection import KEEP_ALIVE_SECONDS, connection_class
 
     return uvicorn.Config(
         app,

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-from .tools.schema import ToolCall
+from runtime.serve.tools.schema import ToolCall
 
 MAX_PARTS = 1024  # of one message
 MAX_MESSAGES = 4096

@@ -7,8 +7,9 @@ import time
 import uuid
 from typing import Any
 
+from runtime.serve.tools.calls import ToolCallParser
+
 from .logprobs import TokenLogprobs
-from .tools.calls import ToolCallParser
 
 
 class ResponseBuilder:

@@ -15,6 +15,9 @@ from starlette.middleware.cors import CORSMiddleware
 
 from models.errors import UserError
 from runtime.common.machine import version
+from runtime.serve.tools.calls import ToolCallParser
+from runtime.serve.transport.bodies import describe_bodies, json_body, openapi_of
+from runtime.serve.transport.guard import Guard
 
 from .errors import ApiError, as_api_error, error_response
 from .responses import model_card
@@ -26,9 +29,6 @@ from .schema import (
     TokenizeRequest,
 )
 from .service import Service
-from .tools.calls import ToolCallParser
-from .transport.bodies import describe_bodies, json_body, openapi_of
-from .transport.guard import Guard
 
 BODIES = [ChatRequest, CompletionRequest, LegacyRequest, TokenizeRequest, DetokenizeRequest]
 VERSION = version("ascend-vlm") or "unknown"

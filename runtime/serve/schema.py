@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, ConfigDict, Field
 
 from runtime.engine.options import SamplingParams
+from runtime.serve.tools.schema import Tool, ToolChoice
 
 from .errors import ApiError
 from .known_fields import check_known_fields
@@ -24,7 +25,6 @@ from .messages import (
     TextPart,
     kind_of,
 )
-from .tools.schema import Tool, ToolChoice
 
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256

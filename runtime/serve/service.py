@@ -10,6 +10,8 @@ from contextlib import aclosing
 
 from fastapi.responses import StreamingResponse
 
+from runtime.serve.tools.calls import ToolCallParser
+
 from .engine_thread import EngineThread
 from .errors import ApiError, as_api_error
 from .logprobs import TokenLogprobs
@@ -17,7 +19,6 @@ from .prompts import PromptBuilder
 from .responses import ResponseBuilder
 from .schema import SamplingRequest
 from .telemetry import Telemetry
-from .tools.calls import ToolCallParser
 
 
 class Service:

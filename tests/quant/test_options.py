@@ -13,16 +13,10 @@ from models import family_of
 from models.errors import ModelError
 from quant import msmodelslim_calls, pipeline
 from quant.__main__ import main
+from quant.calibration.samples import calibration_lines
 from quant.layer_module import linear_groups
 from quant.msmodelslim_calls import import_msmodelslim
-from quant.recipe import (
-    kept_by_group,
-    kept_by_range,
-    num_widest,
-    recipe_for,
-    whole_groups,
-)
-from quant.samples import calibration_lines
+from quant.recipe import kept_by_group, kept_by_range, num_widest, recipe_for, whole_groups
 from runtime.common.errors import CHECK_FAILED, ToolkitError
 
 pytestmark = pytest.mark.skipif(

@@ -11,9 +11,9 @@ from models import family_of
 from models.errors import ModelError
 from quant import pipeline
 from quant.__main__ import main
+from quant.calibration.samples import _tokens as answer_of
+from quant.calibration.samples import calibration_lines, choose_lines, lines_key, make_samples
 from quant.options import CalibrationOptions
-from quant.samples import _tokens as answer_of
-from quant.samples import calibration_lines, choose_lines, lines_key, make_samples
 from quant.work_folder import WorkFolder
 from runtime.common.errors import ToolkitError
 

@@ -14,12 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from models import family_of
 from models.checkpoint import Checkpoint
-from models.checkpoint.quantized import (
-    check_stored,
-    find_description,
-    halves_of,
-    stored_weights,
-)
+from models.checkpoint.quantized import check_stored, find_description, halves_of, stored_weights
 from quant.__main__ import main
 from quant.validate.findings import A2, CONSUMERS, MINDIE, P310
 from quant.validate.folder import validate

@@ -14,7 +14,7 @@ from fastapi import Depends, FastAPI, Request
 from pydantic import BaseModel, ValidationError
 from pydantic.json_schema import models_json_schema
 
-from ..errors import ApiError, refused_field
+from runtime.serve.errors import ApiError, refused_field
 
 INLINE_BYTES = 1 << 16  # bodies up to here are read at once
 MAX_NESTED = 50_000  # lists and objects in a body

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from ..errors import ApiError
+from runtime.serve.errors import ApiError
 
 HEADER_SECONDS = 10  # from a connection's beginning, or a later request's first byte, to its head
 KEEP_ALIVE_SECONDS = 20  # between two requests

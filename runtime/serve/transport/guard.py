@@ -8,7 +8,7 @@ import asyncio
 import hmac
 from contextlib import contextmanager
 
-from ..errors import ApiError, error_response
+from runtime.serve.errors import ApiError, error_response
 
 BODY_SECONDS = 60  # a client that sends its body more slowly is not waited for
 STALL_SECONDS = 10  # nor one that sends nothing of it for so long

@@ -29,6 +29,8 @@ from models.prompt.messages import (
     with_images,
 )
 from models.prompt.picture_files import find_below
+from quant.layer_module import SampleStep, sample_step
+from quant.options import CalibrationOptions
 from runtime.common.errors import ToolkitError
 from runtime.common.jsonl import Line, read_lines
 from runtime.common.sample_questions import QUESTIONS
@@ -36,9 +38,7 @@ from runtime.common.shared_flags import media_path
 from runtime.engine.sequence import Sequence
 from runtime.vision import open_session
 
-from .layer_module import SampleStep, sample_step
-from .options import CalibrationOptions
-from .sample_texts import CALIBRATION, HELD_OUT
+from .texts import CALIBRATION, HELD_OUT
 
 MAX_TOKENS = 512  # of a sample; the rest is cut off
 
