@@ -8,14 +8,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from runtime.common.files import check_again
+from runtime.compare.layers.scales import judge_scales
 from runtime.engine.options import EngineOptions
 
-from . import dataset, float_search, vision_nodes
+from . import dataset
 from .cases import Case
+from .layers import float_search, vision_nodes
 from .limits import all_limits
 from .options import CompareOptions
 from .runs import is_quantised, run_candidate, run_reference
-from .scales import judge_scales
 from .verdict import judge
 
 

@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from models.family import Family
-
-from .layerwise import RecordingTap
+from runtime.compare.layers.layerwise import RecordingTap
 
 
 @dataclass

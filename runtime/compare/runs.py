@@ -20,12 +20,12 @@ from models.family import Family, Prompt
 from runtime.common.errors import ToolkitError
 from runtime.common.progress import print_status, spinner, track
 from runtime.common.shared_flags import media_path
+from runtime.compare.layers.layerwise import compare_stages, merge, record
 from runtime.engine.command import open_engine
 from runtime.engine.options import EngineOptions, SamplingParams, one_at_a_time
 
 from .cases import Case
 from .dataset_answers import answers
-from .layerwise import compare_stages, merge, record
 from .options import CompareOptions
 from .outcomes import Noise, Outcome, Side
 from .transformers_engine import TransformersEngine

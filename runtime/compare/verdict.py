@@ -11,8 +11,8 @@ from models.family import Family
 from runtime.common import metrics
 from runtime.compare.report.page import SCHEMA
 
-from . import layerwise
 from .cases import Case
+from .layers import layerwise
 from .limits import EXACT, QUANTISED, is_within
 from .outcomes import Noise, Outcome, Side
 from .report import sentences

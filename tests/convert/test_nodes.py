@@ -20,7 +20,7 @@ from models import family_of
 from runtime.common.errors import run_command
 from runtime.common.files import file_entry
 from runtime.compare import __main__ as compare
-from runtime.compare import vision_nodes
+from runtime.compare.layers import vision_nodes
 from runtime.vision import artifact
 
 GOLDEN = paths.GOLDEN

@@ -87,6 +87,7 @@ CHOOSERS = ("runtime", "models", "runtime.ops", "runtime.vision")
 
 LONGEST_MODULE = 400
 LONGEST_FUNCTION = 50
+MOST_MODULES = 16  # in one folder
 
 
 def room_of(module: str) -> str:
@@ -213,3 +214,9 @@ def test_nothing_of_transformers_is_imported_in_product_code():
                 names = [node.module]
             tops = {name.split(".")[0] for name in names}
             assert "transformers" not in tops or path.name in allowed, path
+
+
+def test_no_folder_holds_more_modules_than_one_reads_at_a_glance():
+    folders = [path.parent for path in import_graph.modules_of(ROOT).values()]
+    crowded = {str(each.relative_to(ROOT)) for each in folders if folders.count(each) > MOST_MODULES}
+    assert not crowded

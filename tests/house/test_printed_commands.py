@@ -13,7 +13,7 @@ from models import family_of
 from models.synthetic.__main__ import main as synthetic
 from quant import pipeline
 from runtime.common.errors import ToolkitError
-from runtime.compare.float_search import report
+from runtime.compare.layers.float_search import report
 from runtime.vision import artifact
 
 FOLDER = Path("/my models/it's (1)")

@@ -21,7 +21,7 @@ from quant.layer_module import LayerModule, linear_groups
 from quant.work_folder import WorkFolder
 from runtime import Engine
 from runtime.common.errors import CHECK_FAILED, MISSING_COMPONENT, ToolkitError
-from runtime.compare.scales import judge_scales
+from runtime.compare.layers.scales import judge_scales
 
 pytestmark = pytest.mark.skipif(
     find_spec("msmodelslim") is None, reason="needs msmodelslim: pip install 'ascend-vlm[quant]'"

@@ -16,8 +16,9 @@ from runtime.common import files, metrics
 from runtime.common import sample_questions as questions
 from runtime.common.errors import ToolkitError, run_command
 from runtime.compare import __main__ as compare
-from runtime.compare import cases, components, layerwise, outcomes, runs, verdict
+from runtime.compare import cases, components, outcomes, runs, verdict
 from runtime.compare.dataset import read as read_dataset
+from runtime.compare.layers import layerwise
 from runtime.compare.options import CompareOptions
 from runtime.compare.report import formats
 from runtime.compare.report import page as report

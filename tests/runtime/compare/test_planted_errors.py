@@ -15,9 +15,9 @@ from quant.options import GateOptions
 from runtime import Engine
 from runtime.common.errors import ToolkitError
 from runtime.compare import __main__ as command
-from runtime.compare import layerwise as layers
 from runtime.compare.cases import choose_cases
 from runtime.compare.comparison import compare
+from runtime.compare.layers import layerwise as layers
 from runtime.compare.limits import all_limits
 from runtime.compare.options import CompareOptions
 from runtime.engine.options import EngineOptions

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models.checkpoint.quantized import float_scale
-from runtime.compare.scales import judge_scales
+from runtime.compare.layers.scales import judge_scales
 
 SLIM = paths.GOLDEN / "msmodelslim"
 FLOAT = SLIM / "float" / "glm_f16"

@@ -12,8 +12,7 @@ from pathlib import Path
 
 from runtime.common.processes import start_module
 from runtime.common.progress import spinner
-
-from .options import CompareOptions
+from runtime.compare.options import CompareOptions
 
 ARTIFACT = ", artifact "  # how OnnxVision.describe ends
 

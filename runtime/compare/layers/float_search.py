@@ -20,14 +20,13 @@ from models.network.decoder import LINEARS
 from models.network.linear import as_float32
 from runtime.common import metrics
 from runtime.common.progress import spinner
+from runtime.compare.cases import Case
+from runtime.compare.limits import is_within
+from runtime.compare.options import CompareOptions
+from runtime.compare.outcomes import Outcome
+from runtime.compare.runs import dtype_of, encode, load
 from runtime.engine.command import open_engine
 from runtime.engine.options import EngineOptions
-
-from .cases import Case
-from .limits import is_within
-from .options import CompareOptions
-from .outcomes import Outcome
-from .runs import dtype_of, encode, load
 
 PARTS = {"attention": ("attention_norm", "qkv", "out"), "mlp": ("mlp_norm", "up", "down")}
 
