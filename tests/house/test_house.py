@@ -218,5 +218,7 @@ def test_nothing_of_transformers_is_imported_in_product_code():
 
 def test_no_folder_holds_more_modules_than_one_reads_at_a_glance():
     folders = [path.parent for path in import_graph.modules_of(ROOT).values()]
-    crowded = {str(each.relative_to(ROOT)) for each in folders if folders.count(each) > MOST_MODULES}
+    crowded = {
+        str(each.relative_to(ROOT)) for each in folders if folders.count(each) > MOST_MODULES
+    }
     assert not crowded

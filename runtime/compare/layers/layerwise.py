@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from models.files import named
+from models.files import named, open_own
 from runtime.common import metrics
 
 HALF_MAX = 65504.0  # the largest fp16 number
@@ -36,7 +36,7 @@ class RecordingTap:
         self.stages = {stage: index for index, stage in enumerate(stages)}
         shape = (len(stages), tokens, hidden)
         self.values = np.lib.format.open_memmap(path, "w+", np.float32, shape)
-        with named(path), open(path, "r+b") as file:
+        with named(path), open_own(path) as file:
             # a full disk ends here in an error; found while the map is written, it ends the process
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         path.unlink()  # lives on as long as it is mapped, and not a moment longer
