@@ -186,7 +186,7 @@ def test_the_port_is_taken(capsys):
         port = other.getsockname()[1]
         assert run_command(ui.main, ["--model", str(DEMO / "checkpoint"), "--port", str(port)]) == 2
     assert (
-        f"--port {port} on 127.0.0.1 cannot be listened on; give another one"
+        f"--port {port} of 127.0.0.1 is taken by another program; end it, or give another port"
         in capsys.readouterr().err
     )
 
