@@ -64,11 +64,11 @@ class SamplingDefaults:
     """What the release samples with by default; generation_config.json overrides it."""
 
     max_length: int  # prompt + answer, as the releases count
-    max_new_tokens: int | None = None  # of one answer; None = as many as max_length leaves
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0  # 0 = off
     repetition_penalty: float = 1.0
+    max_new_tokens: int | None = None  # of one answer; None = as many as max_length leaves
 
 
 class Family:

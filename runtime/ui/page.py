@@ -134,7 +134,7 @@ def make_controls(backend, given: SamplingParams) -> list:
     """System prompt, "as released", the SLIDERS, max_tokens; with the values of `given` first."""
     defaults = backend.released_sampling
     if defaults is None:
-        defaults = SamplingDefaults(backend.max_model_len, 0.8, 0.8, 50, 1.0)
+        defaults = SamplingDefaults(backend.max_model_len, temperature=0.8, top_p=0.8, top_k=50)
     released = all(getattr(given, name) is None for name in SLIDERS)
     controls = [
         gr.Textbox(
