@@ -88,8 +88,11 @@ def test_a_stop_string_is_looked_for_in_what_is_shown(family, raw, stop, shown):
 
 
 @given(TEXT, TEXT)
+@example("0\n", "0\n")
+@example("\n0", "\n0")
 def test_pieces_of_a_stopped_answer_make_the_shown_text_before_the_stop(text, stop):
-    whole = FAMILY.clean(FAMILY.tokenizer.decode(FAMILY.tokenizer.encode(text)))
+    raw = FAMILY.tokenizer.decode(FAMILY.tokenizer.encode(text))
+    whole = FAMILY.clean(raw + "x")[:-1]  # with the blanks at its end: they may be in a stop string
     answer = AnswerText(FAMILY, (stop,) if stop else ())
     pieces = [answer.push(i) for i in FAMILY.tokenizer.encode(text)] + [answer.finish()]
     expected = whole
