@@ -13,6 +13,9 @@ LARGEST_GRID = 512  # patches along one side of a picture; released models have 
 class Rope:
     """Rotary angles pos / theta^(2j/dim), j < dim/2, in each of `channels` position channels.
 
+    With `sections` the angles are divided among the channels: the first sections[0] of them turn
+    with the first channel's position, the next sections[1] with the second's, and so on.
+
     The row that the kernels take is [c, c] with c [head_dim / 2] = angles of all channels, then
     zeros (no rotation).
     """
@@ -21,6 +24,7 @@ class Rope:
     channels: int = 1
     theta: float = 10000.0
     half_rounded: bool = False  # ChatGLM-6B rounds the frequencies to fp16 when they are built
+    sections: tuple[int, ...] = ()  # one number per channel, together dim / 2
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class DecoderConfig:
     activation: str = "swiglu"  # "swiglu" | "gelu_tanh"
     # ChatGLM-6B: x = norm(x) * alpha + branch(norm(x)); None = plain pre-norm
     residual_alpha: float | None = None
+    # GLM-4-0414 and later: x += post_norm(branch(norm(x)))
+    post_norms: bool = False
 
     def __post_init__(self):
         """ModelError for sizes that make no attention."""
@@ -56,6 +62,12 @@ class DecoderConfig:
             raise ModelError(
                 f"config.json rotates {self.rope.dim} of the {self.head_dim} dimensions of a head, "
                 f"which must be an even number of at least 2; {RELEASED}"
+            )
+        sections = self.rope.sections
+        if sections and (len(sections), sum(sections)) != (self.rope.channels, self.rope.dim // 2):
+            raise ModelError(
+                f"config.json divides the rotary angles into {shown(list(sections))}, which must be "
+                f"{self.rope.channels} numbers that add up to {self.rope.dim // 2}; {RELEASED}"
             )
 
 

@@ -6,6 +6,7 @@ decoder and the runtime know; every family maps its checkpoint onto them:
     embed.weight  lm_head.weight  final_norm
     layers.{i}.attention_norm  layers.{i}.qkv  layers.{i}.out
     layers.{i}.mlp_norm        layers.{i}.up   layers.{i}.down
+    layers.{i}.attention_post_norm  layers.{i}.mlp_post_norm   (with DecoderConfig.post_norms)
 
 qkv holds the rows [q; k; v], heads in order, q and k rows permuted so that one full-width
 half-rotation serves every family. `up` is the fused [gate; up] for SwiGLU. Vision weights keep the

@@ -138,6 +138,7 @@ CONFIG = {
     "rope_theta": real(1, 1e15),
     "rope_ratio": real(1e-6, 1e9),
     "partial_rotary_factor": real(1e-6, 1),
+    "mrope_section": lists_of(whole(0, 1 << 12), 1, 8),
     "scaling_factor": real(1e-6, 1e6),
     **dict.fromkeys(("attention_bias", "mlp_bias", "add_qkv_bias"), FLAG),
     **dict.fromkeys(("tie_word_embeddings", "multimodal_projector_bias"), FLAG),

@@ -84,8 +84,11 @@ class Glm4(TemplatedFamily):
 
     def __init__(self, directory, config):
         super().__init__(directory, config)
-        self.hf = config["model_type"] == "glm"
-        self.decoder = hf_decoder(config) if self.hf else chatglm_decoder(config)
+        self.hf = config["model_type"] != "chatglm"
+        self.decoder = self._decoder()
+
+    def _decoder(self) -> DecoderConfig:
+        return hf_decoder(self.config) if self.hf else chatglm_decoder(self.config)
 
     @functools.cached_property
     def tokenizer(self):

@@ -71,11 +71,23 @@ def decoder_weights(
         yield from pair(
             layer + "post_attention_layernorm", (d.hidden,), ours + "mlp_norm", bias=False
         )
+        if d.post_norms:
+            yield from _post_norms(layer, d.hidden, ours)
         gates = [("gate_proj", d.ffn, None), ("up_proj", d.ffn, None)]
         if fused_mlp:
             gates = [("gate_up_proj", 2 * d.ffn, None)]
         yield from joined(layer + "mlp.", gates, d.hidden, ours + "up", mlp_bias)
         yield from pair(layer + "mlp.down_proj", (d.hidden, d.ffn), ours + "down", bias=mlp_bias)
+
+
+def _post_norms(layer: str, width: int, target: str) -> Iterator[Weight]:
+    """Rows of the norms behind a GLM-4-0414 layer's branches; the one before its MLP is called
+    post_attention_layernorm, as in LLaMA."""
+    for name, ours in (
+        ("post_self_attn_layernorm", "attention_post_norm"),
+        ("post_mlp_layernorm", "mlp_post_norm"),
+    ):
+        yield from pair(layer + name, (width,), target + ours, bias=False)
 
 
 def joined(

@@ -17,6 +17,7 @@ from .rope import rotary_angles
 
 LINEARS = ("qkv", "out", "up", "down")
 NORMS = ("attention_norm", "mlp_norm")
+POST_NORMS = ("attention_post_norm", "mlp_post_norm")  # of a decoder that has them
 
 
 @dataclass
@@ -46,6 +47,8 @@ class Layer:
     mlp_norm: Norm
     up: Linear
     down: Linear
+    attention_post_norm: Norm | None = None
+    mlp_post_norm: Norm | None = None
 
 
 class LayerArithmetic:
@@ -70,18 +73,22 @@ class LayerArithmetic:
 
         -> (the stream normalised by `next_norm`, the stream) behind the layer, both [T, hidden].
         """
-        attention = self._attention(x, layer, index, step, cache)
-        x, residual = self._add(attention, x, residual, layer.mlp_norm)
+        branch = self._attention(x, layer, index, step, cache)
+        x, residual = self._add(branch, layer.attention_post_norm, x, residual, layer.mlp_norm)
         x, residual = self._tapped(f"layers.{index}.attention", x, residual, layer.mlp_norm)
-        x, residual = self._add(self._mlp(x, layer), x, residual, next_norm)
+        branch = self._mlp(x, layer)
+        x, residual = self._add(branch, layer.mlp_post_norm, x, residual, next_norm)
         return self._tapped(f"layers.{index}.mlp", x, residual, next_norm)
 
-    def _add(self, branch, x, residual, norm: Norm | None):
-        """Adds a branch's output -> (the stream normalised by `norm`, the stream).
+    def _add(self, branch, post_norm: Norm | None, x, residual, norm: Norm | None):
+        """Adds a branch's output, normalised by `post_norm` if there is one, -> (the stream
+        normalised by `norm`, the stream).
 
         Without `norm` the first is None.
         """
         branch = self.ops.all_reduce(branch)
+        if post_norm is not None:
+            branch = self._norm(branch, post_norm)
         alpha = self.config.residual_alpha
         if alpha is not None:  # ChatGLM-6B: the residual is the norm's output times alpha
             residual = self.ops.scaled_add(branch, x, alpha)
@@ -193,5 +200,8 @@ def norm_of(weights: dict, name: str) -> Norm:
 def layer_of(weights: dict, prefix: str) -> Layer:
     """The layer whose tensors (or packed layers) have names that begin with `prefix`."""
     norms = {name: norm_of(weights, prefix + name) for name in NORMS}
+    for name in POST_NORMS:
+        if f"{prefix}{name}.weight" in weights:
+            norms[name] = norm_of(weights, prefix + name)
     linears = {name: linear_of(weights, prefix + name) for name in LINEARS}
     return Layer(**norms, **linears)

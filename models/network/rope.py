@@ -12,12 +12,18 @@ def rotary_angles(rope: Rope, head_dim: int, positions: torch.Tensor):
     """positions int [T, channels] -> (cos, sin) float32 [T, head_dim].
 
     For the half-rotation x * cos + rotate_half(x) * sin. Angles pos * theta^(-2j/dim), channel
-    after channel, then zeros up to head_dim / 2; the row is that half twice.
+    after channel (with sections: each of one channel), then zeros up to head_dim / 2; the row is
+    that half twice.
     """
     inv = 1.0 / rope.theta ** (torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim)
     if rope.half_rounded:
         inv = inv.half().float()
-    angles = (positions.float()[:, :, None] * inv).flatten(1)
+    positions = positions.float()
+    if rope.sections:
+        channel_of_angle = torch.repeat_interleave(torch.tensor(rope.sections))
+        angles = positions[:, channel_of_angle] * inv
+    else:
+        angles = (positions[:, :, None] * inv).flatten(1)
     angles = torch.nn.functional.pad(angles, (0, head_dim // 2 - angles.shape[1]))
     cos = angles.cos()
     sin = angles.sin()

@@ -194,6 +194,8 @@ class Layers:
         config = decoder.config
         if (config.norm, config.activation, config.residual_alpha) != ("rms", "swiglu", None):
             return False
+        if config.post_norms:
+            return False
         norms = [decoder.final_norm]
         for layer in decoder.layers:
             norms += [layer.attention_norm, layer.mlp_norm]
