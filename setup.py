@@ -41,6 +41,7 @@ setup(
             "ops/cpu/kernels/*",
         ],
     },
+    entry_points={"console_scripts": ["ascend-vlm = runtime.console:main"]},
     install_requires=[
         "torch>=2.13,<2.14",
         "numpy>=1.26",

@@ -11,6 +11,14 @@ from .files import cache_root
 
 PR_SET_PDEATHSIG = 1  # Linux, prctl.h
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
+ROOT = Path(__file__).resolve().parents[2]  # where our own packages lie
+RUN_MODULE = """
+import sys
+sys.path[:] = filter(None, sys.path)  # with -c, an empty place stands for the current folder
+import runpy
+del sys.argv[0]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
 
 
 def output_of(module: str, *arguments) -> tuple[int, bytes]:
@@ -32,7 +40,10 @@ def die_with_parent():
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-ROOT = Path(__file__).resolve().parents[2]
+def module_command(module: str, *arguments) -> list[str]:
+    """The command line of `python -m module arguments`, which on every Python, as with -P from 3.11
+    on, imports nothing from the folder that it is started in."""
+    return [sys.executable, "-c", RUN_MODULE, module, *map(str, arguments)]
 
 
 def start_module(module: str, *arguments, **options) -> subprocess.Popen:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.common.errors import CHECK_FAILED, MISSING_COMPONENT
-from runtime.common.processes import ROOT
+from runtime.common.processes import ROOT, module_command
 
 FOLDER = "ASCEND_VLM_TEAM"  # names the private folder of rank 0 to a process that we started
 FOLLOWER = "runtime.engine.follower"  # module of a process that we start
@@ -70,7 +70,7 @@ class Watcher:
 
     def _start(self, output) -> subprocess.Popen:
         return subprocess.Popen(
-            [sys.executable, "-m", FOLLOWER, str(os.getpid())],
+            module_command(FOLLOWER, os.getpid()),
             env={**os.environ, **self._environment()},
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -88,7 +88,6 @@ class Watcher:
             "LOCAL_RANK": str(self.rank),
             FOLDER: str(self.folder),
             "PYTHONPATH": os.pathsep.join(path),
-            "PYTHONSAFEPATH": "1",  # nothing is imported from where the user stands
         }
 
     def _end_all(self, code: int, stderr_text: str):

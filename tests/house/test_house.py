@@ -59,6 +59,7 @@ ALLOWED = {
     "runtime.engine": (*RUNTIME[:-1], *MODELS),
     "runtime": ("runtime.engine",),
     "runtime.__main__": ("runtime.common",),
+    "runtime.console": ("runtime.common",),
     **{f"runtime.{command}": (*RUNTIME, *MODELS) for command in COMMANDS},
     "convert": (
         "runtime.common",
@@ -82,7 +83,7 @@ ALLOWED["runtime.compare"] += ("runtime.predict",)
 
 # Where an import may stand inside a function: `--help` answers before anything heavy is imported,
 # and a room that chooses a backend imports the one it chose.
-LATE = ("__main__", "command", "chat")
+LATE = ("__main__", "command", "chat", "console")
 CHOOSERS = ("runtime", "models", "runtime.ops", "runtime.vision")
 
 LONGEST_MODULE = 400
