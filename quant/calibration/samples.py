@@ -10,13 +10,13 @@ the jsonl"}, and {"ids": [...]}, already tokenised.
 
 import hashlib
 import json
+import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from models.checkpoint.table import WeightTable
 from models.errors import ModelError
@@ -28,7 +28,7 @@ from models.prompt.messages import (
     split_content,
     with_images,
 )
-from models.prompt.picture_files import find_below
+from models.prompt.picture_files import FileBelow, find_below
 from quant.layer_module import SampleStep, sample_step
 from quant.options import CalibrationOptions
 from runtime.common.errors import ToolkitError
@@ -88,7 +88,7 @@ def image_lines() -> list[dict]:
 
 def calibration_lines(file: str, allowed: Path | None = None) -> list[dict]:
     """Lines of a calibration file, each with its number as "line"; images, which lie below the
-    file's folder or `allowed`, are paths. ToolkitError with the number of the first that is no
+    file's folder or `allowed`, are FileBelow. ToolkitError with the number of the first that is no
     calibration line."""
     lines = []
     for line in read_lines(file, "--calib"):
@@ -134,22 +134,22 @@ def _checked_ids(ids) -> list[int]:
 
 
 def _checked_messages(messages, folder: Path, allowed: Path | None) -> list[dict]:
-    """The messages with the paths of their images. ModelError for what no chat has."""
+    """The messages with the files of their images. ModelError for what no chat has."""
     check_messages(messages)
     if not any(message["role"] == "user" for message in messages):
         raise ModelError("its messages ask nothing: none has the role user")
     found = []
     for message in messages:
         parts, images = parse_content(message.get("content") or "")
-        paths = [_image_path(image, folder, allowed) for image in images]
-        found.append({**message, "content": with_images(parts, paths)})
+        files = [_image_file(image, folder, allowed) for image in images]
+        found.append({**message, "content": with_images(parts, files)})
     return found
 
 
-def _image_path(image, folder: Path, allowed: Path | None) -> str:
+def _image_file(image, folder: Path, allowed: Path | None) -> FileBelow:
     if not isinstance(image, str):
         raise ModelError('the "image" of a part is no file name')
-    return str(find_below(image, folder, allowed))
+    return find_below(image, folder, allowed)
 
 
 def draw(lines: list[dict], count: int, seed: int) -> list[dict]:
@@ -187,11 +187,14 @@ def _with_digests(value):
 
 
 def image_digest(image) -> str:
-    """Of the file at a path, or of the pixels of a PIL image; a file that is missing counts by its
-    name, because reading it says what is wrong."""
-    if not isinstance(image, Image.Image):
-        file = Path(image)
-        content = file.read_bytes() if file.is_file() else str(file).encode()
+    """Of a FileBelow, or of the pixels of a PIL image; a file that cannot be read counts by its
+    name, because opening it later says what is wrong."""
+    if isinstance(image, FileBelow):
+        try:
+            with image.open() as stream:
+                content = stream.read()
+        except (OSError, ModelError):
+            content = os.fsencode(image)
         return hashlib.sha256(content).hexdigest()
     form = f"{image.mode} {image.size} ".encode()
     return hashlib.sha256(form + image.tobytes()).hexdigest()

@@ -1,6 +1,7 @@
 """The lines that a quantisation measures on and is judged by: what tells them apart."""
 
 import json
+import os
 from importlib.util import find_spec
 
 import paths
@@ -118,7 +119,8 @@ def test_another_folder_of_pictures(tmp_path):
     with pytest.raises(ToolkitError, match="line 1: .*lies outside"):
         calibration_lines(file)
     [line] = calibration_lines(file, tmp_path)
-    assert line["messages"][0]["content"][0]["image"] == str(tmp_path / "a.png")
+    [picture] = line["messages"][0]["content"]
+    assert os.fspath(picture["image"]) == str(tmp_path / "a.png")
 
 
 def test_what_the_model_cannot_be_asked_names_the_line():

@@ -17,6 +17,7 @@ import paths
 import pytest
 
 from models.errors import ModelError
+from models.prompt.images import open_image
 from runtime.__main__ import main as runtime_main
 from runtime.common.errors import ToolkitError, run_command
 from runtime.common.jsonl import Line
@@ -318,14 +319,43 @@ def test_pictures_are_confined_to_the_folder_of_the_file(name, outside):
     with pytest.raises(ModelError, match="lies outside"):
         chat_messages(question, outside, outside.parent / "questions")
     [message] = chat_messages(question, outside, outside.parent / "pictures")
-    assert message["content"][0]["image"] == outside.parent / "pictures" / "a.png"
+    [picture, _] = message["content"]
+    assert os.fspath(picture["image"]) == str(outside.parent / "pictures" / "a.png")
 
 
 @pytest.mark.parametrize("name", ["b.png", "./b.png", "inner.png", "{}/questions/b.png"])
 def test_pictures_of_the_folder(name, outside):
     question = {"prompt": "x", "image": name.format(outside.parent)}
     [message] = chat_messages(question, outside)
-    assert message["content"][0]["image"] == outside / "b.png"
+    assert os.fspath(message["content"][0]["image"]) == str(outside / "b.png")
+
+
+def link_in_its_place(name, target):
+    name.rename(name.with_name("before"))
+    name.symlink_to(target)
+
+
+@pytest.mark.parametrize("swapped", ["b.png", "inner"])
+def test_a_link_that_comes_after_the_check_is_not_followed(swapped, outside):
+    (outside / "inner").mkdir()
+    (outside / "inner" / "a.png").write_bytes((outside / "b.png").read_bytes())
+    names = ["b.png", "inner/a.png"]
+    [message] = chat_messages({"prompt": "x", "image": names}, outside)
+    pictures = [part["image"] for part in message["content"] if part["type"] == "image"]
+    targets = {"b.png": outside.parent / "pictures" / "a.png", "inner": outside.parent / "pictures"}
+    link_in_its_place(outside / swapped, targets[swapped])
+    whole, exchanged = pictures if swapped == "inner" else reversed(pictures)
+    open_image(whole)
+    with pytest.raises(ModelError, match="was exchanged for a link while it was read"):
+        open_image(exchanged)
+
+
+def test_a_pipe_that_comes_after_the_check_is_not_opened(outside):
+    [message] = chat_messages({"prompt": "x", "image": "b.png"}, outside)
+    (outside / "b.png").unlink()
+    os.mkfifo(outside / "b.png")
+    with pytest.raises(ModelError, match="b.png is a named pipe; name a picture file"):
+        open_image(message["content"][0]["image"])
 
 
 def test_the_flag_opens_another_folder(outside, capsys):
