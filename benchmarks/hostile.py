@@ -10,7 +10,6 @@ import concurrent.futures
 import contextlib
 import itertools
 import socket
-import statistics
 import sys
 import threading
 from collections import Counter
@@ -18,7 +17,7 @@ from dataclasses import dataclass, field
 
 import httpx
 from hostile_bodies import bodies
-from service import MODEL, Process
+from service import MODEL, MOST_GROWTH, Process, growth
 
 LIMITS = {
     "--max-model-len": "128",
@@ -28,7 +27,6 @@ LIMITS = {
     "--max-body-bytes": "2000000",
     "--allowed-local-media-path": str(MODEL),
 }
-MOST_GROWTH = 0.05  # of the memory
 ALLOWED = (  # {p} is the canary's port
     "127.0.0.1:{p}",
     "localhost:{p}",
@@ -93,13 +91,6 @@ class Report:
         if status >= 500 or (status >= 400 and not answer.json()["error"]["message"]):
             self.wrong.append(f"{kind} {path} {body[:300]!r} -> {status} {answer.text[:300]}")
 
-    @property
-    def growth(self) -> float:
-        """Relative growth of the median memory from the second tenth of the samples (the first warms up) to the last."""
-        tenth = max(len(self.memory) // 10, 1)
-        before = statistics.median(self.memory[tenth : 2 * tenth])
-        return statistics.median(self.memory[-tenth:]) / before - 1
-
 
 def send(url: str, requests, report: Report, memory=None, clients=4):
     """Sends all `requests` to the service at `url`, from `clients` at once; samples memory() after every 50th."""
@@ -143,16 +134,17 @@ def main() -> int:
         service.wait()
         requests = itertools.islice(endless, options.bodies)
         send(service.url, requests, report, lambda: service.resident)
-        left = service.gauge("num_requests_running") + service.gauge("num_requests_waiting")
+        left = service.num_requests
     finally:
         code = service.stop()
     print(
         f"{report.count} bodies, statuses {dict(sorted(report.statuses.items()))}, "
-        f"{canary.visits} fetched, memory {report.memory[0] >> 20} MiB, then {report.growth:+.1%}, "
-        f"{left:.0f} requests left over, exit code {code}"
+        f"{canary.visits} fetched, memory {report.memory[0] >> 20} MiB, then {growth(report.memory):+.1%}, "
+        f"{left} requests left over, exit code {code}"
     )
     print("\n".join(report.wrong[:20]))
-    return int(bool(report.wrong or canary.visits or left or code or report.growth > MOST_GROWTH))
+    grown = growth(report.memory) > MOST_GROWTH
+    return int(bool(report.wrong or canary.visits or left or code or grown))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import httpx
 
 ROOT = Path(__file__).resolve().parents[1]
 HTTP = httpx.Client(timeout=120, trust_env=False)  # one for all: making one is slow
+MOST_GROWTH = 0.05  # of the memory
 MODEL = ROOT / "tests" / "golden" / "glm_edge_v"  # small, with pictures
 
 
@@ -21,6 +23,13 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+def growth(samples: list[int]) -> float:
+    """Relative growth of the median memory from the second tenth of the samples to the last; the first warms up."""
+    tenth = max(len(samples) // 10, 1)
+    before = statistics.median(samples[tenth : 2 * tenth])
+    return statistics.median(samples[-tenth:]) / before - 1
 
 
 class Client:
@@ -47,6 +56,11 @@ class Client:
         lines = HTTP.get(self.url + "/metrics").text.splitlines()
         own = [line for line in lines if line.startswith(f"ascend_vlm:{name}{{")]
         return sum(float(line.split()[-1]) for line in own)
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that run or wait."""
+        return int(self.gauge("num_requests_running") + self.gauge("num_requests_waiting"))
 
 
 class Process(Client):

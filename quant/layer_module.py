@@ -19,7 +19,7 @@ from torch import nn
 from models.checkpoint.table import Weight, WeightTable
 from models.network.decoder import LINEARS, NORMS, Layer, LayerArithmetic
 from models.network.rope import rotary_angles
-from runtime.common.processes import return_freed_memory
+from runtime.common.allocator import return_freed_memory
 from runtime.ops.cpu.ops import CpuOps, sequence_attention
 from runtime.ops.reference import ReferenceOps
 

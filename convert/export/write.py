@@ -12,9 +12,9 @@ import torch
 
 from models.checkpoint import Checkpoint
 from models.family import Family
+from runtime.common.allocator import keep_freed_memory
 from runtime.common.errors import ToolkitError
 from runtime.common.files import file_entry
-from runtime.common.processes import keep_freed_memory
 from runtime.common.progress import byte_progress
 from runtime.vision.artifact import DATA, ONNX
 

@@ -1,24 +1,57 @@
-"""glibc's malloc, told to give memory back: for processes that live long and decode pictures.
+"""glibc's malloc, told what to keep and what to give back. Other C libraries do as they please.
 
-By default every thread gets arenas of its own, and a large block that was freed once raises the
-size from which blocks are returned to the system, so that pictures of changing sizes, decoded in
-several threads, leave holes that add up.
+A step of a decoder wants its freed memory again at once, a process that lives long must not keep
+the holes that requests of all sizes leave in the heaps of its threads: it keeps freed memory, and
+gives back what nobody has taken again when some seconds have passed.
 """
 
 import ctypes
+import threading
+import time
 
 # names of malloc.h
+M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 M_ARENA_MAX = -8
-LARGE_BLOCK = 4 << 20  # bytes; from here on a block is the system's again when it is freed
 ARENAS = 2
+SECONDS = 10  # a service's memory is given back as often
 
 
-def return_large_blocks() -> bool:
-    """Whether this C library could be told so. To be called before threads are started."""
-    library = ctypes.CDLL(None)
-    if not hasattr(library, "mallopt"):
-        return False
-    fixed = library.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
-    few = library.mallopt(M_ARENA_MAX, ARENAS)
-    return bool(fixed and few)
+def keep_freed_memory(largest: int, total: int):
+    """From now on freed blocks of up to `largest` bytes are kept for the next ones, `total` bytes
+    at most.
+
+    Fresh pages from the system can cost more than what is done with them.
+    """
+    _set(M_MMAP_THRESHOLD, largest)
+    _set(M_TRIM_THRESHOLD, total)
+
+
+def share_arenas():
+    """Threads share ARENAS heaps, rather than leave holes in one of their own each. To be called
+    before threads are started."""
+    _set(M_ARENA_MAX, ARENAS)
+
+
+def return_freed_memory():
+    """The holes that freed blocks left are the system's again."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+def return_freed_memory_regularly(seconds: float = SECONDS):
+    """From now on a thread does so as long as the process lives."""
+
+    def work():
+        while True:
+            time.sleep(seconds)
+            return_freed_memory()
+
+    threading.Thread(target=work, name="allocator", daemon=True).start()
+
+
+def _set(parameter: int, value: int):
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(parameter, value)

@@ -10,7 +10,6 @@ from pathlib import Path
 from .files import cache_root
 
 PR_SET_PDEATHSIG = 1  # Linux, prctl.h
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
 ROOT = Path(__file__).resolve().parents[2]  # where our own packages lie
 RUN_MODULE = """
 import sys
@@ -53,22 +52,3 @@ def start_module(module: str, *arguments, **options) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", module, *map(str, arguments)], cwd=ROOT, env=environment, **options
     )
-
-
-def keep_freed_memory(largest: int, total: int):
-    """From now on glibc keeps freed blocks of up to `largest` bytes for the next ones, `total`
-    bytes at most. Other C libraries do as they please.
-
-    Fresh pages from the system can cost more than what is done with them.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, largest)
-        libc.mallopt(M_TRIM_THRESHOLD, total)
-
-
-def return_freed_memory():
-    """glibc gives the holes that freed blocks left back to the system."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)

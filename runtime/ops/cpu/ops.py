@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from models.checkpoint.quantized import Quantized
 from models.network.decoder import Step
 from models.network.linear import Linear
-from runtime.common.processes import keep_freed_memory
+from runtime.common.allocator import keep_freed_memory
 from runtime.ops.fused import FusedOps
 from runtime.ops.reference import add_norm_bias, dequantize, dequantized, not_finite, quantize
 

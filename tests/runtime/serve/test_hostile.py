@@ -9,7 +9,7 @@ from hostile import Canary, Report, send
 from hostile_bodies import BOMBS, bodies
 from http_service import Server
 from overload import SEQUENCES, measure
-from service import MODEL
+from service import MODEL, growth
 
 LIMITS = ["--model", str(MODEL), "--max-num-seqs", str(SEQUENCES)]
 
@@ -91,4 +91,4 @@ def test_a_short_storm_leaves_nothing_over():
 
 
 def test_growth_is_that_from_the_second_tenth_to_the_last():
-    assert storm.growth([1, *[100] * 8, 110]) == pytest.approx(0.1)
+    assert growth([1, *[100] * 8, 110]) == pytest.approx(0.1)
