@@ -80,15 +80,18 @@ def _blocks(cache, tables):
 
 
 def _decode_attention(q, k, v, lengths):
-    """q [B, heads, head_dim] against the first `lengths` of k, v [B, n, kv_heads, head_dim].
+    """q [B, heads, head_dim] against the first `lengths` of k, v [B, n, kv_heads, head_dim], which
+    are copies: the others become 0.
 
     The queries that share a key head are rows of one matmul.
     """
     seen = torch.arange(k.shape[1], device=q.device) < lengths[:, None]
-    k = k.transpose(1, 2)
-    v = v.transpose(1, 2)
-    grouped = q.view(len(q), k.shape[1], -1, q.shape[2])
     mask = seen[:, None, None]
+    # another sequence may have left NaN there, and NaN times a weight of 0 is NaN
+    hidden = ~seen[:, :, None, None]
+    k = k.masked_fill_(hidden, 0).transpose(1, 2)
+    v = v.masked_fill_(hidden, 0).transpose(1, 2)
+    grouped = q.view(len(q), k.shape[1], -1, q.shape[2])
     return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(q.shape)
 
 

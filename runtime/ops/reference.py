@@ -197,9 +197,9 @@ def dequantized(layer, dtype) -> Linear:
 
 
 def not_finite(x):
-    """x [T, k] -> float32 [T, 1]: 0, or NaN for a token with NaN or Inf, which whole numbers of a
-    static layer cannot say."""
-    return x.abs().amax(-1, keepdim=True).float() * 0
+    """x [..., k] -> [..., 1]: 0, or NaN for a row with NaN or Inf, to be added to what is computed
+    of it where that cannot say so: whole numbers have no NaN, torch's attention forgets some."""
+    return x.amax(-1, keepdim=True) * 0 + x.amin(-1, keepdim=True) * 0
 
 
 def quantize(x, layer):

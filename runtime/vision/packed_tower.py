@@ -16,6 +16,7 @@ from runtime.common.errors import CHECK_FAILED, ToolkitError
 from runtime.common.metrics import cosine
 from runtime.ops.cpu.ops import CpuOps
 from runtime.ops.cpu.packed_weights import Int8Weight
+from runtime.ops.reference import not_finite
 
 COSINE = {"bf16": 0.99, "int8": 0.98}  # of the features' worst row, on an image of waves and noise
 NEXT_BETTER = {"bf16": "fp32", "int8": "bf16"}
@@ -69,7 +70,10 @@ class FusedAttention(nn.Module):
             q = self.matmuls[0](x)
             k, v = self.matmuls[1](context).chunk(2, -1)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        # torch's attention may give 0 where scores are NaN or -Inf
+        bad = not_finite(q) + not_finite(k).amax(-2, keepdim=True)
+        mixed = F.scaled_dot_product_attention(q, k, v) + bad
+        return self.out(mixed.transpose(1, 2).flatten(2))
 
 
 def pack(tower: nn.Module, precision: str) -> nn.Module:

@@ -189,7 +189,10 @@ class CpuOps(FusedOps):
         native_step = self._step_for_kernels(qkv, config, step, keys.shape[1])
         if native_step:
             return native_step.attend(qkv, keys, values)
-        return super().attend(qkv, keys, values, config, step)
+        # where all scores of a token are NaN, or some -Inf, torch's attention may give 0: its whole
+        # row becomes NaN before, in the cache too, and its output after that
+        bad = not_finite(qkv)
+        return super().attend(qkv + bad, keys, values, config, step).add_(bad)
 
     def _step_for_kernels(self, x, config, step, block):
         """The step for native.py's kernels where they support it, else False."""

@@ -53,7 +53,7 @@ class NpuInt8:
 
     weight int8 [k, n]; scale [n] in the form the chip's matmul takes; bias int32 [n] added to its
     sums (static) or float [n] added to its result; inverse and offset [k] of the activations
-    (static).
+    (static); zeros [1, k]: what x makes of them is NaN where it holds NaN or Inf (static).
     """
 
     kind: str
@@ -62,6 +62,7 @@ class NpuInt8:
     bias: torch.Tensor | None
     inverse: torch.Tensor | None = None
     offset: torch.Tensor | None = None
+    zeros: torch.Tensor | None = None
 
 
 def phase(step: Step) -> str:
@@ -148,6 +149,7 @@ class NpuOps(AcceleratorOps):
             layer.bias,
             inverse,
             offset,
+            inverse.new_zeros(1, len(inverse)),
         )
 
     def _int8(self, weight):
@@ -231,13 +233,14 @@ class NpuOps(AcceleratorOps):
                 -1,
                 False,
             )
-            return torch.ops.npu.npu_quant_matmul(
+            y = torch.ops.npu.npu_quant_matmul(
                 q,
                 layer.weight,
                 layer.scale,
                 bias=layer.bias,
                 output_dtype=x.dtype,
             )
+            return y.add_(F.linear(x, layer.zeros))  # whole numbers cannot be NaN
         q, scale = torch.ops.npu.npu_dynamic_quant(x)
         y = torch.ops.npu.npu_quant_matmul(
             q,
