@@ -20,6 +20,7 @@ from models.checkpoint.table import Weight, WeightTable
 from models.network.decoder import LINEARS, NORMS, Layer, LayerArithmetic
 from models.network.rope import rotary_angles
 from runtime.common.allocator import return_freed_memory
+from runtime.engine.loading.weights import check_finite
 from runtime.ops.cpu.ops import CpuOps, sequence_attention
 from runtime.ops.reference import ReferenceOps
 
@@ -171,7 +172,7 @@ class LayerModule(nn.Module):
         name = row.module
         target = row.target.role
         stored = [name + end for end in (".weight", ".bias") if name + end in checkpoint.shapes]
-        tensors = [checkpoint.tensor(tensor).float() for tensor in stored]
+        tensors = [_finite(checkpoint, tensor).float() for tensor in stored]
         if target in NORMS:
             self.norms[target] = name
             self._add_submodule(name, self._norm(*tensors))
@@ -188,6 +189,12 @@ class LayerModule(nn.Module):
                 parent.add_module(part, nn.Module())
             parent = parent._modules[part]
         parent.add_module(last, module)
+
+
+def _finite(checkpoint, name: str) -> torch.Tensor:
+    tensor = checkpoint.tensor(name)
+    check_finite(name, tensor)
+    return tensor
 
 
 def _linear(weight, bias=None) -> nn.Linear:

@@ -273,6 +273,22 @@ def test_fused_gate_and_up_are_not_paired_with_down(lines):
     assert pairs["model.layers.0.self_attn.v_proj"] == ["model.layers.0.self_attn.o_proj"]
 
 
+@pytest.mark.parametrize("name", ["mlp.down_proj.weight", "input_layernorm.weight"])
+def test_a_weight_with_nan_is_named_before_it_is_quantised(name, monkeypatch):
+    name = f"model.layers.0.{name}"
+    read = Checkpoint.tensor
+
+    def damaged(self, wanted):
+        tensor = read(self, wanted).clone()
+        if wanted == name:
+            tensor.view(-1)[3] = float("nan")
+        return tensor
+
+    monkeypatch.setattr(Checkpoint, "tensor", damaged)
+    with pytest.raises(ToolkitError, match=f"^{name} in the checkpoint holds NaN or Inf; "):
+        LayerModule(family_of(GLM), Checkpoint(GLM), 0, [])
+
+
 def test_anti_outlier_that_changes_the_model_is_refused(lines, tmp_path, monkeypatch):
     """What msmodelslim's own graph does to GLM under m4."""
     real = msmodelslim_calls.norm_linear_subgraph
