@@ -121,6 +121,9 @@ class Family:
     def generation_config(self) -> dict:
         return read_generation_config(self.directory)
 
+    def prepare_prompts(self):
+        """Begins to load, beside what this process does, what its prompts will need."""
+
     def clean(self, answer: str) -> str:
         """The answer as the release shows it."""
         return answer

@@ -15,7 +15,7 @@ from models.config import DecoderConfig, Rope, check_fields, head_size, rope_of
 from models.errors import ModelError
 from models.family import Prompt, SamplingDefaults
 from models.network.rope import interleaved_order, permute_heads
-from models.prompt.chat_template import ChatTemplate, directory_template
+from models.prompt.chat_template import ChatTemplate, directory_template, find_template
 from models.prompt.messages import split_content
 from models.prompt.special_tokens import SpecialToken, SpecialTokenEscaper
 from models.prompt.streaming import TRAINING_DATE, partial_match, with_training_date
@@ -153,6 +153,10 @@ class Glm4(TemplatedFamily):
             ids += self._ids(piece)
         pixels = [self.pixels(image) for image in images]
         return self._prompt(np.array(ids, dtype=np.int64), pixels, text="".join(pieces))
+
+    def prepare_prompts(self):
+        if find_template(self.directory):
+            super().prepare_prompts()
 
     def _checked(self, messages) -> tuple[list[dict], list]:
         """(messages with plain text as content and "num_images" beside it, the images in order)"""

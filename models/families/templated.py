@@ -15,6 +15,7 @@ from models.generation_config import token_ids
 from models.prompt.chat_template import ChatTemplate, directory_template
 from models.prompt.images import denormalize, one_by_one
 from models.prompt.messages import joined_text, parse_messages, with_plain_text
+from models.prompt.template_client import PROCESS_OF_TEMPLATES
 
 
 class TemplatedFamily(Family):
@@ -31,6 +32,9 @@ class TemplatedFamily(Family):
     stop_tokens: tuple[str, ...] = ()
     # mean and standard deviation per channel that the release's preprocessor applies
     normalisation: tuple[tuple[float, ...], tuple[float, ...]]
+
+    def prepare_prompts(self):
+        PROCESS_OF_TEMPLATES.start()
 
     def prompt(self, messages, language=None, tools=None) -> Prompt:
         """Chat messages -> Prompt.

@@ -56,23 +56,28 @@ class ChatTemplate:
 def directory_template(directory: Path, tools: bool = False) -> ChatTemplate | None:
     """The template of a model directory; None if it has none.
 
-    Of chat_template.jinja, chat_template.json and tokenizer_config.json the first that has one. Of
-    several named ones "default", or "tool_use" with `tools`.
+    Of several named ones "default", or "tool_use" with `tools`.
     """
+    found = find_template(directory, tools)
+    if found is None:
+        return None
     settings = read_optional_json(directory / "tokenizer_config.json")
     named_tokens = read_optional_json(directory / "special_tokens_map.json")
-    tokens = special_tokens(named_tokens | settings)
+    source, origin = found
+    return ChatTemplate(source, special_tokens(named_tokens | settings), origin)
+
+
+def find_template(directory: Path, tools: bool = False) -> tuple[str, str] | None:
+    """(source, what messages call it) of the template that `directory_template` compiles: of
+    chat_template.jinja, chat_template.json and tokenizer_config.json the first that has one."""
     file = directory / "chat_template.jinja"
     if is_there(file):
-        return ChatTemplate(read_text(file), tokens, str(file))
-    contents = {
-        "chat_template.json": read_optional_json(directory / "chat_template.json"),
-        "tokenizer_config.json": settings,
-    }
-    for name, content in contents.items():
+        return read_text(file), str(file)
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        content = read_optional_json(directory / name)
         source = _select(content.get("chat_template"), tools)
         if source is not None:
-            return ChatTemplate(source, tokens, f"the chat template in {directory / name}")
+            return source, f"the chat template in {directory / name}"
     return None
 
 

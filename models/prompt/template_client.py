@@ -1,6 +1,6 @@
 """Rendering in another process. Takes a template's source and its variables, returns the text or a ModelError.
 
-One process serves all templates of this one; it is started with the first, and anew after one that it did not survive.
+One process serves all templates of this one; it is started when a model is loaded or with the first, and anew after one that it did not survive.
 """
 
 import json
@@ -24,6 +24,12 @@ class TemplateProcess:
         self._process = None
         self._owner = None
 
+    def start(self):
+        """Starts it, where it does not run, and returns at once: it is ready when the first
+        template comes."""
+        with self._lock:
+            self._start_if_needed()
+
     def ask(self, source: str, variables: dict | None, origin: str) -> str:
         """The rendered text; variables None: "parts" or "string", the form of content that it reads."""
         try:
@@ -43,8 +49,7 @@ class TemplateProcess:
         return result["text"]
 
     def _exchange(self, request: bytes) -> bytes:
-        if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
-            self._start()
+        self._start_if_needed()
         try:
             self._process.stdin.write(request)
             self._process.stdin.flush()
@@ -57,7 +62,9 @@ class TemplateProcess:
             self._process = None
         return line
 
-    def _start(self):
+    def _start_if_needed(self):
+        if self._process and self._owner == os.getpid() and self._process.poll() is None:
+            return
         self._owner = os.getpid()
         self._process = subprocess.Popen(
             [sys.executable, "-m", PROCESS],

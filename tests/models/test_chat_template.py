@@ -10,6 +10,8 @@ from models import family_of
 from models.errors import ModelError
 from models.prompt.chat_template import ChatTemplate, directory_template
 from models.prompt.messages import parse_messages, with_plain_text
+from models.prompt.template_client import TemplateProcess
+from runtime import Engine
 
 MESSAGES = [
     {"role": "user", "content": "a <b> & 'c'"},
@@ -196,3 +198,35 @@ def test_glm4_gives_its_template_the_form_that_it_reads(tmp_path, source):
     )
     prompt = family_of(folder).prompt([{"role": "user", "content": "a <|user|>"}])
     assert prompt.text == "[gMASK]<sop><|user|>\na <|user|><|assistant|>"
+
+
+def test_the_process_starts_beside_the_loading_of_a_model():
+    process = TemplateProcess()
+    process.start()
+    first = process._process.pid
+    process.start()
+    assert process.ask("{{ a }}", {"a": "b"}, "t") == "b" and process._process.pid == first
+    process._process.kill()
+    process._process.wait()
+    assert process.ask("{{ a }}", {"a": "c"}, "t") == "c" and process._process.pid != first
+    process._process.kill()
+
+
+@pytest.mark.parametrize(
+    "name, started", [("glm_edge", 1), ("llava", 1), ("glm4", 0), ("visualglm", 0)]
+)
+def test_a_model_whose_prompts_are_templates_starts_it(name, started, monkeypatch):
+    starts = []
+    monkeypatch.setattr(TemplateProcess, "start", lambda self: starts.append(self))
+    Engine(paths.GOLDEN / name, max_model_len=64)
+    assert len(starts) == started
+
+
+def test_glm4_with_a_template_of_its_own_starts_it(tmp_path, monkeypatch):
+    starts = []
+    monkeypatch.setattr(TemplateProcess, "start", lambda self: starts.append(self))
+    folder = tmp_path / "model"
+    shutil.copytree(paths.GOLDEN / "glm4", folder, ignore=shutil.ignore_patterns("hf"))
+    (folder / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
+    family_of(folder).prepare_prompts()
+    assert len(starts) == 1

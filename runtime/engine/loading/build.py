@@ -81,6 +81,8 @@ def build(model_dir, options: EngineOptions, load: Callable) -> EngineParts:
     choose_threads(family, plan, options)
     rank = team.rank if team else 0
     split = Split(family.decoder, options.tensor_parallel_size, rank)
+    if rank == 0:
+        family.prepare_prompts()
     # 7. Decoder: weights, cache, recorded graphs
     parts = EngineParts(
         options, family, max_model_len, ops, block_size, plan, checkpoint, team, split
