@@ -9,6 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 SHOWN = 60  # characters of a value in a message
+MOST_ADDED = 6_400  # special tokens; each needs a private character while a template is rendered
+LONGEST_ADDED = 1_000  # characters
+LARGEST_ID = (1 << 31) - 1
 
 
 def shown(value) -> str:
@@ -63,12 +66,18 @@ def is_named_template(entry) -> bool:
 
 def is_added(value) -> bool:
     """{"id": {"content": text, ...}, ...}"""
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or len(value) > MOST_ADDED:
         return False
     return all(
-        name.isascii() and name.isdigit() and len(name) < 10 and is_token(entry)
+        name.isascii() and name.isdigit() and len(name) < 10 and is_added_token(entry)
         for name, entry in value.items()
     )
+
+
+def is_added_token(entry) -> bool:
+    """An empty one would be found everywhere in a text, without end."""
+    content = entry.get("content") if isinstance(entry, dict) else None
+    return isinstance(content, str) and 0 < len(content) <= LONGEST_ADDED
 
 
 def whole(least: int, most: int) -> Rule:
@@ -113,7 +122,7 @@ SQUARE = Rule(
     "a list of two equal sides of up to 8,192 pixels",
     lambda value: lists_of(SIDE, 2, 2).fits(value) and value[0] == value[1],
 )
-ID = whole(-1, (1 << 31) - 1)
+ID = whole(-1, LARGEST_ID)
 IDS = either(ID, lists_of(ID))
 EPSILON = real(0, 1)
 CHANNELS = either(real(-1e6, 1e6), lists_of(real(-1e6, 1e6), 1, 4))
@@ -153,7 +162,10 @@ CONFIG = {
     "eos_token_id": IDS,
 }
 TOKENIZER = {
-    "added_tokens_decoder": Rule('a table of ids, each with a text as "content"', is_added),
+    "added_tokens_decoder": Rule(
+        f'a table of up to {MOST_ADDED:,} ids, each with a text of 1 to {LONGEST_ADDED:,} characters as "content"',
+        is_added,
+    ),
     "chat_template": Rule("a text, or named texts", is_template),
     **dict.fromkeys(("bos_token", "eos_token", "unk_token", "sep_token"), TOKEN),
     **dict.fromkeys(("pad_token", "cls_token", "mask_token"), TOKEN),

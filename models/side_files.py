@@ -6,6 +6,7 @@ Whatever is wrong ends in a ModelError that names the file and the field.
 """
 
 import json
+import re
 from pathlib import Path
 
 from .errors import ModelError
@@ -15,6 +16,7 @@ from .side_fields import Rule, rules_of, shown
 LARGEST = 16 << 20  # bytes; an index of 150,000 tensors
 DEEPEST = 64  # objects and lists in one another
 AGAIN = "download it again"
+HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # or a whole one
 
 
 class Settings(dict):
@@ -64,7 +66,14 @@ def read_as_stored(path: str | Path) -> dict:
 def parse_json(text: str, path: str | Path):
     """The value that a JSON text holds; ModelError for what is not valid, or has two values of one name."""
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        value = json.loads(text, object_pairs_hook=_object)
+        if HALF_PAIR.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError:
+        raise ModelError(
+            f"{path} has a text with half a surrogate pair, which is no text; {AGAIN}"
+        ) from None
     except RecursionError:
         raise ModelError(f"{path} is nested too deeply; {AGAIN}") from None
     except ValueError as error:

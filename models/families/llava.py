@@ -39,9 +39,10 @@ from models.prompt.tokenizers import (
     MissingTokenizer,
     SentencePieceTokenizer,
     added_tokens,
+    token_ids,
     visible_tokens,
 )
-from models.side_files import is_there, read_optional_json
+from models.side_files import is_there
 
 from .templated import TemplatedFamily
 from .weight_rows import buffers, decoder_weights, output_matrix, prefix, tower_block, unused
@@ -201,7 +202,7 @@ class Llava(TemplatedFamily):
             return MissingTokenizer(json)
         settings = self.directory / "tokenizer_config.json"
         listed = added_tokens(settings)
-        added = listed | read_optional_json(self.directory / "added_tokens.json")
+        added = listed | token_ids(self.directory / "added_tokens.json")
         hidden = {self.placeholder[0], *listed} - visible_tokens(settings).keys()
         return SentencePieceTokenizer(model, added, self.text["bos_token_id"], hidden)
 

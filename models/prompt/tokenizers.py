@@ -9,13 +9,44 @@ import re
 from pathlib import Path
 
 from models.errors import ModelError
+from models.side_fields import LARGEST_ID, MOST_ADDED, is_added_token, is_whole, shown
 from models.side_files import parse_json, read_bytes, read_optional_json, read_text
 
 from .token_bytes import byte_level_bytes, fallback_byte
-from .tokenizer_limits import LARGEST, check_tokenizer, library_errors
+from .tokenizer_limits import LARGEST, check_tokenizer, library_errors, try_first
 
 
-class IceTokenizer:
+class LibraryTokenizer:
+    """What the tokenizers have in common: a library in C++ or Rust, whose failures become
+    ModelErrors that name the file."""
+
+    path: Path
+
+    def encode(self, text: str) -> list[int]:
+        with library_errors(self.path, "cut this text into tokens"):
+            return self._encode(text)
+
+    def decode(self, ids) -> str:
+        """Text of the ids; special ones and those beyond the vocabulary are left out."""
+        with library_errors(self.path, "make a text of these tokens"):
+            return self._decode([int(i) for i in ids])
+
+    def part_bytes(self, token_id: int) -> bytes:
+        """Bytes of a token that is only a part of a character."""
+        with library_errors(self.path, "show a token"):
+            return self._part_bytes(token_id)
+
+    def _encode(self, text: str) -> list[int]:
+        raise NotImplementedError
+
+    def _decode(self, ids: list[int]) -> str:
+        raise NotImplementedError
+
+    def _part_bytes(self, token_id: int) -> bytes:
+        raise NotImplementedError
+
+
+class IceTokenizer(LibraryTokenizer):
     """ChatGLM-6B's sentencepiece file `ice_text.model`, without the remote tokenizer class.
 
     Line breaks, tabs and runs of blanks have pieces of their own. `offset` is added to every piece
@@ -31,33 +62,33 @@ class IceTokenizer:
                 f"tokenizer file {path} is missing (released size about 2.7 MB); "
                 "copy it from the release"
             )
+        try_first(type(self).__name__, path, sop_id)
+        self.path = path
         content = read_bytes(path, LARGEST)
-        try:
+        with library_errors(path):
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=content)
-        except RuntimeError:
-            raise ModelError(f"{path} is not a sentencepiece file; download it again") from None
-        self.offset = sop_id - self._pieces.piece_to_id("<sop>")
+            self.offset = sop_id - self._pieces.piece_to_id("<sop>")
 
     def piece_id(self, piece: str) -> int:
         return self._pieces.piece_to_id(piece) + self.offset
 
-    def encode(self, text: str) -> list[int]:
+    def _encode(self, text: str) -> list[int]:
         text = text.replace("\n", "<n>").replace("\t", "<|tab|>")
         text = re.sub(" {2,80}", lambda run: f"<|blank_{len(run[0])}|>", text)
         return [i + self.offset for i in self._pieces.encode(text)]
 
-    def decode(self, ids) -> str:
+    def _decode(self, ids: list[int]) -> str:
         known = range(self._pieces.get_piece_size())
-        pieces = [int(i) - self.offset for i in ids]
+        pieces = [token_id - self.offset for token_id in ids]
         text = self._pieces.decode([piece for piece in pieces if piece in known])
         text = text.replace("<n>", "\n").replace("<|tab|>", "\t")
         return re.sub(r"<\|blank_(\d+)\|>", lambda mark: " " * int(mark[1]), text)
 
-    def part_bytes(self, token_id: int) -> bytes:
+    def _part_bytes(self, token_id: int) -> bytes:
         return fallback_byte(self._pieces.id_to_piece(token_id - self.offset))
 
 
-class TiktokenTokenizer:
+class TiktokenTokenizer(LibraryTokenizer):
     """GLM-4's `tokenizer.model`: a line "base64-bytes rank" per token; byte-pair encoding by rank.
 
     Added tokens have ids of their own behind the ranks: those of tokenizer_config.json, else those
@@ -72,6 +103,8 @@ class TiktokenTokenizer:
     def __init__(self, path: Path, special: tuple[str, ...] = ()):
         import tiktoken
 
+        try_first(type(self).__name__, path, special)
+        self.path = path
         ranks = _read_ranks(path)
         self._pieces = {rank: piece for piece, rank in ranks.items()}
         settings = path.with_name("tokenizer_config.json")
@@ -79,9 +112,10 @@ class TiktokenTokenizer:
         self._added = self._added or {piece: len(ranks) + i for i, piece in enumerate(special)}
         self._visible = visible_tokens(settings)
         self._pieces |= {token_id: piece.encode() for piece, token_id in self._visible.items()}
-        self._encoding = tiktoken.Encoding(
-            path.name, pat_str=self.PATTERN, mergeable_ranks=ranks, special_tokens=self._visible
-        )
+        with library_errors(path):
+            self._encoding = tiktoken.Encoding(
+                path.name, pat_str=self.PATTERN, mergeable_ranks=ranks, special_tokens=self._visible
+            )
 
     def special_tokens(self) -> tuple[str, ...]:
         return tuple(piece for piece in self._added if piece not in self._visible)
@@ -90,18 +124,18 @@ class TiktokenTokenizer:
         """Id of an added piece."""
         return self._added.get(piece)
 
-    def encode(self, text: str) -> list[int]:
+    def _encode(self, text: str) -> list[int]:
         """Plain text: what looks like a special piece is spelled out."""
         return self._encoding.encode(
             text, allowed_special=set(self._visible), disallowed_special=()
         )
 
-    def decode(self, ids) -> str:
-        """Special and unknown ids are left out; bytes that are no UTF-8 become U+FFFD."""
-        text = b"".join(self._pieces.get(int(i), b"") for i in ids)
+    def _decode(self, ids: list[int]) -> str:
+        """Bytes that are no UTF-8 become U+FFFD."""
+        text = b"".join(self._pieces.get(token_id, b"") for token_id in ids)
         return text.decode("utf-8", errors="replace")
 
-    def part_bytes(self, token_id: int) -> bytes:
+    def _part_bytes(self, token_id: int) -> bytes:
         return self._pieces.get(token_id, b"")
 
 
@@ -148,6 +182,18 @@ def added_tokens(path: Path) -> dict[str, int]:
     return {entry["content"]: int(token_id) for token_id, entry in added.items()}
 
 
+def token_ids(path: Path) -> dict[str, int]:
+    """{token: id} of an added_tokens.json; empty without the file."""
+    listed = read_optional_json(path)
+    for token, token_id in listed.items():
+        if not is_added_token({"content": token}) or not is_whole(token_id, 0, LARGEST_ID):
+            raise ModelError(
+                f"{path} gives {shown(token)} the id {shown(token_id)}, which must be a whole number "
+                f"from 0 to {LARGEST_ID:,}; take {path.name} from the release"
+            )
+    return dict(listed)
+
+
 def visible_tokens(path: Path) -> dict[str, int]:
     """Those of `added_tokens` that are not special: one id in a text, and shown in answers."""
     added = read_optional_json(path).get("added_tokens_decoder", {})
@@ -155,7 +201,7 @@ def visible_tokens(path: Path) -> dict[str, int]:
     return {entry["content"]: int(i) for i, entry in entries if entry.get("special") is False}
 
 
-class JsonTokenizer:
+class JsonTokenizer(LibraryTokenizer):
     """A `tokenizer.json` of the tokenizers library.
 
     bos_id: goes in front of every text, once; None: no such token. plain: what looks like a special
@@ -170,9 +216,10 @@ class JsonTokenizer:
         if not isinstance(content, dict):
             raise ModelError(f"{path} is not a tokenizer file; download it again")
         check_tokenizer(content, path)
+        try_first(type(self).__name__, path, bos_id, plain)
+        self.path = path
         with library_errors(path):
             self._tokenizer = Tokenizer.from_str(text)
-        self._path = path
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = plain
@@ -187,21 +234,19 @@ class JsonTokenizer:
     def token_id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
 
-    def encode(self, text: str) -> list[int]:
-        with library_errors(self._path):
-            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+    def _encode(self, text: str) -> list[int]:
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids if ids[:1] == self._bos else self._bos + ids
 
-    def decode(self, ids) -> str:
-        """Text of the ids; special tokens and ids beyond the vocabulary are left out."""
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
 
-    def part_bytes(self, token_id: int) -> bytes:
-        piece = self._tokenizer.id_to_token(token_id)
+    def _part_bytes(self, token_id: int) -> bytes:
+        piece = self._tokenizer.id_to_token(token_id) or ""
         return fallback_byte(piece) or byte_level_bytes(piece)
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(LibraryTokenizer):
     """LLaMA's `tokenizer.model`, for directories without a tokenizer.json: the same ids.
 
     added: {token: id} of the tokens that are not in the sentencepiece file; they and its control
@@ -214,20 +259,15 @@ class SentencePieceTokenizer:
         import sentencepiece
         from sentencepiece import sentencepiece_model_pb2
 
-        try:
+        try_first(type(self).__name__, path, added, bos_id)
+        self.path = path
+        with library_errors(path):
             model = sentencepiece_model_pb2.ModelProto.FromString(read_bytes(path, LARGEST))
             model.normalizer_spec.add_dummy_prefix = False  # `encode` adds it, where it belongs
             self._pieces = sentencepiece.SentencePieceProcessor(
                 model_proto=model.SerializeToString()
             )
-        except Exception as error:  # protobuf's DecodeError, sentencepiece's RuntimeError
-            raise ModelError(
-                f"{path} is not a sentencepiece file ({error}); download it again"
-            ) from None
-        self._special = {}
-        for i in range(len(self._pieces)):
-            if self._pieces.is_control(i) or self._pieces.is_unknown(i):
-                self._special[self._pieces.id_to_piece(i)] = i
+            self._special = self._control_pieces()
         self._special |= added
         self._shown = set(range(len(self._pieces))) - set(self._special.values())
         hidden = added if hidden is None else hidden
@@ -236,13 +276,23 @@ class SentencePieceTokenizer:
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         self._bos = bos_id
 
+    def _control_pieces(self) -> dict[str, int]:
+        pieces = self._pieces
+        special = [i for i in range(len(pieces)) if pieces.is_control(i) or pieces.is_unknown(i)]
+        if len(special) > MOST_ADDED:
+            raise ModelError(
+                f"{self.path} has {len(special):,} control pieces, {MOST_ADDED:,} are the most; "
+                "download it again"
+            )
+        return {pieces.id_to_piece(i): i for i in special}
+
     def token_id(self, token: str) -> int | None:
         if token in self._special:
             return self._special[token]
         piece = self._pieces.piece_to_id(token)
         return None if self._pieces.is_unknown(piece) else piece
 
-    def encode(self, text: str) -> list[int]:
+    def _encode(self, text: str) -> list[int]:
         ids = []
         for part in filter(None, self._split.split(text)):
             if part in self._special:
@@ -253,11 +303,10 @@ class SentencePieceTokenizer:
                 ids += self._pieces.encode(" " + part)
         return ids if ids[:1] == [self._bos] else [self._bos, *ids]
 
-    def decode(self, ids) -> str:
-        """Text of the ids; special tokens and ids beyond the vocabulary are left out."""
+    def _decode(self, ids: list[int]) -> str:
         text = ""
         run = []
-        for token_id in map(int, ids):
+        for token_id in ids:
             if token_id in self._visible:
                 text += self._pieces.decode(run) + self._visible[token_id]
                 run = []
@@ -265,5 +314,5 @@ class SentencePieceTokenizer:
                 run.append(token_id)
         return (text + self._pieces.decode(run)).removeprefix(" ")
 
-    def part_bytes(self, token_id: int) -> bytes:
+    def _part_bytes(self, token_id: int) -> bytes:
         return fallback_byte(self._pieces.id_to_piece(token_id))

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from models.errors import ModelError
+
 from .answer import AnswerText
 from .sampler import sample
 from .sequence import Sequence
@@ -87,12 +89,15 @@ class Request:
     def sample_next(self, logits) -> str:
         """Sample the next token from float32 logits [vocab]; returns the new text. Finishes when it
         is the last."""
-        seen = torch.from_numpy(self.sequence.ids(0, self.sequence.num_tokens))
-        answer = seen[len(self.prompt.ids) :]
         try:
-            token = sample(logits, seen, answer, self.settings, self._generator)
+            return self._sample_next(logits)
         except Exception as error:  # whatever it is, it is this request's alone
             return self.fail(error)
+
+    def _sample_next(self, logits) -> str:
+        seen = torch.from_numpy(self.sequence.ids(0, self.sequence.num_tokens))
+        answer = seen[len(self.prompt.ids) :]
+        token = sample(logits, seen, answer, self.settings, self._generator)
         if token in self._stop_ids:
             return self.finish("stop")
         self._append(token, logits)
@@ -106,7 +111,11 @@ class Request:
 
     def fail(self, error: Exception) -> str:
         self.error = error
-        return self.finish("error")
+        try:
+            return self.finish("error")
+        except ModelError:  # of the tokenizer, which cannot show what was held back either
+            self.result.finish_reason = "error"
+            return ""
 
     def finish(self, reason: str) -> str:
         """Returns the text held back so far."""
