@@ -73,9 +73,34 @@ INLINE void group(const int G, const bf16 *q, const bf16 *keys, const bf16 *valu
     }
 }
 
+typedef struct {
+    const Step *s;
+    const bf16 *q, *keys, *values;
+    float *p;               /* [rows, heads, room]: shares of the tokens */
+    long room, tiles;       /* tiles: of up to 4 heads, of each head of keys */
+    bf16 *out;
+} Attention;
+
+/* by row, head of keys and tile */
+static void attend_tiles(void *arguments, long from, long to) {
+    const Attention *own = arguments;
+    const Step *s = own->s;
+    const long d = s->d, per_kv = s->heads / s->kv_heads, tiles = own->tiles, room = own->room;
+    for (long task = from; task < to; task++) {
+        long row = task / (s->kv_heads * tiles), kv = task / tiles % s->kv_heads, first = task % tiles * 4;
+        long at = row * s->heads + kv * per_kv + first;
+        #define CALL(G) \
+            group(G, own->q + at * d, own->keys, own->values, s, row, kv, own->p + at * room, room, own->out + at * d)
+        switch (per_kv - first) {
+            case 1: CALL(1); break; case 2: CALL(2); break; case 3: CALL(3); break; default: CALL(4);
+        }
+        #undef CALL
+    }
+}
+
 /* One token of each sequence: rotates q and k to their positions, writes k and v into the cache, attends. out [rows, heads, d] */
 void attend(const bf16 *qkv, bf16 *keys, bf16 *values, const Step *s, bf16 *out) {
-    const long d = s->d, per_kv = s->heads / s->kv_heads, tiles = (per_kv + 3) / 4;
+    const long d = s->d, tiles = (s->heads / s->kv_heads + 3) / 4;
     long room = 0;
     for (long row = 0; row < s->rows; row++) if (s->lengths[row] > room) room = s->lengths[row];
     room = (room + 15) / 16 * 16;
@@ -88,14 +113,6 @@ void attend(const bf16 *qkv, bf16 *keys, bf16 *values, const Step *s, bf16 *out)
         for (long h = 0; h < s->kv_heads; h++, own += d) rotate(own, cos, sin, key + h * d, d);
         memcpy(value, own, s->kv_heads * d * sizeof(bf16));
     }
-    #pragma omp parallel for schedule(dynamic)
-    for (long task = 0; task < s->rows * s->kv_heads * tiles; task++) {
-        long row = task / (s->kv_heads * tiles), kv = task / tiles % s->kv_heads, first = task % tiles * 4;
-        long at = row * s->heads + kv * per_kv + first;
-        #define CALL(G) group(G, q + at * d, keys, values, s, row, kv, p + at * room, room, out + at * d)
-        switch (per_kv - first) {
-            case 1: CALL(1); break; case 2: CALL(2); break; case 3: CALL(3); break; default: CALL(4);
-        }
-        #undef CALL
-    }
+    Attention own = {s, q, keys, values, p, room, tiles, out};
+    share(s->rows * s->kv_heads * tiles, attend_tiles, &own);
 }

@@ -38,6 +38,9 @@ void attend(const bf16 *qkv, bf16 *keys, bf16 *values, const Step *s, bf16 *out)
 enum { ROUNDED, SCALES, ROTATED, SHARES, NORMED, WIDE, GATED, MIXED, USES };
 void *scratch(int use, long bytes);         /* memory of the calling thread for one use, kept from call to call */
 
+typedef void (*Task)(void *arguments, long from, long to);
+void share(uint32_t count, Task task, void *arguments);     /* 0..count in parts, on all threads */
+
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")
 #define AHEAD 2048      /* bytes fetched before they are needed; more than half a page makes it slower than none */

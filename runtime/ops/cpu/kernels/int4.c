@@ -56,21 +56,32 @@ static float round_group(const bf16 *x, int8_t *q, float *sum) {
     return scale + not_finite(x, 128);
 }
 
-void matmul_int4(const Matmul *p, const bf16 *x, bf16 *y, int m) {
-    const long n = p->n, k = p->k, groups = m * k / 128;
-    int8_t *q = scratch(ROUNDED, m * k);
-    float *x_scales = scratch(SCALES, 2 * groups * sizeof(float)), *x_sums = x_scales + groups;
-    for (long i = 0; i < groups; i++) x_scales[i] = round_group(x + 128 * i, q + 128 * i, x_sums + i);
-    #pragma omp parallel for schedule(static)
-    for (long at = 0; at < n; at += 16) {
+typedef struct { const Matmul *p; const int8_t *q; const float *x_scales, *x_sums; bf16 *y; int m; } Product;
+
+/* by 16 columns */
+static void columns_int4(void *arguments, long from_column, long to_column) {
+    const Product *own = arguments;
+    const Matmul *p = own->p;
+    const long n = p->n, k = p->k;
+    const int m = own->m;
+    for (long at = 16 * from_column; at < 16 * to_column; at += 16) {
         const char *from = p->w + at / 16 * (k / 128) * GROUP;
         __m512 acc[8];
-        #define CALL(M) tile_int4(M, from, q, x_scales, x_sums, k, acc)
+        #define CALL(M) tile_int4(M, from, own->q, own->x_scales, own->x_sums, k, acc)
         ROWS(CALL)
         #undef CALL
         for (int i = 0; i < m; i++)
-            store(y + i * n + at, p->bias ? _mm512_add_ps(acc[i], _mm512_loadu_ps(p->bias + at)) : acc[i]);
+            store(own->y + i * n + at, p->bias ? _mm512_add_ps(acc[i], _mm512_loadu_ps(p->bias + at)) : acc[i]);
     }
+}
+
+void matmul_int4(const Matmul *p, const bf16 *x, bf16 *y, int m) {
+    const long groups = m * p->k / 128;
+    int8_t *q = scratch(ROUNDED, m * p->k);
+    float *x_scales = scratch(SCALES, 2 * groups * sizeof(float)), *x_sums = x_scales + groups;
+    for (long i = 0; i < groups; i++) x_scales[i] = round_group(x + 128 * i, q + 128 * i, x_sums + i);
+    Product own = {p, q, x_scales, x_sums, y, m};
+    share((p->n + 15) / 16, columns_int4, &own);
 }
 
 INLINE __m512 every_lane(bf16 value) { return _mm512_castsi512_ps(_mm512_set1_epi32((uint32_t)value << 16)); }

@@ -57,43 +57,53 @@ INLINE __m512 summed(const int KIND, const Matmul *p, __m512i sums, float x_scal
 }
 
 /* row: bytes of a row of x; x_scales [m]: INT8 alone */
-INLINE void blocks(const int KIND, const Matmul *p, const char *x, long row, const float *x_scales, bf16 *y, int m) {
-    const long n = p->n, block = p->block;
-    const int amx = AMX && m > VECTORS && row % 64 == 0 && (block == 32 || block == 64);
+typedef struct { const Matmul *p; const char *x; long row; const float *x_scales; bf16 *y; int m; } Product;
+
+INLINE void blocks(const int KIND, const Product *own, long from_block, long to_block) {
+    const Matmul *p = own->p;
+    const char *x = own->x;
+    const long n = p->n, block = p->block, row = own->row;
+    const int m = own->m, amx = AMX && m > VECTORS && row % 64 == 0 && (block == 32 || block == 64);
     const int z_count = amx ? block / 16 : width(block, m);
-    #pragma omp parallel
-    {
-        if (amx) begin_tiles(m);
-        #pragma omp for schedule(static) nowait
-        for (long b = 0; b < (n + block - 1) / block; b++)
-            for (long c = 0; c < block && b * block + c < n; c += 16 * z_count) {
-                const char *from = p->w + b * block * row + c * 4;
-                __m512i sums[4][8];
-                #define TILE(M, Z) tile(KIND, M, Z, from, block * 4, x, row, sums)
-                if (!amx) ROWS(WIDTHS)
-                else if (KIND == INT8) AMX_TILE(_tile_dpbusd, from, block * 4, x, row, sums);
-                else AMX_TILE(_tile_dpbf16ps, from, block * 4, x, row, sums);
-                #undef TILE
-                for (int i = 0; i < m; i++)
-                    for (int z = 0; z < z_count && b * block + c + 16 * z < n; z++) {
-                        long at = b * block + c + 16 * z;
-                        store(y + i * n + at, summed(KIND, p, sums[z][i], KIND == INT8 ? x_scales[i] : 1, at));
-                    }
-            }
-        if (amx) _tile_release();
-    }
+    if (amx) begin_tiles(m);
+    for (long b = from_block; b < to_block; b++)
+        for (long c = 0; c < block && b * block + c < n; c += 16 * z_count) {
+            const char *from = p->w + b * block * row + c * 4;
+            __m512i sums[4][8];
+            #define TILE(M, Z) tile(KIND, M, Z, from, block * 4, x, row, sums)
+            if (!amx) ROWS(WIDTHS)
+            else if (KIND == INT8) AMX_TILE(_tile_dpbusd, from, block * 4, x, row, sums);
+            else AMX_TILE(_tile_dpbf16ps, from, block * 4, x, row, sums);
+            #undef TILE
+            for (int i = 0; i < m; i++)
+                for (int z = 0; z < z_count && b * block + c + 16 * z < n; z++) {
+                    long at = b * block + c + 16 * z;
+                    store(own->y + i * n + at, summed(KIND, p, sums[z][i], KIND == INT8 ? own->x_scales[i] : 1, at));
+                }
+        }
+    if (amx) _tile_release();
 }
+
+static void blocks_bf16(void *own, long from, long to) { blocks(BF16, own, from, to); }
+
+static void blocks_int8(void *own, long from, long to) { blocks(INT8, own, from, to); }
 
 static void matmul_int8(const Matmul *p, const bf16 *x, bf16 *y, int m) {
     uint8_t *q = scratch(ROUNDED, m * p->k);
     float scales[8];
     for (int i = 0; i < m; i++) scales[i] = round_row(x + i * p->k, q + i * p->k, p->k, p->fixed, p->offset);
-    blocks(INT8, p, (const char *)q, p->k, scales, y, m);
+    Product own = {p, (const char *)q, p->k, scales, y, m};
+    share((p->n + p->block - 1) / p->block, blocks_int8, &own);
+}
+
+static void matmul_bf16(const Matmul *p, const bf16 *x, bf16 *y, int m) {
+    Product own = {p, (const char *)x, 2 * p->k, NULL, y, m};
+    share((p->n + p->block - 1) / p->block, blocks_bf16, &own);
 }
 
 /* x [m, k] -> y [m, n], m 1..8 */
 void matmul(const Matmul *p, const bf16 *x, bf16 *y, int m) {
-    if (p->kind == BF16) blocks(BF16, p, (const char *)x, 2 * p->k, NULL, y, m);
+    if (p->kind == BF16) matmul_bf16(p, x, y, m);
     else if (p->kind == INT8) matmul_int8(p, x, y, m);
     else matmul_int4(p, x, y, m);
 }
