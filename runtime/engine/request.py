@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from models.errors import ModelError
-
 from .answer import AnswerText
 from .sampler import sample
 from .sequence import Sequence
@@ -113,7 +111,7 @@ class Request:
         self.error = error
         try:
             return self.finish("error")
-        except ModelError:  # of the tokenizer, which cannot show what was held back either
+        except Exception:  # the tokenizer cannot show what was held back either
             self.result.finish_reason = "error"
             return ""
 

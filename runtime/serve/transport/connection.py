@@ -23,6 +23,7 @@ WRITE_SECONDS = 60  # that a client may leave its answer unread
 # takes twice as long, up to the longest.
 PROBE_SECONDS = 0.25
 LONGEST_PROBE_SECONDS = 4
+STATUS_LINE = b"HTTP/1.1 "  # what every response begins with
 REFUSAL_SECONDS = 1  # that a connection too many may take to read why
 MAX_REFUSALS = 64  # connections that are told at once; others are only closed
 
@@ -79,6 +80,29 @@ def refusal(error: ApiError) -> bytes:
     return head.encode() + body
 
 
+class BegunResponse:
+    """The transport of a response whose first bytes went ahead: HTTP/1.0 knows no interim response,
+    but every status line begins alike."""
+
+    def __init__(self, transport: asyncio.Transport):
+        self._transport = transport
+        self._sent = 0
+
+    def send_ahead(self) -> bool:
+        """One byte more; False when what comes next depends on the response."""
+        byte = STATUS_LINE[self._sent : self._sent + 1]
+        self._transport.write(byte)
+        self._sent += len(byte)
+        return bool(byte)
+
+    def write(self, data: bytes):
+        self._transport.write(data[self._sent :])
+        self._sent = 0
+
+    def close(self):
+        self._transport.close()
+
+
 class Connection(H11Protocol):
     """limits: shared by all connections of a server; see `connection_class`."""
 
@@ -117,6 +141,8 @@ class Connection(H11Protocol):
         if not self._is_answering or self.cycle.more_body:
             return False
         self.cycle.keep_alive = False
+        if self.scope["http_version"] == "1.0" and not self.cycle.response_started:
+            self.cycle.transport = BegunResponse(self.transport)
         self._probe_later(PROBE_SECONDS)
         return True
 
@@ -163,13 +189,17 @@ class Connection(H11Protocol):
         self._probe_timer = self.loop.call_later(seconds, self._probe, seconds)
 
     def _probe(self, waited: float):
-        """Only a client that is still there takes an interim response (RFC 9110 15.2); after one
-        that left, the next write fails, which ends the connection and cancels its answer."""
-        if self.transport.is_closing() or not self._is_answering:
+        """Only a client that is still there takes a sign of life: an interim response (RFC 9110
+        15.2), in HTTP/1.0 a byte of the status line. After one that left, the next write fails,
+        which ends the connection and cancels its answer."""
+        if self.transport.is_closing() or not self._is_answering or self.cycle.response_started:
             return
-        if not self.cycle.response_started and self.scope["http_version"] == "1.1":
-            interim = h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
-            self.transport.write(self.conn.send(interim))
+        if isinstance(self.cycle.transport, BegunResponse):
+            if self.cycle.transport.send_ahead():
+                self._probe_later(2 * waited)  # there are few bytes, and an answer may take minutes
+            return
+        interim = h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
+        self.transport.write(self.conn.send(interim))
         self._probe_later(min(2 * waited, LONGEST_PROBE_SECONDS))
 
 

@@ -9,6 +9,7 @@ import paths
 import pytest
 from PIL import Image
 
+from models.errors import ModelError
 from runtime import Engine, SamplingParams
 from runtime.common.errors import ToolkitError
 from runtime.engine import request
@@ -340,6 +341,23 @@ def test_a_request_that_fails_leaves_the_others_alone(monkeypatch):
         engine.step()
     assert isinstance(bad.error, ZeroDivisionError) and good.result.token_ids == expected.token_ids
     assert not engine.busy and engine._cache.used_blocks == 0
+
+
+def test_a_tokenizer_that_fails_ends_one_request(monkeypatch):
+    engine = small("glm_edge_v")
+    text = next(k for k in kinds(engine, 20) if not k[0].pixels)[0]
+    expected = engine.generate([text], GREEDY)[0]
+    bad = engine.add(text, GREEDY)
+    good = engine.add(text, GREEDY)
+
+    def fails(final):
+        raise ModelError("the library cannot make a text of these tokens")
+
+    monkeypatch.setattr(bad.answer._decoder, "_next", fails)
+    while engine.busy:
+        engine.step()
+    assert isinstance(bad.error, ModelError) and bad.result.finish_reason == "error"
+    assert good.result.token_ids == expected.token_ids and engine._cache.used_blocks == 0
 
 
 def test_streams_side_by_side_and_one_that_is_left():

@@ -158,9 +158,21 @@ def test_a_half_closed_client_gets_its_answer(version, stream, server):
     assert (b'"finish_reason":"length"' in got) or (b'"finish_reason": "length"' in got)
 
 
-def test_a_client_that_left_is_told_from_one_that_half_closed(server):
+@pytest.mark.parametrize("stream", [True, False])
+def test_signs_of_life_of_http_1_0_are_part_of_the_response(stream, server, monkeypatch):
+    monkeypatch.setattr(connection, "PROBE_SECONDS", 0.001)
     client = connect(server)
-    client.sendall(message(asked(max_tokens=2000)))
+    client.sendall(message(asked(max_tokens=300, stream=stream), version="1.0"))
+    client.shutdown(socket.SHUT_WR)
+    head, _, body = read_all(client).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert body.endswith(b"data: [DONE]\n\n") if stream else json.loads(body)["choices"]
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_a_client_that_left_is_told_from_one_that_half_closed(version, server):
+    client = connect(server)
+    client.sendall(message(asked(max_tokens=2000), version=version))
     server.until("num_requests_running", 1)
     client.close()
     server.until("num_requests_running", 0, seconds=10)
