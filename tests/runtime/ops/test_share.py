@@ -49,14 +49,18 @@ def test_parts_become_shorter():
     assert lengths == sorted(lengths, reverse=True)
 
 
+@pytest.fixture(scope="module")
 def example():
+    """(a matmul, its input); the weight is kept, its memory is what the kernels read."""
     generator = torch.Generator().manual_seed(0)
     weight = FloatWeight(torch.randn(1024, 256, generator=generator).bfloat16())
-    return weight.small_batch_matmul(), torch.randn(1, 256, generator=generator).bfloat16()
+    x = torch.randn(1, 256, generator=generator).bfloat16()
+    yield weight.small_batch_matmul(), x
+    del weight
 
 
-def test_a_result_does_not_depend_on_the_threads():
-    matmul, x = example()
+def test_a_result_does_not_depend_on_the_threads(example):
+    matmul, x = example
     torch.set_num_threads(1)
     expected = matmul(x)
     for threads in (2, 5, 3):
@@ -64,8 +68,8 @@ def test_a_result_does_not_depend_on_the_threads():
         assert all(torch.equal(matmul(x), expected) for _ in range(50))
 
 
-def test_several_callers_at_a_time():
-    matmul, x = example()
+def test_several_callers_at_a_time(example):
+    matmul, x = example
     expected = matmul(x)
     right = []
 
@@ -81,8 +85,8 @@ def test_several_callers_at_a_time():
     assert len(right) == 150 and all(right)
 
 
-def test_a_forked_process_computes_too():
-    matmul, x = example()
+def test_a_forked_process_computes_too(example):
+    matmul, x = example
     torch.set_num_threads(3)
     expected = matmul(x)
     process = os.fork()
