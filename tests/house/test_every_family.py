@@ -4,9 +4,14 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 
 import paths
 import pytest
+
+from models.errors import ModelError
+from runtime import Engine
+from runtime.common.errors import ToolkitError
 
 GOLDEN = paths.GOLDEN
 SEEING = {
@@ -70,6 +75,14 @@ def test_conversation(family):
         and "And why?" in prompts[1]
         and "What is this?" not in prompts[2]
     )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_malformed_messages_are_one_sentence(family):
+    with closing(Engine(GOLDEN / family, vision="torch", max_model_len=256)) as engine:
+        for messages in (5, [5], [{}], [{"role": "user"}], [{"role": "user", "content": [{}]}]):
+            with pytest.raises((ModelError, ToolkitError)):
+                engine.prompt(messages)
 
 
 @pytest.mark.parametrize("family", ["glm4", "glm_edge"])

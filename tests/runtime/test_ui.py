@@ -160,6 +160,20 @@ def test_a_server_that_is_not_there():
         backends.Remote(UiOptions(server="http://127.0.0.1:9"))
 
 
+def test_the_cache_holds_one_sequence(monkeypatch):
+    opened = []
+
+    def open_engine(model, options):
+        opened.append(options.max_num_seqs)
+        raise ui.ToolkitError("opened")
+
+    monkeypatch.setattr(backends, "open_engine", open_engine)
+    for given in (None, 3):
+        with pytest.raises(ui.ToolkitError, match="opened"):
+            backends.Local(UiOptions(model="."), EngineOptions(max_num_seqs=given))
+    assert opened == [1, 3]
+
+
 def test_settings_become_sampling():
     pytest.importorskip("gradio", reason="run: make test-ui")
     from runtime.ui.page import examples, read_controls
