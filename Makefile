@@ -38,7 +38,7 @@ demo: setup  ## the main job on a small trained model: convert, ask two question
 test: setup  ## all tests
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile tests
 
-test-versions: setup  ## the suite on Python 3.10-3.13 (3.13: without quant) and on the lowest releases; ARGS="--only 3.10 onnx"
+test-versions: setup  ## the suite on Python 3.10-3.13 (3.13: without quant), tests on lowest and highest releases; ARGS="--only 3.10 onnx"
 	@$(PY) tests/helpers/versions.py $(ARGS)
 
 test-npu: $(VENV_NPU)/.installed  ## the NPU path under the real torch_npu wheel on stand-in CANN libraries (needs gcc)
