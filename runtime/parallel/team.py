@@ -24,6 +24,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from runtime.common.errors import CHECK_FAILED, ToolkitError
+from runtime.common.files import check_again, checks_again
 from runtime.common.processes import die_with_parent
 
 from . import secret as secrets
@@ -228,7 +229,7 @@ def open_team(model_dir, options, load) -> Team | None:
     if _team is None:
         _team = _join() if started > 1 else _start(options.tensor_parallel_size)
     _team.free = False
-    _team.send("load", model_dir=str(model_dir), options=vars(options))
+    _team.send("load", model_dir=str(model_dir), options=vars(options), check_again=checks_again())
     return _team
 
 
@@ -298,7 +299,8 @@ def follow(load) -> int:
             engine = None  # its memory first
             options = content["options"]
             options["device"] = _own_device(options["device"], _team.rank)
-            engine = load(content["model_dir"], options)
+            with check_again(content["check_again"]):
+                engine = load(content["model_dir"], options)
         else:
             engine.follow(content)
     return 0

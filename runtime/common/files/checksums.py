@@ -25,13 +25,19 @@ _again = ContextVar("_again", default=False)
 
 
 @contextmanager
-def check_again() -> Iterator[None]:
-    """While the block runs, files are read even if their state was checked before."""
-    token = _again.set(True)
+def check_again(again: bool = True) -> Iterator[None]:
+    """While the block runs, files are read even if their state was checked before; not so with
+    `again` False."""
+    token = _again.set(again)
     try:
         yield
     finally:
         _again.reset(token)
+
+
+def checks_again() -> bool:
+    """Whether such a block runs."""
+    return _again.get()
 
 
 def file_entry(path: Path) -> dict:

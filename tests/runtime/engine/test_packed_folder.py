@@ -145,6 +145,35 @@ def test_every_file_is_read_once_for_its_sha256(folder, model, monkeypatch):
     assert len(read) == 2 * len(set(read))
 
 
+def test_every_rank_of_a_split_model_reads_its_own_again(model, tmp_path, monkeypatch):
+    """The cache knows the damaged files as checked: only who reads them anew can tell."""
+    monkeypatch.setenv("ASCEND_VLM_CACHE", str(tmp_path))
+    wanted = split_logits(model)
+    packs = sorted((tmp_path / "packed").iterdir())
+    assert len(packs) == 2
+    for pack in packs:
+        known = checksums.sha256_of(pack / QKV)
+        flip_a_bit(pack)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checksums, "file_entry", lambda path, known=known: {"sha256": known})
+            checksums.sha256_of(pack / QKV)
+    damaged = [(pack / QKV).read_bytes() for pack in packs]
+    assert not np.array_equal(split_logits(model), wanted)
+    assert [(pack / QKV).read_bytes() for pack in packs] == damaged
+    with check_again():
+        np.testing.assert_array_equal(split_logits(model), wanted)
+    healed = [(pack / QKV).read_bytes() for pack in packs]
+    assert all(before != after for before, after in zip(damaged, healed))
+
+
+def split_logits(model) -> np.ndarray:
+    engine = Engine(model, cpu_weights="int8", tensor_parallel_size=2, **OPTIONS)
+    try:
+        return engine.prefill_logits(engine.prompt_from_ids([5, 6, 7]))
+    finally:
+        engine.close()
+
+
 def test_packed_folders_are_private(folder):
     assert folder.stat().st_mode & 0o777 == 0o700
 
