@@ -27,7 +27,6 @@ from quant.output.weights import Entry, write_weights
 from quant.validate.folder import validate
 from runtime.common.errors import CHECK_FAILED, MISSING_COMPONENT, ToolkitError
 from runtime.common.files import (
-    CHECKSUMS,
     check_checksums,
     fresh_folder,
     locked,
@@ -237,8 +236,7 @@ def finish(checkpoint: Checkpoint, folder: Path, out: Path, size: int):
         )
     names = [name for name in small if name != FILE]
     parts = [part_name(rank, size) for rank in range(size)]
-    write_checksums(folder, [*names, "config.json"])
-    publish_parts(folder, out, [*parts, *names, CHECKSUMS, "config.json"])
+    publish_parts(folder, out, [*parts, *names, "config.json"])
 
 
 def publish_parts(folder: Path, out: Path, names: list[str]):

@@ -14,6 +14,7 @@ import torch
 from models.files import new_file, open_inside
 from runtime.common.files import CHECKSUMS
 
+RESULT = "quant_model_"  # how the names of msmodelslim's own files begin
 WEIGHTS = (
     ".safetensors",
     ".bin",
@@ -59,6 +60,12 @@ def copy_small_files(source: Path, folder: Path) -> list[str]:
         with open_inside(source, name) as stream, new_file(folder / name, durable=False) as copy:
             shutil.copyfileobj(stream, copy)
     return names
+
+
+def checked(names: list[str]) -> list[str]:
+    """Of a result's files those of which checksums.json has the sha256: weights, their index and the
+    description. The others (config, tokenizer, template, report) are texts that a user may edit."""
+    return [name for name in names if name.startswith(RESULT)]
 
 
 def publish(folder: Path, out: Path, names: list[str]):

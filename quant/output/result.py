@@ -28,7 +28,7 @@ from runtime.common.files import (
 )
 from runtime.common.progress import byte_progress
 
-from .files import copy_small_files, publish, write_config, write_description
+from .files import checked, copy_small_files, publish, write_config, write_description
 from .weights import Entry, write_weights
 
 
@@ -42,7 +42,7 @@ def write_result(plan: QuantPlan, work: WorkFolder, verdict: Verdict, out: Path,
         raise ToolkitError(
             f"the result would not load: {problems[0]}; nothing was published", CHECK_FAILED
         )
-    write_checksums(folder, names)
+    write_checksums(folder, checked(names))
     for old in set(out.glob("quant_model*")):
         old.unlink()
     publish(folder, out, [CHECKSUMS, *names])

@@ -21,6 +21,7 @@ from quant.layer_module import LayerModule, linear_groups
 from quant.work_folder import WorkFolder
 from runtime import Engine
 from runtime.common.errors import CHECK_FAILED, MISSING_COMPONENT, ToolkitError
+from runtime.common.files import CHECKSUMS
 from runtime.compare.layers.scales import judge_scales
 
 pytestmark = pytest.mark.skipif(
@@ -239,6 +240,12 @@ def test_several_shards(lines, tmp_path, monkeypatch):
     split, _ = quantise(tmp_path / "many", lines=lines)
     assert len(list((tmp_path / "many").glob("quant_model_weight_w8a8-0*.safetensors"))) >= 3
     assert whole.keys() == split.keys() and all(torch.equal(whole[n], split[n]) for n in whole)
+    described = json.loads((tmp_path / "many" / CHECKSUMS).read_text())
+    assert sorted(described) == sorted(
+        file.name for file in (tmp_path / "many").glob("quant_model_*")
+    )
+    for name in ("generation_config.json", "tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / "many" / name).write_text("{}")  # edited by hand
     Engine(tmp_path / "many", max_model_len=64)
 
 
