@@ -79,6 +79,9 @@ def check(source, out, size):
         found = names_in(out / f"part{rank}-of-{size}")
         extra = {name for name in found if name.endswith((".index", ".info"))}
         assert extra and found - extra == wanted
+        described = json.loads((out / f"part{rank}-of-{size}" / CHECKSUMS).read_text())
+        assert set(described) == {file.name for file in out.glob(f"part{rank}-*/quant_model_*")}
+    assert not (out / CHECKSUMS).exists()  # its own files are texts that a user may edit
 
 
 @pytest.mark.parametrize("like", SHAPES)
