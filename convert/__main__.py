@@ -50,6 +50,12 @@ class ConvertOptions:
     onnx_only: bool = flag(
         "stop at the verified ONNX, also where atc is installed", default=False, kind=bool
     )
+    no_verify: bool = flag(
+        "leave out the comparison with torch; the artifact says so, and so does whoever loads it, "
+        "until it is compared: by the same command without this flag, or by runtime.compare",
+        default=False,
+        kind=bool,
+    )
     dry_run: bool = flag(
         "print the atc command and stop; with --out it needs config.json only",
         default=False,
@@ -90,7 +96,7 @@ def main(argv: list[str]) -> int:
     from convert.atc.run import find_atc
     from runtime.vision.artifact import cache_directory
 
-    from .pipeline import convert, open_source, vision_family
+    from .pipeline import Work, convert, open_source, vision_family
 
     family = vision_family(options.model)
     source = None
@@ -105,7 +111,8 @@ def main(argv: list[str]) -> int:
     if options.dry_run:
         print(dry_run(family, artifact_dir, request, installed))
     else:
-        convert(source, artifact_dir, request, installed, options.force)
+        work = Work(options.force, not options.no_verify)
+        convert(source, artifact_dir, request, installed, work)
     return 0
 
 

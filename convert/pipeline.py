@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Thread
 
@@ -45,7 +45,7 @@ from runtime.common.machine import version
 from runtime.common.notes import note
 from runtime.common.progress import spinner
 from runtime.vision import artifact
-from runtime.vision.artifact import ONNX, ONNX_NAMES, Manifest
+from runtime.vision.artifact import ONNX, ONNX_NAMES, ONNX_UNVERIFIED, ONNX_VERIFIED, Manifest
 from runtime.vision.registry import register
 from runtime.vision.source import EXPORTER, Source
 
@@ -71,22 +71,32 @@ def open_source(family: Family) -> Source:
     return Source(family, checkpoint)
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a conversion does besides: force: replace any artifact; verify: compare the ONNX with
+    torch."""
+
+    force: bool = False
+    verify: bool = True
+
+
 def convert(
     source: Source,
     artifact_dir: Path,
     request: OmRequest,
     installed: InstalledAtc | None,
-    force: bool,
+    work: Work,
 ):
-    """Make what the artifact lacks: the verified ONNX, then, with an installed atc, the .om.
-    `force`: replace any artifact.
-    """
+    """Make what the artifact lacks: the ONNX, its verification, then, with an installed atc, the
+    .om."""
     make_writable(artifact_dir)
     with locked(artifact_dir):
-        if force or not is_current(source, artifact_dir):
-            make_artifact(source, artifact_dir)
+        if work.force or not is_current(source, artifact_dir):
+            make_artifact(source, artifact_dir, work.verify)
+        elif work.verify:
+            verify_artifact(source.family, artifact_dir)
         register(source.hash, artifact_dir)
-        print(f"ONNX verified: {artifact_dir / ONNX}", flush=True)
+        print(outcome_of(artifact_dir), flush=True)
         write_atc_inputs(source.family, artifact_dir, request)
         if installed:
             OmBuild(source.family, artifact_dir, request, installed).run()
@@ -119,9 +129,10 @@ def is_current(source: Source, artifact_dir: Path) -> bool:
             note(f"the artifact is made again: {error}")
         return False
     if manifest.source == source.hash:
-        print(
-            f"{artifact_dir} already holds the verified encoder of this checkpoint; nothing to do"
-        )
+        what = "the encoder of this checkpoint, not verified yet"
+        if manifest.errors:
+            what = "the verified encoder of this checkpoint; nothing to do"
+        print(f"{artifact_dir} already holds {what}")
         return True
     if manifest.exporter == EXPORTER:
         raise ToolkitError(
@@ -131,19 +142,37 @@ def is_current(source: Source, artifact_dir: Path) -> bool:
     return False
 
 
-def make_artifact(source: Source, artifact_dir: Path):
-    """Export, check and verify the encoder in the work directory, then publish it."""
+def make_artifact(source: Source, artifact_dir: Path, verified: bool):
+    """Export and check the encoder in the work directory, verify it there unless told not to, then
+    publish it."""
     work_dir = work_folder(artifact_dir / WORK)
     files = resume_export(source, work_dir) or export_encoder(source, work_dir)
     try:
         check_graph(source.family, work_dir)
-        errors = verify_export(source.family, work_dir)
+        errors = verify_export(source.family, work_dir) if verified else {}
     except ToolkitError as error:
         if error.exit_code == CHECK_FAILED:
             remove_folder(work_dir)
         raise
     artifact.publish(work_dir, artifact_dir, _manifest(source, files, errors))
     remove_folder(work_dir)
+
+
+def verify_artifact(family: Family, artifact_dir: Path):
+    """Compare a published ONNX with torch if that was left out when it was made."""
+    manifest = artifact.read_manifest(artifact_dir)
+    if not manifest.errors:
+        artifact.mark_verified(artifact_dir, verify_export(family, artifact_dir))
+
+
+def outcome_of(artifact_dir: Path) -> str:
+    """What the user has now."""
+    if artifact.read_manifest(artifact_dir).errors:
+        return f"ONNX verified: {artifact_dir / ONNX}"
+    return (
+        f"ONNX not verified (--no-verify): {artifact_dir / ONNX}; the same command without the flag, "
+        "or a passing python -m runtime.compare, verifies it"
+    )
 
 
 def resume_export(source: Source, work_dir: Path) -> dict | None:
@@ -245,7 +274,8 @@ def verify_export(family: Family, work_dir: Path) -> dict:
         print(f"verify {name}: {result.verdict}")
     if not results or not all(result.passed for result in results.values()):
         raise ToolkitError(
-            "ONNX Runtime and torch disagree, no artifact was written; report this with the lines above",
+            "ONNX Runtime and torch disagree, the graph is not to be used; report this with the lines "
+            "above",
             CHECK_FAILED,
         )
     print(f"verified in {time.perf_counter() - start:.1f} s")
@@ -263,6 +293,7 @@ def _manifest(source: Source, files: dict, errors: dict) -> Manifest:
         output=_interface(spec.output_name, spec.output_shape),
         files=files,
         errors=errors,
+        status=ONNX_VERIFIED if errors else ONNX_UNVERIFIED,
         versions={package: version(package) for package in packages},
     )
 

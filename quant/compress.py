@@ -51,6 +51,7 @@ def compress(options: CompressOptions) -> int:
     family, checkpoint, description = open_sparse(options.model)
     size = options.tensor_parallel_size
     check_split(family, size)
+    check_vocabulary(family, size)
     import_msmodelslim()
     find_compressor()
     out = prepare_empty_folder(options.out, options.model)
@@ -66,6 +67,16 @@ def compress(options: CompressOptions) -> int:
         finish(checkpoint, folder, out, size)
     print(f"{out}: {KIND} for {size} ranks; MindIE loads it with as many")
     return 0
+
+
+def check_vocabulary(family, size: int):
+    """ToolkitError when the ranks cannot share the vocabulary evenly, as MindIE's do."""
+    count = family.decoder.vocab_size
+    if count % size:
+        raise ToolkitError(
+            f"--tensor-parallel-size {size} does not divide the {count} rows of the output layer, and MindIE's ranks "
+            "hold equal shares of it; use a size that does, e.g. 1"
+        )
 
 
 def open_sparse(model: str) -> tuple:

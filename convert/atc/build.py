@@ -17,7 +17,14 @@ from runtime.common.errors import CHECK_FAILED, ToolkitError
 from runtime.common.files import file_entry, remove_folder
 from runtime.common.notes import note
 from runtime.vision import artifact
-from runtime.vision.artifact import OM_COMPILED, OM_VERIFIED, ONNX_VERIFIED, WEIGHTS, Manifest
+from runtime.vision.artifact import (
+    OM_COMPILED,
+    OM_VERIFIED,
+    ONNX_UNVERIFIED,
+    ONNX_VERIFIED,
+    WEIGHTS,
+    Manifest,
+)
 from runtime.vision.om_session import open_om
 
 from . import golden_features
@@ -100,7 +107,11 @@ class OmBuild:
         return om
 
     def _accept(self, om: Path, mode: str) -> bool:
-        """Publish `om` if it passes, or if no device here can measure it; delete it otherwise."""
+        """Publish `om` if it passes, or if nothing here can measure it; delete it otherwise."""
+        if not artifact.read_manifest(self.artifact_dir).errors:
+            om = self._publish(om, mode, OM_COMPILED)
+            print(f"compiled, not verified: {om} (its ONNX is not either: --no-verify)")
+            return True
         try:
             session = open_om(om, self.family.vision, DEVICE)
         except ToolkitError as error:
@@ -175,11 +186,12 @@ def check_disk(artifact_dir: Path, needed: int):
 
 def remove_om_record(artifact_dir: Path) -> Manifest:
     """Save the manifest without an .om, so that none is recorded while files are replaced."""
+    manifest = artifact.read_manifest(artifact_dir)
     manifest = replace(
-        artifact.read_manifest(artifact_dir),
+        manifest,
         soc_version=None,
         precision_mode="fp32",
-        status=ONNX_VERIFIED,
+        status=ONNX_VERIFIED if manifest.errors else ONNX_UNVERIFIED,
         om=None,
     )
     artifact.save(artifact_dir, manifest)

@@ -1,12 +1,11 @@
 """The ONNX side of the verification, with a part of the weights in memory at a time.
 
-Takes a directory with vision.onnx, returns what ONNX Runtime computes. The graph is cut where few
-values are alive; its pieces refer to the one data file and run one after another.
+Takes a directory with vision.onnx, returns what ONNX Runtime computes. The graph's pieces refer to
+the one data file and run one after another.
 """
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,33 +17,9 @@ from runtime.common.files import write_atomically
 from runtime.vision.artifact import ONNX
 from runtime.vision.onnx_session import session_options
 
-FLOAT_BYTES = 4
-PIECE_BYTES = 1 << 30  # of weights; a smaller graph stays whole
-ACTIVATIONS = 4  # values of the largest size at a time: scores, softmax, and what the arena keeps
+from .pieces import PIECE_BYTES, Piece, cut
+
 PIECE_FILE = "piece.onnx"
-ALIVE = 2  # values that may cross a cut: a tower's and a Q-Former's residual stream
-
-
-@dataclass
-class Piece:
-    """Consecutive nodes with the names of the values that they take and give."""
-
-    nodes: list[onnx.NodeProto]
-    inputs: list[str]
-    outputs: list[str]
-
-    def read(self) -> set[str]:
-        """Names of all values that its nodes read, weights among them."""
-        return set().union(*(node.input for node in self.nodes))
-
-    def computed_outputs(self) -> list[str]:
-        """Names of the outputs that its nodes compute; the others only pass through it."""
-        computed = self.computed()
-        return [name for name in self.outputs if name in computed]
-
-    def computed(self) -> set[str]:
-        """Names of all values that its nodes compute."""
-        return set().union(*(node.output for node in self.nodes))
 
 
 class StreamedGraph:
@@ -77,7 +52,7 @@ class StreamedGraph:
         for piece in self.pieces:
             inner = wanted.intersection(piece.computed()).difference(piece.outputs)
             outputs = [*piece.outputs, *sorted(inner)]
-            [state] = self._run(Piece(piece.nodes, piece.inputs, outputs), [state])
+            [state] = self._run(replace(piece, outputs=outputs), [state])
             for name in outputs:
                 if name in wanted:
                     yield name, state[name]
@@ -88,6 +63,7 @@ class StreamedGraph:
         import onnxruntime
 
         options = session_options()
+        options.enable_cpu_mem_arena = False  # it would keep what the piece no longer needs
         whole = self.steps == 1 and piece is self.pieces[0]
         path = self.onnx_dir / ONNX if whole else self._write(piece)
         results = []
@@ -95,7 +71,7 @@ class StreamedGraph:
             with native_path(path) as name:
                 session = onnxruntime.InferenceSession(name, options, ["CPUExecutionProvider"])
             for state in states:
-                results.append(_values(session, piece, state))
+                results.append(_values_in_slices(session, piece, state))
         finally:
             (self.onnx_dir / PIECE_FILE).unlink(missing_ok=True)
         return results
@@ -118,6 +94,21 @@ class StreamedGraph:
         return path
 
 
+def _values_in_slices(session, piece: Piece, state: dict) -> dict:
+    """`_values`, of an attention for some of its queries at a time."""
+    if piece.queries is None:
+        return _values(session, piece, state)
+    queries = state[piece.queries]
+    slices = []
+    for start in range(0, queries.shape[-2], piece.rows):
+        rows = queries[..., start : start + piece.rows, :]
+        slices.append(_values(session, piece, {**state, piece.queries: rows}))
+    found = {name: state[name] for name in piece.outputs if name in state}
+    for name in piece.computed_outputs():
+        found[name] = np.concatenate([each[name] for each in slices], axis=-2)
+    return found
+
+
 def _values(session, piece: Piece, state: dict) -> dict:
     """{name: value} of the piece's outputs, in memory of our own.
 
@@ -136,62 +127,3 @@ def _values(session, piece: Piece, state: dict) -> dict:
 
 def _float_infos(names: list[str]) -> list[onnx.ValueInfoProto]:
     return [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]
-
-
-def memory_needed(onnx_dir: Path) -> int:
-    """Bytes for a piece, whose weights ONNX Runtime holds twice (packed), and its activations."""
-    graph = onnx.load(onnx_dir / ONNX, load_external_data=False).graph
-    weights = sum(_weight_sizes(graph).values())
-    largest = 0
-    for value in graph.value_info:
-        dims = value.type.tensor_type.shape.dim
-        largest = max(largest, FLOAT_BYTES * math.prod(dim.dim_value for dim in dims))
-    return 2 * min(weights, PIECE_BYTES) + ACTIVATIONS * largest
-
-
-def _weight_sizes(graph: onnx.GraphProto) -> dict[str, int]:
-    """{name: bytes} of the float32 weights."""
-    sizes = {}
-    for tensor in graph.initializer:
-        sizes[tensor.name] = FLOAT_BYTES * math.prod(tensor.dims)
-    return sizes
-
-
-def cut(graph: onnx.GraphProto, limit: int) -> list[Piece]:
-    """Pieces of about `limit` bytes of weights each, in order.
-
-    A cut lies where at most ALIVE float values cross it.
-    """
-    sizes = _weight_sizes(graph)
-    last_use = _last_uses(graph)
-    pieces = []
-    nodes = []
-    held = 0
-    alive = {graph.input[0].name}
-    inputs = sorted(alive)
-    for index, node in enumerate(graph.node):
-        nodes.append(node)
-        held += sum(sizes.get(name, 0) for name in node.input)
-        alive = _still_used(alive.union(node.output), last_use, index)
-        if held >= limit and 0 < len(alive) <= ALIVE:
-            outputs = sorted(alive)
-            pieces.append(Piece(nodes, inputs, outputs))
-            nodes = []
-            held = 0
-            inputs = outputs
-    pieces.append(Piece(nodes, inputs, [graph.output[0].name]))
-    return pieces
-
-
-def _last_uses(graph: onnx.GraphProto) -> dict[str, int]:
-    """{value: index of the last node that reads it}."""
-    last_use = {}
-    for index, node in enumerate(graph.node):
-        for name in node.input:
-            last_use[name] = index
-    return last_use
-
-
-def _still_used(names: set[str], last_use: dict[str, int], index: int) -> set[str]:
-    """Those that a node after `index` reads."""
-    return {name for name in names if last_use.get(name, -1) > index}

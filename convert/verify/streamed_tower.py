@@ -1,8 +1,10 @@
-"""The torch side of the verification, with the weights of one block in memory at a time.
+"""The torch side of the verification, with a part of the weights in memory at a time.
 
 Takes a family and its checkpoint, returns the features that the family's own module computes in
 fp32.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -11,14 +13,16 @@ from torch import nn
 from models.checkpoint import Checkpoint
 from models.checkpoint.table import Weight
 from models.family import Family
-from models.network.vision_blocks import repeated_lists
+from models.network.vision_blocks import Attention, Dense, repeated_lists
+
+from .pieces import FLOAT_BYTES, SCORE_BYTES
 
 
 class StreamedTower:
-    """The family's own tower on the CPU; `steps` blocks get their weights from the checkpoint for
-    the moment they run.
+    """The family's own tower on the CPU; `steps` parts of it get their weights from the checkpoint
+    for the moment they run, and large attentions look at some of their queries at a time.
 
-    `advance()` is called after each block.
+    `advance()` is called after each part.
     """
 
     def __init__(self, family: Family, checkpoint: Checkpoint):
@@ -27,25 +31,28 @@ class StreamedTower:
         self.advance = lambda: None
         with torch.device("meta"):
             self.tower = family.vision_encoder().eval().requires_grad_(False)
-        blocks = _blocks(self.tower)
-        self.steps = len(blocks)
-        prefixes = tuple(f"vision.{path}." for path in blocks)
+        parts = _parts(self.tower)
+        self.steps = len(parts)
+        prefixes = tuple(f"vision.{path}." for path in parts)
         self._load(self.tower, "vision.", _outside(self.weights, prefixes))
-        for path, block in blocks.items():
-            self._stream(block, f"vision.{path}.")
+        for path, part in parts.items():
+            self._stream(part, f"vision.{path}.")
+        for module in self.tower.modules():
+            if isinstance(module, Attention):
+                module.mix = _in_slices(module.mix)
 
     def run(self, pixels: np.ndarray) -> np.ndarray:
         """float32 [1, ...] as the family's VisionSpec says -> float32 [1, rows, hidden]."""
         with torch.inference_mode():
             return self.tower(torch.from_numpy(pixels)).numpy()
 
-    def _stream(self, block: nn.Module, prefix: str):
+    def _stream(self, part: nn.Module, prefix: str):
         def unload(*_):
-            block.to("meta")
+            part.to("meta")
             self.advance()
 
-        block.register_forward_pre_hook(lambda *_: self._load(block, prefix, self.weights))
-        block.register_forward_hook(unload)
+        part.register_forward_pre_hook(lambda *_: self._load(part, prefix, self.weights))
+        part.register_forward_hook(unload)
 
     def _load(self, module: nn.Module, prefix: str, weights: list[Weight]):
         values = {}
@@ -54,13 +61,26 @@ class StreamedTower:
         module.load_state_dict(values, strict=False, assign=True)
 
 
-def _blocks(tower: nn.Module) -> dict[str, nn.Module]:
-    """{path: block} of the blocks that make up nearly all of the tower."""
-    blocks = {}
-    for path in repeated_lists(tower):
-        for index, block in enumerate(tower.get_submodule(path)):
-            blocks[f"{path}.{index}"] = block
-    return blocks
+def _parts(tower: nn.Module) -> dict[str, nn.Module]:
+    """{path: module} of the repeated blocks and of the large layers outside them."""
+    lists = tuple(f"{path}." for path in repeated_lists(tower))
+    parts = {}
+    for path, module in tower.named_modules():
+        is_block = f"{path.rpartition('.')[0]}." in lists
+        if is_block or (isinstance(module, Dense | nn.Conv2d) and not path.startswith(lists)):
+            parts[path] = module
+    return parts
+
+
+def _in_slices(mix: Callable) -> Callable:
+    """Attention.mix with at most SCORE_BYTES of scores at a time."""
+
+    def sliced(q, k, v):
+        row_bytes = FLOAT_BYTES * q.shape[0] * q.shape[1] * k.shape[2]
+        parts = q.split(max(1, SCORE_BYTES // row_bytes), dim=2)
+        return torch.cat([mix(part, k, v) for part in parts], dim=2)
+
+    return sliced
 
 
 def _outside(weights: list[Weight], prefixes: tuple[str, ...]) -> list[Weight]:

@@ -7,6 +7,8 @@ and dtypes are compared first, then the values of all elements.
 import json
 from pathlib import Path
 
+import onnx
+
 from models import family_of
 from models.checkpoint import Checkpoint
 from models.family import Family
@@ -14,11 +16,13 @@ from runtime.common.errors import CHECK_FAILED, ToolkitError
 from runtime.common.machine import available_memory, gib
 from runtime.common.processes import output_of
 from runtime.common.progress import step_progress
+from runtime.vision.artifact import ONNX
 
 from .comparison import Comparison, compare
 from .images import verification_images
+from .pieces import memory_needed
 from .preflight import interface_findings
-from .streamed_graph import StreamedGraph, memory_needed
+from .streamed_graph import StreamedGraph
 from .streamed_tower import StreamedTower
 
 
@@ -28,7 +32,7 @@ def verify(family: Family, onnx_dir: Path) -> dict[str, Comparison]:
 
     ToolkitError when memory is short or the child fails.
     """
-    needed = memory_needed(onnx_dir)
+    needed = memory_needed(onnx.load(onnx_dir / ONNX, load_external_data=False).graph)
     available = available_memory()
     if needed > available:
         raise ToolkitError(

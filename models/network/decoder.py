@@ -183,7 +183,8 @@ class Decoder(LayerArithmetic):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [T, hidden] -> float32 [T, vocab]."""
-        return self.ops.gather(self._linear(hidden, self.lm_head)).float()
+        logits = self.ops.gather(self._linear(hidden, self.lm_head))
+        return logits[:, : self.config.vocab_size].float()  # the last of a team may have rows more
 
 
 def linear_of(weights: dict, name: str):

@@ -56,9 +56,13 @@ class Attention(nn.Module):
     def forward(self, x, context=None):
         context = x if context is None else context
         q = self._split(self.q(x)) * (1.0 / math.sqrt(self.head_dim))
-        scores = torch.matmul(q, self._split(self.k(context)).transpose(-1, -2))
-        mixed = torch.matmul(torch.softmax(scores, dim=-1), self._split(self.v(context)))
+        mixed = self.mix(q, self._split(self.k(context)), self._split(self.v(context)))
         return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def mix(self, q, k, v):
+        """softmax(q k^T) v, each [B, heads, rows, head_dim]; q is scaled already."""
+        scores = torch.matmul(q, k.transpose(-1, -2))
+        return torch.matmul(torch.softmax(scores, dim=-1), v)
 
     def _split(self, t):
         return t.view(t.shape[0], t.shape[1], self.heads, self.head_dim).transpose(1, 2)

@@ -7,15 +7,21 @@ import gc
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from models.checkpoint import Checkpoint
 from runtime.common.files import check_again
+from runtime.common.notes import note
+from runtime.common.progress import print_status
 from runtime.compare.layers.scales import judge_scales
 from runtime.engine.options import EngineOptions
+from runtime.vision import remember_verified
+from runtime.vision.source import Source
 
 from . import dataset
 from .cases import Case
 from .layers import float_search, vision_nodes
 from .limits import all_limits
 from .options import CompareOptions
+from .outcomes import Side
 from .runs import is_quantised, run_candidate, run_reference
 from .verdict import judge
 
@@ -43,7 +49,25 @@ def compare(
             options, engine_options, cases, reference.outcomes, found
         )
     found["options"] = {"max_tokens": options.max_tokens}
+    if found["passed"] and candidate.unverified:
+        _remember(options, candidate, found["stages"]["vision"])
     return found
+
+
+def _remember(options: CompareOptions, candidate: Side, vision: dict):
+    """An encoder that passed, held against torch with its own weights, counts as verified."""
+    own_weights = options.native or Path(options.model).samefile(options.reference)
+    if not vision["rows"] or not own_weights:
+        return
+    source = Source(candidate.family, Checkpoint(options.model))
+    try:
+        remember_verified(
+            candidate.unverified, source, vision["cosine_min"], vision["relative_euclidean"]
+        )
+    except OSError as error:
+        note(f"that {candidate.unverified} passed cannot be remembered ({error.strerror})")
+        return
+    print_status(f"{candidate.unverified} passed, and counts as verified from now on")
 
 
 def _is_rounded(options: CompareOptions, engine_options: EngineOptions) -> bool:

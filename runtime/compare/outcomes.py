@@ -1,6 +1,7 @@
 """What one side of a comparison computed: the values that runs.py hands to verdict.py."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -41,7 +42,8 @@ class Side:
     """One model's outcomes, its family (for token texts) and what the report says about it.
 
     layers: stage -> measures, as layerwise.judge takes them; None where `note` says why there are
-    none. answers: to the questions of the data set.
+    none. unverified: the artifact or .om that encoded and was never compared with torch. answers:
+    to the questions of the data set.
     """
 
     info: dict
@@ -50,4 +52,5 @@ class Side:
     layers: dict | None = None
     noise: Noise | None = None
     note: str | None = None
+    unverified: Path | None = None
     answers: list[str] = field(default_factory=list)

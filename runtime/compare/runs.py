@@ -125,6 +125,7 @@ def run_candidate(
         engine.family,
         outcomes,
         note=_why_no_layers(options, engine_options),
+        unverified=engine.unverified_encoder(),
         answers=_answer_dataset(engine, options),
     )
     if not side.note:

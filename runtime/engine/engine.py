@@ -3,6 +3,7 @@ public Python API."""
 
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -237,6 +238,10 @@ class Engine:
     def vision_seconds(self) -> float:
         """What the vision encoder has taken so far; opening it does not count."""
         return self._image_features.seconds
+
+    def unverified_encoder(self) -> Path | None:
+        """The artifact or .om in use that was never compared with torch; None: there is none."""
+        return self._image_features.unverified()
 
     def peak_device_bytes(self) -> int | None:
         """Most memory of the device that this process has had; None where that is the host's."""

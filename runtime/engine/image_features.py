@@ -2,6 +2,7 @@
 
 import time
 from collections import OrderedDict
+from pathlib import Path
 
 import numpy as np
 
@@ -50,6 +51,10 @@ class ImageFeatures:
     def describe(self) -> list[str]:
         """One line about what encodes, once that is known."""
         return [self._session.describe()] if self._session else []
+
+    def unverified(self) -> Path | None:
+        """The artifact or .om that encodes and was never compared with torch."""
+        return self._session.unverified if self._session else None
 
     def close(self):
         if self._session:

@@ -4,7 +4,9 @@ qkv, up and lm_head are split by rows (outputs), out and down by columns (inputs
 devices after out and one after down then make every layer whole; the biases of these two are held
 by the first device only (a quant_bias, which static int8 layers must have, is zero on the others).
 Embedding and norms are held by all. Devices beyond the number of key/value heads share one: each
-holds a copy of the head that its queries use.
+holds a copy of the head that its queries use. A vocabulary that does not divide, as that of a
+fine-tuned checkpoint with added tokens, is filled up on the last device with rows of zeros, whose
+logits the decoder cuts off.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +15,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 from models.checkpoint.quantized import SCALARS
 from models.checkpoint.table import Part, Target, Weight
@@ -56,14 +59,17 @@ def check_split(family, size: int):
         )
 
 
+def padded_vocabulary(c: DecoderConfig, size: int) -> int:
+    """Rows of lm_head on all `size` devices together: the vocabulary, or the next multiple."""
+    return -(-c.vocab_size // size) * size
+
+
 def _undivided(c: DecoderConfig, size: int) -> list[str]:
     """What of a decoder `size` devices cannot share evenly, e.g. ["6 attention heads"]."""
-    counts = {
-        "attention heads": c.heads,
-        "feed-forward channels": c.ffn,
-        "vocabulary rows": c.vocab_size,
-    }
+    counts = {"attention heads": c.heads, "feed-forward channels": c.ffn}
     wrong = [f"{count} {what}" for what, count in counts.items() if count % size]
+    if padded_vocabulary(c, size) - c.vocab_size >= padded_vocabulary(c, size) // size:
+        wrong.append(f"{c.vocab_size} vocabulary rows")  # none would be left for the last device
     if c.kv_heads % size and size % c.kv_heads:
         wrong.append(f"{c.kv_heads} key/value heads")
     return wrong
@@ -95,6 +101,9 @@ class Split:
             c = self.whole
             local = self.config
             return Fraction(local.heads + 2 * local.kv_heads, c.heads + 2 * c.kv_heads)
+        if role == "lm_head":
+            rows = padded_vocabulary(self.whole, self.size) // self.size
+            return Fraction(rows, self.whole.vocab_size)
         split = role in ROWS or (role in COLUMNS and target.tensor.endswith("weight"))
         return Fraction(1, self.size if split else 1)
 
@@ -118,7 +127,19 @@ class Split:
         blocks = self.row_blocks(role)
         if part.target.is_piece:
             return [_rows_of_piece(part, blocks)]
-        return self._rows(weight, part, blocks)
+        pieces = self._rows(weight, part, blocks)
+        if role == "lm_head":
+            return [self._filled_up(piece) for piece in pieces]
+        return pieces
+
+    def _filled_up(self, part: Part) -> Part:
+        """A part of lm_head with the rows of zeros that the last device needs."""
+        first, end = part.at
+        rows = padded_vocabulary(self.whole, self.size) // self.size
+        if end == rows:
+            return part
+        fill = _then(part.transform, lambda held: F.pad(held, (0, 0, 0, rows - end)))
+        return replace(part, at=(first, rows), transform=fill)
 
     def _columns(self, weight: Weight, part: Part) -> list[Part]:
         tensor = part.target.tensor
@@ -163,7 +184,8 @@ class Split:
         """Row ranges of the whole `role` (one of ROWS) that this device holds."""
         c = self.whole
         if role == "lm_head":
-            return [self.span(c.vocab_size)]
+            rows = self.span(padded_vocabulary(c, self.size))
+            return [rows.intersection(Interval(0, c.vocab_size))]
         if role == "up":
             half = self.span(c.ffn)
             return [half, half.shifted(c.ffn)] if c.activation == "swiglu" else [half]

@@ -1,13 +1,17 @@
 """Vision sessions, one interface over several machines: takes a family, its checkpoint and what the
 user chose, returns the session that encodes images."""
 
+import shlex
+from pathlib import Path
+
 from models.checkpoint import Checkpoint
 from models.family import Family
 from runtime.common.errors import CHECK_FAILED, ToolkitError
+from runtime.common.files import locked
 from runtime.common.notes import note
 
-from .artifact import find_or_convert
-from .om_check import verdict_of
+from .artifact import find_or_convert, mark_verified, read_manifest
+from .om_check import Verdict, remember, verdict_of
 from .om_file import OM_FOR, check_chip, onnx_folder
 from .om_session import OmVision
 from .onnx_session import OnnxVision
@@ -48,7 +52,30 @@ def open_session(
         session = OmVision(om.path, family.vision, device_id, om.verified)
         if not judge_om or trusted(session, source, kind):
             return session
-    return OnnxVision(find_or_convert(source, onnx_folder(artifact)), family.vision, threads)
+    return open_onnx(find_or_convert(source, onnx_folder(artifact)), source, threads)
+
+
+def open_onnx(folder: Path, source: Source, threads: int | None) -> OnnxVision:
+    """Session of the artifact; a note says so if it was never compared with torch."""
+    verified = bool(read_manifest(folder).errors)
+    if not verified:
+        command = ["python", "-m", "convert", "--model", str(source.checkpoint.directory)]
+        note(
+            f"the encoder in {folder} was never compared with torch (convert --no-verify): "
+            f"`{shlex.join([*command, '--out', str(folder)])}` does that"
+        )
+    return OnnxVision(folder, source.family.vision, threads, verified)
+
+
+def remember_verified(encoder: Path, source: Source, cosine: float, distance: float):
+    """From now on the artifact or .om counts as compared with torch, and nothing is said when it is
+    used with this checkpoint. OSError when that cannot be written."""
+    verdict = Verdict(True, cosine, distance)
+    if encoder.suffix == ".om":
+        remember(verdict, encoder, source)
+        return
+    with locked(encoder):
+        mark_verified(encoder, {"runtime.compare": {"cosine": cosine, "distance": distance}})
 
 
 def trusted(session: OmVision, source: Source, kind: str) -> bool:

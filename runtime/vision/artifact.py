@@ -10,7 +10,7 @@ import os
 import re
 import shlex
 import subprocess
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from models.files import is_plain_name, open_regular, read_record
@@ -27,6 +27,7 @@ MANIFEST = "manifest.json"
 ONNX = "vision.onnx"
 DATA = "vision.onnx.data"
 ONNX_VERIFIED = "onnx verified"
+ONNX_UNVERIFIED = "onnx not verified"
 OM_COMPILED = "om compiled, not verified"
 OM_VERIFIED = "om verified"
 ONNX_NAMES = {ONNX, DATA}  # what the exporter writes
@@ -38,7 +39,7 @@ WEIGHTS = "weight"  # where atc puts --external_weight, and where the runtime lo
 class Manifest:
     """manifest.json. `source` is the hash of a Source; `input` and `output` are {name, shape,
     dtype}; `files` is {name: {bytes, sha256}}; `errors` maps each verification image to what was
-    measured against torch in fp32.
+    measured against torch in fp32, {} if nothing was.
 
     With an .om, `soc_version` and `precision_mode` are the .om's, and `om` holds the rest: files
     {name: {bytes, sha256}} (the .om first), input {dtype, shape}, gears (batch sizes), command,
@@ -135,6 +136,13 @@ def publish(work_dir: Path, artifact_dir: Path, manifest: Manifest):
 
 def save(artifact_dir: Path, manifest: Manifest):
     write_atomically(artifact_dir / MANIFEST, json.dumps(asdict(manifest), indent=2) + "\n")
+
+
+def mark_verified(artifact_dir: Path, errors: dict):
+    """Record what was measured against torch after the artifact was made."""
+    manifest = read_manifest(artifact_dir)
+    status = ONNX_VERIFIED if manifest.status == ONNX_UNVERIFIED else manifest.status
+    save(artifact_dir, replace(manifest, errors=errors, status=status))
 
 
 def om_file(manifest: Manifest, artifact_dir: str | Path) -> Path | None:

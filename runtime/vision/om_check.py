@@ -61,15 +61,19 @@ def judge(family: Family, golden: np.ndarray, features: np.ndarray) -> Verdict:
 def verdict_of(session: VisionSession, om: Path, source: Source) -> Verdict:
     """The remembered verdict, else one that is measured now against torch, which may take a
     minute."""
-    record = _record(om, source)
-    known = _read(record)
+    known = _read(_record(om, source))
     if known:
         return known
     note(f"{om} is used for the first time with this checkpoint: comparing it with torch")
     verdict = _measure(session, source)
     with suppress(OSError):  # a cache that cannot be written only costs time
-        write_atomically(record, json.dumps(asdict(verdict)) + "\n")
+        remember(verdict, om, source)
     return verdict
+
+
+def remember(verdict: Verdict, om: Path, source: Source):
+    """OSError when the cache cannot be written."""
+    write_atomically(_record(om, source), json.dumps(asdict(verdict)) + "\n")
 
 
 def _measure(session: VisionSession, source: Source) -> Verdict:

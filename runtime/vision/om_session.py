@@ -38,6 +38,10 @@ class OmVision(VisionSession):
         self.batch = self.model.gears[-1]
 
     @property
+    def unverified(self) -> Path | None:
+        return None if self.verified else Path(self.model.path)
+
+    @property
     def npu_seconds(self) -> float:
         return self.model.npu_seconds
 

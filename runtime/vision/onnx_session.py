@@ -1,6 +1,8 @@
 """The exported vision encoder in ONNX Runtime: takes images as float32, returns features as
 float32."""
 
+from pathlib import Path
+
 from models.config import VisionSpec
 from models.files import native_path
 from runtime.common.errors import ToolkitError
@@ -27,13 +29,17 @@ class OnnxVision(VisionSession):
 
     stage = "ONNX vision encoder"
 
-    def __init__(self, directory, spec: VisionSpec, threads: int | None = None):
-        """directory: an artifact's. threads: None = as many as this process may use. ToolkitError
-        when the graph cannot be loaded."""
+    def __init__(
+        self, directory: Path, spec: VisionSpec, threads: int | None = None, verified: bool = True
+    ):
+        """directory: an artifact's. threads: None = as many as this process may use. verified:
+        whether the artifact was compared with torch. ToolkitError when the graph cannot be
+        loaded."""
         import onnxruntime
 
         super().__init__(spec)
         self.directory = directory
+        self.unverified = None if verified else directory
         self.version = onnxruntime.__version__
         options = session_options(threads)
         try:
@@ -49,4 +55,5 @@ class OnnxVision(VisionSession):
         return self.session.run([self.spec.output_name], {self.spec.input_name: pixels})[0]
 
     def describe(self):
-        return f"vision: onnxruntime {self.version} CPU, fp32, artifact {self.directory}"
+        text = f"vision: onnxruntime {self.version} CPU, fp32, artifact {self.directory}"
+        return f"{text}, not compared with torch" if self.unverified else text

@@ -1,5 +1,7 @@
 """What a vision session is: takes images in the family's input layout, returns feature rows."""
 
+from pathlib import Path
+
 import numpy as np
 
 from models.config import VisionSpec
@@ -11,6 +13,7 @@ class VisionSession:
     out."""
 
     stage: str
+    unverified: Path | None = None  # file or artifact in use that nobody has compared with torch
     batch = 1  # images `_encode` takes at most
 
     def __init__(self, spec: VisionSpec):

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from convert import pipeline
 from convert.__main__ import main
+from convert.verify import pieces, streamed_tower
 from convert.verify.comparison import Comparison, compare
 from convert.verify.images import verification_images
 from convert.verify.preflight import preflight
@@ -171,6 +172,41 @@ def test_verification_in_pieces_computes_the_same(converted):
         cut_up, np.concatenate(StreamedGraph(converted[0]).run(pixels)), atol=1e-5
     )
     np.testing.assert_allclose(cut_up, whole, atol=1e-5)
+
+
+def test_a_large_attention_is_computed_for_some_queries_at_a_time(converted, monkeypatch):
+    """What a tower of 6401 patches needs: its scores alone would take 2.6 GB, on both sides."""
+    family = family_of(GOLDEN)
+    pixels = [family.pixels(picture) for picture in verification_images().values()]
+    whole = np.concatenate(StreamedGraph(converted[0]).run(pixels))
+    reference = np.concatenate(
+        [StreamedTower(family, Checkpoint(GOLDEN)).run(each) for each in pixels]
+    )
+    planned = pieces.memory_needed(StreamedGraph(converted[0]).model.graph)
+    monkeypatch.setattr(pieces, "SCORE_BYTES", 1000)
+    monkeypatch.setattr(streamed_tower, "SCORE_BYTES", 1000)
+    graph = StreamedGraph(converted[0])
+    attentions = [piece for piece in graph.pieces if piece.queries]
+    assert attentions and all(
+        [node.op_type for node in piece.nodes] == ["MatMul", "Softmax", "MatMul"]
+        for piece in attentions
+    )
+    assert pieces.memory_needed(graph.model.graph) < planned
+    rows = []
+    softmax = torch.softmax
+    monkeypatch.setattr(
+        torch, "softmax", lambda x, dim: rows.append(x.shape[-2]) or softmax(x, dim)
+    )
+    tower = StreamedTower(family, Checkpoint(GOLDEN))
+    np.testing.assert_allclose(np.concatenate(graph.run(pixels)), whole, atol=1e-5)
+    found = np.concatenate([tower.run(each) for each in pixels])
+    np.testing.assert_allclose(found, reference, atol=1e-5)
+    assert max(rows) < family.vision.rows
+    softmaxes = [node for node in graph.model.graph.node if node.op_type == "Softmax"]
+    inner = [softmaxes[0].output[0], softmaxes[0].input[0]]
+    values = dict(graph.values(pixels[0], inner))
+    np.testing.assert_allclose(values[inner[0]].sum(-1), 1, atol=1e-5)
+    assert values[inner[0]].shape == values[inner[1]].shape
 
 
 class FadingSession(onnxruntime.InferenceSession):

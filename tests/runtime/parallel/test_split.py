@@ -9,6 +9,7 @@ import cpu_kernels
 import paths
 import pytest
 import torch
+from damaged_checkpoints import edited
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import family_of
@@ -21,6 +22,7 @@ from quant.integer_layer import MemoryCheckpoint
 from runtime.ascend.socs import A2, P310
 from runtime.common.errors import ToolkitError
 from runtime.engine.kv_cache import KVCache
+from runtime.engine.loading.cpu_weights import packed_weights
 from runtime.engine.loading.memory import make_plan
 from runtime.engine.loading.weights import decoder_weights, load_rows
 from runtime.ops.npu.ops import NpuOps
@@ -169,6 +171,45 @@ def flat(layer):
     return replace(layer.parts[0], **together)
 
 
+@pytest.mark.parametrize("kind", ["float", "int8"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_vocabulary_that_does_not_divide_is_filled_up_with_zeros(
+    kind, size, tmp_path, monkeypatch
+):
+    """The last device's share is as large as the others'; the plan counts it."""
+    monkeypatch.setenv("ASCEND_VLM_CACHE", str(tmp_path / "cache"))
+
+    def grow(tensors):
+        for name in ("embedding.word_embeddings", "output_layer"):
+            matrix = tensors[f"transformer.{name}.weight"]
+            tensors[f"transformer.{name}.weight"] = torch.cat((matrix, matrix[:1]))
+
+    family = family_of(
+        edited(GOLDEN / "glm4", tmp_path, grow, lambda c: c.update(padded_vocab_size=321))
+    )
+    whole = loaded(family, Split(family.decoder))["lm_head.weight"]
+    heads = []
+    for rank in range(size):
+        split = Split(family.decoder, size, rank)
+        if kind == "float":
+            heads.append(loaded(family, split)["lm_head.weight"])
+        else:
+            weights = packed_weights(
+                Checkpoint(family.directory), family, torch.float32, kind, split
+            )
+            identity = torch.eye(family.decoder.hidden)
+            heads.append(weights["lm_head.weight"](identity, None).T)
+    rows = -(-321 // size)
+    assert [len(head) for head in heads] == [rows] * size
+    together = torch.cat(heads)
+    torch.testing.assert_close(together[:321], whole, atol=0 if kind == "float" else 0.01, rtol=0)
+    assert not together[321:].any()
+    if kind == "float":
+        first = loaded(family, Split(family.decoder, size))
+        planned = make_plan(family, "float32", 128, size).weights
+        assert planned == sum(tensor.nbytes for tensor in first.values())
+
+
 @pytest.mark.parametrize("name", ["visualglm", "glm4", "llava", "glm_edge"])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_plan_counts_what_the_first_device_loads(name, size):
@@ -238,7 +279,7 @@ def test_rows_of_a_tensor_that_many_parts_take(tmp_path, suffix):
     [
         ({"heads": 6}, 4, "6 attention heads"),
         ({"ffn": 98}, 4, "98 feed-forward channels"),
-        ({"vocab_size": 321}, 2, "321 vocabulary rows"),
+        ({"vocab_size": 3}, 4, "3 vocabulary rows"),
         ({"heads": 24, "kv_heads": 6}, 4, "6 key/value heads"),
     ],
 )

@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import paths
 import pytest
+import torch
+from damaged_checkpoints import edited
 
 from runtime import Engine, SamplingParams, chat
 from runtime.common.errors import ToolkitError, run_command
@@ -67,8 +69,26 @@ def answers(engine):
 
 
 @pytest.fixture(scope="module")
-def expected():
-    return {name: answers(Engine(GOLDEN / name, **SETTINGS)) for name in FAMILIES}
+def models(tmp_path_factory):
+    """{name: folder}; "added tokens" has three more than any number of devices divides."""
+    grown = edited(GOLDEN / "glm4", tmp_path_factory.mktemp("grown"), three_more, three_tokens_more)
+    return {name: GOLDEN / name for name in FAMILIES} | {"added tokens": grown}
+
+
+def three_more(tensors):
+    """Rows of embedding and output matrix, as a fine-tune with added tokens has them."""
+    for name in ("embedding.word_embeddings", "output_layer"):
+        matrix = tensors[f"transformer.{name}.weight"]
+        tensors[f"transformer.{name}.weight"] = torch.cat((matrix, matrix[:3] * 1.5))
+
+
+def three_tokens_more(config):
+    config |= {"padded_vocab_size": 323, "vocab_size": 323}
+
+
+@pytest.fixture(scope="module")
+def expected(models):
+    return {name: answers(Engine(folder, **SETTINGS)) for name, folder in models.items()}
 
 
 def assert_same(found, expected):
@@ -79,17 +99,18 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_logits_and_tokens_of_one_process(expected, size, tmp_path):
+def test_logits_and_tokens_of_one_process(models, expected, size, tmp_path):
     """One model after another in a script under torchrun. GLM-4 at 4 has more devices than
     key/value heads."""
+    assert expected["added tokens"][0][0].shape[1] == 323
     script = tmp_path / "script.py"
     script.write_text(
         "import pickle, sys\n"
         f"sys.path[:0] = {[str(ROOT), str(paths.TESTS / 'helpers'), str(Path(__file__).parent)]}\n"
-        "from test_team import FAMILIES, GOLDEN, SETTINGS, Engine, answers\n"
+        "from test_team import SETTINGS, Engine, answers\n"
         "found = {}\n"
-        "for name in FAMILIES:\n"
-        f"    engine = Engine(GOLDEN / name, tensor_parallel_size={size}, **SETTINGS)\n"
+        f"for name, folder in {[(name, str(folder)) for name, folder in models.items()]}:\n"
+        f"    engine = Engine(folder, tensor_parallel_size={size}, **SETTINGS)\n"
         "    found[name] = answers(engine)\n"
         "    engine.close()\n"
         f"pickle.dump(found, open({str(tmp_path / 'found')!r}, 'wb'))\n"
@@ -103,7 +124,7 @@ def test_logits_and_tokens_of_one_process(expected, size, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     found = pickle.loads((tmp_path / "found").read_bytes())
-    for name in FAMILIES:
+    for name in models:
         assert_same(found[name], expected[name])
 
 

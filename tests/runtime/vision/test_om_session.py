@@ -25,6 +25,7 @@ from runtime.ascend.aclruntime import OmModel
 from runtime.ascend.host import Host, install_ais_bench
 from runtime.common.errors import ToolkitError, run_command
 from runtime.common.notes import notes_on_stderr
+from runtime.compare import __main__ as compare
 from runtime.engine.engine import Engine
 from runtime.engine.image_features import ImageFeatures
 from runtime.engine.loading import build
@@ -611,9 +612,25 @@ def test_an_om_beside_the_checkpoint_is_verified_once(kind, opened_blip2, capsys
     assert told == [True, False]
 
 
+def test_a_passing_compare_marks_an_om_verified(opened_blip2, tmp_path, capsys):
+    opened_blip2("om", judge_om=False)  # puts it beside the checkpoint
+    folder = tmp_path / "model"
+    picture = ["--image", str(GOLDEN / "image.png"), "--prompt", "你好", "--max-tokens", "2"]
+    asked = ["--model", str(folder), "--vision", "om", *picture, "--out", str(tmp_path / "report")]
+    code = run_command(compare.main, asked)
+    assert code == 0, capsys.readouterr().err
+    assert "blip2.om passed, and counts as verified from now on" in capsys.readouterr().err
+    with notes_on_stderr():
+        session = opened_blip2("om")
+    assert "not verified" not in session.describe()
+    assert "used for the first time" not in capsys.readouterr().err
+    assert run_command(compare.main, asked) == 0
+    assert "blip2.om on npu:0" in (tmp_path / "report" / "report.json").read_text()
+
+
 def test_an_om_that_computes_something_else(opened_blip2, monkeypatch, capsys):
     monkeypatch.setattr("runtime.vision.find_or_convert", lambda *given: None)
-    monkeypatch.setattr("runtime.vision.OnnxVision", lambda *given: SimpleNamespace(close=str))
+    monkeypatch.setattr("runtime.vision.open_onnx", lambda *given: SimpleNamespace(close=str))
     for _ in range(2):  # measured, then remembered
         with pytest.raises(ToolkitError, match="blip2.om does not compute what .* distance") as e:
             opened_blip2("om", scale=1.1)
