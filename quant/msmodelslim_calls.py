@@ -13,7 +13,6 @@ import importlib.util
 import json
 import logging
 import os
-import re
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -22,14 +21,15 @@ from pathlib import Path
 import torch
 
 from models.checkpoint.tensor_files import load_tensors
+from runtime.common.broken_imports import preload_line
 from runtime.common.errors import CHECK_FAILED, MISSING_COMPONENT, ToolkitError
+from runtime.common.notes import note
 
 from .layer_module import LayerModule, relative_error
 
 LINEAR_PAIR_METHODS = ("m4", "m6")  # also scale one linear layer against the next
 MAX_CHANGE = 1e-4  # relative change of a float32 layer's output that anti-outlier may cause
 MODEL_TYPE = "ascend_vlm_layer"
-LIBGOMP = ("/usr/lib/aarch64-linux-gnu/libgomp.so.1", "/usr/lib64/libgomp.so.1")
 INSTALL = "pip install 'ascend-vlm[quant]'"
 
 
@@ -65,6 +65,12 @@ def import_msmodelslim():
         )
     if importlib.util.find_spec("msmodelslim") is None:
         raise ToolkitError(f"msmodelslim is not installed; run: {INSTALL}", MISSING_COMPONENT)
+    threads = os.environ["OPENBLAS_NUM_THREADS"]  # quant/__init__.py says why it is set
+    if threads != "1":
+        note(
+            f"OPENBLAS_NUM_THREADS is {threads}: if OpenBLAS warns of an OpenMP loop, or nothing goes on, run: "
+            "export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1"
+        )
     _import_quietly()
     from tqdm import tqdm
 
@@ -82,21 +88,11 @@ def _import_quietly():
         importlib.import_module("msmodelslim.pytorch.llm_ptq.anti_outlier")
     except ImportError as error:
         raise ToolkitError(
-            f"msmodelslim cannot be imported ({error}); run: {_cure(str(error))}", MISSING_COMPONENT
+            f"msmodelslim cannot be imported ({error}); run: {preload_line(str(error)) or INSTALL}",
+            MISSING_COMPONENT,
         ) from None
     finally:
         logging.disable(logging.NOTSET)
-
-
-def _cure(message: str) -> str:
-    """The command after which an import that failed with this message succeeds."""
-    if "static TLS block" not in message:
-        return INSTALL
-    named = re.search(r"(/\S*libgomp\S*?):", message)
-    if named:
-        return f"export LD_PRELOAD={named[1]}"
-    found = [library for library in LIBGOMP if Path(library).exists()]
-    return f"export LD_PRELOAD={(found or LIBGOMP)[0]}"
 
 
 @contextlib.contextmanager

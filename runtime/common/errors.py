@@ -12,6 +12,7 @@ import sys
 from models.errors import UserError
 from models.terminal import replace_unprintable
 
+from . import broken_imports
 from .notes import notes_on_stderr
 
 CHECK_FAILED = 1
@@ -53,6 +54,8 @@ def run_command(main, argv=None) -> int:
         _give_stdout_up()
         return READER_GONE
     except Exception as error:
+        if "--debug" not in arguments and (broken := broken_imports.sentence(error)):
+            return _fail(broken, MISSING_COMPONENT)
         expected = isinstance(error, (UserError, OSError, MemoryError))
         if "--debug" in arguments or not expected:
             raise

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from runtime.ascend.cann import Toolkit, numbers
 from runtime.ascend.host import Host, install_ais_bench
+from runtime.common.broken_imports import preload_line
 
 from .cann import toolkit_install
 from .check import MISMATCH, MISSING, NOTE, OK, VERSIONS, WARNING, Check, reason
@@ -26,7 +27,6 @@ NO_AUTOLOAD = "export TORCH_DEVICE_BACKEND_AUTOLOAD=0   # torch_npu is installed
 SOURCE_CANN = "source {set_env}"
 # what a failed import prints -> the command that fixes it
 CAUSES = {
-    r"static TLS block": "export LD_PRELOAD={library}",
     r"libatb\.so": "source /usr/local/Ascend/nnal/atb/set_env.sh",
     r"undefined symbol": "pip install torch_npu=={torch_npu}   "
     "# built for another torch, CANN or NNAL than is installed",
@@ -137,14 +137,12 @@ def msmodelslim(host: Host) -> Check:
 
 def _fix_import(output: str, toolkit: Toolkit | None) -> str:
     """The command that fixes an import which failed with this output."""
-    library = re.search(r"(/\S*libgomp\S*?):", output)
+    if line := preload_line(output):
+        return line
     values = {
-        "library": "/usr/lib/aarch64-linux-gnu/libgomp.so.1",
         "torch_npu": VERSIONS["torch_npu"],
         "set_env": "/usr/local/Ascend/cann/set_env.sh",
     }
-    if library:
-        values["library"] = library[1]
     if toolkit:
         values["set_env"] = shlex.quote(str(toolkit.set_env))
     for pattern, fix in CAUSES.items():

@@ -4,6 +4,7 @@ is missing."""
 import torch
 
 from runtime.ascend.socs import NZ, soc_of
+from runtime.common.broken_imports import preload_line
 from runtime.common.errors import MISSING_COMPONENT, ToolkitError
 
 from .ops import NpuOps
@@ -21,9 +22,9 @@ def open_npu(device: str) -> NpuOps:
             MISSING_COMPONENT,
         ) from None
     except (ImportError, OSError, RuntimeError) as error:
+        line = preload_line(str(error)) or "source /usr/local/Ascend/ascend-toolkit/set_env.sh"
         raise ToolkitError(
-            f"--device {device}: torch_npu cannot load CANN ({_first_line(error)}); run: source "
-            "/usr/local/Ascend/ascend-toolkit/set_env.sh",
+            f"--device {device}: torch_npu cannot be loaded ({_first_line(error)}); run: {line}",
             MISSING_COMPONENT,
         ) from None
     count = torch.npu.device_count()
