@@ -10,11 +10,11 @@ import re
 import shlex
 import sys
 from dataclasses import dataclass, replace
-from urllib.parse import unquote, urlsplit
 
 from models import family_of
 from models.errors import UserError
 from models.prompt.messages import content
+from models.prompt.picture_files import path_of
 from runtime.common.errors import INTERRUPTED, ToolkitError, run_command
 from runtime.common.flags import Parser, flag
 from runtime.common.progress import print_status
@@ -217,9 +217,8 @@ def typed_path(text: str) -> str:
     text = text.strip()
     if not text or os.path.exists(os.path.expanduser(text)):
         return text
-    if text.startswith("file://"):
-        parts = urlsplit(text)
-        return unquote(parts.path) if parts.netloc in ("", "localhost") else text
+    if text.startswith("file:"):
+        return path_of(text)
     try:
         words = shlex.split(text)
     except ValueError:  # a quotation mark of the name itself

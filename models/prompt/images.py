@@ -17,7 +17,7 @@ from PIL import Image
 from models.errors import ModelError
 from models.files import kind_of, open_regular
 
-from .picture_files import FileBelow
+from .picture_files import FileBelow, path_of
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -49,7 +49,7 @@ class ImageTooLarge(ModelError):
 
 
 def open_image(source, upright: bool = True) -> Image.Image:
-    """Path, FileBelow, bytes or PIL image -> decoded RGB image of the same size.
+    """Path, file: URL, FileBelow, bytes or PIL image -> decoded RGB image of the same size.
 
     ModelError says in a sentence why it cannot be used. Every mode becomes RGB the way the
     originals do it, by PIL's `convert`: alpha is dropped (not blended), grey is repeated, palettes
@@ -201,6 +201,8 @@ def _open(source, name: str, max_pixels: int) -> Image.Image:
 def _open_file(path, name: str) -> BinaryIO:
     if isinstance(path, FileBelow):
         return path.open()
+    if isinstance(path, str):
+        path = path_of(path)
     kind = kind_of(Path(path).stat().st_mode)
     if kind:
         raise ModelError(f"{name} is {kind}; name one picture file")

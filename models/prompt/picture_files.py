@@ -6,14 +6,17 @@ checked is what is read.
 
 import errno
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import unquote, urlsplit
 
 from models.errors import ModelError
 from models.files import kind_of
 
 FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY | os.O_NOFOLLOW
+FILE_URL = re.compile("file:", re.IGNORECASE)
 A_LINK_NOW = (errno.ELOOP, errno.ENOTDIR)  # what opening a link gives, and what lies behind it
 
 
@@ -73,14 +76,28 @@ class FileBelow:
             raise ModelError(f"picture {self} is {kind}; name a picture file")
 
 
+def path_of(name: str) -> str:
+    """The path that a file: URL names, any other name unchanged. file:///a/b.png and
+    file://localhost/a/b.png are absolute; file://b.png and file:b.png, as people write it, are
+    relative."""
+    if not FILE_URL.match(name):
+        return name
+    try:
+        parts = urlsplit(name)
+    except ValueError:  # brackets that are no address
+        return name
+    folder = "" if parts.netloc == "localhost" else parts.netloc
+    return unquote(folder + parts.path)
+
+
 def find_below(name: str, folder: Path, allowed: Path | None = None) -> FileBelow:
-    """The file `name`, which is relative to `folder`.
+    """The file `name`, a path or a file: URL, which is relative to `folder`.
 
     OutsideFolder unless it lies, links followed, below `folder` or `allowed`; ModelError if there
     is none.
     """
     try:
-        path = (folder / name).resolve()
+        path = (folder / path_of(name)).resolve()
     except (OSError, ValueError, RuntimeError) as error:
         raise OutsideFolder(f"picture {name!r} is no name of a file ({error})") from None
     folders = [each.resolve() for each in (folder, allowed) if each is not None]
@@ -95,15 +112,16 @@ def find_below(name: str, folder: Path, allowed: Path | None = None) -> FileBelo
     return FileBelow(root, path.relative_to(root).parts)
 
 
-def read_below(path: str, folder: Path, limit: int) -> bytes:
-    """The file at `path`, relative to `folder` or absolute, up to limit + 1 bytes.
+def read_below(name: str, folder: Path, limit: int) -> bytes:
+    """The file `name`, a path or a file: URL, relative to `folder` or absolute, up to limit + 1
+    bytes.
 
     OutsideFolder for a file elsewhere, links followed; OSError, ValueError or ModelError for one
     that cannot be read.
     """
     root = folder.resolve()
-    target = (root / path).resolve(strict=True)
+    target = (root / path_of(name)).resolve(strict=True)
     if not target.is_relative_to(root):
-        raise OutsideFolder(f"picture {path} lies outside {folder}")
+        raise OutsideFolder(f"picture {name} lies outside {folder}")
     with FileBelow(root, target.relative_to(root).parts).open() as stream:
         return stream.read(limit + 1)

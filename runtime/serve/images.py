@@ -7,7 +7,7 @@ import base64
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, unquote_to_bytes, urlsplit
+from urllib.parse import unquote, unquote_to_bytes
 
 from PIL import Image
 
@@ -64,9 +64,7 @@ class ImageRules:
             return self._from_data_uri(url)
         if kind in ("http", "https"):
             return self._fetched(url)
-        if kind == "file":
-            return self._read(_path_of(url))
-        if kind:
+        if kind and kind != "file":
             raise _refused(f"image_url begins with {kind[:20]}:, which is not supported; {FORMS}")
         if not url:
             raise _refused(f"image_url is empty; {FORMS}")
@@ -137,15 +135,6 @@ def load(image: Image.Image) -> Image.Image:
     except Exception:  # PIL's decoders raise whatever their parsers stumble over
         raise ApiError("the picture is damaged or truncated", 422, param="messages") from None
     return image
-
-
-def _path_of(url: str) -> str:
-    """Of a file: URL; empty, which is no file, for one on another machine."""
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return ""
-    return unquote(parts.path) if parts.netloc in ("", "localhost") else ""
 
 
 def _refused(message: str, status: int = 400) -> ApiError:

@@ -274,6 +274,18 @@ def test_what_is_no_usable_picture_gets_one_sentence(source, words):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["file://{}/a%20b.png", "file://localhost{}/a b.png", "file:a%20b.png", "file://a b.png"],
+)
+def test_a_picture_may_be_named_by_a_file_url(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (3, 2)).save("a b.png")
+    assert open_image(name.format(tmp_path)).size == (3, 2)
+    with pytest.raises(ModelError, match="picture file://{}/none.png does not exist"):
+        open_image("file://{}/none.png")
+
+
 def test_a_named_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(ModelError, match="is a named pipe; name one"):

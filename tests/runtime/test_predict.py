@@ -309,7 +309,15 @@ def outside(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["../pictures/a.png", "{}/pictures/a.png", "link.png", "up/pictures/a.png"]
+    "name",
+    [
+        "../pictures/a.png",
+        "{}/pictures/a.png",
+        "link.png",
+        "up/pictures/a.png",
+        "file://{}/pictures/a.png",
+        "file:../pictures/%61.png",
+    ],
 )
 def test_pictures_are_confined_to_the_folder_of_the_file(name, outside):
     name = name.format(outside.parent)
@@ -323,7 +331,17 @@ def test_pictures_are_confined_to_the_folder_of_the_file(name, outside):
     assert os.fspath(picture["image"]) == str(outside.parent / "pictures" / "a.png")
 
 
-@pytest.mark.parametrize("name", ["b.png", "./b.png", "inner.png", "{}/questions/b.png"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "b.png",
+        "./b.png",
+        "inner.png",
+        "{}/questions/b.png",
+        "file://{}/questions/b.png",
+        "file://b.png",
+    ],
+)
 def test_pictures_of_the_folder(name, outside):
     question = {"prompt": "x", "image": name.format(outside.parent)}
     [message] = chat_messages(question, outside)

@@ -109,6 +109,8 @@ def folder(tmp_path):
         "{folder}/img.png",
         "file://{folder}/img.png",
         "file://localhost{folder}/more/a%20b%231.png",
+        "file://img.png",
+        "FILE:more/a%20b%231.png",
     ],
 )
 def test_a_file_below_the_folder(url, folder):
@@ -124,6 +126,8 @@ def test_a_file_below_the_folder(url, folder):
         "{folder}/../secret.png",
         "file://{folder}/link.png",
         "file://elsewhere{folder}/img.png",
+        "file:../secret.png",
+        "file://[x/img.png",
         "missing.png",
         "more",
         "pipe.png",
