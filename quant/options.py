@@ -27,7 +27,6 @@ FLAGS = {
     "-src": "--model",
     "-dst": "--out",
     "-type": "--scheme",
-    "-trust_remote_code": "--trust-remote-code",
 }
 LAYOUTS = ("ascend", "mindie")
 COMPRESSED = (
@@ -40,7 +39,11 @@ ANTI = ("m1", "m2", "m3", "m4", "m5", "m6", "none")
 @dataclass(kw_only=True)
 class QuantOptions:
     model: str = model_flag()
-    out: str = output_flag("folder to write the quantised checkpoint to (made if missing)")
+    out: str = output_flag(
+        "folder to write the quantised checkpoint to (made if missing)",
+        "--save-directory",
+        "--save-path",
+    )
     scheme: str = flag(
         "8-bit weights and activations with stored scales; the same with mostly 4-bit weights, sparse; with "
         "scales per token; 8-bit weights alone",
@@ -72,6 +75,7 @@ class CalibrationOptions:
     calib: str | None = flag(
         'jsonl file to measure activations on, one {"text": ...} or {"messages": [...]} a line '
         "(default: a small Chinese and English set)",
+        "--calib-file",
         default=None,
         metavar="FILE",
     )
@@ -91,6 +95,7 @@ class CalibrationOptions:
 class RecipeOptions:
     anti: str | None = flag(
         "msmodelslim's anti-outlier method (default: what Ascend publishes for the model)",
+        "--anti-method",
         default=None,
         choices=ANTI,
     )
@@ -157,7 +162,8 @@ class GateOptions:
 class CompressOptions:
     model: str = model_flag("folder that --scheme w8a8s wrote, in float16")
     out: str = output_flag(
-        "folder to write config.json and one folder per rank to (made if missing)"
+        "folder to write config.json and one folder per rank to (made if missing)",
+        "--save-directory",
     )
     tensor_parallel_size: int = tensor_parallel_flag("ranks that will run it: 1, 2, 4 or 8")
 

@@ -64,6 +64,7 @@ class StreamedGraph:
 
         options = session_options()
         options.enable_cpu_mem_arena = False  # it would keep what the piece no longer needs
+        options.add_session_config_entry("session.disable_prepacking", "1")  # a second copy
         whole = self.steps == 1 and piece is self.pieces[0]
         path = self.onnx_dir / ONNX if whole else self._write(piece)
         results = []

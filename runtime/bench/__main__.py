@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
         {"benchmark": BenchOptions, "model": EngineOptions},
     ).parse(argv)
     join_torchrun(engine_options)
-    check_images(family_of(options.model), options.image)
+    check_images(family_of(options.model), options.pictures)
     folder = prepare(options.out)
     return measure(ready_engine(options, engine_options), options, folder)
 
@@ -61,12 +61,12 @@ def measure(engine, options: BenchOptions, folder: Path) -> int:
 
 
 def print_demo(engine, options: BenchOptions):
-    message = {"role": "user", "content": content(options.question, options.image)}
+    message = {"role": "user", "content": content(options.question, options.pictures)}
     prompt = engine.prompt([message], options.language)
     length = options.outputs[0] if len(options.outputs) == 1 else DEMO_TOKENS
     [result] = engine.generate([prompt], SamplingParams(max_tokens=length, temperature=0))
     print(f"Prompt: {prompt.text}, Generated text: {result.text}")
-    if options.image:
+    if options.pictures:
         print_status(f"picture process time: {result.metrics['vision_seconds']:.3f} s")
 
 

@@ -51,7 +51,7 @@ class Grid:
 
 def measure_grid(engine, options: BenchOptions, folder: Path) -> int:
     """Rows are written as they are measured, so that Ctrl-C keeps them. Returns the exit code."""
-    source = workload.PromptSource(engine, options.image, options.seed)
+    source = workload.PromptSource(engine, options.pictures, options.seed)
     grid = choose_cases(engine, options, source)
     for text in left_out_lines(grid.left_out):
         print_status(text)

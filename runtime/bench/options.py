@@ -10,6 +10,7 @@ from runtime.common.flags import flag, require
 from runtime.common.notes import note
 from runtime.engine.options import InputOptions
 
+LARGEST_SIDE = 8192  # of a drawn picture
 LENGTHS = "32,64,128,256,512,1024"
 # special tokens and the words of LLaVA that say who speaks
 FRAME = re.compile(r"<\|\w+\|>|</?\w+>|\[g?MASK\]|^\s*USER:|ASSISTANT:\s*$")
@@ -25,11 +26,18 @@ class BenchOptions(InputOptions):
     )
     input_len: str = flag("tokens of the prompts", default=LENGTHS, metavar="N,N,...")
     output_len: str = flag(
-        "tokens of the answers", "--max-tokens", default=LENGTHS, metavar="N,N,..."
+        "tokens of the answers",
+        "--max-tokens",
+        "--max-output-len",
+        default=LENGTHS,
+        metavar="N,N,...",
     )
     out: str = flag("folder that receives the tables", default=".", metavar="DIR")
     perf: bool = flag(
         "one case: print ***Perf Info*** and write it as csv", default=False, kind=bool
+    )
+    input_vision_shape: str | None = flag(
+        "a black picture of this size in place of --image", default=None, metavar="HEIGHT,WIDTH"
     )
     num_prompts: int = flag("--perf: requests", default=1, kind=int, metavar="N")
     demo: bool = flag(
@@ -62,6 +70,7 @@ class BenchOptions(InputOptions):
         self.batches = self._numbers("batch_size")
         self.inputs = self._numbers("input_len")
         self.outputs = self._numbers("output_len")
+        self.shape = self._shape()
         self._check_one_case()
         check_model_type(self)
         check_tokenizer(self)
@@ -69,12 +78,32 @@ class BenchOptions(InputOptions):
 
     def _check_one_case(self):
         lengths = [self.batches, self.outputs]
-        if not self.image:  # a question about a picture has a length of its own
+        if not self.image and not self.shape:  # a question about a picture has a length of its own
             lengths.append(self.inputs)
         if self.perf and max(map(len, lengths)) > 1:
             raise ToolkitError(
                 "--perf measures one case: give one --batch-size, --input-len and --output-len"
             )
+
+    @property
+    def pictures(self) -> tuple:
+        """Files of --image, or the black picture of --input-vision-shape."""
+        if self.image or not self.shape:
+            return self.image
+        from PIL import Image
+
+        height, width = self.shape
+        return (Image.new("RGB", (width, height)),)
+
+    def _shape(self) -> tuple[int, ...]:
+        """(height, width) of --input-vision-shape; empty without one."""
+        if self.input_vision_shape is None:
+            return ()
+        sides = self._numbers("input_vision_shape")
+        fits = len(sides) == 2 and max(sides) <= LARGEST_SIDE
+        rule = f"give height and width, each at most {LARGEST_SIDE}, e.g. 1120,1120"
+        require(self, "input_vision_shape", fits, rule)
+        return tuple(sides)
 
     def _numbers(self, name: str) -> list[int]:
         numbers = []

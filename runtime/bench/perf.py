@@ -38,7 +38,7 @@ def measure_case(engine, options: BenchOptions, folder: Path):
 
 def time_case(engine, options: BenchOptions) -> list[workload.Timeline]:
     """One token to warm up, then the case."""
-    source = workload.PromptSource(engine, options.image, options.seed)
+    source = workload.PromptSource(engine, options.pictures, options.seed)
     input_length = options.inputs[0]  # a question about a picture has its own
     [output_length] = options.outputs
     workload.run(engine, source.prompts(1, input_length), 1)

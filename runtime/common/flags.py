@@ -15,6 +15,15 @@ from pathlib import Path
 
 from .errors import USER_MISTAKE, ToolkitError
 
+TRUST = "-trust_remote_code"  # as MindIE's guides write it, with one dash
+# flags of guides for other programs -> what to do here
+ELSEWHERE = {
+    "--backend": "one engine runs the model here; leave it out",
+    "--lora-path": "adapters are not read; merge the adapter into the checkpoint, and leave it out",
+    "--quantization": "the checkpoint itself says how it is quantised; leave it out",
+    "--acc": "python -m runtime.compare --dataset FILE.jsonl counts right answers",
+}
+
 
 def flag(
     help: str,
@@ -131,7 +140,7 @@ class Parser(argparse.ArgumentParser):
         be understood."""
         values, unknown = self.parse_known_args([kebab(a) for a in argv])
         if unknown:
-            self.error(f"unknown argument {unknown[0]}" + self._nearest(unknown[0]))
+            self.error(f"unknown argument {unknown[0]}" + self._advice(unknown[0]))
         if values.trust_remote_code:
             print(
                 "note: --trust-remote-code is ignored; no code of a checkpoint is ever run",
@@ -158,15 +167,21 @@ class Parser(argparse.ArgumentParser):
             help="accepted and ignored: no code of a checkpoint is ever run",
         )
 
-    def _nearest(self, argument: str) -> str:
-        close = difflib.get_close_matches(argument.split("=")[0], self._option_string_actions, n=1)
+    def _advice(self, argument: str) -> str:
+        name = argument.split("=")[0]
+        if name in ELSEWHERE:
+            return f": {ELSEWHERE[name]}"
+        close = difflib.get_close_matches(name, self._option_string_actions, n=1)
         if not close:
             return ""
         return f" (did you mean {close[0]}?)"
 
 
 def kebab(argument: str) -> str:
-    """--max_tokens=a_b -> --max-tokens=a_b; anything else unchanged."""
+    """--max_tokens=a_b -> --max-tokens=a_b, -trust_remote_code with two dashes; anything else
+    unchanged."""
+    if argument == TRUST:
+        argument = "-" + argument
     name, equals, value = argument.partition("=")
     if name.startswith("--"):
         name = name.replace("_", "-")

@@ -20,8 +20,8 @@ def model_flag(help: str = "folder of a downloaded checkpoint", **default):
     return flag(help, "-m", "--model-path", metavar="DIR", **default)
 
 
-def output_flag(help: str, **default):
-    return flag(help, "-o", "--output", metavar="DIR", **default)
+def output_flag(help: str, *aliases: str, **default):
+    return flag(help, "-o", "--output", *aliases, metavar="DIR", **default)
 
 
 def language_flag():

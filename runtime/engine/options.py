@@ -53,6 +53,7 @@ class InputOptions:
     image: tuple[str, ...] = flag(
         "picture, or pictures where the model takes several",
         "--input-image",
+        "--input-vision-file",
         default=(),
         metavar="FILE",
         many=True,
@@ -255,6 +256,7 @@ class SamplingParams:
 
     max_tokens: int | None = flag(
         "longest answer in tokens (default: up to the model's length limit)",
+        "--max-length",
         default=None,
         kind=int,
         metavar="N",

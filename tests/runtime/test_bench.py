@@ -276,6 +276,16 @@ def test_demo_and_perf_together(tmp_path, capsys):
     assert "Generated text: " in printed and "***Perf Info***" in printed
 
 
+def test_perf_with_a_black_picture(tmp_path):
+    """As later vllm_utils guides ask for it; the length is the question's own."""
+    argv = ["--perf", "--input-vision-shape=56,60", "--input-len", "9", "--max-output-len", "2"]
+    assert run(tmp_path, *argv, family="glm4v") == 0
+    [file] = tmp_path.glob("*.json")
+    written = json.loads(file.read_text())
+    assert written["input_vision_shape"] == "56,60" and written["image"] == []
+    assert written["input_len"] > 9 and written["output_len"] == "2"
+
+
 @pytest.mark.parametrize(
     "template",
     [
@@ -356,6 +366,9 @@ def test_demo(tmp_path, capsys):
         (("--device", "gcu"), "a card of another vendor"),
         (("--device", "npu:x"), "--device is 'npu:x'"),
         (("--image", "none.png"), "picture none.png does not exist"),
+        (("--input-vision-shape", "1120"), "give height and width, each at most 8192"),
+        (("--input-vision-shape", "99999,1"), "give height and width, each at most 8192"),
+        (("--backend", "vllm"), "one engine runs the model here; leave it out"),
     ],
 )
 def test_mistakes(argv, sentence, tmp_path, capsys):

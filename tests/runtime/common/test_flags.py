@@ -128,6 +128,7 @@ def test_users_spellings(tmp_path):
 def test_underscores_of_values_stay():
     assert kebab("--out_dir=a_b") == "--out-dir=a_b"
     assert [kebab(a) for a in ("a_b", "-", "-x_y")] == ["a_b", "-", "-x_y"]
+    assert kebab("-trust_remote_code") == "--trust-remote-code"  # as MindIE's guides write it
 
 
 def test_what_is_not_given_is_left_to_the_dataclass(tmp_path):
@@ -142,6 +143,7 @@ def test_what_is_not_given_is_left_to_the_dataclass(tmp_path):
     [
         ([], "required: -m/--model"),
         (["--max-token", "3"], "did you mean --max-tokens"),
+        (["--lora_path=x"], "merge the adapter into the checkpoint"),
         (["more"], "argument more"),
         (["--max-tokens", "many"], "invalid int value: 'many'"),
         (["--model"], "expected one argument"),
