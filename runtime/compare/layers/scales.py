@@ -4,7 +4,7 @@ Takes a quantised folder and the reference's, returns how many int8 layers were 
 scales do not fit, and the one closest to its limit. What a layer computes with is held against its
 own float weight, X.weight * X.weight_scale, and against the reference's where that is float: a
 scale that is wrong by 1 % costs the logits less than rounding to 8 bits does, but rounding has no
-direction. Tensors are read in blocks of rows; the checkpoints' own names and order of rows.
+direction, and never leaves a weight more than half a step away. Tensors are read in blocks of rows; the checkpoints' own names and order of rows.
 """
 
 import math
@@ -21,6 +21,8 @@ GAIN = 0.004  # of a whole layer (measured: 0.0004 in 8 bits, 0.002 in 4)
 ROW_GAIN = 0.008  # of one row against the reference's (measured: 0.005)
 SIGMAS = 8  # rounding errors of a row or layer are independent: their mean falls with the root
 ANOTHER = 0.4  # relative distance above which it is another weight: anti-outlier rescaled it
+HALF = 0.5  # a step: what rounding to the nearest leaves
+NEAREST = 0.98  # share of a layer's weights that are this near where the reference's were rounded
 BIAS_STEPS = 1.0  # of quant_bias, an integer (measured: 0.5 and 0.74)
 # of deq_scale where it was multiplied in this type: relative, and the smallest step
 ROUNDING = {torch.float16: (2.0**-9, 2.0**-23), torch.bfloat16: (2.0**-7, 0.0)}
@@ -30,8 +32,8 @@ EXACT_ROUNDING = (1e-4, 0.0)
 @dataclass
 class ScaleFault:
     """What is farthest from its limit in one layer. value: 1 where it fits, of a "gain" as a
-    multiple, of a "bias" in steps; `against` says what it was held against, row is None for the
-    whole layer."""
+    multiple, of a "bias" or a "rounding" in steps more; `against` says what it was held against,
+    row is None for the whole layer."""
 
     layer: str
     against: str
@@ -95,8 +97,8 @@ def _layer_faults(
     scale = folder_scale(layer, kind, folder)
     if kind in STATIC and f"{layer}.weight_scale" in folder.shapes:
         yield _against_own(layer, scale, folder)
-    if kind in STATIC and f"{layer}.bias" in folder.shapes:
-        yield _bias(layer, folder)
+    if kind in STATIC:
+        yield from _bias(layer, folder)
     weight = f"{layer}.weight"
     if floats is not None and floats.shapes.get(weight) == folder.shapes[weight]:
         yield from _against_reference(layer, scale, folder, floats)
@@ -132,18 +134,31 @@ def _worst_row(layer: str, against: str, values: torch.Tensor, limits: torch.Ten
     return ScaleFault(layer, against, values[row].item(), limits[row].item(), row)
 
 
-def _bias(layer: str, folder: Checkpoint) -> ScaleFault:
+def _bias(layer: str, folder: Checkpoint) -> Iterator[ScaleFault]:
     """quant_bias against the float bias and the offset that it holds."""
-    bias = folder.tensor(f"{layer}.bias")
-    steps = float_scale(folder.tensor(f"{layer}.deq_scale")).double()
     sums = torch.cat([block.sum(1) for _, block in _blocks(folder, layer)])
     offset = folder.tensor(f"{layer}.input_offset").double()
     found = folder.tensor(f"{layer}.quant_bias").double() + offset * sums
+    if f"{layer}.bias" not in folder.shapes:
+        yield from _offset_alone(layer, found, sums)
+        return
+    bias = folder.tensor(f"{layer}.bias")
+    steps = float_scale(folder.tensor(f"{layer}.deq_scale")).double()
     expected = bias.double() / steps
     relative, _ = ROUNDING.get(bias.dtype, EXACT_ROUNDING)
     limits = BIAS_STEPS + 2 * relative * expected.abs()
     against = "its own bias and input_offset"
-    return replace(_worst_row(layer, against, 1 + found - expected, limits), measure="bias")
+    yield replace(_worst_row(layer, against, 1 + found - expected, limits), measure="bias")
+
+
+def _offset_alone(layer: str, left: torch.Tensor, sums: torch.Tensor) -> Iterator[ScaleFault]:
+    """quant_bias of a layer without a float bias: `left` of it is nothing in nearly every row, or in
+    every row the same multiple of the row's sum; else there is a bias that is not stored."""
+    wrong = (left / sums)[sums != 0].median().round()
+    all_wrong = wrong != 0 and ((left - wrong * sums).abs() <= HALF).all()
+    if all_wrong or (left.abs() <= HALF).double().mean() > NEAREST:
+        fault = _worst_row(layer, "its own input_offset", 1 + left, torch.full_like(left, HALF))
+        yield replace(fault, measure="bias")
 
 
 def _against_reference(
@@ -165,6 +180,35 @@ def _against_reference(
     limit = GAIN + SIGMAS / 2 * error.item() / math.sqrt(columns * len(both))
     yield ScaleFault(layer, against, gain.item(), limit)
     yield _worst_row(layer, against, values, ROW_GAIN + SIGMAS * errors / math.sqrt(columns))
+    yield from _rounding(layer, scale, folder, floats)
+
+
+def _rounding(
+    layer: str, scale: torch.Tensor, folder: Checkpoint, floats: Checkpoint
+) -> Iterator[ScaleFault]:
+    """Every int8 weight against the reference's, in steps; none where they were not rounded to the
+    nearest, or of other weights."""
+    dtype = floats.dtype(f"{layer}.weight")
+    if f"{layer}.weight_scale" in folder.shapes:
+        stored = folder.tensor(f"{layer}.weight_scale")
+        dtype = stored.dtype
+        scale = stored.double().flatten()
+    relative, _ = ROUNDING.get(dtype, EXACT_ROUNDING)
+    distances = []
+    limits = []
+    near = 0
+    for rows, block in _blocks(folder, layer):
+        weights = floats.rows(f"{layer}.weight", rows.start, rows.stop).double()
+        left = (weights / scale[rows, None] - block).abs()
+        limit = HALF + relative * block.abs().amax(1)
+        near += (left <= limit[:, None]).sum().item()
+        distances.append(left.amax(1))
+        limits.append(limit)
+    if near >= NEAREST * math.prod(folder.shapes[f"{layer}.weight"]):
+        worst = _worst_row(
+            layer, "the reference's weight", 1 + torch.cat(distances), torch.cat(limits)
+        )
+        yield replace(worst, measure="rounding")
 
 
 def _products(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:

@@ -44,6 +44,8 @@ ENGLISH = Wording(
         "{limit:.2e}{more}",
         "scales": "the scales of {layer} do not fit: {times} times what {against} give{more}",
         "bias": "quant_bias of {layer} is {steps:+.1f} from what {against} give{more}",
+        "rounding": "a weight in {layer} is {steps:.1f} steps from {against}, half a step is what "
+        "rounding leaves{more}",
         "nonfinite": "{nonfinite:,} values of the {features} are NaN or Inf, the first at {place}",
         "cosine": "the cosine of the {features} falls to {shown} at {place}, below {limit:g}",
         "too small": "{measure} of the {features} is {value:.3g} at {place}, below {limit:g}",
@@ -69,6 +71,7 @@ CHINESE = Wording(
         "layers relative": "{stage} 首先偏离：误差为 {value:.4g}，限值 {limit:.4g}（共 {stages} 个阶段偏离）",
         "scales": "{layer} 的量化比例不符：为应有值的 {times} 倍（共 {count} 层）",
         "bias": "{layer} 的 quant_bias 偏差 {steps:+.1f}（共 {count} 层）",
+        "rounding": "{layer} 中有权重偏离参考 {steps:.1f} 步，舍入最多半步（共 {count} 层）",
         "nonfinite": "{features}含 {nonfinite} 个 NaN 或 Inf，首个位于{place}",
         "cosine": OFF_LIMIT_CHINESE,
         "too small": OFF_LIMIT_CHINESE,

@@ -1,4 +1,5 @@
-"""A wrong scale of 1 % in one layer of a quantised folder fails the comparison and is named."""
+"""One layer of a quantised folder with a wrong scale of 1 %, of one channel too, a wrong offset or a
+changed weight: it fails the comparison and is named."""
 
 import shutil
 
@@ -79,6 +80,53 @@ def test_scales_that_do_not_belong_together(folder, tensor, tmp_path):
     damaged = changed(folder, tmp_path / "m", tensor, lambda scale: scale * 1.01)
     (fault,) = judge_scales(damaged, damaged)["failed"]
     assert fault["layer"] == LAYER
+
+
+@pytest.mark.parametrize("factor", [1.01, 0.99])
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_wrong_scale_of_one_channel(folder, factor, tmp_path):
+    if folder == "glm_f16_w8a8s" and factor > 1:
+        factor = 1.05  # its weights have 4 bits: 1 % of a channel lies within their rounding
+    damaged = changed(folder, tmp_path / "m", scale_of(folder), times(factor, slice(7, 8)))
+    (fault,) = judge_scales(damaged, FLOAT)["failed"]
+    assert (fault["layer"], fault["row"]) == (LAYER, 7)
+
+
+@pytest.mark.parametrize("step", [1, -1])
+@pytest.mark.parametrize("folder", STATIC)
+def test_wrong_zero_point(folder, step, tmp_path):
+    """Of a layer without a bias; the reference is not needed."""
+    damaged = changed(folder, tmp_path / "m", "input_offset", lambda offset: offset + step)
+    for reference in (FLOAT, damaged):
+        (fault,) = judge_scales(damaged, reference)["failed"]
+        assert (fault["layer"], fault["measure"]) == (LAYER, "bias")
+
+
+@pytest.mark.parametrize("change", ["one step", "sign bit"])
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_changed_weight(folder, change, tmp_path):
+    """One int8 value. quant_bias holds the row's sum; dynamic layers need the reference."""
+
+    def change_one(weight):
+        weight = weight.clone()
+        value = int(weight[7, 3])
+        weight[7, 3] = value ^ -128 if change == "sign bit" else value - 1
+        return weight
+
+    damaged = changed(folder, tmp_path / "m", "weight", change_one)
+    (fault,) = judge_scales(damaged, FLOAT)["failed"]
+    assert (fault["layer"], fault["row"]) == (LAYER, 7)
+
+
+def test_a_bias_that_is_not_stored_is_no_fault(tmp_path):
+    """As anti-outlier methods that shift leave it: quant_bias alone has it."""
+    damaged = changed(
+        "glm_f16_w8a8",
+        tmp_path / "m",
+        "quant_bias",
+        lambda bias: bias + torch.arange(len(bias)) * 7,
+    )
+    assert not judge_scales(damaged, FLOAT)["failed"]
 
 
 @pytest.mark.parametrize("folder", ["glm_f16_w8a8", "glm_f16_w8a8_dynamic"])
