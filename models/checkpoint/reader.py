@@ -78,6 +78,7 @@ class Checkpoint:
                 missing.append(name)
         unknown = []
         wrong = {}
+        whole_numbers = {}
         for name, entry in self._entries.items():
             if name not in table:
                 unknown.append(name)
@@ -85,10 +86,13 @@ class Checkpoint:
             expected = table[name].shape
             if tuple(expected) != entry.shape:
                 wrong[name] = f"is {list(entry.shape)}, expected {list(expected)}"
+            if table[name].is_float and not entry.dtype.is_floating_point:
+                whole_numbers[name] = f"is {entry.dtype}, expected a float type"
         found = _listing("missing", missing)
         refuse_other_tensors(self.directory, unknown)
         found += _listing("unknown", unknown)
         found += _listing("of wrong shape", wrong, wrong.get)
+        found += _listing("of wrong type", whole_numbers, whole_numbers.get)
         if found:
             title = f"the tensors of {self.directory} do not fit its config.json:"
             advice = "take config.json and weights from the same release"

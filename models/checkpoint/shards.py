@@ -8,6 +8,7 @@ stays mapped for long, because mapped pages count as resident memory.
 import json
 import math
 import os
+import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -171,22 +172,39 @@ def _load_pickled(file: Path) -> dict[str, torch.Tensor]:
 
     Zip files (torch >= 1.6) are mapped, older ones are loaded whole.
     """
-    with open_regular(file) as stream:
-        mapped = stream.read(2) == b"PK"
     try:
+        mapped = _is_zip(file)
         with native_path(file) as path:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         state = state.get("module", state)  # SAT keeps the state dict one level down
-        return {name: value for name, value in state.items() if _is_plain_tensor(name, value)}
+        plain = {name: value for name, value in state.items() if _is_plain_tensor(name, value)}
+        return {name: value.detach() for name, value in plain.items()}
+    except DamagedFile:
+        raise
     except Exception:  # a pickle is a program for torch's reader: it may fail in any way
         raise DamagedFile(
             "is truncated, or holds more than tensors (pickled code is never run)"
         ) from None
 
 
+def _is_zip(file: Path) -> bool:
+    """Whether torch >= 1.6 wrote it. DamagedFile if anything in it is compressed, which torch never
+    writes: a few MB would fill the memory."""
+    with open_regular(file) as stream:
+        if stream.read(2) != b"PK":
+            return False
+        with zipfile.ZipFile(stream) as archive:
+            records = archive.infolist()
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+        raise DamagedFile("is compressed, as torch writes no weights; download it again")
+    return True
+
+
 def _is_plain_tensor(name, value) -> bool:
     tensor = isinstance(name, str) and isinstance(value, torch.Tensor)
-    return tensor and value.layout is torch.strided and not value.is_quantized
+    if not tensor or value.is_meta:
+        return False
+    return value.layout is torch.strided and not value.is_quantized
 
 
 class TensorReader:

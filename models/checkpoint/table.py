@@ -94,6 +94,12 @@ class Weight:
         return self.parts[0].target if self.parts else None
 
     @property
+    def is_float(self) -> bool:
+        """Whether it fills float weights, and no tensor of a quantised layer."""
+        kinds = {part.target.kind for part in self.parts}
+        return bool(kinds) and kinds <= {None, "FLOAT"}
+
+    @property
     def module(self) -> str:
         """Name of the linear layer or norm in the checkpoint: the source without its last word."""
         return self.source.rpartition(".")[0]

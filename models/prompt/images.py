@@ -27,6 +27,8 @@ FORMAT_NAMES = "PNG, JPEG, WebP, BMP, GIF or TIFF"
 MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # 178,956,970: where PIL stops trusting a header
 MAX_SIDE = 65_535  # the longest of a JPEG; PIL's resize takes 48 bytes for each pixel of it
 MAX_RATIO = 2_000  # of the longer side to the shorter one
+MAX_SCANS = 100  # of a JPEG; each goes through all pixels, and cameras and encoders write about 10
+START_OF_SCAN = b"\xff\xda"  # nothing in a scan itself looks like it
 MAX_RESIZED_PIXELS = 1 << 24  # 64 MB, of which the centre is cut out
 WHOLE = 1e-3  # a denormalised value this close to a whole number was that number
 ORIENTATION = 0x0112  # EXIF tag
@@ -182,7 +184,10 @@ def _open(source, name: str, max_pixels: int) -> Image.Image:
         stream = io.BytesIO(source) if isinstance(source, bytes) else _open_file(source, name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large sizes and odd metadata
-            return Image.open(stream, formats=FORMATS)
+            image = Image.open(stream, formats=FORMATS)
+        if image.format in ("JPEG", "MPO"):
+            _check_scans(name, stream)
+        return image
     except ModelError:
         raise
     except FileNotFoundError:
@@ -207,6 +212,18 @@ def _open_file(path, name: str) -> BinaryIO:
     if kind:
         raise ModelError(f"{name} is {kind}; name one picture file")
     return open_regular(path)
+
+
+def _check_scans(name: str, stream: BinaryIO):
+    """ImageTooLarge for a JPEG of few bytes that takes minutes to decode."""
+    place = stream.tell()
+    stream.seek(0)
+    scans = stream.read().count(START_OF_SCAN)
+    stream.seek(place)
+    if scans > MAX_SCANS:
+        raise ImageTooLarge(
+            f"{name} is a JPEG of {scans:,} scans, the limit is {MAX_SCANS}; save it anew first"
+        )
 
 
 def _check_size(name: str, width: int, height: int, max_pixels: int):

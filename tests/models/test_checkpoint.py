@@ -4,6 +4,8 @@ import json
 import shutil
 import subprocess
 import sys
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import paths
@@ -338,3 +340,37 @@ def test_latest_names_a_folder_beside_it_only(tmp_path, state, name):
     (tmp_path / "latest").write_text(name)
     with pytest.raises(ModelError, match="latest names .*no file beside it"):
         Checkpoint(tmp_path)
+
+
+def test_weights_of_whole_numbers_are_refused():
+    """They were taken as they are: another answer, or an error of torch."""
+    checkpoint = Checkpoint(paths.GOLDEN / "glm_edge")
+    rows = list(family_of(paths.GOLDEN / "glm_edge").weights())
+    norm = next(row.source for row in rows if row.source.endswith("norm.weight"))
+    for dtype in (torch.int32, torch.uint8, torch.bool, torch.complex64):
+        checkpoint._entries[norm] = replace(checkpoint._entries[norm], dtype=dtype)
+        with pytest.raises(
+            ModelError, match=f"1 tensor of wrong type:\n.*{dtype}, expected a float"
+        ):
+            checkpoint.check(rows)
+
+
+def test_a_bin_of_parameters(tmp_path):
+    """Some are saved with their gradient switched on; a tensor without data is missing."""
+    parameter = torch.nn.Parameter(torch.arange(6.0).view(2, 3))
+    torch.save({"a": parameter, "b": torch.empty(2, device="meta")}, tmp_path / "pytorch_model.bin")
+    checkpoint = Checkpoint(tmp_path)
+    assert checkpoint.names == ["a"]
+    assert not checkpoint.tensor("a").requires_grad
+
+
+def test_a_compressed_bin_is_not_unpacked(tmp_path):
+    """torch stores what it writes; a few MB of a stranger's would fill the memory."""
+    torch.save({"a": torch.zeros(1 << 20)}, tmp_path / "stored")
+    with (
+        zipfile.ZipFile(tmp_path / "stored") as stored,
+        zipfile.ZipFile(tmp_path / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for record in stored.infolist():
+            packed.writestr(record.filename, stored.read(record))
+    assert "pytorch_model.bin is compressed, as torch writes no weights" in refusal(tmp_path)

@@ -314,3 +314,21 @@ def test_any_values_survive_denormalising():
     pixels = np.random.default_rng(0).standard_normal((1, 3, 8, 8)).astype(np.float32)
     back = normalized(denormalize(pixels, CLIP_MEAN, CLIP_STD, (1, 8, 8, 3)), CLIP_MEAN, CLIP_STD)
     assert np.abs(back - pixels).max() < 1e-6
+
+
+def progressive(more_scans: int) -> bytes:
+    """A progressive JPEG of a black picture, in which one scan is repeated."""
+    file = io.BytesIO()
+    Image.new("L", (64, 64)).save(file, "JPEG", progressive=True)
+    *before, last = file.getvalue().split(b"\xff\xda")
+    scans = [*before, *[before[-1]] * more_scans, last]
+    return b"\xff\xda".join(scans)
+
+
+def test_a_jpeg_of_many_scans_is_not_decoded(tmp_path):
+    """Each scan takes as long as the whole picture: 600 KB took minutes."""
+    assert open_image(progressive(80)).size == (64, 64)
+    (tmp_path / "a.jpg").write_bytes(progressive(3000))
+    for source in (progressive(3000), tmp_path / "a.jpg"):
+        with pytest.raises(ImageTooLarge, match=r"JPEG of 3,\d\d\d scans, the limit is 100"):
+            open_image(source)
