@@ -27,12 +27,6 @@ def keep_freed_memory(largest: int, total: int):
     _set(M_TRIM_THRESHOLD, total)
 
 
-def share_arenas():
-    """Threads share ARENAS heaps, rather than leave holes in one of their own each. To be called
-    before threads are started."""
-    _set(M_ARENA_MAX, ARENAS)
-
-
 def return_freed_memory():
     """The holes that freed blocks left are the system's again."""
     libc = ctypes.CDLL(None)
@@ -41,7 +35,9 @@ def return_freed_memory():
 
 
 def return_freed_memory_regularly(seconds: float = SECONDS):
-    """From now on a thread does so as long as the process lives."""
+    """From now on a thread does so as long as the process lives, and threads share ARENAS heaps
+    rather than leave holes in one of their own each. To be called before others are started."""
+    _set(M_ARENA_MAX, ARENAS)
 
     def work():
         while True:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from models import family_of
-from runtime.common.allocator import return_freed_memory_regularly, share_arenas
+from runtime.common.allocator import return_freed_memory_regularly
 from runtime.common.errors import MISSING_COMPONENT, ToolkitError, run_command
 from runtime.common.flags import Parser
 from runtime.common.progress import print_status
@@ -53,7 +53,6 @@ def serve(uvicorn, options: ServeOptions, engine_options: EngineOptions):
     """Until a signal ends it. Raises what kept the model from loading."""
     family_of(options.model)  # a folder that is no checkpoint is refused before anything listens
     listeners = open_listeners(options.host, options.port)
-    share_arenas()
     return_freed_memory_regularly()
     server, engine_thread = build(uvicorn, options, engine_options)
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 
+from runtime.common.allocator import return_freed_memory_regularly
 from runtime.common.errors import MISSING_COMPONENT, ToolkitError, run_command
 from runtime.common.flags import Parser
 from runtime.common.progress import print_status
@@ -45,6 +46,7 @@ def main(argv) -> int:
         if options.host not in LOCAL:
             print_status(f"warning: anybody who reaches {options.host} may use this page")
         check_address(options.host, options.port)
+        return_freed_memory_regularly()
         with open_backend(options, engine_options) as backend:
             show(backend, options, sampling)
     return 0

@@ -8,18 +8,18 @@ import pytest
 from service import free_port
 
 from runtime.serve import __main__ as serve
+from runtime.ui import __main__ as ui
 
 CODE = """
 import re
 import sys
 import time
-from runtime.common.allocator import keep_freed_memory, return_freed_memory_regularly, share_arenas
+from runtime.common.allocator import keep_freed_memory, return_freed_memory_regularly
 
 def resident():
     with open("/proc/self/status") as status:
         return int(re.search(r"VmRSS:\\s+(\\d+)", status.read())[1]) >> 10
 
-share_arenas()
 if sys.argv[1] == "returned":
     return_freed_memory_regularly(0.05)
 keep_freed_memory(1 << 26, 1 << 28)  # as the operators of the CPU do, later than the service
@@ -51,16 +51,19 @@ def test_holes_are_given_back_whatever_the_operators_keep():
     assert growth("returned", 30) <= 20
 
 
-def test_a_service_gives_memory_back(monkeypatch):
-    """Told before its threads begin."""
+@pytest.mark.parametrize("command, begins", [(serve, "build"), (ui, "open_backend")])
+def test_service_and_page_give_memory_back(command, begins, monkeypatch):
+    """From before they load their model on."""
     told = []
-    for name in ("share_arenas", "return_freed_memory_regularly"):
-        monkeypatch.setattr(serve, name, lambda name=name: told.append(name))
+    monkeypatch.setattr(command, "return_freed_memory_regularly", lambda: told.append(True))
+    monkeypatch.setattr(ui, "check_packages", lambda: None)
+    for name in ("GRADIO_ANALYTICS_ENABLED", "HF_HUB_OFFLINE", "GRADIO_TEMP_DIR"):
+        monkeypatch.setenv(name, "")  # what the page sets is taken back
 
-    def build(*options):
+    def begin(*options):
+        assert told
         raise InterruptedError
 
-    monkeypatch.setattr(serve, "build", build)
+    monkeypatch.setattr(command, begins, begin)
     with pytest.raises(InterruptedError):
-        serve.main(["--model", str(paths.GOLDEN / "glm_edge_v"), "--port", str(free_port())])
-    assert told == ["share_arenas", "return_freed_memory_regularly"]
+        command.main(["--model", str(paths.GOLDEN / "glm_edge_v"), "--port", str(free_port())])
