@@ -24,6 +24,7 @@ RELEASED = Path(__file__).parent / "released"  # configs of the released checkpo
 FAMILIES = {
     "visualglm": "VisualGLM",
     "glm4": "Glm4",
+    "glm4_0414": "Glm4_0414",
     "glm4v": "Glm4V",
     "llava": "Llava",
     "glm_edge": "GlmEdge",
@@ -47,11 +48,6 @@ RELATIVES = (
         {"model_type": "glm4v.*"},
         "GLM-4.1V or later",
         "another vision tower and three-part positions; use glm-4v-9b",
-    ),
-    (
-        {"model_type": "glm4"},
-        "GLM-4-0414 or GLM-Z1",
-        "its layers have two norms more; use glm-4-9b-chat",
     ),
     ({"model_type": "glm.*moe.*"}, "GLM-4.5 or later", "a mixture of experts; use glm-4-9b-chat"),
     ({"model_type": "qwen.*"}, "a Qwen model", "not of the GLM family"),

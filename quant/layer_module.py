@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from models.checkpoint.table import Weight, WeightTable
-from models.network.decoder import LINEARS, NORMS, Layer, LayerArithmetic
+from models.network.decoder import LINEARS, NORMS, POST_NORMS, Layer, LayerArithmetic
 from models.network.rope import rotary_angles
 from runtime.common.allocator import return_freed_memory
 from runtime.engine.loading.weights import check_finite
@@ -87,7 +87,7 @@ class LayerModule(nn.Module):
 
     streams: residual stream [T, hidden] of every sample before the layer. outputs: after it, as
     last computed. groups: names of the linear layers that become each of LINEARS in the runtime, in
-    the order of its rows. norms: names of the norms, by those of NORMS.
+    the order of its rows. norms: names of the norms, by those of NORMS and POST_NORMS.
     """
 
     def __init__(self, family, checkpoint, index: int, steps: list[SampleStep]):
@@ -173,7 +173,7 @@ class LayerModule(nn.Module):
         target = row.target.role
         stored = [name + end for end in (".weight", ".bias") if name + end in checkpoint.shapes]
         tensors = [_finite(checkpoint, tensor).float() for tensor in stored]
-        if target in NORMS:
+        if target in (*NORMS, *POST_NORMS):
             self.norms[target] = name
             self._add_submodule(name, self._norm(*tensors))
         else:

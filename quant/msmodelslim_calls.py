@@ -143,7 +143,8 @@ def norm_linear_subgraph(layer: LayerModule, method: str) -> dict[str, list[str]
     by name.
 
     Only pairs between which nothing but a multiplication per channel stands: not a fused gate and
-    up, whose halves are multiplied with each other, nor pairs with an activation between them.
+    up, whose halves are multiplied with each other, nor pairs with an activation between them, nor
+    a post-norm, behind which the branch joins the residual stream.
     """
     groups = layer.groups
     pairs = {

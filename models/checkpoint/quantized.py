@@ -26,7 +26,7 @@ from .table import Part, Target, Weight, WeightTable
 
 FILE = "quant_model_description.json"
 STATIC = ("W8A8", "W8A8S")  # activations quantised with stored scales
-NORMS = ("attention_norm", "mlp_norm", "final_norm")
+NORMS = ("attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm", "final_norm")
 FUSED = ".gate_up_proj.weight"
 # tensor of a linear layer [n, k] -> (its shape, dtypes). D in msmodelslim's files: the model's
 # float type, or float32

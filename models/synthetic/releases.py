@@ -74,6 +74,7 @@ RELEASES = {
     "visualglm-6b": visualglm_files,
     "glm-4-9b-chat": glm4_files,
     "glm-4-9b-chat-hf": functools.partial(glm4_files, json_file=True),
+    "glm-4-9b-0414": functools.partial(glm4_files, json_file=True),
     "glm-4v-9b": glm4v_files,
     "llava-1.5-7b": llava_files,
     "glm-edge-1.5b-chat": functools.partial(glm4_files, **GLM_EDGE),

@@ -20,7 +20,11 @@ from runtime.engine.engine import Result
 from runtime.engine.options import EngineOptions, SamplingParams
 
 # model_type -> class
-NATIVE = {"llava": "AutoModelForImageTextToText", "glm": "AutoModelForCausalLM"}
+NATIVE = {
+    "llava": "AutoModelForImageTextToText",
+    "glm": "AutoModelForCausalLM",
+    "glm4": "AutoModelForCausalLM",
+}
 
 
 class TransformersEngine:

@@ -24,6 +24,7 @@ LINK_EFFICIENCY = 0.7  # of the links between devices (msmodeling)
 MATRIX_KERNELS = 5
 VECTOR_KERNELS = 5
 ALPHA_KERNELS = 2  # more vector kernels where the residual is scaled (VisualGLM)
+POST_NORM_KERNELS = 2  # more where each branch has a norm behind it (GLM-4-0414 and later)
 ROW_KERNELS = 1  # one more from two rows on
 OUTER_KERNELS = 4  # before and after the layers
 
@@ -69,6 +70,8 @@ class Roofline:
         kernels = VECTOR_KERNELS
         if self.split.config.residual_alpha is not None:
             kernels += ALPHA_KERNELS
+        if self.split.config.post_norms:
+            kernels += POST_NORM_KERNELS
         if rows > 1:
             kernels += ROW_KERNELS
         return kernels

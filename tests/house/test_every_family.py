@@ -20,7 +20,7 @@ SEEING = {
     "llava": "llava/image_a.png",
     "glm_edge_v": "glm_edge_v/image_a.png",
 }
-FAMILIES = ("visualglm", "glm4", "glm4v", "llava", "glm_edge", "glm_edge_v")
+FAMILIES = ("visualglm", "glm4", "glm4_0414", "glm4v", "llava", "glm_edge", "glm_edge_v")
 ROOT = paths.ROOT
 
 
@@ -85,7 +85,7 @@ def test_malformed_messages_are_one_sentence(family):
                 engine.prompt(messages)
 
 
-@pytest.mark.parametrize("family", ["glm4", "glm_edge"])
+@pytest.mark.parametrize("family", ["glm4", "glm4_0414", "glm_edge"])
 def test_text_models_refuse_pictures(family):
     run = chat(family, "--image", GOLDEN / SEEING["llava"], "--prompt", "x")
     assert run.returncode == 2 and "takes no picture" in run.stderr
@@ -100,7 +100,7 @@ def hf_glm4(tmp_path):
     return tmp_path / "m"
 
 
-@pytest.mark.parametrize("family", ["llava", "glm_edge", "glm4"])
+@pytest.mark.parametrize("family", ["llava", "glm_edge", "glm4", "glm4_0414"])
 def test_transformers_agrees(family, tmp_path, request):
     model = request.getfixturevalue("hf_glm4") if family == "glm4" else GOLDEN / family
     run = command(

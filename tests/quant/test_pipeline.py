@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(
 
 GOLDEN = paths.GOLDEN
 GLM = GOLDEN / "msmodelslim" / "float" / "glm_f16"
-FAMILIES = ("visualglm", "glm4", "glm4v", "glm_edge", "glm_edge_v", "llava")
+FAMILIES = ("visualglm", "glm4", "glm4_0414", "glm4v", "glm_edge", "glm_edge_v", "llava")
 OPEN_GATE = ("--max-kl", "100", "--min-top1", "0")  # random weights: nobody expects quality of them
 LAST_BIT = 2e-6  # of a float32 scale: msmodelslim's run adds up in another order
 
@@ -216,6 +216,41 @@ def test_every_family(family, texts, tmp_path):
         engine = Engine(folder, dtype="float32", max_model_len=128)
         logits.append(engine.prefill_logits(engine.prompt(text)))
     assert 0 < relative(logits[1], logits[0]) < 0.2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--scheme", "w8a8", "--anti", "m4", "--disable-level", "L0"),
+        ("--scheme", "w8a8", "--anti", "m2"),
+        ("--scheme", "w8a8s", "--anti", "m2", "--fraction", "0.05", "--dtype", "float16"),
+        (
+            "--scheme",
+            "w8a8-dynamic",
+        ),
+        (
+            "--scheme",
+            "w8a16",
+        ),
+    ],
+    ids=lambda arguments: arguments[1],
+)
+def test_norms_behind_the_branches_stay_as_they_are(arguments, texts, tmp_path):
+    """Anti-outlier scales a norm against the linear layers that read its output alone; what a
+    post-norm writes goes into the residual stream."""
+    source = GOLDEN / "glm4_0414"
+    ours, kinds = quantise(tmp_path, *arguments, model=source, lines=[texts])
+    stored = Checkpoint(source)
+    norms = [name for name in stored.names if name.endswith("layernorm.weight")]
+    same = {name for name in norms if torch.equal(ours[name].float(), stored.tensor(name).float())}
+    behind = {name for name in norms if "post_self_attn" in name or "post_mlp" in name}
+    assert len(behind) == 8 and same == (behind if "--anti" in arguments else set(norms))
+    biases = [name.replace("weight", "bias") for name in behind]  # msmodelslim may write zeros
+    assert not any(ours[name].any() for name in biases if name in ours)
+    engines = [Engine(folder, dtype="float32", max_model_len=128) for folder in (source, tmp_path)]
+    prompts = [engine.prompt([{"role": "user", "content": "hello"}]) for engine in engines]
+    a, b = (engine.prefill_logits(prompt) for engine, prompt in zip(engines, prompts))
+    assert 0 < relative(b, a) < 0.25
 
 
 def test_config_and_small_files(lines, tmp_path):

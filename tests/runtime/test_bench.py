@@ -65,7 +65,8 @@ def test_perf_info_has_the_guides_keys_and_units():
 
 
 @pytest.mark.parametrize(
-    "family", ["visualglm", "glm4", "glm4v", "llava", "glm_edge", "glm_edge_v"]
+    "family",
+    ["visualglm", "glm4", "glm4_0414", "glm4v", "llava", "glm_edge", "glm_edge_v"],
 )
 def test_prompts_have_the_exact_length_and_differ(family):
     engine = Engine(GOLDEN / family, dtype="float32", vision="torch")

@@ -27,6 +27,7 @@ PARAMETERS = {
     "visualglm-6b": (6.71, 1.09),
     "glm-4-9b-chat": (9.40, 0),
     "glm-4-9b-chat-hf": (9.40, 0),
+    "glm-4-9b-0414": (9.40, 0),
     "glm-4v-9b": (9.40, 4.51),
     "llava-1.5-7b": (6.74, 0.31),
     "glm-edge-1.5b-chat": (1.59, 0),

@@ -28,7 +28,10 @@ from runtime.compare.runs import dtype_of, encode, load
 from runtime.engine.command import open_engine
 from runtime.engine.options import EngineOptions
 
-PARTS = {"attention": ("attention_norm", "qkv", "out"), "mlp": ("mlp_norm", "up", "down")}
+PARTS = {
+    "attention": ("attention_norm", "qkv", "out", "attention_post_norm"),
+    "mlp": ("mlp_norm", "up", "down", "mlp_post_norm"),
+}
 
 
 def find(

@@ -12,6 +12,8 @@ import ctypes
 
 import torch
 
+from models.network.decoder import NORMS, POST_NORMS
+
 from .native_blocks import Blocks, Int4Blocks
 from .native_library import FLOAT, LONG, POINTER, kernels
 
@@ -147,12 +149,15 @@ class Norm(ctypes.Structure):
 
     @classmethod
     def of(cls, norm):
-        """Of a models.network.linear.Norm, which must be kept."""
-        return cls(address(norm.weight), address(norm.bias))
+        """Of a models.network.linear.Norm, which must be kept; NULL for a post-norm that a layer
+        does not have (None)."""
+        return cls() if norm is None else cls(address(norm.weight), address(norm.bias))
 
     @staticmethod
     def supports(norm) -> bool:
-        """Can the kernels read it? Anti-outlier methods store biases in float32."""
+        """Can the kernels read it, or is it None? Anti-outlier methods store biases in float32."""
+        if norm is None:
+            return True
         if norm.bias is not None and norm.bias.dtype != torch.bfloat16:
             return False
         return norm.weight.dtype == torch.bfloat16
@@ -162,6 +167,8 @@ class Layer(ctypes.Structure):
     _fields_ = [
         ("attention_norm", Norm),
         ("mlp_norm", Norm),
+        ("attention_post_norm", Norm),
+        ("mlp_post_norm", Norm),
         ("qkv", Matmul),
         ("out", Matmul),
         ("up", Matmul),
@@ -184,7 +191,7 @@ class Layers:
         self._last = Norm.of(decoder.final_norm)
         layers = []
         for layer, own, caches in zip(decoder.layers, matmuls, cache.layers):
-            norms = (Norm.of(layer.attention_norm), Norm.of(layer.mlp_norm))
+            norms = [Norm.of(getattr(layer, name)) for name in (*NORMS, *POST_NORMS)]
             layers.append(Layer(*norms, *own, *map(address, caches)))
         self._layers = (Layer * len(layers))(*layers)
 
@@ -194,11 +201,9 @@ class Layers:
         config = decoder.config
         if (config.norm, config.activation, config.residual_alpha) != ("rms", "swiglu", None):
             return False
-        if config.post_norms:
-            return False
         norms = [decoder.final_norm]
         for layer in decoder.layers:
-            norms += [layer.attention_norm, layer.mlp_norm]
+            norms += [getattr(layer, name) for name in (*NORMS, *POST_NORMS)]
         return config.ffn % 16 == 0 and all(map(Norm.supports, norms))
 
     def __call__(self, x, step: Step):

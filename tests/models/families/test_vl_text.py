@@ -3,82 +3,67 @@
 The picture features of the goldens take the place of a vision encoder's.
 """
 
-import json
 from functools import cache
+from pathlib import Path
 
 import numpy as np
-import paths
 import pytest
 import torch
+from golden_cases import golden
 
 from models.checkpoint import Checkpoint
 from models.errors import ModelError
 from models.families.vl_text import picture_layout, text_decoder, text_fields, text_rows
-from models.family import Prompt
+from models.family import Family, Prompt
 from models.network.decoder import Decoder
+from models.prompt.tokenizers import MissingTokenizer
 from models.side_files import read_json
+from runtime import SamplingParams
 from runtime.engine.kv_cache import KVCache
+from runtime.engine.request import Request, Settings
 from runtime.engine.runner import Runner
+from runtime.engine.scheduler import Scheduler
 from runtime.engine.sequence import Chunk, Sequence
 from runtime.ops import choose
 
 FAMILIES = ("glm_ocr", "glm41v", "glm46v")
-ATOL = 5e-4
 BLOCK = 16
 
 
-class Golden:
-    """One directory of tests/golden: its cases, and its arrays by case and field."""
-
-    def __init__(self, name: str):
-        self.directory = paths.GOLDEN / name
-        self.config = read_json(self.directory / "config.json")
-        cases = json.loads((self.directory / "cases.json").read_text(encoding="utf-8"))["cases"]
-        self.cases = {case["name"]: case for case in cases}
-        self.arrays = np.load(self.directory / "golden.npz")
-
-    def of(self, case: str, field: str) -> np.ndarray:
-        return self.arrays[f"{case}__{field}"]
-
-    def pictures(self, case: str) -> list[str]:
-        return [name.removesuffix(".png") for name in self.cases[case]["images"]]
-
-    def features(self, case: str) -> list[np.ndarray]:
-        return [self.of(picture, "image_features") for picture in self.pictures(case)]
-
-    def prompt(self, case: str) -> Prompt:
-        ids = self.of(case, "input_ids").astype(np.int64)
-        grids = [self.of(picture, "grid_thw")[0, 1:] // 2 for picture in self.pictures(case)]
-        layout = picture_layout(ids, self.config["image_token_id"], grids)
-        return Prompt(ids, [], layout)
-
-
-@cache
-def golden_of(name: str) -> Golden:
-    return Golden(name)
+def prompt_of(name: str, case: str) -> Prompt:
+    told = golden(name)
+    grids = [told.of(picture, "grid_thw")[0, 1:] // 2 for picture in told.pictures(case)]
+    pixels = [told.of(picture, "pixel_values") for picture in told.pictures(case)]
+    ids = told.ids(case)
+    return Prompt(ids, pixels, picture_layout(ids, told.config["image_token_id"], grids))
 
 
 def cases_of(*names):
-    return [(name, case) for name in names for case in golden_of(name).cases]
+    return [(name, case) for name in names for case in golden(name).cases]
 
 
 @cache
-def runner_of(name: str, ops: str) -> Runner:
-    """The decoder in float32, over a cache with room for the longest case."""
-    golden = golden_of(name)
-    config = text_decoder(text_fields(golden.config))
-    checkpoint = Checkpoint(golden.directory)
+def decoder_of(name: str, ops: str) -> Decoder:
+    """The decoder in float32; its table has all tensors but those of the tower."""
+    told = golden(name)
+    config = text_decoder(text_fields(told.config))
+    checkpoint = Checkpoint(told.directory)
     rows = list(text_rows(config, checkpoint.shapes, qkv_bias=name != "glm_ocr"))
-    language = {row.source for row in rows}
-    assert all("visual." in other for other in set(checkpoint.names) - language)
+    others = set(checkpoint.names) - {row.source for row in rows}
+    assert all(other.startswith("model.visual.") for other in others)
     operators = choose(ops, "cpu")
     weights = {}
     for target, tensor in checkpoint.assemble(rows):
         tensor = tensor.float()
         packs = tensor.dim() == 2 and target != "embed.weight"
         weights[target] = operators.pack(tensor) if packs else tensor
-    cache = KVCache(config, 64, BLOCK, torch.float32, "cpu", operators)
-    return Runner(Decoder(config, weights, operators), cache)
+    return Decoder(config, weights, operators)
+
+
+def runner_of(name: str, ops: str, blocks: int = 64) -> Runner:
+    decoder = decoder_of(name, ops)
+    cache = KVCache(decoder.config, blocks, BLOCK, torch.float32, "cpu", decoder.ops)
+    return Runner(decoder, cache)
 
 
 @pytest.fixture(params=["reference", "cpu"])
@@ -92,53 +77,82 @@ def start(runner, prompt) -> Sequence:
 
 @pytest.mark.parametrize("name, case", cases_of(*FAMILIES))
 def test_positions_and_where_the_answer_goes_on(name, case):
-    golden = golden_of(name)
-    layout = golden.prompt(case).layout
-    assert np.array_equal(layout.positions.T, golden.of(case, "position_ids"))
-    first = len(layout.positions) + golden.of(case, "rope_delta").item()
+    told = golden(name)
+    layout = prompt_of(name, case).layout
+    assert np.array_equal(layout.positions.T, told.of(case, "position_ids"))
+    first = len(layout.positions) + told.of(case, "rope_delta").item()
     assert layout.next_position == (first,) * 3 and layout.position_step == (1, 1, 1)
 
 
 @pytest.mark.parametrize("name, case", cases_of(*FAMILIES))
 def test_logits_of_the_prompt_and_of_24_steps(name, case, ops):
-    golden = golden_of(name)
+    told = golden(name)
     runner = runner_of(name, ops)
-    sequence = start(runner, golden.prompt(case))
-    try:
-        logits = runner.prefill(sequence, golden.features(case), all_logits=True)
-        if f"{case}__prefill_all" in golden.arrays:
-            np.testing.assert_allclose(logits, golden.of(case, "prefill_all"), atol=ATOL)
-        steps = [logits[-1:]]
-        for token in golden.of(case, "greedy")[:-1].tolist():
-            steps.append(runner.decode([sequence], [token]))
-        steps = torch.cat(steps)
-        np.testing.assert_allclose(steps, golden.of(case, "step_logits"), atol=ATOL)
-        assert steps.argmax(1).tolist() == golden.of(case, "greedy").tolist()
-    finally:
-        runner.cache.release(sequence.block_table)
+    sequence = start(runner, prompt_of(name, case))
+    logits = runner.prefill(sequence, told.features(case), all_logits=True)
+    if told.has(case, "prefill_all"):
+        np.testing.assert_allclose(logits, told.of(case, "prefill_all"), atol=told.atol)
+    steps = [logits[-1:]]
+    for token in told.greedy(case)[:-1]:
+        steps.append(runner.decode([sequence], [token]))
+    steps = torch.cat(steps)
+    np.testing.assert_allclose(steps, told.of(case, "step_logits"), atol=told.atol)
+    assert steps.argmax(1).tolist() == told.greedy(case)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_prompt_in_chunks_and_two_sequences_together(name, ops):
     """A chunk may end inside a picture; each sequence counts on from its own picture."""
-    golden = golden_of(name)
+    told = golden(name)
     runner = runner_of(name, ops)
     cases = ("img_wide", "two_images")
-    sequences = [start(runner, golden.prompt(case)) for case in cases]
-    try:
-        for sequence, case in zip(sequences, cases):
-            length = len(sequence.prompt.ids)
-            for end in (*range(7, length, 7), length):
-                logits = runner.run([Chunk(sequence, end, golden.features(case))])
-            np.testing.assert_allclose(logits[0], golden.of(case, "prefill_last"), atol=ATOL)
-        for step in range(23):
-            tokens = [int(golden.of(case, "greedy")[step]) for case in cases]
-            logits = runner.decode(sequences, tokens)
-            expected = [golden.of(case, "step_logits")[step + 1] for case in cases]
-            np.testing.assert_allclose(logits, np.stack(expected), atol=ATOL)
-    finally:
-        for sequence in sequences:
-            runner.cache.release(sequence.block_table)
+    sequences = [start(runner, prompt_of(name, case)) for case in cases]
+    for sequence, case in zip(sequences, cases):
+        length = len(sequence.prompt.ids)
+        for end in (*range(7, length, 7), length):
+            logits = runner.run([Chunk(sequence, end, told.features(case))])
+        np.testing.assert_allclose(logits[0], told.of(case, "prefill_last"), atol=told.atol)
+    for step in range(23):
+        logits = runner.decode(sequences, [told.greedy(case)[step] for case in cases])
+        expected = [told.of(case, "step_logits")[step + 1] for case in cases]
+        np.testing.assert_allclose(logits, np.stack(expected), atol=told.atol)
+
+
+class NoText(Family):
+    """What a request asks its family for; answers are ids alone."""
+
+    tokenizer = MissingTokenizer(Path())
+    stop_ids = ()
+
+
+SETTINGS = Settings(0.0, 1.0, 0, 1.0, 0.0, 0.0, 0.0, max_tokens=24)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_preempted_and_reused_prompts_count_on_from_their_pictures(name):
+    """Cases twice through a cache that holds little more than the longest one: chunks of 24 tokens,
+    answers that give way and begin anew, prompts whose beginning is found in the cache."""
+    told = golden(name)
+    cases = ("two_turns_images", "img_tall", "short", "img_wide", "two_images")
+    longest = max(len(told.ids(case)) for case in cases)
+    runner = runner_of(name, "reference", blocks=-(-(longest + 24) // BLOCK) + 1)
+    features = {}
+    requests = []
+    for case in (*cases, *cases):
+        prompt = prompt_of(name, case)
+        features[id(prompt)] = told.features(case)
+        requests.append((case, Request(NoText(Path(), {}), prompt, SamplingParams(), SETTINGS)))
+    scheduler = Scheduler(runner, lambda prompt: (features[id(prompt)], 0.0), 6, 24)
+    for _, request in requests:
+        scheduler.add(request)
+    preempted = 0
+    while scheduler.busy:
+        plan = scheduler.schedule()
+        preempted += len(plan.preempted)
+        scheduler.postprocess(plan, *scheduler.run(plan))
+    assert preempted and any(request.result.metrics["cached_tokens"] for _, request in requests)
+    for case, request in requests:
+        assert request.result.token_ids == told.greedy(case), case
 
 
 @pytest.mark.parametrize(
@@ -150,20 +164,20 @@ def test_a_prompt_in_chunks_and_two_sequences_together(name, ops):
     ],
 )
 def test_other_spellings_of_the_same_settings(file, directory):
-    golden = golden_of(directory)
-    other = read_json(golden.directory / file)
-    assert text_decoder(text_fields(other)) == text_decoder(text_fields(golden.config))
+    told = golden(directory)
+    other = read_json(told.directory / file)
+    assert text_decoder(text_fields(other)) == text_decoder(text_fields(told.config))
 
 
 def test_text_config_before_the_top_level():
     """Some files repeat the text fields, and the repeated ones are not those of the weights."""
-    config = golden_of("glm41v").config
+    config = golden("glm41v").config
     repeated = {"hidden_size": 64, "rope_theta": 1.0, "rope_scaling": None, "num_hidden_layers": 9}
     assert text_decoder(text_fields(config | repeated)) == text_decoder(text_fields(config))
 
 
 def text_with(**rope):
-    text = text_fields(golden_of("glm_ocr").config)
+    text = text_fields(golden("glm_ocr").config)
     return text | {"rope_parameters": text["rope_parameters"] | rope}
 
 

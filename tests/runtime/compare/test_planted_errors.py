@@ -24,14 +24,29 @@ from runtime.engine.options import EngineOptions
 from runtime.ops.cpu.ops import CpuOps
 
 GOLDEN = paths.GOLDEN
-FAMILIES = ("visualglm", "glm4", "glm4v", "llava", "glm_edge", "glm_edge_v")
+FAMILIES = ("visualglm", "glm4", "glm4_0414", "glm4v", "llava", "glm_edge", "glm_edge_v")
 BRANCH = {
     "attention_norm": "attention",
     "qkv": "attention",
     "out": "attention",
+    "attention_post_norm": "attention",
     "mlp_norm": "mlp",
     "up": "mlp",
     "down": "mlp",
+    "mlp_post_norm": "mlp",
+}
+TARGETS = (
+    "layers.0.qkv",
+    "layers.1.out",
+    "layers.1.up",
+    "layers.0.down",
+    "layers.1.mlp_norm",
+    "layers.0.attention_norm",
+)
+# in the place of the matrices before them, of which a norm takes the scale away
+POST_NORMS = {
+    "layers.1.out": "layers.1.attention_post_norm",
+    "layers.0.down": "layers.0.mlp_post_norm",
 }
 
 
@@ -88,19 +103,11 @@ def test_clean_candidates_pass(family, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(
-    "target",
-    [
-        "layers.0.qkv",
-        "layers.1.out",
-        "layers.1.up",
-        "layers.0.down",
-        "layers.1.mlp_norm",
-        "layers.0.attention_norm",
-    ],
-)
+@pytest.mark.parametrize("target", TARGETS)
 def test_one_tensor_scaled(family, target, tmp_path):
     model = GOLDEN / family
+    if family_of(model).decoder.post_norms:
+        target = POST_NORMS.get(target, target)
     source = sources(family_of(model), target + ".weight")[-1]
     bad = edited(model, tmp_path, scale(source))
     _, index, part = target.split(".")
@@ -131,6 +138,7 @@ def test_one_tensor_scaled_under_bf16(target, tmp_path):
     [
         ("visualglm", "layernorm_epsilon"),
         ("glm4", "layernorm_epsilon"),
+        ("glm4_0414", "rms_norm_eps"),
         ("glm4v", "layernorm_epsilon"),
         ("llava", "rms_norm_eps"),
         ("glm_edge", "rms_norm_eps"),

@@ -63,7 +63,7 @@ def test_stop_strings_cut_and_are_never_shown(stop, expected):
     assert answer.stopped == (expected != "go on stop it")
 
 
-@pytest.mark.parametrize("family", ["visualglm", "glm4", "glm_edge", "glm4v"])
+@pytest.mark.parametrize("family", ["visualglm", "glm4", "glm4_0414", "glm_edge", "glm4v"])
 @pytest.mark.parametrize(
     "raw, stop, shown",
     [

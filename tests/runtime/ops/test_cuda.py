@@ -15,7 +15,7 @@ from runtime.engine.loading import build
 from runtime.ops.cuda import CudaOps
 
 GOLDEN = paths.GOLDEN
-FAMILIES = ("visualglm", "glm4", "glm4v", "glm_edge", "llava")
+FAMILIES = ("visualglm", "glm4", "glm4_0414", "glm4v", "glm_edge", "llava")
 SETTINGS = {"dtype": "float32", "vision": "torch", "max_model_len": 256}
 GREEDY = SamplingParams(max_tokens=8, temperature=0, repetition_penalty=1.0, ignore_eos=True)
 ATOL = 1e-4

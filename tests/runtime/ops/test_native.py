@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from models.checkpoint.quantized import Quantized
 from models.config import DecoderConfig, Rope
-from models.network.decoder import Decoder, Step
+from models.network.decoder import NORMS, POST_NORMS, Decoder, Step
 from models.network.linear import Linear, Norm
 from runtime.common.files import file_entry
 from runtime.common.notes import notes_on_stderr
@@ -198,9 +198,9 @@ def test_attention(heads, kv_heads, d, lengths):
         torch.testing.assert_close(a, b, rtol=0.016, atol=0.016)
 
 
-def decoder_of(kind, shifted):
+def decoder_of(kind, shifted, post_norms=False):
     """Two layers with random weights, its cache, and the step of three sequences."""
-    config = DecoderConfig(128, 256, 2, 4, 2, 64, 384, Rope(64), 1e-5, 512)
+    config = DecoderConfig(128, 256, 2, 4, 2, 64, 384, Rope(64), 1e-5, 512, post_norms=post_norms)
     sizes = {"qkv": (512, 256), "out": (256, 256), "up": (768, 256), "down": (256, 384)}
     weights = {
         "embed.weight": gaussian(128, 256),
@@ -217,8 +217,8 @@ def decoder_of(kind, shifted):
                 "int4": lambda w: packed(Int4Weight, w),
             }[kind](weight)
             weights[f"{target}.bias"] = gaussian(shape[0], seed=j) if name == "qkv" else None
-        for name in ("attention_norm", "mlp_norm"):
-            weights[f"layers.{i}.{name}.weight"] = gaussian(256, seed=i)
+        for j, name in enumerate(NORMS + POST_NORMS if post_norms else NORMS):
+            weights[f"layers.{i}.{name}.weight"] = gaussian(256, seed=4 * i + j)
             weights[f"layers.{i}.{name}.bias"] = gaussian(256, seed=9) if shifted else None
     decoder = Decoder(config, weights, CpuOps())
     cache = KVCache(config, 9, 16, torch.bfloat16, "cpu", OPS)
@@ -234,10 +234,11 @@ def packed(form, weight):
     return form.from_tensors(form.tensors(weight))
 
 
+@pytest.mark.parametrize("post_norms", [False, True])
 @pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("kind", ["float", "int8", "int4"])
-def test_all_layers_at_once_are_the_layers_one_by_one(kind, shifted):
-    decoder, cache, step = decoder_of(kind, shifted)
+def test_all_layers_at_once_are_the_layers_one_by_one(kind, shifted, post_norms):
+    decoder, cache, step = decoder_of(kind, shifted, post_norms)
     x = gaussian(3, 256)
     before = [[t.clone() for t in pair] for pair in cache.layers]
 

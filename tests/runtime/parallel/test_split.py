@@ -31,6 +31,9 @@ from runtime.parallel.split import Split, check_split
 
 GOLDEN = paths.GOLDEN
 FAMILIES = ("visualglm", "glm4", "llava")
+SPLITS = [
+    (name, size) for name in (*FAMILIES, "glm_edge", "glm4v", "glm4/hf") for size in (2, 4)
+] + [("glm4_0414", 2)]  # its 6 heads are not for 4
 MATRICES = ("qkv.weight", "out.weight", "up.weight", "down.weight")
 
 
@@ -57,8 +60,7 @@ def loaded(family, split):
     return decoder_weights(checkpoint, family, torch.float32, "cpu", ReferenceOps(), split)
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "glm_edge", "glm4v", "glm4/hf"])
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("name, size", SPLITS)
 def test_weights_of_all_ranks_are_those_of_one(name, size):
     """Products of the parts, summed or laid side by side, are the product of the whole."""
     family = family_of(GOLDEN / name)
@@ -119,9 +121,8 @@ def quantised(family, kind, split):
     return load_rows(MemoryCheckpoint(tensors), rows, torch.float32, "cpu", ReferenceOps())
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "glm_edge", "glm4v", "glm4/hf"])
+@pytest.mark.parametrize("name, size", SPLITS)
 @pytest.mark.parametrize("kind", ["W8A8", "W8A8_DYNAMIC"])
-@pytest.mark.parametrize("size", [2, 4])
 def test_quantised_weights_of_all_ranks_are_those_of_one(name, kind, size):
     """Rows with their scales and biases; quant_bias of a sum over devices on the first one only."""
     family = family_of(GOLDEN / name)

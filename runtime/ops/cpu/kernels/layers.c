@@ -1,6 +1,6 @@
 #include "common.h"
 
-/* sum = x + residual (no residual: x alone, and no sum); y = sum / rms(sum) * weight + bias */
+/* sum = x + residual (no residual: x alone, and no sum); y = sum / rms(sum) * weight + bias; y may be x */
 void add_rms_norm(const bf16 *x, const bf16 *residual, const Norm *norm, bf16 *sum, bf16 *y, int m, long width, float eps) {
     #pragma omp parallel for if (m > 8)
     for (long row = 0; row < m; row++) {
@@ -35,9 +35,16 @@ void swiglu(const bf16 *x, bf16 *y, int m, long width) {
 
 typedef struct {
     Norm attention_norm, mlp_norm;
+    Norm attention_post_norm, mlp_post_norm;    /* of a branch's output; weight NULL where there is none */
     Matmul qkv, out, up, down;
     bf16 *keys, *values;            /* its caches */
 } Layer;
+
+/* A branch's output [m, width] joins the stream x, normalised by `post` where there is one; y: x normalised by `norm`. */
+static void add_branch(bf16 *branch, const Norm *post, const Norm *norm, bf16 *x, bf16 *y, int m, long width, float eps) {
+    if (post->weight) add_rms_norm(branch, NULL, post, NULL, branch, m, width, eps);
+    add_rms_norm(branch, x, norm, x, y, m, width, eps);
+}
 
 /* Pre-norm layers with swiglu, one token of each sequence. x [rows, hidden]: the residual stream, also afterwards;
  * y: normalised by `last`. */
@@ -51,11 +58,12 @@ void layers(const Layer *all, long count, const Norm *last, const Step *s, bf16 
         matmul(&l->qkv, normed, wide, m);
         attend(wide, l->keys, l->values, s, mixed);
         matmul(&l->out, mixed, wide, m);
-        add_rms_norm(wide, x, &l->mlp_norm, x, normed, m, hidden, eps);
+        add_branch(wide, &l->attention_post_norm, &l->mlp_norm, x, normed, m, hidden, eps);
         matmul(&l->up, normed, wide, m);
         swiglu(wide, gated, m, ffn);
         matmul(&l->down, gated, wide, m);
         const int ends = l + 1 == all + count;
-        add_rms_norm(wide, x, ends ? last : &l[1].attention_norm, x, ends ? y : normed, m, hidden, eps);
+        const Norm *next = ends ? last : &l[1].attention_norm;
+        add_branch(wide, &l->mlp_post_norm, next, x, ends ? y : normed, m, hidden, eps);
     }
 }
