@@ -124,6 +124,11 @@ class Family:
     def prepare_prompts(self):
         """Begins to load, beside what this process does, what its prompts will need."""
 
+    def text_ids(self, text: str, special: bool = True) -> list[int]:
+        """Token ids of a prompt that is a text and no chat. special: with the special tokens that
+        the release's tokenizer puts around every text."""
+        return self.tokenizer.encode(text)
+
     def clean(self, answer: str) -> str:
         """The answer as the release shows it."""
         return answer

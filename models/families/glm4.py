@@ -100,6 +100,13 @@ class Glm4(TemplatedFamily):
             return JsonTokenizer(json_file, plain=True)
         return MissingTokenizer(json_file if self.hf else ranks)
 
+    def text_ids(self, text, special=True):
+        start = [SpecialToken("[gMASK]"), SpecialToken("<sop>")] if special else []
+        ids = []
+        for piece in [*start, text]:
+            ids += self._ids(piece)
+        return ids
+
     def release_sampling(self, with_image):
         return SamplingDefaults(
             max_length=min(8192, self.decoder.max_length), temperature=0.8, top_p=0.8

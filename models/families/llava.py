@@ -206,6 +206,10 @@ class Llava(TemplatedFamily):
         hidden = {self.placeholder[0], *listed} - visible_tokens(settings).keys()
         return SentencePieceTokenizer(model, added, self.text["bos_token_id"], hidden)
 
+    def text_ids(self, text, special=True):
+        ids = self.tokenizer.encode(text)
+        return ids if special else ids[1:]  # without <s>
+
     def release_sampling(self, with_image):
         return SamplingDefaults(max_length=self.decoder.max_length, temperature=0.0)
 

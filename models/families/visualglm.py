@@ -179,6 +179,10 @@ class VisualGLM(Family):
     def tokenizer(self):
         return IceTokenizer(self.directory / "ice_text.model", self.config["bos_token_id"])
 
+    def text_ids(self, text, special=True):
+        end = [self.config["gmask_token_id"], self.config["bos_token_id"]]
+        return self.tokenizer.encode(text) + (end if special else [])
+
     def release_sampling(self, with_image):
         # the release also forces at least 100 tokens; we do not copy that: it spoils short answers
         if with_image:
@@ -215,9 +219,9 @@ class VisualGLM(Family):
         images, text = self._conversation(messages, WORDING[language])
         self.check_image_count(len(images))
         if not images:
-            return self._finish(self.tokenizer.encode(text), [], (), text)
+            return self._finish(self.text_ids(text), [], (), text)
         before = self.tokenizer.encode("<img>")
-        after = self.tokenizer.encode("</img>" + text)
+        after = self.text_ids("</img>" + text)
         ids = before + [self.placeholder_id] * self.vision.rows + after
         pixels = [self.pixels(image) for image in images]
         return self._finish(ids, pixels, (len(before),), "<img></img>" + text)
@@ -261,9 +265,7 @@ class VisualGLM(Family):
         return images, text + wording[0].format(question)
 
     def _finish(self, ids, pixels, starts, text):
-        end = [self.config["gmask_token_id"], self.config["bos_token_id"]]
-        ids = np.array(ids + end, dtype=np.int64)
-        return Prompt(ids, pixels, self._layout(ids, starts), text)
+        return Prompt(np.array(ids, dtype=np.int64), pixels, self._layout(ids, starts), text)
 
     def _find_placeholders(self, ids) -> int:
         rows = self.vision.rows
@@ -394,5 +396,5 @@ def fold_sat_qkv(rows, heads, order):
 
 def _index(ids, token_id) -> int | None:
     """Where the token first stands; None if it does not."""
-    found = np.flatnonzero(ids == token_id)
+    found = np.flatnonzero(np.asarray(ids) == token_id)
     return int(found[0]) if len(found) else None

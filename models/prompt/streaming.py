@@ -16,16 +16,19 @@ def partial_match(mark: str, text: str) -> int:
 class StreamDecoder:
     """Token by token -> text pieces whose concatenation equals decode(all ids).
 
+    before: ids whose text the pieces continue; with them, decode(before + ids) without the text of
+    `before`.
+
     A piece is returned only when it ends on a whole character; only a short window of ids is
     decoded again. After one of the tokenizer's `byte_ids` nothing is returned: it decodes a run of
     them as a whole, and one wrong byte at the end makes the whole run unreadable.
     """
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, before=()):
         self._tokenizer = tokenizer
-        self._ids = []
+        self._ids = list(before)
         self._window_start = 0
-        self._returned = 0  # ids whose text has been returned
+        self._returned = len(self._ids)  # ids whose text has been returned
         self._byte_ids = getattr(tokenizer, "byte_ids", ())
         self._in_byte_run = False
 

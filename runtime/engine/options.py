@@ -301,6 +301,10 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     # how many of the likeliest tokens stand in Result.logprobs, besides the chosen one
     logprobs: int | None = None
+    # the same in Result.prompt_logprobs, for the tokens of the prompt
+    prompt_logprobs: int | None = None
+    # the answer goes on with the prompt's text: it is shown as it is, not as a chat's answer
+    continue_text: bool = False
 
     def __post_init__(self):
         self.stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -330,5 +334,6 @@ SAMPLING_RULES = {
     "presence_penalty": (lambda p: -2 <= p <= 2, "-2 to 2 is needed; 0 switches it off"),
     "frequency_penalty": (lambda p: -2 <= p <= 2, "-2 to 2 is needed; 0 switches it off"),
     "logprobs": (lambda n: n >= 0, "0 or more is needed"),
+    "prompt_logprobs": (lambda n: n >= 0, "0 or more is needed"),
     "seed": (lambda n: 0 <= n < 2**63, "use a whole number from 0 up, below 2^63"),
 }

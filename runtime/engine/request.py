@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from models.errors import UserError
+
 from .answer import AnswerText
-from .sampler import sample
+from .sampler import check_finite, sample
 from .sequence import Sequence
 
 
@@ -19,7 +21,8 @@ class Result:
     finish_reason: "" until it is finished, then "stop" (stop token or string), "length",
     "cancelled" or "error". metrics: seconds and token counts; cached_tokens of the prompt were
     already in the cache. logprobs, where asked for: per token {id: log probability} of the most
-    likely ones and of the token itself, before temperature and penalties.
+    likely ones and of the token itself, before temperature and penalties; prompt_logprobs: the same
+    per token of the prompt, None for the first, which nothing precedes.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -27,6 +30,7 @@ class Result:
     finish_reason: str = ""
     metrics: dict = field(default_factory=dict)
     logprobs: list[dict[int, float]] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, float] | None] = field(default_factory=list)
 
 
 @dataclass
@@ -43,6 +47,9 @@ class Settings:
     max_tokens: int
 
 
+CONTEXT = 8  # of the prompt's last tokens, which decide how a continued text begins
+
+
 class Request:
     """`error` is what ended it when finish_reason is "error". features: of its images, until they
     are computed."""
@@ -55,7 +62,8 @@ class Request:
         self._stop_ids = set(params.stop_token_ids)
         if not params.ignore_eos:
             self._stop_ids.update(family.stop_ids)
-        self.answer = AnswerText(family, params.stop)
+        continued = prompt.ids[-CONTEXT:].tolist() if params.continue_text else None
+        self.answer = AnswerText(family, params.stop, continued)
         self.result = Result()
         self.sequence = Sequence(prompt, [])
         self.result.token_ids = self.sequence.token_ids
@@ -78,6 +86,28 @@ class Request:
     @property
     def finished(self) -> bool:
         return bool(self.result.finish_reason)
+
+    @property
+    def needs_prompt_logits(self) -> bool:
+        """Whether log probabilities of its prompt are asked for and not all there."""
+        found = len(self.result.prompt_logprobs)
+        return self.params.prompt_logprobs is not None and found < len(self.prompt.ids)
+
+    def take_prompt_logits(self, start: int, logits):
+        """logits float32 [n, vocab] of its tokens from `start` on: each predicts the next one. NaN
+        or Inf ends the request."""
+        try:
+            check_finite(logits)
+        except UserError as error:
+            self.fail(error)
+            return
+        found = self.result.prompt_logprobs
+        if not found:
+            found.append(None)
+        for place, row in enumerate(logits, start + 1):
+            if place == len(found) < len(self.prompt.ids):  # not there from before a preemption
+                token = int(self.prompt.ids[place])
+                found.append(likeliest(row, self.params.prompt_logprobs, token))
 
     def add_seconds(self, seconds: float):
         """Count the time of a step that it took part in."""
@@ -144,7 +174,12 @@ class Request:
         self.sequence.token_ids.append(token)
         self.result.metrics["output_tokens"] += 1
         if self.params.logprobs is not None:
-            logprobs = torch.log_softmax(logits, -1)
-            count = min(self.params.logprobs, len(logprobs))
-            likely = logprobs.topk(count).indices.tolist()
-            self.result.logprobs.append({i: float(logprobs[i]) for i in [*likely, token]})
+            self.result.logprobs.append(likeliest(logits, self.params.logprobs, token))
+
+
+def likeliest(logits, count: int, token: int) -> dict[int, float]:
+    """{id: log probability} of the `count` most likely tokens and of `token`; logits float32
+    [vocab]."""
+    logprobs = torch.log_softmax(logits, -1)
+    found = logprobs.topk(min(count, len(logprobs))).indices.tolist()
+    return {i: float(logprobs[i]) for i in [*found, token]}

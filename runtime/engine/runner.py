@@ -20,12 +20,12 @@ class PackedTokens:
     """The tokens of several passes, one after another.
 
     ids int64 [T]; images: (first row, float32 [rows, hidden]) of image features in place of
-    embeddings; last_rows int64 [B]: row of each chunk's last token.
+    embeddings; rows int64: the tokens whose logits are wanted, chunk by chunk.
     """
 
     ids: torch.Tensor
     images: list[tuple[int, np.ndarray]]
-    last_rows: torch.Tensor
+    rows: torch.Tensor
 
 
 class Runner:
@@ -52,13 +52,13 @@ class Runner:
     def run(self, chunks: list[Chunk], all_logits=False) -> torch.Tensor:
         """Compute the chunks together and count their tokens as computed.
 
-        Returns float32 logits on the host, [B, vocab] of every chunk's last token, or with
-        `all_logits` of all tokens.
+        Returns float32 logits [rows, vocab] on the host: of every chunk's last token, or of all its
+        tokens where it wants them; with `all_logits` of all tokens.
         """
         passes = passes_of(chunks)
         steps = [self._step(each) for each in passes]
         packed = pack(chunks, passes)
-        rows = None if all_logits else packed.last_rows
+        rows = None if all_logits else packed.rows
         logits = self._compute_together(packed.ids, packed.images, steps, rows)
         for chunk in chunks:  # not before: Ctrl-C may come in between
             chunk.sequence.num_computed_tokens = chunk.end
@@ -135,14 +135,17 @@ def _sent(ids, images, steps: list[Step], rows) -> dict:
 def pack(chunks: list[Chunk], passes: list[Pass]) -> PackedTokens:
     spans = [span for each in passes for span in each.spans]
     images = []
-    last_row = {}
+    rows_of = {id(chunk): [] for chunk in chunks}
     row = 0
     for span in spans:
         images += [(row + offset, values) for offset, values in span.image_rows()]
+        rows_of[id(span.chunk)] += range(row, row + len(span))
         row += len(span)
-        last_row[id(span.chunk)] = row - 1
+    wanted = []
+    for chunk in chunks:
+        wanted += rows_of[id(chunk)] if chunk.all_logits else rows_of[id(chunk)][-1:]
     return PackedTokens(
         ids=torch.from_numpy(np.concatenate([span.ids for span in spans])),
         images=images,
-        last_rows=torch.tensor([last_row[id(chunk)] for chunk in chunks]),
+        rows=torch.tensor(wanted),
     )

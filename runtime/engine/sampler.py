@@ -26,13 +26,7 @@ def sample(
     logits float32 [vocab]; seen int64: ids of prompt and answer so far; answer int64: of the answer
     alone. ToolkitError for NaN or Inf.
     """
-    smallest, largest = logits.aminmax()  # each is NaN if there is one
-    if not (math.isfinite(smallest) and math.isfinite(largest)):
-        raise ToolkitError(
-            "the decoder's logits contain NaN or Inf; try --dtype float32, or compare the checkpoint with "
-            "python -m runtime.compare",
-            CHECK_FAILED,
-        )
+    check_finite(logits)
     logits = penalise(logits, seen, settings.repetition_penalty)
     logits = discourage(logits, answer, settings.presence_penalty, settings.frequency_penalty)
     if settings.temperature < GREEDY:
@@ -40,6 +34,17 @@ def sample(
     logits = min_p(logits / settings.temperature, settings.min_p)
     probabilities = nucleus(top_k(logits, settings.top_k), settings.top_p).softmax(-1)
     return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+def check_finite(logits: torch.Tensor):
+    """ToolkitError for NaN or Inf."""
+    smallest, largest = logits.aminmax()  # each is NaN if there is one
+    if not (math.isfinite(smallest) and math.isfinite(largest)):
+        raise ToolkitError(
+            "the decoder's logits contain NaN or Inf; try --dtype float32, or compare the checkpoint with "
+            "python -m runtime.compare",
+            CHECK_FAILED,
+        )
 
 
 def penalise(logits, seen, penalty: float):

@@ -14,6 +14,10 @@ from dataclasses import dataclass, field
 from .request import Request
 from .sequence import Chunk
 
+# Tokens of a prompt whose logits are computed in one step: of each, one number per word of the
+# vocabulary is in memory twice.
+PROMPT_LOGITS = 256
+
 
 @dataclass
 class ScheduledRequest:
@@ -25,7 +29,7 @@ class ScheduledRequest:
     def chunk(self) -> Chunk:
         sequence = self.request.sequence
         end = sequence.num_computed_tokens + self.num_tokens
-        return Chunk(sequence, end, self.request.features)
+        return Chunk(sequence, end, self.request.features, self.request.needs_prompt_logits)
 
 
 @dataclass
@@ -96,24 +100,36 @@ class Scheduler:
         return plan
 
     def run(self, plan: StepPlan):
-        """(float32 logits [vocab] of each scheduled request's last token, seconds it took)."""
+        """(float32 logits [rows, vocab] of each scheduled request: of its last token, or of all
+        that it computed; seconds it took)."""
         if not plan.scheduled:
             return [], 0.0
         start = time.perf_counter()
-        logits = self._runner.run([scheduled.chunk() for scheduled in plan.scheduled])
-        return logits, time.perf_counter() - start
+        chunks = [scheduled.chunk() for scheduled in plan.scheduled]
+        logits = self._runner.run(chunks)
+        seconds = time.perf_counter() - start
+        rows = [
+            scheduled.num_tokens if chunk.all_logits else 1
+            for scheduled, chunk in zip(plan.scheduled, chunks)
+        ]
+        return logits.split(rows), seconds
 
     def postprocess(self, plan: StepPlan, logits, seconds: float) -> list[tuple[Request, str]]:
         """Samples a token for every request whose tokens are all computed, and lets go of those
         that ended."""
         events = [(request, "") for request in plan.failed]
-        for scheduled, row in zip(plan.scheduled, logits):
+        for scheduled, rows in zip(plan.scheduled, logits):
             request = scheduled.request
             request.add_seconds(seconds)
             self._remember_blocks(scheduled)
-            if request.sequence.num_remaining == 0:
+            if request.needs_prompt_logits:
+                start = request.sequence.num_computed_tokens - scheduled.num_tokens
+                request.take_prompt_logits(start, rows)
+            if request.finished:
+                events.append((request, ""))
+            elif request.sequence.num_remaining == 0:
                 request.features = None
-                events.append((request, request.sample_next(row)))
+                events.append((request, request.sample_next(rows[-1])))
         self._retire_finished()
         return events
 
@@ -157,6 +173,8 @@ class Scheduler:
         """How many of a request's tokens fit into the budget. A prefix-LM context is computed whole
         or not at all; that of the oldest request even beyond the budget."""
         sequence = request.sequence
+        if request.needs_prompt_logits:
+            budget = min(budget, PROMPT_LOGITS)
         context = request.prompt.layout.bidirectional
         if sequence.num_computed_tokens >= context:
             return max(min(sequence.num_remaining, budget), 0)
@@ -201,9 +219,10 @@ class Scheduler:
         """Blocks of its beginning that the cache still holds; at least one token is computed again,
         for its logits.
 
-        Blocks of a prefix-LM prompt cannot be reused: their values depend on the whole prompt.
+        Blocks of a prefix-LM prompt cannot be reused: their values depend on the whole prompt; and
+        a prompt whose log probabilities are asked for is computed whole, for its logits.
         """
-        if request.prompt.layout.bidirectional:
+        if request.prompt.layout.bidirectional or request.needs_prompt_logits:
             return []
         full = (request.sequence.num_tokens - 1) // self._cache.block_size
         return self._cache.find(request.block_keys(full, self._cache.block_size))

@@ -49,11 +49,13 @@ class Chunk:
     """The next tokens of a sequence to be computed: those up to `end`.
 
     features: float32 [rows, hidden] of every image of the prompt; None once the images lie behind.
+    all_logits: whether the logits of all its tokens are wanted, not those of the last alone.
     """
 
     sequence: Sequence
     end: int
     features: list[np.ndarray] | None = None
+    all_logits: bool = False
 
     def spans(self) -> list["Span"]:
         """At most one span of a prefix-LM context, then at most one causal span."""

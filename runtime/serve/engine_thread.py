@@ -22,11 +22,12 @@ STOP_SECONDS = 10  # for the step or the loading under way; the thread does not 
 @dataclass(frozen=True)
 class AnswerPiece:
     """New text of an answer, with the tokens and log probabilities (where asked for) since the last
-    piece."""
+    piece; prompt_logprobs stand in the first."""
 
     text: str
     token_ids: list[int]
     logprobs: list[dict]
+    prompt_logprobs: list[dict | None]
 
 
 class AnswerStream:
@@ -70,12 +71,15 @@ class AnswerStream:
 
     def deliver(self, text: str):
         """Pass on the new text of a step, and the tokens since the last call."""
+        result = self.result
+        prompt_logprobs = []
         if self.first_token is None:
             self.first_token = time.perf_counter()
-        result = self.result
+            prompt_logprobs = result.prompt_logprobs
         start = self._num_delivered
         self._num_delivered = len(result.token_ids)
-        piece = AnswerPiece(text, result.token_ids[start:], result.logprobs[start:])
+        token_ids = result.token_ids[start:]
+        piece = AnswerPiece(text, token_ids, result.logprobs[start:], prompt_logprobs)
         self._call_in_loop(self._pieces.put_nowait, piece)
 
     def end(self, error: BaseException | None = None):

@@ -3,7 +3,6 @@
 Takes an exception, returns an ApiError or its HTTP response.
 """
 
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
@@ -43,6 +42,10 @@ class ApiError(Exception):
         self.code = code
         self.param = param
 
+    def at(self, place: str) -> "ApiError":
+        """The same about the part of the request at `place`."""
+        return ApiError(f"{place}: {self}", self.status, self.code, place)
+
     def body(self) -> dict:
         error = {
             "message": str(self),
@@ -57,48 +60,13 @@ def error_response(error: ApiError) -> JSONResponse:
     return JSONResponse(error.body(), error.status, headers=HEADERS.get(error.status))
 
 
-def as_api_error(error: Exception) -> ApiError:
-    """Of the request itself, only the name of the wrong field is repeated."""
+def as_api_error(error: Exception, param: str | None = None) -> ApiError:
+    """param: the field that was read when another library or the engine raised `error`."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, RequestValidationError):
-        return refused_field(error.errors(), error.body)
     if isinstance(error, HTTPException):
         return ApiError(str(error.detail)[:MOST_CHARACTERS], error.status_code)
     if isinstance(error, UserError):
-        return ApiError(str(error), 400 if error.exit_code == USER_MISTAKE else 500)
+        status = 400 if error.exit_code == USER_MISTAKE else 500
+        return ApiError(str(error), status, param=param)
     return ApiError("internal error; the server's log says more", 500)
-
-
-def refused_field(problems: list[dict], body) -> ApiError:
-    """The error about one field, the one that lies deepest. problems: as pydantic reports them for
-    `body`; of a union it reports every branch."""
-    paths = [path_in(body, each["loc"], each["type"] == "missing") for each in problems]
-    path = max(paths, key=len)
-    problem = problems[paths.index(path)]
-    field = ".".join(map(str, path)) or None
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "missing":
-        message = "is missing"
-    return ApiError(f"{field or 'the body'}: {message}"[:MOST_CHARACTERS], param=field)
-
-
-def path_in(body, location: tuple, missing: bool) -> list:
-    """The keys and places of `location` that stand in the body; pydantic's names for the branches
-    of a union do not. missing: the last is a field that should stand there."""
-    path = []
-    value = body
-    for step in location:
-        if has(value, step):
-            value = value[step]
-            path.append(step)
-        elif missing and step is location[-1]:
-            path.append(step)
-    return path
-
-
-def has(value, step) -> bool:
-    """Whether `step` is a key or a place of a JSON value."""
-    if isinstance(value, list):
-        return isinstance(step, int) and step < len(value)
-    return isinstance(value, dict) and step in value

@@ -152,6 +152,4 @@ def read_body(response, limit: int) -> bytes:
 
 
 def refusal(why: str) -> ApiError:
-    return ApiError(
-        f"the picture's URL cannot be used: {why}", 400, "invalid_image_url", "messages"
-    )
+    return ApiError(f"the picture's URL cannot be used: {why}", 400, "invalid_image_url")

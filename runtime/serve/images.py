@@ -18,10 +18,16 @@ from models.prompt.picture_files import read_below
 from .errors import ApiError
 from .fetch import fetch
 
-SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):", re.IGNORECASE)
-IN_BASE64 = re.compile(r"[;:]\s*base64\s*$", re.IGNORECASE)
+SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):", re.IGNORECASE)  # C: is a disk
+# the head of a data URI in base64; a client may have lost the beginning of it
+IN_BASE64 = re.compile(
+    r"(data:.{0,300}?(?<=[;:\s])|[\w/;+.-]{0,100}?)base64\s*,", re.IGNORECASE | re.DOTALL
+)
 # how a picture's first bytes look in base64: PNG, JPEG, GIF, WebP, BMP, TIFF
-ENCODED_PICTURE = re.compile(r"\s*(iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk|SUkqA|TU0AKg)[\w+/=\s-]{40,}")
+ENCODED_PICTURE = re.compile(
+    r"\s*(iVBORw0KGgo|[/_]9j[/_]|R0lGOD|UklGR|Qk|SUkqA|TU0AKg)[\w+/=\s-]{40,}"
+)
+AROUND = " \t\r\n\ufeff\"'<>"  # what copied URLs have at their ends
 NO_BASE64 = re.compile("[^A-Za-z0-9+/]")
 URL_SAFE = str.maketrans("-_", "+/")
 FORMS = "send a data URI (data:image/png;base64,...)"
@@ -44,7 +50,7 @@ class ImageRules:
     def from_url(self, url: str) -> Image.Image:
         """The image of a data URI, of base64 without a prefix, of a file: URL or plain path below
         the allowed folder, or of a URL of an allowed domain. ApiError for anything else."""
-        return self.decode(self._bytes_of(url.strip()))
+        return self.decode(self._bytes_of(url.strip(AROUND)))
 
     def decode(self, data: bytes) -> Image.Image:
         """The header is read first, and nothing else of an image that is too large."""
@@ -52,16 +58,19 @@ class ImageRules:
         try:
             _, image = open_header(data, self.max_pixels)
         except ImageTooLarge as error:
-            raise ApiError(str(error), 413, param="messages") from None
+            raise ApiError(str(error), 413) from None
         except ModelError as error:
-            raise ApiError(str(error), 422, param="messages") from None
+            raise ApiError(str(error), 422) from None
         return load(image)
 
     def _bytes_of(self, url: str) -> bytes:
+        head = IN_BASE64.match(url)
+        if head:
+            return self._from_base64(unquote(url[head.end() :]))
         scheme = SCHEME.match(url)
         kind = scheme[1].lower() if scheme else ""
         if kind == "data":
-            return self._from_data_uri(url)
+            return self._from_plain_data(url)
         if kind in ("http", "https"):
             return self._fetched(url)
         if kind and kind != "file":
@@ -72,21 +81,23 @@ class ImageRules:
             return self._from_base64(url)
         return self._read(url)
 
-    def _from_data_uri(self, url: str) -> bytes:
-        """Of any type and with any parameters: the picture's own bytes say what it is."""
-        head, comma, data = url.partition(",")
+    def _from_plain_data(self, url: str) -> bytes:
+        """Of a data URI that does not say base64, though its data may be."""
+        _, comma, data = url.partition(",")
         if not comma:
             raise _refused(
                 "the data URI has no comma in front of its data; write data:image/png;base64,..."
             )
-        if not IN_BASE64.search(head):
-            return unquote_to_bytes(data.encode(errors="replace"))
-        return self._from_base64(unquote(data) if "%" in data else data)
+        if ENCODED_PICTURE.fullmatch(data):
+            return self._from_base64(data)
+        return unquote_to_bytes(data.encode(errors="replace"))
 
     def _from_base64(self, text: str) -> bytes:
         """Of either alphabet, with white space, with or without padding."""
         text = "".join(text.split()).translate(URL_SAFE).rstrip("=")
         self._check_size(len(text) * 3 // 4)
+        if not text:
+            raise _refused("the data URI has no data behind its comma", 422)
         wrong = NO_BASE64.search(text)
         if wrong:
             reason = f"character {wrong.start() + 1} is {wrong[0]!r}"
@@ -125,7 +136,6 @@ class ImageRules:
             raise ApiError(
                 f"the picture has {size:,} bytes, the limit is {self.max_bytes:,}",
                 413,
-                param="messages",
             )
 
 
@@ -133,9 +143,9 @@ def load(image: Image.Image) -> Image.Image:
     try:
         image.load()
     except Exception:  # PIL's decoders raise whatever their parsers stumble over
-        raise ApiError("the picture is damaged or truncated", 422, param="messages") from None
+        raise ApiError("the picture is damaged or truncated", 422) from None
     return image
 
 
 def _refused(message: str, status: int = 400) -> ApiError:
-    return ApiError(message, status, param="messages")
+    return ApiError(message, status)

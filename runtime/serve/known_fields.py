@@ -5,13 +5,14 @@ client relies on something that would not happen, so the request is refused and 
 Names that none of these servers know are ignored, as those servers ignore them.
 """
 
+import json
+
 from .errors import ApiError
 
 # openai-python 2: types/chat/completion_create_params.py, types/completion_create_params.py
 OPENAI = {
     "n": (1,),
     "best_of": (1,),
-    "echo": (False,),
     "suffix": ("",),
     "logit_bias": ({}, []),
     "functions": ([],),
@@ -61,6 +62,10 @@ VLLM = {
     "watermarking": (False,),
     "vllm_xargs": ({},),
     "return_token_strs": (False,),
+    "cache_salt": (),  # keeps a prompt's cached blocks from others
+    "priority": (0,),
+    "kv_transfer_params": (),
+    "ec_transfer_params": (),
 }
 # tools/server/README.md of llama.cpp: options of POST /completion, which its /v1 routes take, too
 LLAMA_CPP = {
@@ -98,18 +103,32 @@ SGLANG = {
     "lora_path": (),
     "return_hidden_states": (False,),
 }
+# Fields of one of OpenAI's endpoints that do nothing at the other.
+OF_CHATS = {
+    "messages": (),
+    "max_completion_tokens": (),
+    "top_logprobs": (0,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+}
+OF_COMPLETIONS = {"prompt": (), "echo": (False,), "add_special_tokens": (False,)}
 NEUTRAL = {**SGLANG, **LLAMA_CPP, **VLLM, **OPENAI}
 
 
-def check_known_fields(given: dict | None):
-    """Raises ApiError for the first field whose value asks for something that is not done here."""
+def check_known_fields(given: dict | None, foreign: dict):
+    """Raises ApiError for the first field whose value asks for something that is not done here.
+    foreign: fields of the other endpoint."""
+    known = {**NEUTRAL, **foreign}
     for name, value in (given or {}).items():
-        if name in NEUTRAL and value is not None and not is_neutral(value, NEUTRAL[name]):
-            raise unsupported(name)
+        if name in known and value is not None and not is_neutral(value, known[name]):
+            where = "at this endpoint" if name in foreign else "by this server"
+            raise unsupported(name, where, known[name])
 
 
 def is_neutral(value, neutral: tuple) -> bool:
     """Whether `value` is one of `neutral`; True is not 1, and False not 0."""
+    if isinstance(value, dict):
+        value = {name: inner for name, inner in value.items() if inner is not None}
     return any(value == other and is_flag(value) == is_flag(other) for other in neutral)
 
 
@@ -117,8 +136,12 @@ def is_flag(value) -> bool:
     return isinstance(value, bool)
 
 
-def unsupported(name: str) -> ApiError:
-    message = f"{name} is not supported by this server; leave it out"
-    if NEUTRAL[name]:
-        message += f", or give {' or '.join(map(repr, NEUTRAL[name]))}"
+def unsupported(name: str, where: str, neutral: tuple) -> ApiError:
+    message = f"{name} is not supported {where}; leave it out"
+    if neutral:
+        message += f", or give {' or '.join(map(as_json, neutral))}"
     return ApiError(message, 400, "unsupported_parameter", name)
+
+
+def as_json(value) -> str:
+    return json.dumps(value, ensure_ascii=False)

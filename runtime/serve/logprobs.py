@@ -3,17 +3,21 @@
 Takes rows of Result.logprobs, returns the dicts of a response.
 """
 
+import codecs
+
 from models.prompt.token_bytes import TokenBytes
 
 
 class TokenLogprobs:
     """Of one answer, whose tokens are passed in their order. count: how many of the likeliest
-    tokens of each place the client asked for."""
+    tokens of each place the client asked for. continued: the answer continues a text."""
 
-    def __init__(self, tokenizer, count: int):
+    def __init__(self, tokenizer, count: int, continued: bool = False):
         self._bytes = TokenBytes(tokenizer)
         self._count = count
-        self._at_start = True
+        self._at_start = not continued
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._offset = 0  # characters of all tokens so far
 
     def chat(self, token_ids: list[int], rows: list[dict[int, float]]) -> dict:
         """rows: per token {id: log probability}, of the likeliest tokens and of itself."""
@@ -26,14 +30,16 @@ class TokenLogprobs:
         return {"content": entries}
 
     def completion(self, token_ids: list[int], rows: list[dict[int, float]]) -> dict:
-        """As `chat`. Every token of a row has a key of its own."""
-        found = {"tokens": [], "token_logprobs": [], "top_logprobs": []}
+        """As `chat`; the row of a first token, which nothing precedes, may be None. Every token of
+        a row has a key of its own. text_offset: the character of the text at which a token begins."""
+        found = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for chosen, row in zip(token_ids, rows):
-            names = self._names(chosen, row)
+            names = self._names(chosen, row or {})
+            top = {names[other]: row[other] for other in by_probability(row)} if row else None
             found["tokens"].append(names[chosen])
-            found["token_logprobs"].append(row[chosen])
-            top = {names[other]: row[other] for other in by_probability(row)}
+            found["token_logprobs"].append(row[chosen] if row else None)
             found["top_logprobs"].append(top)
+            found["text_offset"].append(self._offset_of(chosen))
             self._pass(chosen)
         return found
 
@@ -63,8 +69,19 @@ class TokenLogprobs:
         except UnicodeDecodeError:
             return "bytes:" + content.decode(errors="backslashreplace")
 
+    def _offset_of(self, token_id: int) -> int:
+        """Where the next token begins. What is left of a character that it does not continue is
+        shown as one mark in front of it."""
+        content = self._bytes.of(token_id, self._at_start)
+        continues = content and content[0] & 0xC0 == 0x80
+        if content and not continues:
+            self._offset += len(self._decoder.decode(b"", final=True))
+        return self._offset
+
     def _pass(self, token_id: int):
         """Special tokens do not begin the text."""
+        content = self._bytes.of(token_id, self._at_start)
+        self._offset += len(self._decoder.decode(content))
         if self._bytes.of(token_id):
             self._at_start = False
 

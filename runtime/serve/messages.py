@@ -1,14 +1,16 @@
 """Messages of a chat as clients send them.
 
-Takes JSON, returns checked messages. What is wrong is named by its place and its own words: the
-part's type, its missing text, its url.
+Takes JSON, returns checked messages. What is wrong is named by its place: the part's type, its
+missing text, its url.
 """
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from runtime.serve.tools.schema import ToolCall
+from runtime.serve.transport.bodies import Body
+from runtime.serve.transport.refusals import WrongPart, kind_of
 
 MAX_PARTS = 1024  # of one message
 MAX_MESSAGES = 4096
@@ -18,28 +20,26 @@ Text = Annotated[str, Field(max_length=MAX_CHARACTERS)]
 # kinds of parts of other APIs -> what is meant
 MEANT = {"input_text": "text", "output_text": "text", "input_image": "image_url"}
 MEANT["image"] = "image_url"
+TEXT_PARTS = ("text", "refusal")
+# OpenAI's, and GLM-4's name for what a tool gave
+ROLES = ("system", "developer", "user", "assistant", "tool", "observation")
 PART_FORMS = "use {'type': 'text', 'text': ...} or {'type': 'image_url', 'image_url': {'url': ...}}"
-
-
-class Body(BaseModel):
-    """An object of a request. null is as good as a field that is left out."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, given):
-        if not isinstance(given, dict):
-            return given
-        fields = cls.model_fields
-        return {
-            name: value
-            for name, value in given.items()
-            if value is not None or (name in fields and fields[name].is_required())
-        }
 
 
 class TextPart(Body):
     type: Literal["text"]
     text: Text
+
+
+class RefusalPart(Body):
+    """Of an assistant's message, as OpenAI's models refuse."""
+
+    type: Literal["refusal"]
+    refusal: Text
+
+    @property
+    def text(self) -> str:
+        return self.refusal
 
 
 class ImageUrl(Body):
@@ -55,16 +55,8 @@ class ImagePart(Body):
         return self.image_url if isinstance(self.image_url, str) else self.image_url.url
 
 
-def kind_of(value) -> str:
-    """The JSON type of a value, as messages name it."""
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
-    if value is None:
-        return "null"
-    return names.get(type(value), "a number")
-
-
 def check_content(content):
-    """ValueError for content that no chat has; a part is named by its place."""
+    """WrongPart for content that no chat has."""
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -72,67 +64,73 @@ def check_content(content):
     if len(content) > MAX_PARTS:
         raise ValueError(f"has {len(content):,} parts; the limit is {MAX_PARTS:,}")
     for place, part in enumerate(content):
-        problem = problem_of(part)
-        if problem:
-            raise ValueError(f"part {place} {problem}")
+        if not isinstance(part, Body):
+            check_part(part, place)
     return content
 
 
-def problem_of(part: Any) -> str | None:
-    """What is wrong with a content part."""
-    if isinstance(part, Body):
-        return None
+def check_part(part: Any, place: int):
     if not isinstance(part, dict):
-        return f"is {kind_of(part)}; {PART_FORMS}"
+        raise WrongPart(f"is {kind_of(part)}; {PART_FORMS}", place)
     kind = part.get("type")
     if kind is None:
-        return f"has no type; {PART_FORMS}"
-    if kind == "text":
-        return problem_of_text("text", part.get("text"))
-    if kind == "image_url":
-        return problem_of_url(part.get("image_url"))
+        raise WrongPart(f"has no type; {PART_FORMS}", place)
     if not isinstance(kind, str):
-        return f"has {kind_of(kind)} as its type; {PART_FORMS}"
-    known = f"use type '{MEANT[kind]}'" if kind in MEANT else PART_FORMS
-    return f"has the type {kind[:40]!r}, which is not supported; {known}"
+        raise WrongPart(f"is {kind_of(kind)}; {PART_FORMS}", place, "type")
+    if kind == "image_url":
+        return check_url(part.get("image_url"), place)
+    if kind not in TEXT_PARTS:
+        known = f"use type '{MEANT[kind]}'" if kind in MEANT else PART_FORMS
+        said = f"has the type {kind[:40]!r}, which is not supported; {known}"
+        raise WrongPart(said, place)
+    check_text(part.get(kind), place, kind)
 
 
-def problem_of_text(name: str, value) -> str | None:
-    if isinstance(value, str):
-        return None
-    if value is None:
-        return f"has no {name}: it is missing or null; give a text"
-    return f"has {kind_of(value)} as its {name}; give a text"
-
-
-def problem_of_url(value) -> str | None:
+def check_url(value, place: int):
     """image_url is an object with a url, or the url itself."""
-    if isinstance(value, str):
-        return None
     if isinstance(value, dict):
-        return problem_of_text("image_url.url", value.get("url"))
+        check_text(value.get("url"), place, "image_url", "url")
+    elif value is None:
+        raise WrongPart("has no image_url: it is missing or null; give {'url': ...}", place)
+    elif not isinstance(value, str):
+        raise WrongPart(f"is {kind_of(value)}; give {{'url': ...}}", place, "image_url")
+
+
+def check_text(value, *at):
     if value is None:
-        return "has no image_url: it is missing or null; give {'url': ...}"
-    return f"has {kind_of(value)} as its image_url; give {{'url': ...}}"
+        raise WrongPart("is missing or null; give a text", *at)
+    if not isinstance(value, str):
+        raise WrongPart(f"is {kind_of(value)}; give a text", *at)
 
 
-ContentPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+ContentPart = Annotated[TextPart | RefusalPart | ImagePart, Field(discriminator="type")]
 Content = Annotated[Text | list[ContentPart] | None, BeforeValidator(check_content)]
 
 
+def check_role(role):
+    if isinstance(role, str) and role not in ROLES:
+        raise ValueError(f"is {role[:40]!r}, which is not known; use one of {', '.join(ROLES[:5])}")
+    return role
+
+
 class Message(Body):
-    role: Annotated[str, Field(max_length=64)]
-    content: Content = None  # may be missing beside tool_calls
+    """content may be missing where others have said nothing, or beside tool_calls."""
+
+    role: Annotated[str, BeforeValidator(check_role)]
+    content: Content = None
+    refusal: Text | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
 
     @model_validator(mode="after")
     def _check_fields(self):
-        if self.content is None and not self.tool_calls:
-            raise ValueError("content is missing; give a text, or a list of parts")
-        if self.tool_calls and self.role != "assistant":
-            raise ValueError("tool_calls stand in an assistant's message only")
         if self.role == "developer":  # OpenAI's newer name
             self.role = "system"
+        if self.content is None:
+            self.content = self.refusal
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("has tool_calls, which stand in an assistant's message only")
+        if self.content is None and self.role not in ("assistant", "system"):
+            raise ValueError("has no content; give a text, or a list of parts")
         return self
 
     @property
@@ -140,7 +138,7 @@ class Message(Body):
         """All that becomes tokens."""
         arguments = [call.function.arguments for call in self.tool_calls or ()]
         if isinstance(self.content, list):
-            return [part.text for part in self.content if part.type == "text"] + arguments
+            return [part.text for part in self.content if part.type != "image_url"] + arguments
         return [self.content or "", *arguments]
 
     @property

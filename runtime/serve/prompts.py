@@ -5,14 +5,15 @@ or the operator allows. Runs in the few threads that read prompts and images.
 """
 
 import json
+from contextlib import contextmanager
 
-from models.errors import ModelError
+from models.errors import ModelError, UserError
 
 from .engine_thread import EngineThread
-from .errors import ApiError
+from .errors import ApiError, as_api_error
 from .images import ImageRules
 from .messages import Message
-from .schema import LegacyRequest
+from .schema import CompletionRequest, LegacyRequest
 
 MAX_TOKEN_CHARACTERS = 128  # no token of any vocabulary is longer
 
@@ -36,38 +37,71 @@ class PromptBuilder:
         language: str | None = None,
         tools: list[dict] | None = None,
         forced: str | None = None,
+        picture_place: str | None = None,
     ):
-        """tools: descriptions of functions. forced: the one that the answer has to call."""
+        """tools: descriptions of functions. forced: the one that the answer has to call.
+        picture_place: where the request has its picture, if not in a message."""
         tools = tools or []
         self._check_tools(messages, tools)
         self._check_image_count(messages)
         text_characters = sum(len(text) for message in messages for text in message.texts)
         tool_characters = len(json.dumps(tools, ensure_ascii=False))
         self._check_characters(text_characters + tool_characters)
-        turns = [self._as_chat_message(message) for message in self._that_say_something(messages)]
+        silent = self._leaves_out_empty_system(messages)
+        turns = []
+        for place, message in enumerate(messages):
+            if not (silent and is_empty_system(message)):
+                turns.append(self._as_chat_message(message, place, picture_place))
         if forced:
             turns.append({"role": "assistant", "metadata": forced, "content": ""})
-        return self._engine.prompt(turns, language or self._language, tools or None)
+        with errors_about("messages"):
+            return self._engine.prompt(turns, language or self._language, tools or None)
 
     def legacy(self, request: LegacyRequest):
         """Worded in the language of the question, where the family has that wording."""
         languages = self._engine.family.languages
         language = request.language if request.language in languages else None
-        return self.chat(request.messages(), language)
+        return self.chat(request.messages(), language, picture_place="image")
 
-    def completion(self, prompt: str | list[int]):
-        """A prompt without a chat's frame."""
-        ids = self.token_ids(prompt) if isinstance(prompt, str) else prompt
-        if not ids:
+    def completion(self, request: CompletionRequest):
+        """A prompt without a chat's frame, with its text where the answer repeats it."""
+        given = request.prompt
+        if not given:
             raise ApiError("the prompt is empty", param="prompt")
-        self.check_length(len(ids), None)
-        return self._engine.prompt_from_ids(ids)
+        family = self._engine.family
+        if request.echo and request.logprobs is not None and family.prefix_lm:
+            raise ApiError(
+                f"echo with logprobs is not supported: {family.name} reads its prompt in both "
+                "directions, so that the prompt's tokens have no probabilities",
+                400,
+                "unsupported_parameter",
+                "echo",
+            )
+        with errors_about("prompt"):
+            ids = given
+            if isinstance(given, str):
+                ids = self.token_ids(given, request.add_special_tokens, "prompt")
+            self.check_length(len(ids), None, "prompt")
+            prompt = self._engine.prompt_from_ids(ids)
+        if request.echo:
+            prompt.text = given if isinstance(given, str) else family.tokenizer.decode(ids)
+        return prompt
 
-    def token_ids(self, text: str) -> list[int]:
-        self._check_characters(len(text))
-        return self._engine.family.tokenizer.encode(text)
+    def token_ids(self, text: str, special: bool = True, param: str = "messages") -> list[int]:
+        self._check_characters(len(text), param)
+        return self._engine.family.text_ids(text, special)
 
-    def check_length(self, prompt_tokens: int, max_new_tokens: int | None):
+    def text_of(self, ids: list[int]) -> str:
+        family = self._engine.family
+        beyond = [token for token in ids if token >= family.decoder.vocab_size]
+        if beyond:
+            raise ApiError(
+                f"token id {beyond[0]} is outside the vocabulary of {family.decoder.vocab_size}",
+                param="tokens",
+            )
+        return family.tokenizer.decode(ids)
+
+    def check_length(self, prompt_tokens: int, max_new_tokens: int | None, param: str = "messages"):
         longest = self._engine.max_model_len
         new = max_new_tokens or 1
         if prompt_tokens + new > longest:
@@ -75,10 +109,10 @@ class PromptBuilder:
                 f"the model's maximum context length is {longest} tokens; the prompt has "
                 f"{prompt_tokens} and {new} more were asked for",
                 code="context_length_exceeded",
-                param="messages",
+                param=param,
             )
 
-    def _check_characters(self, characters: int):
+    def _check_characters(self, characters: int, param: str = "messages"):
         """No token is longer than 128 characters, so text above this cannot fit; refuse before
         tokenising."""
         longest = self._engine.max_model_len
@@ -87,7 +121,7 @@ class PromptBuilder:
                 f"{characters:,} characters exceed the model's maximum context length of "
                 f"{longest} tokens",
                 code="context_length_exceeded",
-                param="messages",
+                param=param,
             )
 
     def _check_tools(self, messages: list[Message], tools: list[dict]):
@@ -111,29 +145,43 @@ class PromptBuilder:
                 param="messages",
             )
 
-    def _that_say_something(self, messages: list[Message]) -> list[Message]:
-        """Without empty system messages where the model knows no system message."""
-        empty = [each for each in messages if each.role == "system" and each.says_nothing]
-        if not empty or takes_system(self._engine.family):
-            return messages
-        return [each for each in messages if each not in empty]
+    def _leaves_out_empty_system(self, messages: list[Message]) -> bool:
+        """Whether there are empty system messages, and the model knows no system message."""
+        return any(map(is_empty_system, messages)) and not takes_system(self._engine.family)
 
-    def _as_chat_message(self, message: Message) -> dict:
-        chat_message = {"role": message.role, "content": self._content(message.content)}
+    def _as_chat_message(self, message: Message, place: int, picture_place: str | None) -> dict:
+        chat_message = {"role": message.role, "content": message.content or ""}
+        if isinstance(message.content, list):
+            parts = []
+            for number, part in enumerate(message.content):
+                of_part = f"messages[{place}].content[{number}].image_url.url"
+                parts.append(self._as_chat_part(part, picture_place or of_part))
+            chat_message["content"] = parts
         if message.tool_calls:
             chat_message["tool_calls"] = [call.model_dump() for call in message.tool_calls]
         return chat_message
 
-    def _content(self, content):
-        if not isinstance(content, list):
-            return content or ""
-        parts = []
-        for part in content:
-            if part.type == "text":
-                parts.append({"type": "text", "text": part.text})
-            else:
-                parts.append({"type": "image", "image": self._rules.from_url(part.url)})
-        return parts
+    def _as_chat_part(self, part, place: str) -> dict:
+        """place: of its picture, for the message about one that cannot be read."""
+        if part.type != "image_url":
+            return {"type": "text", "text": part.text}
+        try:
+            return {"type": "image", "image": self._rules.from_url(part.url)}
+        except ApiError as error:
+            raise error.at(place) from None
+
+
+@contextmanager
+def errors_about(field: str):
+    """Names the field that was read when the engine refuses a prompt."""
+    try:
+        yield
+    except UserError as error:
+        raise as_api_error(error, field) from None
+
+
+def is_empty_system(message: Message) -> bool:
+    return message.role == "system" and message.says_nothing
 
 
 def takes_system(family) -> bool:

@@ -6,8 +6,7 @@ Takes the Service, returns the ASGI application.
 import time
 from functools import partial
 
-from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
@@ -15,12 +14,11 @@ from starlette.middleware.cors import CORSMiddleware
 
 from models.errors import UserError
 from runtime.common.machine import version
-from runtime.serve.tools.calls import ToolCallParser
 from runtime.serve.transport.bodies import describe_bodies, json_body, openapi_of
 from runtime.serve.transport.guard import Guard
 
 from .errors import ApiError, as_api_error, error_response
-from .responses import model_card
+from .responses import ChatResponses, model_card
 from .schema import (
     ChatRequest,
     CompletionRequest,
@@ -31,6 +29,7 @@ from .schema import (
 from .service import Service
 
 BODIES = [ChatRequest, CompletionRequest, LegacyRequest, TokenizeRequest, DetokenizeRequest]
+PLACES = "chats go to POST /v1/chat/completions, texts to POST /v1/completions"
 VERSION = version("ascend-vlm") or "unknown"
 
 
@@ -57,7 +56,7 @@ def create_app(
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
         )
-    for kind in (ApiError, UserError, HTTPException, RequestValidationError, Exception):
+    for kind in (ApiError, UserError, HTTPException, Exception):
         app.add_exception_handler(kind, respond_to_error)
     add_completions(app, service)
     add_legacy(app, service)
@@ -67,24 +66,25 @@ def create_app(
     return app
 
 
-async def respond_to_error(_, error: Exception) -> JSONResponse:
+async def respond_to_error(request: Request, error: Exception) -> JSONResponse:
+    if isinstance(error, HTTPException) and error.status_code in (404, 405):
+        asked = f"{request.method} {request.url.path[:100]}"
+        error = ApiError(f"this server has no {asked}; {PLACES}", error.status_code)
     return error_response(as_api_error(error))
 
 
 def add_completions(app: FastAPI, service: Service):
     @app.post("/v1/chat/completions", openapi_extra=openapi_of(ChatRequest))
     async def chat(request: json_body(ChatRequest)):
-        forced = request.forced_tool
-        parser = ToolCallParser(service.engine.family, request.tool_names, forced)
         tools = request.offered_tools
+        forced = request.forced_tool
         prompt = partial(service.prompts.chat, request.messages, tools=tools, forced=forced)
-        responses = service.responses(True, request.num_logprobs, parser)
-        return await service.complete(request, prompt, responses)
+        return await service.complete(request, prompt, lambda _: service.chat_responses(request))
 
     @app.post("/v1/completions", openapi_extra=openapi_of(CompletionRequest))
     async def complete(request: json_body(CompletionRequest)):
-        prompt = partial(service.prompts.completion, request.prompt)
-        responses = service.responses(False, request.num_logprobs)
+        prompt = partial(service.prompts.completion, request)
+        responses = partial(service.completion_responses, request)
         return await service.complete(request, prompt, responses)
 
 
@@ -95,7 +95,7 @@ def add_legacy(app: FastAPI, service: Service):
         max_tokens = request.max_new_tokens(len(prompt.ids))
         service.prompts.check_length(len(prompt.ids), max_tokens)
         params = request.sampling(max_tokens)
-        body = await service.whole(prompt, params, service.responses(True))
+        body = await service.whole(prompt, params, ChatResponses(service.names[0]))
         text = body["choices"][0]["message"]["content"]
         return {
             "result": text,
@@ -108,10 +108,12 @@ def add_legacy(app: FastAPI, service: Service):
 def add_tokenizer(app: FastAPI, service: Service):
     @app.post("/tokenize", openapi_extra=openapi_of(TokenizeRequest))
     async def tokenize(request: json_body(TokenizeRequest)):
+        service.check_model(request.model)
         request.check()
         prompts = service.prompts
         if request.messages is None:
-            ids = await service.run_in_pool(prompts.token_ids, request.prompt)
+            build = partial(prompts.token_ids, request.prompt, request.add_special_tokens)
+            ids = await service.run_in_pool(build)
         else:
             build = partial(prompts.chat, request.messages, tools=request.offered_tools)
             prompt = await service.run_in_pool(build)
@@ -120,8 +122,8 @@ def add_tokenizer(app: FastAPI, service: Service):
 
     @app.post("/detokenize", openapi_extra=openapi_of(DetokenizeRequest))
     async def detokenize(request: json_body(DetokenizeRequest)):
-        decode = service.engine.family.tokenizer.decode
-        return {"prompt": await service.run_in_pool(decode, request.tokens)}
+        service.check_model(request.model)
+        return {"prompt": await service.run_in_pool(service.prompts.text_of, request.tokens)}
 
 
 def add_status(app: FastAPI, service: Service):

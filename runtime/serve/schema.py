@@ -5,69 +5,103 @@ ApiError elsewhere; `check` methods raise ApiError for what this server cannot d
 """
 
 import re
-from typing import Annotated, Literal
+from dataclasses import replace
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
 from runtime.engine.options import SamplingParams
 from runtime.serve.tools.schema import Tool, ToolChoice
+from runtime.serve.transport.bodies import Body
+from runtime.serve.transport.refusals import WrongPart, kind_of
 
 from .errors import ApiError
-from .known_fields import check_known_fields
+from .known_fields import OF_CHATS, OF_COMPLETIONS, check_known_fields
 from .messages import (
     MAX_MESSAGES,
     MAX_TOOLS,
-    Body,
     ImagePart,
     Message,
     Messages,
     Text,
     TextPart,
-    kind_of,
 )
 
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
 HAN = re.compile(r"[\u4e00-\u9fff]")
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 def check_stop(stop):
-    """ValueError unless it is a text or a list of texts."""
-    texts = stop if isinstance(stop, list) else [stop]
-    for place, text in enumerate(texts):
-        if text is not None and not isinstance(text, str):
-            raise ValueError(f"is {kind_of(text)} at place {place}; give a text or a list of texts")
-        if text is None and isinstance(stop, list):
-            raise ValueError(f"is null at place {place}; give a text or a list of texts")
+    """WrongPart unless it is a text, or a list of texts."""
+    if not isinstance(stop, list):
+        if not isinstance(stop, str):
+            raise ValueError(f"is {kind_of(stop)}; give a text or a list of texts")
+        check_stop_text(stop)
+        return stop
+    if len(stop) > MAX_STOPS:
+        raise ValueError(f"has {len(stop):,} texts; the limit is {MAX_STOPS}")
+    for place, text in enumerate(stop):
+        check_stop_text(text, place)
     return stop
+
+
+def check_stop_text(text, *at):
+    if not isinstance(text, str):
+        raise WrongPart(f"is {kind_of(text)}; give a text or a list of texts", *at)
+    if not text:
+        raise WrongPart("is an empty text, which stands everywhere; leave it out", *at)
+    if len(text) > MAX_STOP_LENGTH:
+        raise WrongPart(f"has {len(text):,} characters; the limit is {MAX_STOP_LENGTH}", *at)
 
 
 def check_prompt(prompt):
     """One prompt: a text, token ids, or a list that holds only one of them."""
+    at = ()
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
         if len(prompt) > 1:
             raise ValueError("has several prompts, which one request cannot have; send one")
         prompt = prompt[0]
+        at = (0,)
     if isinstance(prompt, str):
         return prompt
     if not isinstance(prompt, list):
         raise ValueError(f"is {kind_of(prompt)}; give a text, or a list of token ids")
-    return check_token_ids(prompt)
+    return check_token_ids(prompt, *at)
 
 
-def check_token_ids(ids):
+def check_token_ids(ids, *at):
     """Ends at the first that is none: pydantic would report a million of them."""
     for place, token in enumerate(ids if isinstance(ids, list) else ()):
         if type(token) is not int:
-            raise ValueError(f"has {kind_of(token)} at place {place}; give token ids")
+            raise WrongPart(f"is {kind_of(token)}; give a token id, a whole number", *at, place)
         if not 0 <= token < 2**31:
-            raise ValueError(f"has a number at place {place} that is no token id")
+            raise WrongPart("is no token id; give a whole number from 0 up", *at, place)
     return ids
 
 
+def check_token_list(ids):
+    return check_token_ids(ids)
+
+
+def no_flag(value):
+    """Python takes true for 1."""
+    if isinstance(value, bool):
+        raise ValueError("is true or false; give a number")
+    return value
+
+
+NO_FLAG = BeforeValidator(no_flag)
+TokenIds = Annotated[list[int], BeforeValidator(check_token_list)]
+Whole = Annotated[int, NO_FLAG]
+Real = Annotated[float, NO_FLAG, Field(allow_inf_nan=False)]
+
+
 class StreamOptions(Body):
+    """continuous_usage_stats: vLLM's; the counts so far, in every chunk."""
+
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
 class SamplingRequest(Body):
@@ -75,31 +109,27 @@ class SamplingRequest(Body):
     does not support are refused."""
 
     model_config = ConfigDict(extra="allow")
-    model: str | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    foreign: ClassVar[dict] = {}  # fields of another endpoint
+    prompt_field: ClassVar[str] = "messages"
+    model: Text | None = None
+    max_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    temperature: Annotated[Real, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[Real, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[Whole, Field(ge=-1, lt=2**31)] | None = None
+    repetition_penalty: Annotated[Real, Field(ge=0.01, le=100)] | None = None
+    min_p: Annotated[Real, Field(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[Real, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[Real, Field(ge=-2, le=2)] | None = None
+    seed: Annotated[Whole, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[str | list[str] | None, BeforeValidator(check_stop)] = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=1024)] | None = None
+    stop_token_ids: Annotated[TokenIds, Field(max_length=1024)] | None = None
     ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
 
     def check(self):
         """Raises ApiError for what this server cannot do."""
-        check_known_fields(self.model_extra)
-        fits = all(0 < len(stop) <= MAX_STOP_LENGTH for stop in self.stops)
-        if len(self.stops) > MAX_STOPS or not fits:
-            raise ApiError(
-                f"stop takes up to {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters",
-                param="stop",
-            )
+        check_known_fields(self.model_extra, self.foreign)
 
     @property
     def stops(self) -> list[str]:
@@ -108,9 +138,11 @@ class SamplingRequest(Body):
         return self.stop or []
 
     @property
-    def wants_usage(self) -> bool:
-        """Whether a stream ends with the token counts."""
-        return self.stream_options is not None and self.stream_options.include_usage
+    def known_seed(self) -> int | None:
+        """-1 asks for another answer every time, as in vLLM and llama.cpp."""
+        if self.seed is None or self.seed == -1:
+            return None
+        return self.seed % 2**63
 
     @property
     def max_new_tokens(self) -> int | None:
@@ -123,7 +155,7 @@ class SamplingRequest(Body):
             top_p=self.top_p,
             top_k=0 if self.top_k == -1 else self.top_k,  # vLLM's spelling of "all"
             repetition_penalty=self.repetition_penalty,
-            seed=self.seed,
+            seed=self.known_seed,
             ignore_eos=self.ignore_eos,
             min_p=self.min_p or 0.0,
             presence_penalty=self.presence_penalty or 0.0,
@@ -135,15 +167,18 @@ class SamplingRequest(Body):
 
 
 class ChatRequest(SamplingRequest):
+    foreign = OF_COMPLETIONS
     messages: Messages
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[Whole, Field(ge=1)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
 
     def check(self):
         super().check()
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError("top_logprobs needs logprobs: true beside it", param="top_logprobs")
         names = self.tool_names
         if isinstance(self.tool_choice, ToolChoice) and self.forced_tool not in names:
             raise ApiError(
@@ -191,24 +226,41 @@ class ChatRequest(SamplingRequest):
 
 
 class CompletionRequest(SamplingRequest):
-    prompt: Annotated[Text | list[TokenId], BeforeValidator(check_prompt)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = 16  # OpenAI's default
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    """The answer continues the prompt's text. max_tokens: with 0 there is none, for `echo`."""
+
+    foreign = OF_CHATS
+    prompt_field = "prompt"
+    prompt: Annotated[Text | list[int], BeforeValidator(check_prompt)]
+    max_tokens: Annotated[Whole, Field(ge=0)] = 16  # OpenAI's default
+    logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
+    echo: bool = False
+    add_special_tokens: bool = True  # vLLM's; False: only what the text itself says
+
+    @property
+    def max_new_tokens(self) -> int:
+        """What the engine computes: one token even where none is shown."""
+        return max(self.max_tokens, 1)
 
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
 
+    def sampling(self) -> SamplingParams:
+        prompt_logprobs = self.logprobs if self.echo else None
+        return replace(super().sampling(), prompt_logprobs=prompt_logprobs, continue_text=True)
+
 
 class TokenizeRequest(Body):
     model_config = ConfigDict(extra="allow")
+    model: Text | None = None
     prompt: Text | None = None
+    add_special_tokens: bool = True
     messages: Messages | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
 
     def check(self):
         """Raises ApiError unless either prompt or messages is given, and for what is not done."""
-        check_known_fields(self.model_extra)
+        check_known_fields(self.model_extra, {})
         if (self.prompt is None) == (self.messages is None):
             raise ApiError("give either prompt or messages", param="prompt")
 
@@ -218,7 +270,8 @@ class TokenizeRequest(Body):
 
 
 class DetokenizeRequest(Body):
-    tokens: Annotated[list[TokenId], Field(max_length=1_000_000), BeforeValidator(check_token_ids)]
+    model: Text | None = None
+    tokens: Annotated[TokenIds, Field(max_length=1_000_000)]
 
 
 def as_data_uri(image: str) -> str:
@@ -235,11 +288,11 @@ class LegacyRequest(Body):
     text: Text
     image: Text | None = None
     history: Annotated[list[tuple[Text, Text]], Field(max_length=MAX_MESSAGES // 2)] = []
-    max_length: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    max_length: Annotated[Whole, Field(ge=1)] | None = None
+    temperature: Annotated[Real, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[Real, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[Whole, Field(ge=0, lt=2**31)] | None = None
+    repetition_penalty: Annotated[Real, Field(ge=0.01, le=100)] | None = None
 
     @property
     def language(self) -> str:

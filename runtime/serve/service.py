@@ -12,12 +12,12 @@ from fastapi.responses import StreamingResponse
 
 from runtime.serve.tools.calls import ToolCallParser
 
-from .engine_thread import EngineThread
+from .engine_thread import AnswerStream, EngineThread
 from .errors import ApiError, as_api_error
 from .logprobs import TokenLogprobs
 from .prompts import PromptBuilder
-from .responses import ResponseBuilder
-from .schema import SamplingRequest
+from .responses import ChatResponses, CompletionResponses, ResponseBuilder
+from .schema import ChatRequest, CompletionRequest, SamplingRequest, StreamOptions
 from .telemetry import Telemetry
 
 
@@ -50,7 +50,7 @@ class Service:
             raise ApiError("the model is still loading; try again later", 503, "loading")
 
     def check_model(self, name: str | None):
-        if name is None or name in self.names or self._takes_any_name:
+        if not name or name in self.names or self._takes_any_name:
             return
         known = " or ".join(map(repr, self.names))
         raise ApiError(
@@ -60,31 +60,46 @@ class Service:
             "model",
         )
 
-    def responses(
-        self, chat: bool, num_logprobs: int | None = None, parser: ToolCallParser | None = None
-    ) -> ResponseBuilder:
-        """num_logprobs: of the likeliest tokens at each place; None: no log probabilities."""
-        token_logprobs = None
-        if num_logprobs is not None:
-            token_logprobs = TokenLogprobs(self.engine.family.tokenizer, num_logprobs)
-        return ResponseBuilder(chat, self.names[0], parser, token_logprobs)
+    def chat_responses(self, request: ChatRequest) -> ChatResponses:
+        """Answers carry the name by which the client asked for the model."""
+        parser = ToolCallParser(self.engine.family, request.tool_names, request.forced_tool)
+        return ChatResponses(
+            request.model or self.names[0], self._token_logprobs(request.num_logprobs), parser
+        )
+
+    def completion_responses(self, request: CompletionRequest, prompt) -> CompletionResponses:
+        return CompletionResponses(
+            request.model or self.names[0],
+            self._token_logprobs(request.num_logprobs, continued=not request.echo),
+            prompt,
+            echo=request.echo,
+            prompt_only=request.max_tokens == 0,
+        )
+
+    def _token_logprobs(self, count: int | None, continued: bool = False) -> TokenLogprobs | None:
+        """count: of the likeliest tokens at each place; None: no log probabilities."""
+        if count is None:
+            return None
+        return TokenLogprobs(self.engine.family.tokenizer, count, continued)
 
     async def run_in_pool(self, function, *arguments):
         return await self._engine_thread.run_in_pool(function, *arguments)
 
-    async def complete(self, request: SamplingRequest, build_prompt, responses: ResponseBuilder):
+    async def complete(self, request: SamplingRequest, build_prompt, build_responses):
         """The response of a completion request: a dict, or the events of a stream.
 
-        build_prompt() is called in the pool, after the request has been checked.
+        build_prompt() is called in the pool, after the request has been checked;
+        build_responses(prompt) gives the ResponseBuilder.
         """
         self.check_model(request.model)
         request.check()
         prompt = await self.run_in_pool(build_prompt)
-        self.prompts.check_length(len(prompt.ids), request.max_new_tokens)
+        self.prompts.check_length(len(prompt.ids), request.max_new_tokens, request.prompt_field)
         params = request.sampling()
+        responses = build_responses(prompt)
         if not request.stream:
             return await self.whole(prompt, params, responses)
-        events = self._events(prompt, params, responses, request.wants_usage)
+        events = self._events(prompt, params, responses, request.stream_options or StreamOptions())
         first = await anext(events)  # a request that is refused is refused with its status
         return StreamingResponse(
             chain(first, events),
@@ -99,21 +114,37 @@ class Service:
                 pass
             return responses.whole(stream.result)
 
-    async def _events(self, prompt, params, responses: ResponseBuilder, with_usage: bool):
+    async def _events(self, prompt, params, responses: ResponseBuilder, options: StreamOptions):
         """Server-sent events. The first is yielded when the engine has accepted the request."""
         async with self._engine_thread.submit(prompt, params) as stream:
+            add_usage = usage_adder(responses, stream, options)
             try:
-                yield "".join(map(event, responses.first_chunks()))
+                yield "".join(event(add_usage(chunk)) for chunk in responses.first_chunks())
                 async for piece in stream:
                     for chunk in responses.chunks(piece):
-                        yield event(chunk)
+                        yield event(add_usage(chunk))
                 for chunk in responses.last_chunks(stream.result):
-                    yield event(chunk)
-                if with_usage:
+                    yield event(add_usage(chunk))
+                if options.include_usage:
                     yield event(responses.usage_chunk(stream.result.metrics))
             except Exception as error:
                 yield event(logged(error).body())
             yield "data: [DONE]\n\n"
+
+
+def usage_adder(responses: ResponseBuilder, stream: AnswerStream, options: StreamOptions):
+    """A function that puts into a chunk what OpenAI's and vLLM's stream_options ask for: null, for
+    the counts that come at the end, or the counts so far."""
+
+    def add(chunk: dict) -> dict:
+        if not options.include_usage:
+            return chunk
+        counts = None
+        if options.continuous_usage_stats:
+            counts = responses.usage(stream.result.metrics)
+        return {**chunk, "usage": counts}
+
+    return add
 
 
 def event(body: dict) -> str:

@@ -5,7 +5,9 @@ Takes OpenAI's JSON of tools, of earlier calls and of the choice, returns checke
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import AfterValidator, Field
+
+from runtime.serve.transport.bodies import Body
 
 MAX_DEPTH = 32  # of the JSON schema of a function's parameters
 ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
@@ -18,7 +20,7 @@ def check_depth(schema: dict) -> dict:
     while level:
         depth += 1
         if depth > MAX_DEPTH:
-            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+            raise ValueError(f"is nested deeper than {MAX_DEPTH} levels")
         deeper = []
         for value in level:
             if isinstance(value, dict):
@@ -29,15 +31,21 @@ def check_depth(schema: dict) -> dict:
     return schema
 
 
-class Function(BaseModel):
+def check_strict(strict: bool) -> bool:
+    """The arguments are as the model writes them: nothing makes them fit the schema."""
+    if strict:
+        raise ValueError("is true, which this server cannot promise; leave it out")
+    return strict
+
+
+class Function(Body):
     name: ToolName
     description: Annotated[str, Field(max_length=100_000)] | None = None
     parameters: Annotated[dict[str, Any], AfterValidator(check_depth)] | None = None
-    # the arguments are as the model writes them: nothing makes them fit the schema
-    strict: Literal[False] | None = None
+    strict: Annotated[bool, AfterValidator(check_strict)] | None = None
 
 
-class Tool(BaseModel):
+class Tool(Body):
     """A function that the model may call."""
 
     type: Literal["function"]
@@ -53,12 +61,12 @@ class Tool(BaseModel):
         return {"type": "function", "function": given}
 
 
-class FunctionCall(BaseModel):
+class FunctionCall(Body):
     name: ToolName
     arguments: Annotated[str, Field(max_length=10_000_000)]
 
 
-class ToolCall(BaseModel):
+class ToolCall(Body):
     """A call that an earlier answer made, as the client sends it back."""
 
     id: Annotated[str, Field(max_length=256)] | None = None
@@ -66,11 +74,11 @@ class ToolCall(BaseModel):
     function: FunctionCall
 
 
-class FunctionName(BaseModel):
+class FunctionName(Body):
     name: ToolName
 
 
-class ToolChoice(BaseModel):
+class ToolChoice(Body):
     """The one function that the answer has to call."""
 
     type: Literal["function"]

@@ -11,10 +11,12 @@ import re
 from typing import Annotated
 
 from fastapi import Depends, FastAPI, Request
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, model_validator
 from pydantic.json_schema import models_json_schema
 
-from runtime.serve.errors import ApiError, refused_field
+from runtime.serve.errors import ApiError
+
+from .refusals import refused_field
 
 INLINE_BYTES = 1 << 16  # bodies up to here are read at once
 MAX_NESTED = 50_000  # lists and objects in a body
@@ -24,11 +26,28 @@ SCHEMA_PLACE = "#/components/schemas/{model}"
 JSON_TYPE = re.compile(r"application/([\w.+-]+\+)?json")
 
 
+class Body(BaseModel):
+    """An object of a request. null is as good as a field that is left out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given):
+        if not isinstance(given, dict):
+            return given
+        fields = cls.model_fields
+        return {
+            name: value
+            for name, value in given.items()
+            if value is not None or (name in fields and fields[name].is_required())
+        }
+
+
 def json_body(model: type[BaseModel]):
     """The type of a route's argument: the request's body as a `model`."""
 
     async def read(request: Request):
         check_content_type(request.headers.get("content-type"))
+        check_encoding(request.headers.get("content-encoding"))
         body = await request.body()
         if len(body) <= INLINE_BYTES:
             return parse(model, body)
@@ -65,12 +84,21 @@ def check_content_type(given: str | None):
         raise ApiError(f"the header Content-Type {found}; send Content-Type: application/json")
 
 
+def check_encoding(given: str | None):
+    if given and given.strip().lower() != "identity":
+        raise ApiError(
+            f"the body is compressed (Content-Encoding: {given[:40]}), which this server does not "
+            "take; send plain JSON",
+            415,
+        )
+
+
 def parse(model: type[BaseModel], body: bytes) -> BaseModel:
     given = load(body)
     try:
         return model.model_validate(given)
     except ValidationError as error:
-        problems = error.errors(include_url=False, include_context=False, include_input=False)
+        problems = error.errors(include_url=False, include_input=False)
         raise refused_field(problems, given) from None
 
 

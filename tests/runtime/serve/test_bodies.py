@@ -5,7 +5,15 @@ import json
 import pytest
 
 from runtime.serve.errors import ApiError
-from runtime.serve.known_fields import LLAMA_CPP, NEUTRAL, OPENAI, SGLANG, VLLM
+from runtime.serve.known_fields import (
+    LLAMA_CPP,
+    NEUTRAL,
+    OF_CHATS,
+    OF_COMPLETIONS,
+    OPENAI,
+    SGLANG,
+    VLLM,
+)
 from runtime.serve.schema import (
     ChatRequest,
     CompletionRequest,
@@ -13,7 +21,12 @@ from runtime.serve.schema import (
     LegacyRequest,
     TokenizeRequest,
 )
-from runtime.serve.transport.bodies import MAX_NESTED, check_content_type, parse
+from runtime.serve.transport.bodies import (
+    MAX_NESTED,
+    check_content_type,
+    check_encoding,
+    parse,
+)
 
 HI = [{"role": "user", "content": "hi"}]
 
@@ -31,75 +44,151 @@ def of_part(part) -> ApiError:
     return refusal({"messages": [{"role": "user", "content": [part]}]})
 
 
+PART = "messages[0].content[0]"
+
+
 @pytest.mark.parametrize(
-    ("part", "words"),
+    ("part", "place", "words"),
     [
-        ({"type": "input_text", "text": "hi"}, ["'input_text'", "use type 'text'"]),
-        ({"type": "image", "image": "x"}, ["'image'", "use type 'image_url'"]),
-        ({"type": "input_image", "image_url": "x"}, ["'input_image'", "use type 'image_url'"]),
-        ({"type": "file", "file": {}}, ["'file'"]),
-        ({"type": "video_url", "video_url": {"url": "x"}}, ["'video_url'"]),
-        ({"type": 7}, ["a number as its type"]),
-        ({"text": "hi"}, ["no type"]),
-        ({"type": None, "text": "hi"}, ["no type"]),
-        ({"type": "text", "text": None}, ["no text"]),
-        ({"type": "text"}, ["no text"]),
-        ({"type": "text", "text": 5}, ["a number as its text"]),
-        ({"type": "image_url"}, ["no image_url"]),
-        ({"type": "image_url", "image_url": {"url": None}}, ["no image_url.url"]),
-        ({"type": "image_url", "image_url": {}}, ["no image_url.url"]),
-        ({"type": "image_url", "image_url": [1]}, ["a list as its image_url"]),
-        ("plain", ["is a text"]),
-        (None, ["is null"]),
-        ([], ["is a list"]),
+        ({"type": "input_text", "text": "hi"}, PART, ["'input_text'", "use type 'text'"]),
+        ({"type": "image", "image": "x"}, PART, ["'image'", "use type 'image_url'"]),
+        ({"type": "input_image", "image_url": "x"}, PART, ["'input_image'", "'image_url'"]),
+        ({"type": "file", "file": {}}, PART, ["'file'"]),
+        ({"type": "video_url", "video_url": {"url": "x"}}, PART, ["'video_url'"]),
+        ({"type": "input_audio", "input_audio": {}}, PART, ["'input_audio'"]),
+        ({"type": "Text", "text": "hi"}, PART, ["'Text'"]),
+        ({"type": 7}, PART + ".type", ["is a number"]),
+        ({"text": "hi"}, PART, ["no type"]),
+        ({"type": None, "text": "hi"}, PART, ["no type"]),
+        ({"type": "text", "text": None}, PART + ".text", ["missing or null"]),
+        ({"type": "text"}, PART + ".text", ["missing or null"]),
+        ({"type": "text", "text": 5}, PART + ".text", ["is a number"]),
+        ({"type": "text", "text": "\ud83d"}, PART + ".text", ["half of a surrogate pair"]),
+        ({"type": "refusal", "refusal": 5}, PART + ".refusal", ["is a number"]),
+        ({"type": "image_url"}, PART, ["no image_url"]),
+        ({"type": "image_url", "image_url": {"url": None}}, PART + ".image_url.url", ["missing"]),
+        ({"type": "image_url", "image_url": {}}, PART + ".image_url.url", ["missing"]),
+        ({"type": "image_url", "image_url": {"url": 5}}, PART + ".image_url.url", ["is a number"]),
+        ({"type": "image_url", "image_url": [1]}, PART + ".image_url", ["is a list"]),
+        ("plain", PART, ["is a text"]),
+        (None, PART, ["is null"]),
+        ([], PART, ["is a list"]),
     ],
 )
-def test_the_wrong_part_is_named(part, words):
+def test_the_wrong_part_is_named(part, place, words):
     error = of_part(part)
-    assert error.status == 400 and error.param == "messages.0.content"
-    assert str(error).startswith("messages.0.content: part 0 ")
+    assert error.status == 400 and error.param == place
+    assert str(error).startswith(place + " ")
     for word in words:
         assert word in str(error)
+
+
+def test_the_part_of_a_later_message_is_named():
+    text = {"type": "text", "text": "hi"}
+    wrong = {"type": "image_url", "image_url": {"url": None}}
+    messages = [
+        *HI,
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": [text, wrong]},
+    ]
+    assert refusal({"messages": messages}).param == "messages[2].content[1].image_url.url"
 
 
 @pytest.mark.parametrize(
     ("body", "field", "word"),
     [
-        ({"stop": ["a", None]}, "stop", "null at place 1"),
-        ({"stop": 7}, "stop", "a number"),
-        ({"messages": [{"role": "user", "content": 7}]}, "messages.0.content", "a number"),
-        ({"messages": [{"role": "user"}]}, "messages.0", "content is missing"),
-        ({"messages": [{"content": "x"}]}, "messages.0.role", "is missing"),
-        ({"messages": [None]}, "messages.0", ""),
-        ({"messages": None}, "messages", ""),
-        ({"tool_choice": 5}, "tool_choice", ""),
+        ({"stop": ["a", None]}, "stop[1]", "is null"),
+        ({"stop": [["a"]]}, "stop[0]", "is a list"),
+        ({"stop": 7}, "stop", "is a number"),
+        ({"stop": {}}, "stop", "is an object"),
+        ({"stop": ""}, "stop", "empty text"),
+        ({"stop": ["a", ""]}, "stop[1]", "empty text"),
+        ({"stop": "x" * 257}, "stop", "257 characters; the limit is 256"),
+        ({"stop": ["x"] * 17}, "stop", "17 texts; the limit is 16"),
+        ({"messages": [{"role": "user", "content": 7}]}, "messages[0].content", "is a number"),
+        ({"messages": [{"role": "user", "content": {}}]}, "messages[0].content", "is an object"),
+        ({"messages": [{"role": "user"}]}, "messages[0]", "has no content"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0]", "has no content"),
+        ({"messages": [{"content": "x"}]}, "messages[0].role", "is missing"),
+        ({"messages": [*HI, {"role": "User", "content": "x"}]}, "messages[1].role", "'User'"),
+        ({"messages": [{"role": 5, "content": "x"}]}, "messages[0].role", "is a number"),
+        ({"messages": [None]}, "messages[0]", "is null; give an object"),
+        ({"messages": ["hi"]}, "messages[0]", "is a text; give an object"),
+        ({"messages": None}, "messages", "is null; give a list"),
+        ({"messages": "hi"}, "messages", "is a text; give a list"),
+        ({"messages": []}, "messages", "0 entries"),
+        ({"tool_choice": 5}, "tool_choice", "is 5"),
+        ({"tool_choice": "any"}, "tool_choice", "'none', 'auto' or 'required'"),
         ({"tool_choice": {"type": "function", "function": {}}}, "tool_choice.function.name", ""),
-        ({"stop_token_ids": ["x"]}, "stop_token_ids.0", ""),
-        ({"logprobs": "yes please"}, "logprobs", ""),
+        ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice.function", "is missing"),
+        ({"tools": {}}, "tools", "is an object; give a list"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function", "is missing"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "a b"}}]},
+            "tools[0].function.name",
+            "",
+        ),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]},
+            "tools[0].function.strict",
+            "is true",
+        ),
+        ({"stop_token_ids": ["x"]}, "stop_token_ids[0]", "is a text"),
+        ({"stop_token_ids": ["1"]}, "stop_token_ids[0]", "is a text"),
+        ({"stop_token_ids": [1.0]}, "stop_token_ids[0]", "is a number"),
+        ({"stop_token_ids": [True]}, "stop_token_ids[0]", "is true or false"),
+        ({"stop_token_ids": [3, -1]}, "stop_token_ids[1]", "no token id"),
+        ({"stop_token_ids": 5}, "stop_token_ids", "is a number; give a list"),
+        ({"logprobs": "yes please"}, "logprobs", "give true or false"),
+        ({"logprobs": 5}, "logprobs", "give true or false"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "is 21; 20 or less"),
+        ({"top_logprobs": 3}, "top_logprobs", "needs logprobs: true"),
+        ({"logprobs": False, "top_logprobs": 3}, "top_logprobs", "needs logprobs: true"),
+        ({"max_tokens": True}, "max_tokens", "is true or false; give a number"),
+        ({"max_tokens": 0}, "max_tokens", "is 0; 1 or more"),
+        ({"max_tokens": 4.5}, "max_tokens", "is 4.5; a whole number"),
+        ({"max_tokens": "many"}, "max_tokens", "is a text; give a whole number"),
+        ({"temperature": False}, "temperature", "is true or false; give a number"),
+        ({"temperature": float("nan")}, "temperature", "a finite number"),
+        ({"top_p": 0}, "top_p", "is 0; more than 0"),
+        ({"stream": []}, "stream", "is a list; give true or false"),
+        ({"stream_options": []}, "stream_options", "is a list; give an object"),
+        ({"seed": 2**63}, "seed", "less than"),
+        ({"model": 5}, "model", "is a number; give a text"),
     ],
 )
 def test_the_wrong_field_is_named_without_names_of_types(body, field, word):
     error = refusal(body)
-    assert error.param == field and word in str(error)
-    for name in ("constrained-str", "list[", "literal[", "ToolChoice", "union", ".str"):
+    assert error.param == field and word in str(error) and str(error).startswith(field + " ")
+    for name in (
+        "constrained-str",
+        "list[",
+        "literal[",
+        "ToolChoice",
+        "union",
+        "stop.str",
+        "Input",
+        "tuple",
+    ):
         assert name not in str(error) and name not in error.param
 
 
 @pytest.mark.parametrize(
-    ("prompt", "word"),
+    ("prompt", "place", "word"),
     [
-        (["a", "b"], "several prompts"),
-        ([[1], [2]], "several prompts"),
-        ([1, "a"], "a text at place 1"),
-        ([[1.5]], "a number at place 0"),
-        ([True], "true or false"),
-        (7, "is a number"),
-        (None, ""),
+        (["a", "b"], "prompt", "several prompts"),
+        ([[1], [2]], "prompt", "several prompts"),
+        ([1, "a"], "prompt[1]", "is a text"),
+        ([[1.5]], "prompt[0][0]", "is a number"),
+        ([[3, -1]], "prompt[0][1]", "no token id"),
+        ([True], "prompt[0]", "true or false"),
+        (7, "prompt", "is a number"),
+        (None, "prompt", "is null"),
     ],
 )
-def test_prompts_that_are_refused(prompt, word):
+def test_prompts_that_are_refused(prompt, place, word):
     error = refusal(json.dumps({"prompt": prompt}).encode(), CompletionRequest)
-    assert error.param == "prompt" and word in str(error)
+    assert error.param == place and word in str(error)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +234,7 @@ def test_lists_are_counted_before_they_are_built():
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 1025}]},
             ChatRequest,
-            "messages.0.content",
+            "messages[0].content",
         ),
     ],
 )
@@ -166,8 +255,32 @@ def test_null_is_the_default_of_every_field():
         plain = parse(model, json.dumps(given).encode())
         assert parse(model, json.dumps({**nulls, **given}).encode()) == plain
     nested = {"messages": HI, "stream_options": {"include_usage": None}}
-    assert not parse(ChatRequest, json.dumps(nested).encode()).wants_usage
+    assert not parse(ChatRequest, json.dumps(nested).encode()).stream_options.include_usage
     assert parse(CompletionRequest, b'{"prompt": "x", "max_tokens": null}').max_tokens == 16
+
+
+@pytest.mark.parametrize("role", ["assistant", "system", "developer"])
+def test_who_says_nothing_may_have_null_as_content(role):
+    body = {"messages": [*HI, {"role": role, "content": None}, *HI]}
+    assert parse(ChatRequest, json.dumps(body).encode()).messages[1].says_nothing
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"content": None, "refusal": "I will not"},
+        {"content": [{"type": "refusal", "refusal": "I will not"}]},
+    ],
+)
+def test_a_refusal_is_what_the_assistant_said(said):
+    body = {"messages": [*HI, {"role": "assistant", **said}, *HI]}
+    assert parse(ChatRequest, json.dumps(body).encode()).messages[1].texts == ["I will not"]
+
+
+@pytest.mark.parametrize(("seed", "meant"), [(None, None), (-1, None), (7, 7), (-(2**63), 0)])
+def test_seeds_of_all_64_bits(seed, meant):
+    body = json.dumps({"messages": HI, "seed": seed}).encode()
+    assert parse(ChatRequest, body).sampling().seed == meant
 
 
 def test_a_developer_is_a_system():
@@ -189,6 +302,27 @@ def test_known_constraints_are_refused_unless_neutral(name):
     assert len(refused) >= len(OTHER_VALUES) - 1
 
 
+@pytest.mark.parametrize(
+    ("model", "own", "foreign"),
+    [
+        (ChatRequest, {"messages": HI}, OF_COMPLETIONS),
+        (CompletionRequest, {"prompt": "x"}, OF_CHATS),
+    ],
+)
+def test_fields_of_the_other_endpoint_are_refused(model, own, foreign):
+    for name, neutral in foreign.items():
+        for value in (*neutral, None):
+            parse(model, json.dumps({**own, name: value}).encode()).check()
+        error = refusal(json.dumps({**own, name: [7]}).encode(), model)
+        assert error.param == name and "at this endpoint" in str(error)
+
+
+def test_null_inside_a_neutral_value_changes_nothing():
+    given = {"response_format": {"type": "text", "json_schema": None}}
+    parse(ChatRequest, json.dumps({"messages": HI, **given}).encode()).check()
+    assert refusal({"response_format": {"type": "json_object"}}).param == "response_format"
+
+
 def test_known_fields_are_none_that_the_schema_has():
     own = set(ChatRequest.model_fields) | set(CompletionRequest.model_fields)
     assert not own & set(NEUTRAL)
@@ -208,6 +342,14 @@ def test_true_is_not_one():
 def test_other_content_types_are_named(given):
     with pytest.raises(ApiError, match="Content-Type"):
         check_content_type(given)
+
+
+def test_a_compressed_body_is_called_so():
+    check_encoding(None)
+    check_encoding("identity")
+    with pytest.raises(ApiError, match="compressed .*gzip") as caught:
+        check_encoding("gzip")
+    assert caught.value.status == 415
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """Pictures of requests: as clients encode them, below the allowed folder, and nothing else."""
 
 import base64
+import io
 import os
 import time
 
 import pytest
 from http_service import png
+from PIL import Image
 
 from models.prompt import picture_files
 from runtime.serve.errors import ApiError
@@ -43,6 +45,15 @@ def refusal(url, folder=None):
         "data:image/jpeg;base64," + BASE64,
         "data:;base64," + BASE64,
         "data:base64;base64," + BASE64,
+        "data:base64," + BASE64,
+        "data:image;base64," + BASE64,
+        'data:image/png;name="a,b.png";base64,' + BASE64,
+        "data:image/png," + BASE64,  # base64, though it does not say so
+        "image/png;base64," + BASE64,
+        "base64," + BASE64,
+        f'"data:image/png;base64,{BASE64}"',
+        f"<data:image/png;base64,{BASE64}>",
+        "\ufeffdata:image/png;base64," + BASE64,
         "data:image/png;charset=utf-8;name=a.png;base64," + BASE64,
         "DATA:IMAGE/PNG;BASE64," + BASE64,
         "data:image/png; base64 ," + BASE64,
@@ -63,13 +74,21 @@ def test_the_url_safe_alphabet():
     assert rules().from_url("data:;base64," + encoded).size == (30, 20)
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"])
+@pytest.mark.parametrize("encode", [base64.b64encode, base64.urlsafe_b64encode])
+def test_base64_without_a_prefix(kind, encode):
+    file = io.BytesIO()
+    Image.new("RGB", (30, 20), (200, 30, 60)).save(file, kind)
+    assert rules().from_url(encode(file.getvalue()).decode()).size == (30, 20)
+
+
 @pytest.mark.parametrize(
     ("url", "words"),
     [
         ("data:image/png;base64,iVBO@@@", "not valid base64: character 5 is '@'"),
         ("data:image/png;base64,iVBOR", "not valid base64: its 5 characters"),
         ("data:image/png;base64", "no comma"),
-        ("data:image/png;base64,", "not a picture that can be read"),
+        ("data:image/png;base64,", "no data behind its comma"),
         ("data:image/png;base64,SGVsbG8=", "not a picture that can be read; use PNG, JPEG"),
         ("data:image/svg+xml,%3Csvg%3E", "not a picture that can be read"),
         ("data:image/png,\ud83d", "not a picture that can be read"),

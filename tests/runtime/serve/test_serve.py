@@ -253,7 +253,7 @@ DAMAGED = png(300, 300)[:-40]
     [
         (asked(model="other"), 404, "'other' does not exist"),
         (asked(n=2), 400, "n is not supported"),
-        (asked(tools=[{"type": "function"}]), 400, "tools.0.function"),
+        (asked(tools=[{"type": "function"}]), 400, "tools[0].function"),
         (asked(min_p=1.1), 400, "min_p"),
         (asked(presence_penalty=2.5), 400, "presence_penalty"),
         (asked(response_format={"type": "json_object"}), 400, "response"),
@@ -293,6 +293,25 @@ def test_mistakes(body, status, word, server):
         assert got.status_code == status and word in error["message"], error
         assert set(error) == {"message", "type", "param", "code"} and len(error["message"]) < 600
     assert server.gauge("num_requests_running") == server.gauge("num_requests_waiting") == 0
+
+
+def test_the_picture_that_cannot_be_read_is_named(server):
+    text = {"type": "text", "text": "?"}
+    good = {"type": "image_url", "image_url": {"url": data_uri(png(9, 9))}}
+    wrong = {"type": "image_url", "image_url": "data:image/png;base64,@@@"}
+    answer = {"role": "assistant", "content": "a"}
+    messages = [*about(data_uri(png(9, 9))), answer, {"role": "user", "content": [text, wrong]}]
+    for body, place in (
+        ({"messages": [{"role": "user", "content": [good, wrong]}]}, "messages[0].content[1]"),
+        ({"messages": messages}, "messages[2].content[1]"),
+    ):
+        error = server.post("/v1/chat/completions", body).json()["error"]
+        assert error["param"] == f"{place}.image_url.url"
+        assert error["message"].startswith(
+            f"{place}.image_url.url: the picture is not valid base64"
+        )
+    error = server.post("/", {"text": "?", "image": "@@@"}).json()["error"]
+    assert error["param"] == "image" and error["message"].startswith("image: the picture")
 
 
 def test_files_outside_the_folder(server):

@@ -283,7 +283,7 @@ def test_two_calls_are_two_turns_and_text_stands_before_them():
         ({"tool_choice": "required"}, "exactly one tool"),
         ({"tool_choice": "required", "tools": []}, "exactly one tool"),
         ({"tool_choice": "perhaps"}, "tool_choice"),
-        ({"messages": [{"role": "assistant", "content": None}]}, "content is missing"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "does not end with"),
         (
             {
                 "messages": [
