@@ -41,7 +41,7 @@ DECODERS = (
 PREFIX_LM = ("visualglm-6b",)  # whose prompts begin with a context that sees itself both ways
 TINY = ("visualglm", "glm4", "glm4_0414", "glm4v", "glm_edge", "glm_edge_v", "llava")
 # launches per layer and decoded token on 910B; a norm behind each branch is one more
-LIMITS = {"visualglm-6b": 13, "glm-4-9b-chat": 12, "glm-4-9b-0414": 14}
+LIMITS = {"visualglm-6b": 13, "glm-4-9b-chat": 12, "glm-4-9b-0414": 13}
 MARK = "-- layer"
 NZ, BLOCK, WIDTH = 29, 128, 2  # tokens per block, blocks per sequence
 

@@ -3,9 +3,11 @@
 The picture features of the goldens take the place of a vision encoder's.
 """
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import cpu_kernels
 import numpy as np
 import pytest
 import torch
@@ -19,12 +21,14 @@ from models.network.decoder import Decoder
 from models.prompt.tokenizers import MissingTokenizer
 from models.side_files import read_json
 from runtime import SamplingParams
+from runtime.ascend.socs import A2, P310
 from runtime.engine.kv_cache import KVCache
 from runtime.engine.request import Request, Settings
 from runtime.engine.runner import Runner
 from runtime.engine.scheduler import Scheduler
 from runtime.engine.sequence import Chunk, Sequence
 from runtime.ops import choose
+from runtime.ops.npu.ops import NpuOps
 
 FAMILIES = ("glm_ocr", "glm41v", "glm46v")
 BLOCK = 16
@@ -42,22 +46,27 @@ def cases_of(*names):
     return [(name, case) for name in names for case in golden(name).cases]
 
 
-@cache
-def decoder_of(name: str, ops: str) -> Decoder:
-    """The decoder in float32; its table has all tensors but those of the tower."""
+def float_weights(name: str, operators) -> dict[str, torch.Tensor]:
+    """The decoder's, in float32; its table has all tensors but those of the tower."""
     told = golden(name)
     config = text_decoder(text_fields(told.config))
     checkpoint = Checkpoint(told.directory)
     rows = list(text_rows(config, checkpoint.shapes, qkv_bias=name != "glm_ocr"))
     others = set(checkpoint.names) - {row.source for row in rows}
     assert all(other.startswith("model.visual.") for other in others)
-    operators = choose(ops, "cpu")
     weights = {}
     for target, tensor in checkpoint.assemble(rows):
         tensor = tensor.float()
         packs = tensor.dim() == 2 and target != "embed.weight"
         weights[target] = operators.pack(tensor) if packs else tensor
-    return Decoder(config, weights, operators)
+    return weights
+
+
+@cache
+def decoder_of(name: str, ops: str) -> Decoder:
+    operators = choose(ops, "cpu")
+    config = text_decoder(text_fields(golden(name).config))
+    return Decoder(config, float_weights(name, operators), operators)
 
 
 def runner_of(name: str, ops: str, blocks: int = 64) -> Runner:
@@ -116,6 +125,27 @@ def test_a_prompt_in_chunks_and_two_sequences_together(name, ops):
         logits = runner.decode(sequences, [told.greedy(case)[step] for case in cases])
         expected = [told.of(case, "step_logits")[step + 1] for case in cases]
         np.testing.assert_allclose(logits, np.stack(expected), atol=told.atol)
+
+
+@pytest.mark.parametrize("soc", [A2, P310], ids=lambda soc: soc.name.split()[1])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_operators_of_the_npu(name, soc):
+    """torch_npu's schemas, with plain arithmetic behind them: the rotation takes our angles."""
+    told = golden(name)
+    config = decoder_of(name, "reference").config
+    with cpu_kernels.in_place():
+        operators = NpuOps(replace(soc, dtypes=("float32",), block_sizes=(BLOCK,)), "cpu")
+        decoder = Decoder(config, float_weights(name, operators), operators)
+        cache = KVCache(config, 16, BLOCK, torch.float32, "cpu", operators)
+        runner = Runner(decoder, cache)
+        sequences = [start(runner, prompt_of(name, case)) for case in ("img_wide", "img_tall")]
+        for sequence, case in zip(sequences, ("img_wide", "img_tall")):
+            logits = runner.prefill(sequence, told.features(case), all_logits=True)
+            np.testing.assert_allclose(logits, told.of(case, "prefill_all"), atol=told.atol)
+        tokens = [told.greedy(case)[0] for case in ("img_wide", "img_tall")]
+        logits = runner.decode(sequences, tokens)
+        for row, case in zip(logits, ("img_wide", "img_tall")):
+            np.testing.assert_allclose(row, told.of(case, "step_logits")[1], atol=told.atol)
 
 
 class NoText(Family):
