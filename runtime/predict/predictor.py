@@ -97,6 +97,8 @@ def answered_line(question: dict, result, times: dict) -> dict:
 def failed_line(question: dict | BadLine, error: Exception) -> dict:
     """`error` in the line of `question`, with all that could be read of it."""
     fields = question.fields if isinstance(question, Exception) else question
+    if isinstance(question, BadLine) and not fields:  # nothing else tells which line it was
+        error = BadLine(f"line {question.line}: {error}")
     fields = without_outcome(fields)
     if isinstance(error, OSError) and error.strerror:
         return {**fields, "error": f"{error.strerror}: {error.filename}"}

@@ -36,7 +36,7 @@ def read_questions(path: str, name: str = "--input") -> list[dict | BadLine]:
 
 def read_question(line: Line) -> dict | BadLine:
     if line.problem:
-        return BadLine(line.problem, line.number)
+        return BadLine(line.problem, line.number, line.value)
     if not isinstance(line.value, dict):
         return BadLine('no "prompt" text: the line is no JSON object', line.number)
     problem = problem_of(line.value)
@@ -46,7 +46,9 @@ def read_question(line: Line) -> dict | BadLine:
 def problem_of(question: dict) -> str | None:
     """What keeps a JSON object from being a question. null and "" stand for a field left out."""
     prompt = question.get("prompt")
-    if not isinstance(prompt, str) or not prompt.strip():
+    if not isinstance(prompt, str | None):
+        return 'no "prompt" text: what stands there is not a text'
+    if not prompt or not prompt.strip():
         return 'no "prompt" text'
     history = optional(question, "history", [])
     if not isinstance(history, list) or not all(map(is_turn, history)):

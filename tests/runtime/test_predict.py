@@ -267,6 +267,7 @@ def test_one_bad_line_fails_alone_with_its_id(tmp_path, capsys):
         6,
         7,
         8,
+        9,
     ]
     assert "nested deeper than 100" in found[2]["error"] and "no JSON" in found[10]["error"]
     assert "is not UTF-8 text (byte 21" in found[12]["error"]
