@@ -217,7 +217,11 @@ def fill(row: Row, tests: list[str], if_found: bool):
         row.versions = "not on this machine"
         row.code = 0
         return
-    python = row.make()
+    row.tests = tuple(tests) or row.tests
+    try:
+        python = row.make()
+    except subprocess.CalledProcessError:  # venv or pip has said why
+        return
     if python is None:
         return
     row.versions = versions_of(python)
@@ -225,7 +229,7 @@ def fill(row: Row, tests: list[str], if_found: bool):
         row.counts = "the releases of this environment, see its Python"
         row.code = 0
         return
-    code, row.counts = run_tests(python, tests or list(row.tests))
+    code, row.counts = run_tests(python, list(row.tests))
     row.code = FAILED if code else 0
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -78,11 +79,21 @@ def test_a_missing_python_is_named(monkeypatch, table):
     assert code == 0 and "| Python 3.9 | not on this machine |" in printed
 
 
+def test_an_environment_that_cannot_be_made(monkeypatch, table):
+    def fail(package):
+        raise subprocess.CalledProcessError(1, ["python", "-m", "venv"])
+
+    monkeypatch.setattr(versions, "on_lowest", fail)
+    code, printed = table("--only", "onnx")
+    assert code == versions.MISSING and "its packages cannot be installed" in printed
+
+
 def test_a_row_says_what_ran(table):
     code, printed = table("--only", "onnx")
     assert code == 0
     assert "| lowest onnx | Python 3." in printed and "numpy " in printed
     assert "tests/convert" in printed and "| 7 passed |" in printed
+    assert "| tests/models | 7 passed |" in table("--only", "onnx", "--", "tests/models")[1]
 
 
 def test_nothing_higher_is_not_run_again(table):
