@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import closing
+from importlib.util import find_spec
 
 import paths
 import pytest
@@ -100,6 +101,7 @@ def hf_glm4(tmp_path):
     return tmp_path / "m"
 
 
+@pytest.mark.skipif(find_spec("transformers") is None, reason="needs transformers")
 @pytest.mark.parametrize("family", ["llava", "glm_edge", "glm4", "glm4_0414"])
 def test_transformers_agrees(family, tmp_path, request):
     model = request.getfixturevalue("hf_glm4") if family == "glm4" else GOLDEN / family
