@@ -6,7 +6,6 @@ import shutil
 import numpy as np
 import paths
 import pytest
-import transformers
 from PIL import Image
 
 from models import family_of
@@ -38,6 +37,7 @@ def picture(size):
 
 
 def expected(folder, image):
+    transformers = pytest.importorskip("transformers")
     processor = transformers.AutoImageProcessor.from_pretrained(folder, use_fast=False)
     return processor(image, return_tensors="np").pixel_values
 

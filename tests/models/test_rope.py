@@ -1,7 +1,6 @@
 """Rotary settings: transformers' rule decides where old and new fields stand side by side."""
 
 import pytest
-import transformers
 
 from models.config import Rope, rope_of
 from models.errors import ModelError
@@ -28,6 +27,7 @@ CASES = [
 
 @pytest.mark.parametrize("fields", CASES)
 def test_old_and_new_fields_are_read_as_by_transformers(fields):
+    transformers = pytest.importorskip("transformers")
     config = transformers.GlmConfig(hidden_size=64, num_attention_heads=4, head_dim=16, **fields)
     theirs = config.rope_parameters
     factor = theirs["partial_rotary_factor"]
