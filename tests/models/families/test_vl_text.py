@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 from golden_cases import golden
+from vl_text_golden import FAMILIES, float_weights, prompt_of
 
-from models.checkpoint import Checkpoint
 from models.errors import ModelError
-from models.families.vl_text import picture_layout, text_decoder, text_fields, text_rows
-from models.family import Family, Prompt
+from models.families.vl_text import picture_layout, text_decoder, text_fields
+from models.family import Family
 from models.network.decoder import Decoder
 from models.prompt.tokenizers import MissingTokenizer
 from models.side_files import read_json
@@ -30,36 +30,11 @@ from runtime.engine.sequence import Chunk, Sequence
 from runtime.ops import choose
 from runtime.ops.npu.ops import NpuOps
 
-FAMILIES = ("glm_ocr", "glm41v", "glm46v")
 BLOCK = 16
-
-
-def prompt_of(name: str, case: str) -> Prompt:
-    told = golden(name)
-    grids = [told.of(picture, "grid_thw")[0, 1:] // 2 for picture in told.pictures(case)]
-    pixels = [told.of(picture, "pixel_values") for picture in told.pictures(case)]
-    ids = told.ids(case)
-    return Prompt(ids, pixels, picture_layout(ids, told.config["image_token_id"], grids))
 
 
 def cases_of(*names):
     return [(name, case) for name in names for case in golden(name).cases]
-
-
-def float_weights(name: str, operators) -> dict[str, torch.Tensor]:
-    """The decoder's, in float32; its table has all tensors but those of the tower."""
-    told = golden(name)
-    config = text_decoder(text_fields(told.config))
-    checkpoint = Checkpoint(told.directory)
-    rows = list(text_rows(config, checkpoint.shapes, qkv_bias=name != "glm_ocr"))
-    others = set(checkpoint.names) - {row.source for row in rows}
-    assert all(other.startswith("model.visual.") for other in others)
-    weights = {}
-    for target, tensor in checkpoint.assemble(rows):
-        tensor = tensor.float()
-        packs = tensor.dim() == 2 and target != "embed.weight"
-        weights[target] = operators.pack(tensor) if packs else tensor
-    return weights
 
 
 @cache
