@@ -150,11 +150,12 @@ def check_tokenizer(options: BenchOptions):
 
 
 def worded(question: str, template: str | None) -> str:
-    """The question in the words of --prompt-template; what marks roles and pictures there is left
-    out, because the model's own frame has it. ToolkitError for a template without a place."""
+    """The question in the words of --prompt-template; what marks roles and pictures in either is
+    left out, because the model's own frame has it. ToolkitError for a template without a place."""
+    question = without_frame("--prompt", question)
     if template is None:
         return question
-    words = FRAME.sub("", template)
+    words = without_frame("--prompt-template", template)
     try:
         text = words.format(question)
         other = words.format(question + "?")
@@ -165,8 +166,14 @@ def worded(question: str, template: str | None) -> str:
             f"--prompt-template is {template!r}: it needs exactly one {{}} where the question goes, "
             "e.g. 'Question: {} Answer briefly.'"
         )
-    if words != template:
-        note(
-            "--prompt-template: its marks of roles and pictures are left out, the model's frame has them"
-        )
-    return text.strip()
+    return text
+
+
+def without_frame(name: str, text: str) -> str:
+    """The text of a flag without marks of roles and pictures, after a note; \\n, as a shell leaves
+    it, is a new line."""
+    lines = text.replace("\\n", "\n")
+    words = FRAME.sub("", lines)
+    if words != lines:
+        note(f"{name}: its marks of roles and pictures are left out, the model's frame has them")
+    return words.strip()

@@ -22,16 +22,17 @@ AT_LEAST_ONE = (
 HOST = re.compile(r"([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:\d{1,5})?")
 
 
-def host_flag():
+def host_flag(*aliases: str):
     return flag(
         "address to listen on; 0.0.0.0 for the whole network",
+        *aliases,
         default="127.0.0.1",
         metavar="ADDRESS",
     )
 
 
-def port_flag(default: int):
-    return flag("port to listen on", default=default, kind=int, metavar="N")
+def port_flag(default: int, *aliases: str):
+    return flag("port to listen on", *aliases, default=default, kind=int, metavar="N")
 
 
 def check_port(options, example: int):

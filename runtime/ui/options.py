@@ -30,8 +30,8 @@ class UiOptions:
         metavar="URL",
     )
     api_key: str | None = api_key_flag("the server's key")
-    host: str = host_flag()
-    port: int = port_flag(7860)
+    host: str = host_flag("--server-name")  # as the GLM-Edge guide's web_demo.py spells them
+    port: int = port_flag(7860, "--server-port")
     language: str | None = language_flag()
 
     def __post_init__(self):

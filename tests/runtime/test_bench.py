@@ -293,6 +293,7 @@ def test_perf_with_a_black_picture(tmp_path):
         "Answer in one word: {} Be brief.",
         "[gMASK]<sop><|user|>\nAnswer in one word: {} Be brief.<|assistant|>",
         "USER: <image>\nAnswer in one word: {} Be brief. ASSISTANT:",
+        r"[gMASK] <sop> <|user|> \n Answer in one word: {} Be brief. <|assistant|>",
     ],
 )
 def test_prompt_template(template, tmp_path, capsys):
@@ -300,6 +301,17 @@ def test_prompt_template(template, tmp_path, capsys):
     assert run(tmp_path, *argv, "--tokenizer", str(GOLDEN / "glm4"), family="glm4") == 0
     shown = capsys.readouterr().out
     assert "Answer in one word: {why} Be brief." in shown and shown.count("<|user|>") <= 1
+    assert "\\n" not in shown
+
+
+def test_a_prompt_with_the_guides_frame(tmp_path, capsys):
+    """As the newer vllm_utils guide types it: the picture has one place, and no \\n is shown."""
+    picture = str(GOLDEN / "llava" / "image_a.png")
+    prompt = r"\nUSER: <image>Describe the picture.\nASSISTANT:"
+    argv = ["--demo", "--image", picture, "--prompt", prompt, "--output-len", "2", "--vision"]
+    assert run(tmp_path, *argv, "torch", family="llava") == 0
+    shown = capsys.readouterr().out
+    assert "\nDescribe the picture. ASSISTANT:" in shown and shown.count("USER:") == 1
 
 
 @pytest.mark.parametrize(
