@@ -13,6 +13,7 @@ from models import family_of
 from models.checkpoint import Checkpoint
 from models.checkpoint.quantized import (
     FILE,
+    TENSORS,
     Description,
     find_description,
     halves_of,
@@ -39,6 +40,7 @@ LOADED_BY = {
     "C8": CONSUMERS,
 }
 SPARSE = ("W8A8S", "W8A8SC")
+SCALES = TENSORS.keys() - {"weight"}
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -160,22 +162,32 @@ def _name_findings(description: Description, checkpoint: Checkpoint) -> Iterator
         yield Finding(f"{len(names)} tensors are described but not stored, e.g. {min(names)}")
     if names := stored - described:
         yield Finding(f"{len(names)} tensors are stored but not described, e.g. {min(names)}")
+    layers = {name.rpartition(".")[0] for name in stored if name.rpartition(".")[2] in SCALES}
+    for layer in sorted(layers):
+        if f"{layer}.weight" not in stored:
+            yield Finding(f"{layer} has scales but no weight")
 
 
 def _table_findings(
     description: Description, checkpoint: Checkpoint, top: Path, size: int, rank: int
 ) -> Iterator[Finding]:
     """Do names and shapes fit the model that config.json describes?"""
+    compressed = size > 1 or "W8A8SC" in description.kinds.values()
     try:
         family = family_of(top)
         family = type(family)(checkpoint.directory, family.config)  # some know it by the names
-        if size > 1 or "W8A8SC" in description.kinds.values():
-            check_parts(family, description, checkpoint, Split(family.decoder, size, rank))
-        else:
-            checkpoint.check(stored_weights(family))
-    except ModelError as error:
+        table = [] if compressed else list(stored_weights(family))
+    except ModelError as error:  # perhaps a model that other engines know
         known = "does not fit" in str(error) or "do not fit" in str(error)
         yield Finding(str(error), CONSUMERS if known else ())
+        return
+    try:
+        if compressed:
+            check_parts(family, description, checkpoint, Split(family.decoder, size, rank))
+        else:
+            checkpoint.check(table)
+    except ModelError as error:
+        yield Finding(str(error))
 
 
 def _kind_findings(description: Description, dtype) -> Iterator[Finding]:
