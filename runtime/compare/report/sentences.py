@@ -105,10 +105,12 @@ def _passed_english(checks: list[dict]) -> str:
         limits.append(f"{check['limit']:g}")
         smallest.append(f"{ENGLISH.features[check['stage']]} {formats.cosine(check['value'])}")
     parts = []
+    gate = _gate(checks)
     if smallest:
         limits = " or ".join(dict.fromkeys(limits))
-        parts.append(f"no cosine is below {limits}; smallest: {', '.join(smallest)}")
-    if gate := _gate(checks):
+        judged = " of the vision features" if gate else ""  # the gate judges the logits
+        parts.append(f"no cosine{judged} is below {limits}; smallest: {', '.join(smallest)}")
+    if gate:
         parts.append("within the limits of python -m quant: KL {}, top-1 {}".format(*gate))
     sentence = f"PASSED: {'; '.join(parts)}"
     for check in checks:

@@ -20,6 +20,7 @@ from runtime.compare.comparison import compare
 from runtime.compare.layers import layerwise as layers
 from runtime.compare.limits import all_limits
 from runtime.compare.options import CompareOptions
+from runtime.compare.report import sentences
 from runtime.engine.options import EngineOptions
 from runtime.ops.cpu.ops import CpuOps
 
@@ -299,6 +300,18 @@ def test_rule_of_a_quantised_model(tmp_path):
     assert "scales of 12 int8 layers fit" in found["verdict"] and found["passed"]
     given = all_limits(0.95, [], True)
     assert given["decode"] == {"cosine_min": 0.95}
+
+
+def test_verdict_of_a_quantised_model_with_pictures():
+    """Its logits are not judged by their cosine, which is lower than that of the pictures."""
+    vision = {"stage": "vision", "measure": "cosine_min", "value": 0.99999, "limit": 0.9999}
+    decode = [
+        {"stage": "decode", "measure": "kl_mean", "value": 0.01, "limit": 0.05},
+        {"stage": "decode", "measure": "top1_agreement", "value": 0.95, "limit": 0.9},
+    ]
+    verdict = sentences.english(True, [vision, *decode])
+    assert verdict.startswith("PASSED: no cosine of the vision features is below 0.9999; smallest")
+    assert "within the limits of python -m quant" in verdict
 
 
 @pytest.mark.parametrize("family", ["visualglm", "glm_edge", "glm4"])
