@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 # msmodelslim's wheel has binaries for Python up to 3.12, imports transformers, and lists neither
-QUANT = ["msmodelslim==26.1.0; python_version < '3.13'", "transformers>=5"]
+QUANT = ["msmodelslim==26.1.0; python_version < '3.13'", "transformers>=4.57.1"]
 UI = ["gradio>=6.20,<7", "openai>=1"]
 RAY = ["ray[data]>=2.50,<3"]
 SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "pydantic>=2.7", "prometheus-client>=0.20"]
@@ -60,7 +60,7 @@ setup(
         "rich>=13",
     ],
     extras_require={
-        "transformers": ["transformers>=5"],
+        "transformers": ["transformers>=4.57.1"],
         "quant": QUANT,
         "serve": SERVE,
         "ui": UI,

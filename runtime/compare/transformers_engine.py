@@ -26,6 +26,8 @@ NATIVE = {
     "glm4": "AutoModelForCausalLM",
 }
 
+ROPE_OF_5 = "rope_parameters"  # rotary settings in config.json, as transformers 5 writes them
+
 
 class TransformersEngine:
     """The part of Engine's interface that a comparison needs; float32 on the CPU unless `dtype`
@@ -42,6 +44,7 @@ class TransformersEngine:
         self.options = EngineOptions(dtype=dtype)
         self.vision_seconds = 0.0
         self.checkpoint = Checkpoint(self.family.directory)
+        check_release(_transformers().__version__, self.family.config, model_dir)
         self.model = _load(NATIVE[kind], model_dir, getattr(torch, self.options.dtype))
 
     def prompt(self, messages: list[dict], language: str | None = None) -> Prompt:
@@ -91,11 +94,9 @@ class TransformersEngine:
         return logits[0, len(prompt.ids) - 1 :].float().numpy()
 
     def describe(self) -> list[str]:
-        import transformers
-
         model = type(self.model).__name__
         return [
-            f"model: {model} of transformers {transformers.__version__}, "
+            f"model: {model} of transformers {_transformers().__version__}, "
             f"{self.options.dtype} on cpu"
         ]
 
@@ -116,7 +117,19 @@ class TransformersEngine:
             return self.family.vision_encoder()
 
 
-def _load(cls: str, model_dir, dtype: torch.dtype):
+def check_release(release: str, config: dict, model_dir):
+    """ToolkitError where this release of transformers would compute other logits without a word:
+    those before 5 take no notice of `rope_parameters`."""
+    texts = (config, config.get("text_config") or {})
+    if int(release.split(".")[0]) < 5 and any(ROPE_OF_5 in text for text in texts):
+        raise ToolkitError(
+            f"transformers {release} does not read the {ROPE_OF_5} of {model_dir}/config.json and would "
+            "compute other logits; run: pip install 'transformers>=5'",
+            MISSING_COMPONENT,
+        )
+
+
+def _transformers():
     try:
         import transformers
     except ImportError:
@@ -124,6 +137,11 @@ def _load(cls: str, model_dir, dtype: torch.dtype):
             "--reference transformers needs the package; pip install 'ascend-vlm[transformers]'",
             MISSING_COMPONENT,
         ) from None
+    return transformers
+
+
+def _load(cls: str, model_dir, dtype: torch.dtype):
+    transformers = _transformers()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     make = getattr(transformers, cls).from_pretrained

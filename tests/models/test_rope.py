@@ -27,7 +27,7 @@ CASES = [
 
 @pytest.mark.parametrize("fields", CASES)
 def test_old_and_new_fields_are_read_as_by_transformers(fields):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", minversion="5")
     config = transformers.GlmConfig(hidden_size=64, num_attention_heads=4, head_dim=16, **fields)
     theirs = config.rope_parameters
     factor = theirs["partial_rotary_factor"]

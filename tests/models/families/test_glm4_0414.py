@@ -225,7 +225,7 @@ SIZES = {
 
 def random_checkpoint(directory, sizes):
     """A folder as transformers saves it, and the model in memory."""
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", minversion="5")
     config = {
         "hidden_size": 48,
         "intermediate_size": 80,

@@ -343,7 +343,7 @@ def randomise(model):
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=list(SIZES))
 def test_other_decoder_sizes_against_transformers(tmp_path, sizes):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", minversion="5")  # for rope_parameters
     original = random_glm(transformers, decoder_config(**sizes))
     original.save_pretrained(tmp_path, max_shard_size="40KB")
     engine = Engine(tmp_path, dtype="float32", ops="reference", block_size=16)
