@@ -25,7 +25,16 @@ pytestmark = pytest.mark.skipif(
 )
 
 SHAPES = sorted(file.stem for file in RELEASED.glob("*.json"))
-GOLDEN_LAYOUTS = ("visualglm", "glm4", "glm4/hf", "glm4v", "glm_edge", "glm_edge_v", "llava")
+GOLDEN_LAYOUTS = (
+    "visualglm",
+    "glm4",
+    "glm4/hf",
+    "glm4_0414",
+    "glm4v",
+    "glm_edge",
+    "glm_edge_v",
+    "llava",
+)
 SPARSE = ("--scheme", "w8a8s", "--fraction", "0.1", "--dtype", "float16")
 OPEN_GATE = ("--max-kl", "100", "--min-top1", "0")
 COMPUTED = ("inv_freq", "position_ids")  # tables that every engine computes itself
