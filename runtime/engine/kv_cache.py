@@ -78,6 +78,11 @@ class KVCache:
             found.append(self._block_of[key])
         return found
 
+    def forget(self, blocks: list[int]):
+        """Let `find` return none of `blocks` any more."""
+        for block in blocks:
+            self._forget(block)
+
     def share(self, blocks: list[int]):
         """One more sequence uses `blocks`, which `find` gave."""
         for block in blocks:

@@ -262,6 +262,8 @@ class Scheduler:
 
     def _retire_finished(self):
         for request in self.running:
+            if request.error:  # what it computed, or found, may be NaN
+                self._cache.forget(request.sequence.block_table)
             if request.finished:
                 self._release_blocks(request)
         self.running = [request for request in self.running if not request.finished]

@@ -278,6 +278,22 @@ def test_what_a_bad_request_left_in_the_cache_harms_nobody(engine_of):
             assert mine == pytest.approx(theirs, abs=1e-5)
 
 
+def test_what_a_bad_request_computed_is_not_found_again():
+    """An error that passes, of memory or of a device, ends the request that met it alone, and not
+    all that begin the same."""
+    engine = Engine(GOLDEN / "glm4", dtype="float32", max_model_len=64, max_num_batched_tokens=20)
+    ids = [*range(5, 50)]
+    good = engine.decoder.embedding[9].clone()
+    engine.decoder.embedding[9] = float("nan")
+    with pytest.raises(ToolkitError, match="NaN or Inf"):
+        engine.generate([engine.prompt_from_ids(ids)], SMALL)
+    engine.decoder.embedding[9] = good
+    [found] = engine.generate([engine.prompt_from_ids(ids)], SMALL)
+    assert found.metrics["cached_tokens"] == 0
+    [again] = engine.generate([engine.prompt_from_ids(ids)], SMALL)
+    assert again.metrics["cached_tokens"] == 32 and again.token_ids == found.token_ids
+
+
 @pytest.mark.parametrize(
     "name",
     [
