@@ -15,6 +15,7 @@ from models import family_of
 from models.errors import UserError
 from models.prompt.messages import content
 from models.prompt.picture_files import path_of
+from models.terminal import for_stdout
 from runtime.common.errors import INTERRUPTED, ToolkitError, run_command
 from runtime.common.flags import Parser, flag
 from runtime.common.progress import print_status
@@ -229,7 +230,7 @@ def typed_path(text: str) -> str:
 def print_answer(conversation: Conversation, question: str):
     """Stream the answer to stdout; then print its cost, and why it ended early, to stderr."""
     for piece in conversation.ask(question):
-        print(piece, end="", flush=True)
+        print(for_stdout(piece), end="", flush=True)
     print(flush=True)
     engine = conversation.engine
     result = engine.last_result

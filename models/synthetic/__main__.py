@@ -14,7 +14,7 @@ import sys
 
 from models import RELEASED
 from models.errors import ModelError
-from models.terminal import replace_unprintable
+from models.terminal import printable, replace_unprintable
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ModelError, OSError) as error:
         if options.debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 2
     print(
         f"{options.out} is a complete checkpoint; "

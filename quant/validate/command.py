@@ -6,6 +6,7 @@ Takes a folder, prints the findings, returns the exit code.
 import json
 from pathlib import Path
 
+from models.terminal import for_stdout
 from runtime.common.errors import CHECK_FAILED
 from runtime.common.files import check_again
 
@@ -29,7 +30,7 @@ def print_findings(folder: str, as_json: bool) -> int:
 
 def _print_text(findings: Findings, loads: dict[str, bool]):
     for finding in findings.found[:SHOWN]:
-        print(_as_line(finding))
+        print(for_stdout(_as_line(finding)))
     if len(findings.found) > SHOWN:
         print(f"and {len(findings.found) - SHOWN} more; --json lists them")
     for consumer, fits in loads.items():

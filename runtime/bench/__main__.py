@@ -11,6 +11,7 @@ from pathlib import Path
 
 from models import family_of
 from models.prompt.messages import content
+from models.terminal import for_stdout
 from runtime.common.errors import run_command
 from runtime.common.files import prepare
 from runtime.common.flags import Parser
@@ -65,7 +66,7 @@ def print_demo(engine, options: BenchOptions):
     prompt = engine.prompt([message], options.language)
     length = options.outputs[0] if len(options.outputs) == 1 else DEMO_TOKENS
     [result] = engine.generate([prompt], SamplingParams(max_tokens=length, temperature=0))
-    print(f"Prompt: {prompt.text}, Generated text: {result.text}")
+    print(for_stdout(f"Prompt: {prompt.text}, Generated text: {result.text}"))
     if options.pictures:
         print_status(f"picture process time: {result.metrics['vision_seconds']:.3f} s")
 

@@ -94,6 +94,7 @@ def write_plot(rows: list[dict], path: Path):
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcdefaults()  # it has read a matplotlibrc of the current folder
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))

@@ -10,7 +10,7 @@ import os
 import sys
 
 from models.errors import UserError
-from models.terminal import replace_unprintable
+from models.terminal import printable, replace_unprintable
 
 from . import broken_imports
 from .notes import notes_on_stderr
@@ -92,5 +92,5 @@ def _sentence(error: Exception) -> str:
 
 
 def _fail(message: str, exit_code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    print(printable(f"error: {message}"), file=sys.stderr)
     return exit_code

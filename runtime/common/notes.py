@@ -9,6 +9,8 @@ import logging
 import sys
 from contextlib import contextmanager
 
+from models.terminal import printable
+
 _logger = logging.getLogger("ascend_vlm")
 _logger.addHandler(logging.NullHandler())
 
@@ -19,7 +21,7 @@ def note(text: str):
 
 class _Printer(logging.Handler):
     def emit(self, record):
-        print(record.getMessage(), file=sys.stderr)
+        print(printable(record.getMessage()), file=sys.stderr)
 
 
 @contextmanager

@@ -7,10 +7,12 @@ terminal; stdout belongs to results.
 import sys
 from contextlib import contextmanager
 
+from models.terminal import printable
+
 
 def print_status(text: str):
     """Print to stderr at once."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 @contextmanager

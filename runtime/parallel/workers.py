@@ -15,6 +15,7 @@ from pathlib import Path
 
 from runtime.common.errors import CHECK_FAILED, MISSING_COMPONENT
 from runtime.common.processes import ROOT, module_command
+from runtime.common.progress import print_status
 
 FOLDER = "ASCEND_VLM_TEAM"  # names the private folder of rank 0 to a process that we started
 FOLLOWER = "runtime.engine.follower"  # module of a process that we start
@@ -93,11 +94,9 @@ class Watcher:
     def _end_all(self, code: int, stderr_text: str):
         """Says once why the rank ended, and ends this process, and so the others."""
         _ending.acquire()  # and never released: one message is enough
-        print(
+        print_status(
             f"error: process {self.rank} of {self.size} (tensor parallel) {_reason(code, stderr_text)}; all were "
-            "ended, run the same command again",
-            file=sys.stderr,
-            flush=True,
+            "ended, run the same command again"
         )
         if self.terminal:  # the prompt's line editing changed it
             termios.tcsetattr(sys.stdin, termios.TCSANOW, self.terminal)

@@ -11,6 +11,7 @@ from jinja2 import Environment
 
 from models import family_of
 from models.prompt.messages import content
+from models.terminal import for_stdout
 from runtime.common.errors import ToolkitError
 from runtime.common.files import prepare, write_atomically
 from runtime.common.notes import note
@@ -165,5 +166,5 @@ def write_report(report: Path, model: str, sides: list[str], rows: list[dict]):
         parting: Parting | None = row["parting"]
         outcome = row["error"] or (parting.describe(sides) if parting else "the same answer")
         same += not row["error"] and parting is None
-        print(f"[{number}/{len(rows)}] {outcome}")
+        print(for_stdout(f"[{number}/{len(rows)}] {outcome}"))
     print(f"{same} of {len(rows)} answers are the same; report: {report}")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from models import family_of
 from models.prompt.messages import content
+from models.terminal import for_stdout
 from runtime.common.progress import print_status
 from runtime.common.sample_questions import EXAMPLES
 from runtime.engine.command import check_images, open_engine
@@ -30,7 +31,7 @@ def show_examples(options, engine_options, sampling):
         title = FIRST if index == 0 else LATER
         encoding = f"picture process time: {result.metrics['vision_seconds']:.3f} s"
         print(f"{name}: {question.text}\n{title}: {seconds:.3f} s ({encoding})")
-        print(f"{result.text}\n", flush=True)
+        print(for_stdout(f"{result.text}\n"), flush=True)
 
 
 def example_images(folder: Path) -> list[tuple]:

@@ -23,6 +23,7 @@ MODELS = (
     "models.prompt",
     "models.checkpoint",
     "models.families",
+    "models.terminal",
 )
 RUNTIME = (
     "runtime.common",
@@ -50,7 +51,7 @@ ALLOWED = {
     "models.checkpoint": MODELS[1:11],
     "models.families": MODELS[1:12],
     "models": MODELS[1:9],
-    "models.synthetic": (*MODELS, "models.terminal"),
+    "models.synthetic": MODELS,
     "runtime.common": ("models.errors", "models.files", "models.terminal"),
     "runtime.ascend": ("runtime.common",),
     "runtime.parallel": ("runtime.common", *MODELS),

@@ -95,3 +95,24 @@ def test_standing_in_the_checkout_leaves_the_path_as_it_is(monkeypatch):
     monkeypatch.chdir(ROOT)
     console.leave_current_folder_out()
     assert sys.path == before
+
+
+PLOTS = """
+from pathlib import Path
+from runtime.bench.page import write_plot
+from runtime.compare.report.plots import draw_lines, svg
+assert "<svg" in svg(draw_lines, [[1e-3, 1e-2]])
+write_plot([], Path("plot.png"))
+"""
+
+
+def test_a_strangers_matplotlibrc_is_not_obeyed(tmp_path):
+    """matplotlib reads it from the current folder; text.usetex would start LaTeX."""
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nbackend: module://stranger\n")
+    (tmp_path / "stranger.py").write_text("open('ran', 'w')")
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", PLOTS], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "ran").exists()

@@ -63,7 +63,9 @@ def svg(draw: Callable, *what) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # matplotlib reads a matplotlibrc of the current folder
+        matplotlib.rcParams.update(STYLE)
         figure = FigureCanvasSVG(Figure(figsize=(4.6, 2.5))).figure
         axes = figure.add_axes((0.14, 0.17, 0.84, 0.78))  # a layout engine takes seconds
         draw(axes, *what)

@@ -17,6 +17,8 @@ from runtime.common.errors import CHECK_FAILED, ToolkitError
 from runtime.common.progress import byte_progress
 
 MATRICES = ("qkv.weight", "out.weight", "up.weight", "down.weight", "lm_head.weight")
+SCALES = ("input_scale", "weight_scale", "deq_scale")
+LARGEST_OFFSET = 128  # of int8
 BRANCH = {"qkv": "attention", "out": "attention", "up": "mlp", "down": "mlp"}
 
 
@@ -130,6 +132,26 @@ def check_finite(name: str, tensor: torch.Tensor):
         )
 
 
+def check_quantised(name: str, kind: str, tensor: torch.Tensor):
+    """ToolkitError for a tensor `kind` ("weight_scale", ...) of a quantised layer with values that
+    no quantisation gives: damage, of which the result would show nothing."""
+    if kind == "deq_scale":  # whose bits may be stored as a whole number
+        tensor = float_scale(tensor)
+    check_finite(name, tensor)
+    if kind in SCALES and not (tensor > 0).all():
+        raise ToolkitError(
+            f"{name} in the checkpoint has scales that are zero or negative, which no quantisation gives; "
+            "download its files again, or look at `python -m quant validate`",
+            CHECK_FAILED,
+        )
+    if kind == "input_offset" and not (tensor.abs() <= LARGEST_OFFSET).all():
+        raise ToolkitError(
+            f"{name} in the checkpoint is {tensor.float().max():g}, and a zero point lies from -128 to 127; "
+            "download its files again, or look at `python -m quant validate`",
+            CHECK_FAILED,
+        )
+
+
 def stored_bytes(checkpoint, rows: list[Weight]) -> int:
     """Bytes of the rows' sources; optional ones may be missing."""
     return sum(checkpoint.nbytes(row.source) for row in rows if row.source in checkpoint.shapes)
@@ -144,8 +166,7 @@ def _layers(tensors, rows, dtype):
     for name, tensor in tensors:
         target = targets[name]
         _, piece = read[target.module].setdefault(target.first_row, (target.kind, {}))
-        is_scale = target.tensor == "deq_scale"  # whose bits may be stored as a whole number
-        check_finite(sources[name], float_scale(tensor) if is_scale else tensor)
+        check_quantised(sources[name], target.tensor, tensor)
         piece[target.tensor] = tensor
         missing[target.module] -= 1
         if not missing[target.module]:

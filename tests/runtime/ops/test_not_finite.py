@@ -209,6 +209,30 @@ def test_a_quantised_folder_names_the_tensor(tmp_path):
         Engine(tmp_path / "model", max_model_len=64)
 
 
+@pytest.mark.parametrize(
+    "kind, value, words",
+    [
+        ("input_scale", 0.0, "scales that are zero or negative"),
+        ("input_scale", -1.0, "scales that are zero or negative"),
+        ("deq_scale", 0, "scales that are zero or negative"),
+        ("input_offset", 10_000.0, "a zero point lies from -128 to 127"),
+        ("input_offset", -129.0, "a zero point lies from -128 to 127"),
+    ],
+)
+def test_scales_that_no_quantisation_gives(kind, value, words, tmp_path):
+    """As a block of zeros leaves them: what is computed with them is finite, and wrong."""
+    shutil.copytree(GOLDEN / "msmodelslim/glm_f16_w8a8", tmp_path / "m")
+    [file] = (tmp_path / "m").glob("*.safetensors")
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith(kind))
+    tensors[name].view(-1)[0] = value
+    save_file(tensors, file, {"format": "pt"})
+    (tmp_path / "m" / "checksums.json").unlink(missing_ok=True)
+    with pytest.raises(ToolkitError, match=f"{name} in the checkpoint .*{words}") as caught:
+        Engine(tmp_path / "m", dtype="float32")
+    assert caught.value.exit_code == CHECK_FAILED
+
+
 def test_one_request_ends_and_the_others_go_on(tmp_path):
     """An embedding row with NaN: only who writes that token meets it."""
     name = "transformer.embedding.word_embeddings.weight"
