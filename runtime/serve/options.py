@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.common.flags import check_choices, check_folder, flag, require
-from runtime.common.shared_flags import language_flag, model_flag
+from runtime.common.shared_flags import language_flag, media_path, model_flag
 
 KEY = "ASCEND_VLM_API_KEY"
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -50,6 +50,10 @@ def api_key_flag(use: str):
 
 
 def given_api_key(options) -> str | None:
+    """ToolkitError for an empty --api-key, such as that of a shell's variable which is not set: the
+    user takes the server for guarded."""
+    fits = options.api_key is None or bool(options.api_key.strip())
+    require(options, "api_key", fits, "the key is empty; give one, or leave the flag out")
     return options.api_key or os.environ.get(KEY)
 
 
@@ -112,8 +116,7 @@ class ServeOptions:
     def __post_init__(self):
         check_choices(self)
         check_folder("model", self.model)
-        if self.allowed_local_media_path is not None:
-            check_folder("allowed_local_media_path", self.allowed_local_media_path)
+        media_path(self)
         self.allowed_media_domains = tuple(host.lower() for host in self.allowed_media_domains)
         require(
             self,
@@ -129,7 +132,9 @@ class ServeOptions:
             require(self, name, getattr(self, name) >= 1, "1 or more is needed")
         self.api_key = given_api_key(self)
         self.served_model_name = tuple(self.served_model_name)
-        self.allowed_origins = tuple(self.allowed_origins)
+        names_fit = all(name.strip() for name in self.served_model_name)
+        require(self, "served_model_name", names_fit, "give a name, e.g. glm")
+        self.allowed_origins = tuple(origin.lower() for origin in self.allowed_origins)
         require(
             self,
             "allowed_origins",

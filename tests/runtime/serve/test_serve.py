@@ -314,6 +314,17 @@ def test_the_picture_that_cannot_be_read_is_named(server):
     assert error["param"] == "image" and error["message"].startswith("image: the picture")
 
 
+def test_a_visualglm_continues_a_text(narrow):
+    """With the special ids that its tokenizer puts behind every text; they have no probabilities."""
+    body = {"prompt": "hello", "max_tokens": 3, "echo": True}
+    plain = narrow.post("/tokenize", {"prompt": "hello", "add_special_tokens": False}, headers=KEY)
+    got = narrow.post("/v1/completions", body, headers=KEY).json()
+    assert got["usage"]["prompt_tokens"] == plain.json()["count"] + 2
+    assert got["choices"][0]["text"].startswith("hello")
+    refused = narrow.post("/v1/completions", {**body, "logprobs": 1}, headers=KEY)
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "echo"
+
+
 def test_files_outside_the_folder(server):
     for url in (
         (server.folder / "out.png").as_uri(),
