@@ -51,15 +51,20 @@ def as_question(value):
     choices = value.get("choices_pretokenized", value.get("choices"))
     label = value.get("label")
     targets = value.get("targets_pretokenized")
-    if isinstance(label, int) and choices is None:
+    if label is not None and choices is None:
         choices = list(LETTERS)
-    if isinstance(choices, list) and choices:
+    if choices:
         question["choices"] = choices
     if isinstance(targets, list) and targets:
         question.setdefault("answer", targets[0])
-    elif isinstance(label, int) and isinstance(choices, list) and 0 <= label < len(choices):
+    elif is_place(label, choices):
         question.setdefault("answer", choices[label])
     return question
+
+
+def is_place(label, choices) -> bool:
+    """Whether the label is the number of a choice, from 0; True is none."""
+    return type(label) is int and isinstance(choices, list) and 0 <= label < len(choices)
 
 
 def with_plain_texts(question: dict) -> dict:
@@ -82,14 +87,20 @@ def picture_problem(question: dict, folder: Path, allowed: Path | None) -> Model
 def problem_of(question: dict) -> str | None:
     """What keeps a question from having a known answer."""
     known = question.get("answer")
-    if not isinstance(known, str):
-        return 'no "answer" text'
     choices = optional(question, "choices", [known])
-    if not are_texts(choices) or not all(choice.strip() for choice in choices):
+    if known is None and question.get("label") is not None and are_texts(choices):
+        return f'"label" is not the number of a choice, from 0 to {len(choices) - 1}'
+    if choices != [known] and not are_texts_to_choose(choices):
         return '"choices" is not a list of texts such as ["red", "blue"]'
+    if not isinstance(known, str) or not known.strip():
+        return 'no "answer" text'
     if known not in choices:
         return '"answer" is none of the choices'
     return None
+
+
+def are_texts_to_choose(choices) -> bool:
+    return are_texts(choices) and all(choice.strip() for choice in choices)
 
 
 def summary(path: str, questions: list[dict], reference: list[str], candidate: list[str]) -> dict:
@@ -113,5 +124,5 @@ def summary(path: str, questions: list[dict], reference: list[str], candidate: l
 def _share_right(questions: list[dict], answers: list[str]) -> float:
     right = 0
     for question, answer in zip(questions, answers):
-        right += answer == question["answer"].strip()
+        right += answer.strip() == question["answer"].strip()
     return right / len(questions)
