@@ -38,6 +38,12 @@ class ConvertOptions:
         default=None,
         metavar="SIZES",
     )
+    gears: str | None = flag(
+        "pictures of any size: compile for so many patches of 14 x 14 pixels, e.g. 256,1024,4096 (default: "
+        "chosen from the model's limits)",
+        default=None,
+        metavar="PATCHES",
+    )
     aipp: bool = flag(
         "take uint8 pictures and normalise them in the NPU's AIPP unit", default=False, kind=bool
     )
@@ -67,19 +73,32 @@ class ConvertOptions:
 
     def __post_init__(self):
         from convert.atc.option_rules import check_soc, parse_extra, parse_gears, precision_option
+        from convert.atc.patch_gears import parse_patch_gears
 
         check_folder("model", self.model)
         check_soc(self.soc_version)
         if self.precision_mode != "auto":
             precision_option(self.precision_mode)
-        self.gears = parse_gears(self.dynamic_batch) if self.dynamic_batch is not None else ()
+        self.batch_gears = ()
+        if self.dynamic_batch is not None:
+            self.batch_gears = parse_gears(self.dynamic_batch)
+        self.patch_gears = ()
+        if self.gears is not None:
+            self.patch_gears = parse_patch_gears(self.gears)
         self.extra = parse_extra(self.atc_arg)
 
     def om_request(self):
         """What to compile, as an OmRequest."""
         from convert.atc.command import OmRequest
 
-        return OmRequest(self.soc_version, self.precision_mode, self.aipp, self.gears, self.extra)
+        return OmRequest(
+            self.soc_version,
+            self.precision_mode,
+            self.aipp,
+            self.batch_gears,
+            self.extra,
+            self.patch_gears,
+        )
 
 
 def main(argv: list[str]) -> int:

@@ -289,13 +289,19 @@ def _manifest(source: Source, files: dict, errors: dict) -> Manifest:
         source.hash,
         source.family.name,
         OPSET,
-        input=_interface(spec.input_name, spec.input_shape),
+        input=_interfaces(spec.inputs),
         output=_interface(spec.output_name, spec.output_shape),
         files=files,
         errors=errors,
         status=ONNX_VERIFIED if errors else ONNX_UNVERIFIED,
         versions={package: version(package) for package in packages},
     )
+
+
+def _interfaces(shapes: dict[str, tuple]) -> dict | list[dict]:
+    """Of the one input, or of several in a list."""
+    described = [_interface(name, shape) for name, shape in shapes.items()]
+    return described[0] if len(described) == 1 else described
 
 
 def _interface(name: str, shape: tuple) -> dict:

@@ -28,6 +28,8 @@ FAMILIES = {
     "glm4v": "Glm4V",
     "llava": "Llava",
     "glm_edge": "GlmEdge",
+    "glm_ocr": "GlmOcr",
+    "glm41v": "Glm41V",
 }
 
 # (fields of config.json as regular expressions, name, reason) of models that look alike, but are
@@ -45,9 +47,9 @@ RELATIVES = (
         "use visualglm-6b, which also chats without a picture",
     ),
     (
-        {"model_type": "glm4v.*"},
-        "GLM-4.1V or later",
-        "another vision tower and three-part positions; use glm-4v-9b",
+        {"model_type": "glm4v_moe.*|glm46v_moe.*"},
+        "GLM-4.5V or GLM-4.6V (106B)",
+        "a mixture of experts; use GLM-4.6V-Flash",
     ),
     ({"model_type": "glm.*moe.*"}, "GLM-4.5 or later", "a mixture of experts; use glm-4-9b-chat"),
     ({"model_type": "qwen.*"}, "a Qwen model", "not of the GLM family"),

@@ -6,6 +6,14 @@ from .errors import ModelError
 from .side_fields import shown
 
 RELEASED = "take config.json from the release"
+# pictures of any size: pixels along a side of a patch, patches along a side of the block that becomes
+# one row of the sequence, equal frames that a picture counts as
+PATCH = 14
+MERGE = 2
+FRAMES = 2
+PATCHES = "patches"  # name of the free dimension N of an encoder's inputs
+BLOCKS = "blocks"  # of its output: N / MERGE^2
+PATCH_VALUES = 3 * FRAMES * PATCH**2  # of a patch, which is a row of the encoder's input
 LARGEST_GRID = 512  # patches along one side of a picture; released models have up to 80
 
 
@@ -83,6 +91,28 @@ class VisionSpec:
     @property
     def rows(self) -> int:
         return self.output_shape[1]
+
+    @property
+    def inputs(self) -> dict[str, tuple[int, ...]]:
+        return {self.input_name: self.input_shape}
+
+
+@dataclass(frozen=True)
+class PatchSpec:
+    """The interface of an exported encoder of pictures of any size: float32 inputs with a row per
+    patch, one output with a row per block of them. Free dimensions have names."""
+
+    widths: dict[str, int]  # columns of each input, in the order that the encoder takes them
+    hidden: int
+    output_name: str = "output"
+
+    @property
+    def inputs(self) -> dict[str, tuple[str, int]]:
+        return {name: (PATCHES, width) for name, width in self.widths.items()}
+
+    @property
+    def output_shape(self) -> tuple[str, int]:
+        return BLOCKS, self.hidden
 
 
 def head_size(hidden: int, heads: int) -> int:

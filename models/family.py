@@ -137,6 +137,10 @@ class Family:
         """How many characters at the end of an unfinished answer `clean` may still change."""
         return 0
 
+    def encoder_inputs(self, pictures: list) -> dict[str, np.ndarray]:
+        """The vision encoder's inputs for these pictures, each as `pixels` returns it."""
+        return {self.vision.input_name: np.concatenate(pictures)}
+
     def check_image_count(self, images: int):
         """ModelError if the family does not take so many images in one conversation."""
         if images > 1:

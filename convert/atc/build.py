@@ -25,7 +25,7 @@ from runtime.vision.artifact import (
     WEIGHTS,
     Manifest,
 )
-from runtime.vision.om_session import open_om
+from runtime.vision.choose import open_om
 
 from . import golden_features
 from .command import ATC_WORK, OmRequest, atc_command, weight_bytes
@@ -113,7 +113,7 @@ class OmBuild:
             print(f"compiled, not verified: {om} (its ONNX is not either: --no-verify)")
             return True
         try:
-            session = open_om(om, self.family.vision, DEVICE)
+            session = open_om(om, self.family, DEVICE)
         except ToolkitError as error:
             om = self._publish(om, mode, OM_COMPILED)
             print(
@@ -156,8 +156,8 @@ class OmBuild:
         dtype = "uint8" if self.request.aipp else "float16"
         return {
             "files": files,
-            "input": {"dtype": dtype, "shape": list(self.family.vision.input_shape)},
-            "gears": list(self.request.gears),
+            "input": {"dtype": dtype, **_shapes(self.family)},
+            "gears": list(self.request.gears_for(self.family)),
             "command": self._command(mode),
             "cann": self.installed.cann,
             "log": log_name(mode),
@@ -168,6 +168,12 @@ class OmBuild:
         if om.parent == self.artifact_dir:
             remove_om_record(self.artifact_dir)
         om.unlink()
+
+
+def _shapes(family: Family) -> dict:
+    """Of the one input, or {name: shape} of several."""
+    shapes = {name: list(shape) for name, shape in family.vision.inputs.items()}
+    return {"shape": next(iter(shapes.values()))} if len(shapes) == 1 else {"shapes": shapes}
 
 
 def log_name(mode: str) -> str:

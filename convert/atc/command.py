@@ -9,11 +9,13 @@ import json
 import shlex
 from dataclasses import dataclass, field
 
+from models.config import PatchSpec
 from models.family import Family
 from runtime.engine.loading.memory import vision_parameters
 from runtime.vision.artifact import ONNX
 
 from .option_rules import MIXED, check_options, precision_option
+from .patch_gears import default_gears, shape_options
 
 NAME = "vision"  # of the .om
 ATC_WORK = ".atc"
@@ -29,18 +31,26 @@ OM_PART_BYTES = 4 << 30  # limit of one part of an .om: weights above it go besi
 
 @dataclass(frozen=True)
 class OmRequest:
-    """What to compile. `gears`: batch sizes (none: one image); `extra`: the user's own options."""
+    """What to compile. `gears`: batch sizes (none: one image); `extra`: the user's own options;
+    `patch_gears`: sizes of pictures of any size (none: chosen from the family's limits)."""
 
     soc_version: str
     precision_mode: str = "auto"
     aipp: bool = False
     gears: tuple[int, ...] = ()
     extra: dict = field(default_factory=dict)
+    patch_gears: tuple[int, ...] = ()
 
     @property
     def modes(self) -> tuple[str, ...]:
         """Precision modes to try, in this order."""
         return LADDER if self.precision_mode == "auto" else (self.precision_mode,)
+
+    def gears_for(self, family: Family) -> tuple[int, ...]:
+        """Batch sizes, or patches of pictures of any size."""
+        if isinstance(family.vision, PatchSpec):
+            return self.patch_gears or default_gears(family)
+        return self.gears
 
     @property
     def graph(self) -> str:
@@ -72,10 +82,7 @@ def atc_options(request: OmRequest, family: Family, mode: str) -> dict[str, str]
         "framework": "5",
         "output": NAME,
         "soc_version": request.soc_version,
-        # with NHWC input only a label, and the one that existing OMs were built with
-        "input_format": "NCHW",
-        "input_shape": _input_shape(request, family),
-        **_input_options(request, family),
+        **input_options(request, family),
         "output_type": "FP16",
         name: value,
         "log": "error",
@@ -87,6 +94,18 @@ def atc_options(request: OmRequest, family: Family, mode: str) -> dict[str, str]
     return {**options, **request.extra}
 
 
+def input_options(request: OmRequest, family: Family) -> dict[str, str]:
+    """Format, shape, gears and type of the inputs."""
+    if isinstance(family.vision, PatchSpec):
+        return shape_options(family.vision, request.gears_for(family))
+    return {
+        # with NHWC input only a label, and the one that existing OMs were built with
+        "input_format": "NCHW",
+        "input_shape": _input_shape(request, family),
+        **_image_options(request, family),
+    }
+
+
 def _input_shape(request: OmRequest, family: Family) -> str:
     """Value of --input_shape, e.g. "input:1,224,224,3"; a batch of -1 stands for the gears."""
     batch, height, width, channels = family.vision.input_shape
@@ -96,7 +115,7 @@ def _input_shape(request: OmRequest, family: Family) -> str:
     return f"{family.vision.input_name}:{_joined((batch, *image))}"
 
 
-def _input_options(request: OmRequest, family: Family) -> dict[str, str]:
+def _image_options(request: OmRequest, family: Family) -> dict[str, str]:
     options = {}
     if request.gears:
         options["dynamic_batch_size"] = _joined(request.gears)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.verify.images import verification_images
+from convert.verify.images import verification_pictures
 from models import family_of
 from models.family import Family
 from models.files import native_path
@@ -31,7 +31,7 @@ def golden(family: Family, artifact_dir: Path) -> np.ndarray:
 
 
 def features(family: Family, graph: Path, aipp: Path | None = None) -> np.ndarray:
-    """float32 [images, rows, hidden]. `aipp`: the AIPP file to apply in front of `graph`, if any.
+    """float32 [rows of all images, hidden]. `aipp`: the AIPP file to apply in front of `graph`, if any.
 
     ToolkitError when ONNX Runtime cannot run the graph.
     """
@@ -53,23 +53,18 @@ def compute(model_dir: str, graph: str, aipp: str | None = None) -> np.ndarray:
     import onnxruntime
 
     family = family_of(model_dir)
-    pixels = verification_pixels(family)
+    pictures = list(verification_pictures(family).values())
     if aipp:
-        pixels = apply_aipp(Path(aipp).read_text(encoding="ascii"), pixels)
+        text = Path(aipp).read_text(encoding="ascii")
+        pictures = [apply_aipp(text, pixels) for pixels in pictures]
     with native_path(graph) as name:
         session = onnxruntime.InferenceSession(name, session_options(), ["CPUExecutionProvider"])
     if isinstance(session.get_inputs()[0].shape[0], int):
-        batches = np.split(pixels, len(pixels))
-    else:  # a free batch is tried with all images at once
-        batches = [pixels]
-    name = family.vision.input_name
-    return np.concatenate([session.run(None, {name: batch})[0] for batch in batches])
-
-
-def verification_pixels(family: Family) -> np.ndarray:
-    """float32 [images, S, S, 3], raw 0..255."""
-    images = verification_images().values()
-    return np.concatenate([family.pixels(image) for image in images])
+        groups = [[picture] for picture in pictures]
+    else:  # a free batch, or pictures of any size, are tried with all at once
+        groups = [pictures]
+    rows = [session.run(None, family.encoder_inputs(group))[0] for group in groups]
+    return np.concatenate(rows).reshape(-1, family.decoder.hidden)
 
 
 def main(argv: list[str]) -> int:

@@ -7,26 +7,25 @@ import time
 
 import numpy as np
 
+from convert.verify.images import verification_pictures
 from models.family import Family
 from runtime.common.errors import ToolkitError
 from runtime.vision.om_check import judge
 from runtime.vision.session import VisionSession
 
-from .golden_features import verification_pixels
-
 RUNS = 5  # timed, after one that is not
 
 
 def measure_om(family: Family, session: VisionSession, golden: np.ndarray, mode: str) -> dict:
-    """Record of the .om against the features `golden`, float32 [images, rows, hidden].
+    """Record of the .om against the features `golden`, float32 [rows of all images, hidden].
 
     {mode, passed, cosine (lowest of all rows), distance (relative), latency_ms (per image)};
     of an .om that gives NaN or Inf {mode, passed, error}.
     """
-    pixels = verification_pixels(family)
+    pictures = list(verification_pictures(family).values())
     try:
-        features = session.encode(pixels)
-        latency = float(np.median([_milliseconds(session, pixels[:1]) for _ in range(RUNS)]))
+        features = np.concatenate(session.encode_all(pictures))
+        latency = float(np.median([_milliseconds(session, pictures[:1]) for _ in range(RUNS)]))
     except ToolkitError as error:  # NaN or Inf
         print(f"verify OM {mode}: {error}: FAIL")
         return {"mode": mode, "passed": False, "error": str(error)}
@@ -44,7 +43,7 @@ def measure_om(family: Family, session: VisionSession, golden: np.ndarray, mode:
     }
 
 
-def _milliseconds(session: VisionSession, pixels: np.ndarray) -> float:
+def _milliseconds(session: VisionSession, pictures: list) -> float:
     start = time.perf_counter()
-    session.encode(pixels)
+    session.encode_all(pictures)
     return 1000 * (time.perf_counter() - start)

@@ -7,6 +7,7 @@ from models.family import Family
 
 from .aipp import normalization
 from .command import AIPP, ATC_WORK, SCRIPT, OmRequest, atc_command, check_modes
+from .patch_gears import check_gears
 from .run import InstalledAtc
 
 
@@ -15,6 +16,7 @@ def check_request(family: Family, request: OmRequest, installed: InstalledAtc | 
 
     Without an installed atc: for what every CANN version would refuse.
     """
+    check_gears(family, request.gears, request.patch_gears, request.aipp)
     check_modes(request, family, installed.cann if installed else None)
     if request.aipp:
         normalization(family)

@@ -28,10 +28,10 @@ class Body:
 def expand(model: ir.Model, folded: Folded, weights: dict[str, ir.Value]):
     """Replace every placeholder by a copy of its kind's nodes. `weights`: {name: graph input}.
 
-    Afterwards the graph's inputs are the pixels and the tower's weights.
+    Afterwards the graph's inputs are the tower's own and its weights.
     """
     graph = model.graph
-    pixels = graph.inputs[0]
+    own = graph.inputs[: folded.tower_inputs]
     bodies = _bodies(graph, folded)
     graph.outputs[:] = [graph.outputs[0]]
     placeholders = {node.op_type: node for node in graph if node.domain == PLACEHOLDER}
@@ -42,7 +42,7 @@ def expand(model: ir.Model, folded: Folded, weights: dict[str, ir.Value]):
     for body in bodies:
         traced += reversed(body.nodes)
     graph.remove(traced)
-    graph.inputs[:] = [pixels, *_tower_weights(weights)]
+    graph.inputs[:] = [*own, *_tower_weights(weights)]
     model.opset_imports.pop(PLACEHOLDER, None)
 
 
@@ -55,8 +55,8 @@ def _tower_weights(weights: dict[str, ir.Value]) -> Iterator[ir.Value]:
 
 
 def _bodies(graph: ir.Graph, folded: Folded) -> list[Body]:
-    """One per kind: their inputs follow the pixels, their outputs the tower's."""
-    rest = iter(graph.inputs[1:])
+    """One per kind: their inputs follow the tower's, their outputs the tower's."""
+    rest = iter(graph.inputs[folded.tower_inputs :])
     bodies = []
     for template_inputs, output in zip(folded.template_inputs, graph.outputs[1:]):
         inputs = list(islice(rest, len(template_inputs)))

@@ -59,27 +59,32 @@ class Placeholder(nn.Module):
 class Folded(nn.Module):
     """The tower with placeholders, and beside it `templates`: one block of each kind.
 
-    A forward pass applies every template to inputs of its own.
+    A forward pass takes the tower's inputs, then those of every template.
     """
 
-    def __init__(self, tower: nn.Module, calls: list[Call], templates: list[Call]):
+    def __init__(
+        self, tower: nn.Module, tower_inputs: int, calls: list[Call], templates: list[Call]
+    ):
         super().__init__()
+        self.tower_inputs = tower_inputs
         self.tower = tower
         self.calls = calls
         self.templates = nn.ModuleList(template.block for template in templates)
         self.template_inputs = [template.inputs for template in templates]
 
-    def forward(self, pixels, *inputs):
+    def forward(self, *inputs):
         rest = iter(inputs)
+        tower_inputs = list(islice(rest, self.tower_inputs))
         outputs = []
         for block, own in zip(self.templates, self.template_inputs):
             outputs.append(block(*islice(rest, len(own))))
-        return self.tower(pixels), *outputs
+        return self.tower(*tower_inputs), *outputs
 
 
-def fold(tower: nn.Module, pixels: torch.Tensor) -> Folded:
-    """Replace the repeated blocks of `tower` by placeholders named call0, call1, ..."""
-    calls = repeated_blocks(tower, pixels)
+def fold(tower: nn.Module, inputs: list[torch.Tensor]) -> Folded:
+    """Replace the repeated blocks of `tower`, which takes `inputs`, by placeholders named call0,
+    call1, ..."""
+    calls = repeated_blocks(tower, inputs)
     signatures = [call.signature() for call in calls]
     templates = {}
     for signature, call in zip(signatures, calls):
@@ -88,10 +93,10 @@ def fold(tower: nn.Module, pixels: torch.Tensor) -> Folded:
     for index, call in enumerate(calls):
         call.kind = kinds.index(signatures[index])
         tower.set_submodule(call.path, Placeholder(f"call{index}", call.output))
-    return Folded(tower, calls, list(templates.values()))
+    return Folded(tower, len(inputs), calls, list(templates.values()))
 
 
-def repeated_blocks(tower: nn.Module, pixels: torch.Tensor) -> list[Call]:
+def repeated_blocks(tower: nn.Module, inputs: list[torch.Tensor]) -> list[Call]:
     """Members of the tower's outermost ModuleLists that map tensors to one tensor, as called."""
     calls = []
     hooks = []
@@ -102,7 +107,7 @@ def repeated_blocks(tower: nn.Module, pixels: torch.Tensor) -> list[Call]:
                 calls.append(Call(path, module, inputs, output))
 
             hooks.append(block.register_forward_hook(record))
-    tower(pixels)
+    tower(*inputs)
     for hook in hooks:
         hook.remove()
     times = Counter(call.path for call in calls)

@@ -21,19 +21,20 @@ from onnxscript import optimizer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from models.config import VisionSpec
+from models.config import PatchSpec, VisionSpec
 from runtime.common.errors import CHECK_FAILED, ToolkitError
 
 from .expand import SCOPES, expand
 from .fold import Folded, fold
+from .free_patches import free_patches, traced_shape
 
 OPSET = 17
 TRACE_OPSET = 18  # the oldest that torch writes; see `_relabel`
 
 
-def trace(build: Callable[[], nn.Module], spec: VisionSpec) -> ir.Model:
-    """ONNX graph of the tower that `build()` makes: input and output as `spec` says, opset 17,
-    fp32, static shapes.
+def trace(build: Callable[[], nn.Module], spec: VisionSpec | PatchSpec) -> ir.Model:
+    """ONNX graph of the tower that `build()` makes: inputs and output as `spec` says, opset 17,
+    fp32, all dimensions fixed but the free ones of `spec`.
 
     The tower's parameters are graph inputs without data, named as in the module; the caller gives
     them values. Nodes are named after the module they come from. ToolkitError if an operator has no
@@ -41,23 +42,25 @@ def trace(build: Callable[[], nn.Module], spec: VisionSpec) -> ir.Model:
     """
     with torch.device("meta"), torch.no_grad():
         tower = build().eval().requires_grad_(False)
-        pixels = torch.empty(spec.input_shape)
-        folded = fold(tower, pixels)
-    model = _export(folded, pixels)
+        inputs = [torch.empty(traced_shape(shape)) for shape in spec.inputs.values()]
+        folded = fold(tower, inputs)
+    model = _export(folded, inputs)
     weights = _weights_to_inputs(model.graph)
-    _relabel(model)
     optimizer.optimize(model)
+    _relabel(model)
     expand(model, folded, weights)
     _name(model.graph, spec)
+    if isinstance(spec, PatchSpec):
+        free_patches(model.graph)
     return model
 
 
-def _export(folded: Folded, pixels: torch.Tensor) -> ir.Model:
-    """`folded` and `pixels` are on the meta device; the exporter sees fake CPU tensors."""
+def _export(folded: Folded, tower_inputs: list[torch.Tensor]) -> ir.Model:
+    """`folded` and its inputs are on the meta device; the exporter sees fake CPU tensors."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), _quiet():
-        inputs = [torch.empty(pixels.shape, dtype=pixels.dtype)]
-        for template_inputs in folded.template_inputs:
-            for tensor in template_inputs:  # one tensor, one input: no aliases
+        inputs = []
+        for tensors in (tower_inputs, *folded.template_inputs):
+            for tensor in tensors:  # one tensor, one input: no aliases
                 inputs.append(torch.empty(tensor.shape, dtype=tensor.dtype))
         return torch.onnx.export(
             folded.eval().to_empty(device="cpu"),
@@ -85,10 +88,13 @@ def _weights_to_inputs(graph: ir.Graph) -> dict[str, ir.Value]:
 
 
 def _relabel(model: ir.Model):
-    """Opset 18 -> 17 by number, if both define every operator in use identically."""
+    """Opset 18 -> 17 by number, if both define every operator in use identically; the axes of
+    ReduceMean are an attribute in 17."""
     changed = set()
     for node in model.graph:
-        if node.domain == "":
+        if node.op_type == "ReduceMean":
+            _axes_to_attribute(node)
+        elif node.domain == "":
             since = onnx.defs.get_schema(node.op_type, TRACE_OPSET).since_version
             if since > OPSET:
                 changed.add(node.op_type)
@@ -101,12 +107,20 @@ def _relabel(model: ir.Model):
     model.graph.opset_imports[""] = OPSET
 
 
-def _name(graph: ir.Graph, spec: VisionSpec):
+def _axes_to_attribute(node: ir.Node):
+    axes = ir.convenience.get_const_tensor(node.inputs[1])
+    node.attributes["axes"] = ir.AttrInt64s("axes", axes.numpy().tolist())
+    node.resize_inputs(1)
+    node.attributes.pop("noop_with_empty_axes", None)
+
+
+def _name(graph: ir.Graph, spec: VisionSpec | PatchSpec):
     """Name nodes "module path/operator", values after their node, input and output as `spec`."""
     _name_nodes(graph)
     for index, value in enumerate(list(graph.initializers.values())):
         value.name = f"constant_{index}"
-    graph.inputs[0].name = spec.input_name
+    for name, value in zip(spec.inputs, graph.inputs):
+        value.name = name
     graph.outputs[0].name = spec.output_name
     graph.name = "vision"
     graph.metadata_props.clear()

@@ -49,7 +49,8 @@ def write_onnx(model: ir.Model, family: Family, checkpoint: Checkpoint, onnx_dir
     ToolkitError if the family's table does not fill its tower exactly.
     """
     torch.set_num_threads(1)  # the other core hashes and writes
-    slots = {value.name: value for value in model.graph.inputs[1:]}
+    own = len(family.vision.inputs)
+    slots = {value.name: value for value in model.graph.inputs[own:]}
     weights = family.weights()
     with DataFile(onnx_dir / DATA) as data, byte_progress("exporting vision weights") as update:
         for target, tensor in checkpoint.assemble(weights, "vision.", torch.float32, update):
@@ -60,7 +61,7 @@ def write_onnx(model: ir.Model, family: Family, checkpoint: Checkpoint, onnx_dir
         raise ToolkitError(
             f"{family.name}'s weight table leaves {len(slots)} tower weights empty, e.g. {min(slots)}"
         )
-    register_weights(model.graph)
+    register_weights(model.graph, own)
     ir.save(model, onnx_dir / ONNX)
     return {
         ONNX: file_entry(onnx_dir / ONNX),
@@ -84,10 +85,10 @@ def _fill(slot: ir.Value | None, name: str, tensor: torch.Tensor, data: DataFile
     slot.const_value = data.write(name, tensor)
 
 
-def register_weights(graph: ir.Graph):
-    """Turn the weights from graph inputs into initializers."""
-    pixels, *weights = graph.inputs
-    graph.inputs[:] = [pixels]
+def register_weights(graph: ir.Graph, own: int):
+    """Turn the weights, which stand behind the tower's `own` inputs, into initializers."""
+    weights = graph.inputs[own:]
+    graph.inputs[:] = graph.inputs[:own]
     for value in weights:
         graph.register_initializer(value)
 

@@ -16,6 +16,16 @@ from .modules import compare_towers, record_modules
 from .om_dump import compare_dump
 
 
+def save_input(inputs: dict[str, np.ndarray], path: Path):
+    """The encoder's input as .npy; several as .npz, under their names."""
+    suffix = ".npy" if len(inputs) == 1 else ".npz"
+    with new_file(path if path.suffix == suffix else Path(f"{path}{suffix}")) as stream:
+        if len(inputs) == 1:
+            np.save(stream, *inputs.values())
+        else:
+            np.savez(stream, **inputs)
+
+
 def compare_nodes(options) -> list[NodeComparison]:
     """In the order of computation. `options`: NodesOptions of `__main__`.
 
@@ -26,16 +36,16 @@ def compare_nodes(options) -> list[NodeComparison]:
         raise ToolkitError(
             f"{family.name} is a text model; python -m runtime.compare compares its layers"
         )
-    pixels = family.pixels(options.image or verification_images()["scene"])
+    picture = family.pixels(options.image or verification_images()["scene"])
+    inputs = family.encoder_inputs([picture])
     if options.save_input:
         path = Path(options.save_input)
-        with new_file(path if path.suffix == ".npy" else Path(f"{path}.npy")) as stream:
-            np.save(stream, pixels)
+        save_input(inputs, path)
     if options.dump:
-        return compare_dump(Path(options.artifact), Path(options.dump), pixels)
+        return compare_dump(Path(options.artifact), Path(options.dump), inputs)
     with tempfile.TemporaryDirectory(prefix="ascend-vlm-") as temporary:
         work_dir = Path(temporary)
-        shapes = record_modules(family, pixels, work_dir)
+        shapes = record_modules(family, inputs, work_dir)
         if options.candidate:
-            return compare_towers(family_of(options.candidate), pixels, work_dir, shapes)
-        return compare_graph(family, Path(options.artifact), pixels, work_dir, shapes)
+            return compare_towers(family_of(options.candidate), inputs, work_dir, shapes)
+        return compare_graph(family, Path(options.artifact), inputs, work_dir, shapes)

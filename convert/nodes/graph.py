@@ -14,13 +14,14 @@ from runtime.common.progress import step_progress
 
 from .comparison import NodeComparison, measure
 
+FREE = 0  # what ONNX gives as the size of a dimension that has a name
 PIECE_BYTES = 64 << 20  # of weights in memory at a time
 
 
 def compare_graph(
     family: Family,
     artifact_dir: Path,
-    pixels: np.ndarray,
+    inputs: dict[str, np.ndarray],
     work_dir: Path,
     shapes: dict[str, tuple],
 ) -> list[NodeComparison]:
@@ -37,7 +38,7 @@ def compare_graph(
         )
     by_output = {node.output: node for node in nodes}
     with step_progress("ONNX", graph.steps) as graph.advance:
-        for name, value in graph.values(pixels, list(by_output)):
+        for name, value in graph.values(inputs, list(by_output)):
             node = by_output[name]
             node.measures = measure(np.load(work_dir / f"{node.golden}.npy"), value)
     return nodes
@@ -59,7 +60,8 @@ def ends_of_modules(graph: onnx.GraphProto, shapes: dict[str, tuple]) -> list[No
     ends = []
     for path, node in last.items():
         node.shape = known.get(node.output, ())
-        if node.golden == path and node.shape == shapes[path]:
+        if node.golden == path and _fits(node.shape, shapes[path]):
+            node.shape = shapes[path]
             ends.append(node)
     return sorted(ends, key=lambda node: node.index)
 
@@ -78,7 +80,15 @@ def _path_and_parents(path: str) -> list[str]:
     return [".".join(parts[: depth + 1]) for depth in range(len(parts))]
 
 
+def _fits(declared: tuple, found: tuple) -> bool:
+    """Whether a value of the shape `found` may be that of a node; FREE dimensions take any size."""
+    if len(declared) != len(found):
+        return False
+    return all(size in (FREE, actual) for size, actual in zip(declared, found))
+
+
 def _static_shapes(graph: onnx.GraphProto) -> dict[str, tuple]:
+    """{value: shape}, FREE where a dimension is."""
     shapes = {}
     for value in (*graph.value_info, *graph.output):
         dims = value.type.tensor_type.shape.dim

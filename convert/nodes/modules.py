@@ -1,4 +1,4 @@
-"""A tower's modules. Takes a family and pixels, records the result of every module in a file, or
+"""A tower's modules. Takes a family and the encoder's inputs, records the result of every module in a file, or
 compares another checkpoint's modules with the recorded ones.
 """
 
@@ -19,7 +19,9 @@ from .comparison import NodeComparison, measure
 
 
 def run_modules(
-    family: Family, pixels: np.ndarray, on_result: Callable[[str, nn.Module, np.ndarray], None]
+    family: Family,
+    inputs: dict[str, np.ndarray],
+    on_result: Callable[[str, nn.Module, np.ndarray], None],
 ):
     """Run the tower in torch; on_result(path, module, array) is called when a module is done."""
     streamed = StreamedTower(family, Checkpoint(family.directory))
@@ -31,10 +33,12 @@ def run_modules(
 
             module.register_forward_hook(hook)
     with step_progress(f"torch: {family.directory}", streamed.steps) as streamed.advance:
-        streamed.run(pixels)
+        streamed.run(inputs)
 
 
-def record_modules(family: Family, pixels: np.ndarray, work_dir: Path) -> dict[str, tuple]:
+def record_modules(
+    family: Family, inputs: dict[str, np.ndarray], work_dir: Path
+) -> dict[str, tuple]:
     """Write every module's result to `work_dir`/PATH.npy.
 
     Returns {path: shape} of the modules that are called once.
@@ -47,12 +51,12 @@ def record_modules(family: Family, pixels: np.ndarray, work_dir: Path) -> dict[s
         shapes[path] = output.shape
         np.save(work_dir / f"{path}.npy", output)
 
-    run_modules(family, pixels, save)
+    run_modules(family, inputs, save)
     return {path: shape for path, shape in shapes.items() if calls[path] == 1}
 
 
 def compare_towers(
-    family: Family, pixels: np.ndarray, work_dir: Path, shapes: dict[str, tuple]
+    family: Family, inputs: dict[str, np.ndarray], work_dir: Path, shapes: dict[str, tuple]
 ) -> list[NodeComparison]:
     """Another checkpoint's modules against the recorded ones of equal path and shape.
 
@@ -74,7 +78,7 @@ def compare_towers(
             )
             nodes.append(node)
 
-    run_modules(family, pixels, compare)
+    run_modules(family, inputs, compare)
     if not nodes:
         raise ToolkitError(
             f"{family.directory} has no module in common with the reference; give two checkpoints of one model",

@@ -21,7 +21,9 @@ MISSING = "no such operator in the dump (fused, or folded by ATC)"
 OWN = "operator of the .om alone"
 
 
-def compare_dump(artifact_dir: Path, dump_dir: Path, pixels: np.ndarray) -> list[NodeComparison]:
+def compare_dump(
+    artifact_dir: Path, dump_dir: Path, inputs: dict[str, np.ndarray]
+) -> list[NodeComparison]:
     """The .om's own operators, then all nodes in the order of the graph, the output last.
 
     ToolkitError when nothing can be compared.
@@ -38,7 +40,7 @@ def compare_dump(artifact_dir: Path, dump_dir: Path, pixels: np.ndarray) -> list
             CHECK_FAILED,
         )
     with step_progress("ONNX", graph.steps) as graph.advance:
-        for name, value in graph.values(pixels, list(by_output)):
+        for name, value in graph.values(inputs, list(by_output)):
             _compare(by_output[name], pairs[name].path, value)
     if not any(node.measures for node in nodes):
         reason = next(iter(by_output.values())).reason

@@ -1,9 +1,15 @@
-"""The images on which a graph is verified. Takes a size, returns the same images everywhere."""
+"""The images on which a graph is verified. Takes a size or a family, returns the same images
+everywhere."""
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from models.config import PATCH, PatchSpec
+from models.family import Family
+
 SHAPES = 12
+SMALL = 224  # pixels along a side
+SMALL_PATCHES = (SMALL // PATCH) ** 2
 
 
 def verification_images(size: int = 448) -> dict[str, Image.Image]:
@@ -18,6 +24,18 @@ def verification_images(size: int = 448) -> dict[str, Image.Image]:
         "scene": Image.fromarray(np.clip(soft + texture, 0, 255).astype(np.uint8)),
         "noise": Image.fromarray(noise),
     }
+
+
+def verification_pictures(family: Family) -> dict:
+    """The images as `family.pixels` makes them; where they may have any size, one is a small square
+    and one is taller than wide, so that every .om has a gear for them."""
+    images = verification_images()
+    if isinstance(family.vision, PatchSpec):
+        images = {
+            "scene": images["scene"].resize((SMALL, SMALL)),
+            "noise": images["noise"].crop((0, 0, SMALL // 2, SMALL)),
+        }
+    return {name: family.pixels(image) for name, image in images.items()}
 
 
 def _gradients(size: int) -> np.ndarray:

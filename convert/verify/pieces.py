@@ -13,7 +13,6 @@ FLOAT_BYTES = 4
 PIECE_BYTES = 128 << 20  # of weights; a piece may have up to twice as many
 SCORE_BYTES = 256 << 20  # of attention scores
 ACTIVATIONS = 4  # values of the largest size at a time; measured: 3, and a library's own memory
-ALIVE = 2  # values that may cross a cut: a tower's and a Q-Former's residual stream
 
 
 @dataclass
@@ -64,13 +63,15 @@ class _Attention:
 def cut(graph: onnx.GraphProto, limit: int) -> list[Piece]:
     """Pieces of about `limit` bytes of weights each, in an order in which they can be computed.
 
-    A cut lies where at most ALIVE float values cross it, and around every large attention.
+    A cut lies where few float values cross it (as many as the graph has inputs, and one more), and
+    around every large attention.
     """
     sizes = weight_sizes(graph)
     large = {attention.nodes[0].output[0]: attention for attention in _large_attentions(graph)}
     nodes = _scores_last(graph, large)
     last_use = _last_uses(nodes)
-    alive = {graph.input[0].name}
+    alive = {value.name for value in graph.input}
+    most_alive = len(alive) + 1  # a Q-Former's residual stream beside a tower's; or the geometry
     pieces = []
     piece = Piece([], sorted(alive), [])
     held = 0
@@ -86,7 +87,7 @@ def cut(graph: onnx.GraphProto, limit: int) -> list[Piece]:
         held += sum(sizes.get(name, 0) for name in node.input)
         alive = _still_used(alive.union(node.output), last_use, index)
         left -= 1
-        if left == 0 or (left < 0 and held >= limit and 0 < len(alive) <= ALIVE):
+        if left == 0 or (left < 0 and held >= limit and 0 < len(alive) <= most_alive):
             piece = _next_piece(pieces, piece, alive)
             held = 0
     piece.outputs = [graph.output[0].name]

@@ -14,7 +14,7 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto, numpy_helper
 
-from models.config import VisionSpec
+from models.config import PatchSpec, VisionSpec
 from models.files import native_path
 
 MAX_RANK = 6  # ATC allows 8; transposes above 6 dimensions leave the fast kernels
@@ -34,7 +34,9 @@ class Finding:
         return f"{self.where}: {self.what}"
 
 
-def preflight(path: Path, spec: VisionSpec, opset: int) -> tuple[list[Finding], Counter]:
+def preflight(
+    path: Path, spec: VisionSpec | PatchSpec, opset: int
+) -> tuple[list[Finding], Counter]:
     """Findings in the ONNX file (none = fit for ATC), and the number of nodes per operator.
 
     The weights are not read, only the place and size that the file gives for them.
@@ -45,7 +47,7 @@ def preflight(path: Path, spec: VisionSpec, opset: int) -> tuple[list[Finding], 
         *_opset_findings(model, opset),
         *_operator_findings(model.graph, opset),
         *interface_findings(model.graph, spec),
-        *_value_findings(typed),
+        *_value_findings(typed, free_dimensions(spec)),
         *_constant_findings(model.graph),
         *_data_file_findings(model.graph, path),
         *_subgraph_findings(model.graph),
@@ -96,14 +98,14 @@ def _covers(spans: str, opset: int) -> bool:
     return False
 
 
-def interface_findings(graph: onnx.GraphProto, spec: VisionSpec) -> Iterator[Finding]:
-    """Findings about names, shapes and dtypes of the graph's input and output."""
-    for kind, values, name, shape in (
-        ("input", graph.input, spec.input_name, spec.input_shape),
-        ("output", graph.output, spec.output_name, spec.output_shape),
+def interface_findings(graph: onnx.GraphProto, spec: VisionSpec | PatchSpec) -> Iterator[Finding]:
+    """Findings about names, shapes and dtypes of the graph's inputs and output."""
+    for kind, values, shapes in (
+        ("input", graph.input, spec.inputs),
+        ("output", graph.output, {spec.output_name: spec.output_shape}),
     ):
         found = ", ".join(map(_described, values)) or "nothing"
-        expected = f"{name} float{list(shape)}"
+        expected = ", ".join(f"{name} float{list(shape)}" for name, shape in shapes.items())
         if found != expected:
             yield Finding(f"graph {kind}", f"is {found}, expected {expected}")
 
@@ -113,22 +115,28 @@ def _described(value: onnx.ValueInfoProto) -> str:
     return f"{value.name} {_dtype_name(value)}{list(_shape(value))}"
 
 
-def _value_findings(graph: onnx.GraphProto) -> Iterator[Finding]:
-    """Findings about shape and dtype of what every node writes."""
+def free_dimensions(spec: VisionSpec | PatchSpec) -> set[str]:
+    """Names of the dimensions that may be free."""
+    shapes = (*spec.inputs.values(), spec.output_shape)
+    return {size for shape in shapes for size in shape if isinstance(size, str)}
+
+
+def _value_findings(graph: onnx.GraphProto, free: set[str]) -> Iterator[Finding]:
+    """Findings about shape and dtype of what every node writes; dimensions named in `free` may be."""
     known = {value.name: value for value in (*graph.value_info, *graph.output)}
     for node in graph.node:
         for name in node.output:
             if name in known:
-                problems = _value_problems(node.op_type, known[name])
+                problems = _value_problems(node.op_type, known[name], free)
             else:
                 problems = ["its output shape cannot be inferred; ATC needs static shapes"]
             for problem in problems:
                 yield Finding(node.name, problem)
 
 
-def _value_problems(operator: str, value: onnx.ValueInfoProto) -> Iterator[str]:
+def _value_problems(operator: str, value: onnx.ValueInfoProto, free: set[str]) -> Iterator[str]:
     shape = _shape(value)
-    if not all(map(_is_fixed, shape)):
+    if not all(size in free or _is_fixed(size) for size in shape):
         yield (
             f"{operator} writes the shape {list(shape)}; all dimensions must be fixed and above 0"
         )

@@ -36,19 +36,21 @@ class StreamedGraph:
         self.pieces = cut(self.model.graph, limit)
         self.steps = len(self.pieces)
 
-    def run(self, pixels: list[np.ndarray]) -> list[np.ndarray]:
-        """Features of every image; a piece is loaded once for all of them."""
+    def run(self, inputs: list[dict[str, np.ndarray]]) -> list[np.ndarray]:
+        """Features for each {name: array} of the graph's inputs; a piece is loaded once for all."""
         graph = self.model.graph
-        states = [{graph.input[0].name: array} for array in pixels]
+        states = [dict(arrays) for arrays in inputs]
         for piece in self.pieces:
             states = self._run(piece, states)
             self.advance()
         return [state[graph.output[0].name] for state in states]
 
-    def values(self, pixels: np.ndarray, names: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+    def values(
+        self, inputs: dict[str, np.ndarray], names: list[str]
+    ) -> Iterator[tuple[str, np.ndarray]]:
         """Yields (name, value) of these values inside the graph, piece by piece."""
         wanted = set(names)
-        state = {self.model.graph.input[0].name: pixels}
+        state = dict(inputs)
         for piece in self.pieces:
             inner = wanted.intersection(piece.computed()).difference(piece.outputs)
             outputs = [*piece.outputs, *sorted(inner)]

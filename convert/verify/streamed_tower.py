@@ -41,10 +41,10 @@ class StreamedTower:
             if isinstance(module, Attention):
                 module.mix = _in_slices(module.mix)
 
-    def run(self, pixels: np.ndarray) -> np.ndarray:
-        """float32 [1, ...] as the family's VisionSpec says -> float32 [1, rows, hidden]."""
+    def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        """The encoder's inputs, float32 as the family's VisionSpec or PatchSpec says -> features."""
         with torch.inference_mode():
-            return self.tower(torch.from_numpy(pixels)).numpy()
+            return self.tower(*map(torch.from_numpy, inputs.values())).numpy()
 
     def _stream(self, part: nn.Module, prefix: str):
         def unload(*_):

@@ -19,7 +19,7 @@ from runtime.common.progress import step_progress
 from runtime.vision.artifact import ONNX
 
 from .comparison import Comparison, compare
-from .images import verification_images
+from .images import verification_pictures
 from .pieces import memory_needed
 from .preflight import interface_findings
 from .streamed_graph import StreamedGraph
@@ -55,10 +55,10 @@ def measure(model_dir: str | Path, onnx_dir: str | Path) -> dict[str, Comparison
     graph = StreamedGraph(Path(onnx_dir))
     for finding in interface_findings(graph.model.graph, family.vision):
         raise ToolkitError(str(finding), CHECK_FAILED)
-    images = verification_images()
-    pixels = list(map(family.pixels, images.values()))
-    with step_progress("verifying: torch", len(pixels) * tower.steps) as tower.advance:
-        references = [tower.run(array) for array in pixels]
+    pictures = verification_pictures(family)
+    inputs = [family.encoder_inputs([picture]) for picture in pictures.values()]
+    with step_progress("verifying: torch", len(inputs) * tower.steps) as tower.advance:
+        references = list(map(tower.run, inputs))
     with step_progress("verifying: ONNX Runtime", graph.steps) as graph.advance:
-        candidates = graph.run(pixels)
-    return dict(zip(images, map(compare, references, candidates)))
+        candidates = graph.run(inputs)
+    return dict(zip(pictures, map(compare, references, candidates)))

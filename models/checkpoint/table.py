@@ -179,7 +179,7 @@ def dense(source: str, outputs: int, inputs: int, target: str, bias: bool = True
         yield Weight(source + ".bias", (outputs,), (Part(target + ".bias"),))
 
 
-def fused_dense(source: str, outputs: int, inputs: int, target: str, names: str):
+def fused_dense(source: str, outputs: int, inputs: int, target: str, names: str, bias: bool = True):
     """Table rows of a tower's fused projection, split into one linear layer per name.
 
     names: one letter per layer, in the order of the row blocks of `outputs` rows each; a layer's
@@ -195,4 +195,5 @@ def fused_dense(source: str, outputs: int, inputs: int, target: str, names: str)
 
     total = outputs * len(names)
     yield Weight(source + ".weight", (total, inputs), parts(".weight", transposed))
-    yield Weight(source + ".bias", (total,), parts(".bias"))
+    if bias:
+        yield Weight(source + ".bias", (total,), parts(".bias"))

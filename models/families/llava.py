@@ -235,7 +235,7 @@ class Llava(TemplatedFamily):
         """One mark, which `_expand` repeats, in a line of its own as in the release's template."""
         return self.placeholder[0] + "\n"
 
-    def _expand(self, ids):
+    def _expand(self, ids, pixels):
         times = np.where(ids == self.placeholder[1], self.vision.rows, 1)
         return np.repeat(ids, times)
 

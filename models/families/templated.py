@@ -46,12 +46,11 @@ class TemplatedFamily(Family):
         self._check_images(len(images))
         template = self.template(bool(tools))
         shown = turns if template.takes_parts else with_plain_text(turns, self.image_mark())
-        rows = self.vision.rows if self.vision else 0
-        text = template.render(shown, tools, rows=rows)
+        text = template.render(shown, tools, rows=self.rows_of_image())
         self._check_system_shown(turns, text)
         ids = np.array(self.tokenizer.encode(text), dtype=np.int64)
         pixels = [self.pixels(image) for image in images]
-        return self._prompt(self._expand(ids), pixels, None, text)
+        return self._prompt(self._expand(ids, pixels), pixels, None, text)
 
     def prompt_from_ids(self, ids, pixels=None, image_starts=None) -> Prompt:
         """Token ids as the original implementation feeds its model -> Prompt.
@@ -79,9 +78,13 @@ class TemplatedFamily(Family):
         """Path, bytes or PIL image -> float32 [1, side, side, 3], fitted as the release does it."""
         raise NotImplementedError
 
+    def rows_of_image(self) -> int:
+        """Rows of every image; 0 without images."""
+        return self.vision.rows if self.vision else 0
+
     def image_mark(self) -> str:
         """What stands for an image in a template whose content is a string: its placeholders."""
-        return self.placeholder[0] * self.vision.rows if self.vision else ""
+        return self.placeholder[0] * self.rows_of_image() if self.vision else ""
 
     def template(self, tools: bool = False) -> ChatTemplate:
         return directory_template(self.directory, tools) or ChatTemplate(self.default_template)
@@ -118,8 +121,8 @@ class TemplatedFamily(Family):
                     "put the instruction into the first question"
                 )
 
-    def _expand(self, ids: np.ndarray) -> np.ndarray:
-        """Ids of the rendered text -> ids with a placeholder for every image row."""
+    def _expand(self, ids: np.ndarray, pixels: list) -> np.ndarray:
+        """Ids of the rendered text -> ids with a placeholder for every row of these images."""
         return ids
 
     def _prompt(self, ids, pixels, image_starts=None, text="") -> Prompt:

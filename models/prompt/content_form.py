@@ -23,13 +23,26 @@ def reads_parts(tree) -> bool:
 
 
 def _names_of_content(tree) -> set[str]:
-    """Variables that a message's content is assigned to."""
+    """Variables that a message's content is assigned to, and parameters of macros it is given to."""
     names = set()
     for assignment in tree.find_all(nodes.Assign):
         target = assignment.target
         if isinstance(target, nodes.Name) and _is_content(assignment.node, names):
             names.add(target.name)
-    return names
+    return names | _parameters_of_content(tree, names)
+
+
+def _parameters_of_content(tree, names: set[str]) -> set[str]:
+    macros = {macro.name: macro for macro in tree.find_all(nodes.Macro)}
+    found = set()
+    for call in tree.find_all(nodes.Call):
+        macro = macros.get(getattr(call.node, "name", None))
+        if macro is None:
+            continue
+        for parameter, argument in zip(macro.args, call.args):
+            if _is_content(argument, names):
+                found.add(parameter.name)
+    return found
 
 
 def _is_content(node, names: set[str]) -> bool:

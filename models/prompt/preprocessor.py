@@ -8,10 +8,12 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from models.config import FRAMES, MERGE, PATCH
 from models.errors import ModelError
 from models.side_files import is_there, read_as_stored
 
 from .images import CLIP_MEAN, CLIP_STD
+from .patches import PatchRules
 
 FILE = "preprocessor_config.json"
 NESTED = "processor_config.json"  # transformers 5 writes the settings there, under NESTED_KEY
@@ -24,6 +26,8 @@ LONGEST_VALUE = 80  # characters of a value in a message
 # change pixels, although their names do not begin with do_
 OTHER_FIELDS = ("crop_pct", "offset", "pad_size", "size_divisor", "use_square_size")
 SQUARES = ("crop_size", "pad_size")
+PATCHED = ("Glm46VImageProcessor", "Glm4vImageProcessor")
+PIXELS = {"shortest_edge": 112 * 112, "longest_edge": 28 * 28 * 15000}  # of two frames
 # what transformers' processors do where the file does not say
 RGB = {
     "do_resize": True,
@@ -41,7 +45,14 @@ CLIP = RGB | {
     "crop_size": {"height": 224, "width": 224},
     "do_pad": False,
 }
+PATCHES = RGB | {
+    "resample": BICUBIC,
+    "patch_size": PATCH,
+    "merge_size": MERGE,
+    "temporal_patch_size": FRAMES,
+}
 PROCESSORS = {
+    **dict.fromkeys(PATCHED, PATCHES),
     "CLIPImageProcessor": CLIP,
     "LlavaImageProcessor": CLIP,
     "BlipImageProcessor": RGB
@@ -130,6 +141,23 @@ def check_preprocessor(directory: Path, name: str, wanted: Preprocessing):
 def pads_to_square(directory: Path) -> bool:
     """Whether the image is padded to a square with the mean colour first (LlavaImageProcessor)."""
     return _given(directory)[1].get("do_pad") is True
+
+
+def patch_rules(directory: Path, name: str) -> PatchRules:
+    """Limits and normalisation of pictures of any size. ModelError for what is not computed."""
+    check_preprocessor(directory, name, Preprocessing(PATCHED, PATCHES))
+    file, given = _given(directory)
+    size = PIXELS | (given.get("size") or {})
+    limits = [given.get("min_pixels", size["shortest_edge"])]
+    limits.append(given.get("max_pixels", size["longest_edge"]))
+    if not all(map(_is_number, limits)) or not 0 < limits[0] <= limits[1]:
+        raise ModelError(
+            f"{file} limits pictures to {_short(limits)} pixels, which must be two numbers above 0, the "
+            "smaller first; use the file of the release"
+        )
+    mean = _plain("image_mean", given.get("image_mean", CLIP_MEAN), CLIP_MEAN)
+    std = _plain("image_std", given.get("image_std", CLIP_STD), CLIP_STD)
+    return PatchRules(*limits, mean, std)
 
 
 def _given(directory: Path) -> tuple[Path, dict]:

@@ -156,8 +156,11 @@ class OmModel:
         if array.nbytes != expected:
             raise RuntimeError(f"it wants {expected:,} bytes, {array.nbytes:,} were given")
         output = session.infer([array], mode="dymbatch" if geared else "static")[self._output]
-        self.npu_seconds = _last_run(session) / 1000
+        self._note_time(session)
         return output
+
+    def _note_time(self, session):
+        self.npu_seconds = _last_run(session) / 1000
 
     def _call(self, doing, function, *arguments):
         """function(*arguments) in aclruntime's thread.

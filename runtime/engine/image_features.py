@@ -29,7 +29,7 @@ class ImageFeatures:
         if new:
             session = self.session()
             start = time.perf_counter()
-            encoded = session.encode(np.concatenate(list(new.values())))
+            encoded = session.encode_all(list(new.values()))
             self.seconds += time.perf_counter() - start
             self._remembered.update(zip(new, encoded))
         features = [self._remembered[digest] for digest in prompt.image_digests]

@@ -11,13 +11,11 @@ from runtime.common.files import locked
 from runtime.common.notes import note
 
 from .artifact import find_or_convert, mark_verified, read_manifest
+from .choose import open_om, open_onnx, open_torch
 from .om_check import Verdict, remember, verdict_of
 from .om_file import OM_FOR, check_chip, onnx_folder
-from .om_session import OmVision
-from .onnx_session import OnnxVision
 from .session import VisionSession
 from .source import Source
-from .torch_session import TorchVision
 
 
 def open_session(
@@ -43,20 +41,22 @@ def open_session(
     if family.vision is None:
         raise ToolkitError(f"{family.name} takes no pictures; leave the picture out")
     if kind == "torch" or precision != "fp32":
-        return TorchVision(family, checkpoint, precision)
+        return open_torch(family, checkpoint, precision)
     source = Source(family, checkpoint)
     om = OM_FOR[kind](source, artifact)
     if om:
         check_chip(om)
         device_id = int(device.partition(":")[2] or 0)
-        session = OmVision(om.path, family.vision, device_id, om.verified)
+        session = open_om(om.path, family, device_id, om.verified)
         if not judge_om or trusted(session, source, kind):
             return session
-    return open_onnx(find_or_convert(source, onnx_folder(artifact)), source, threads)
+    folder = find_or_convert(source, onnx_folder(artifact))
+    verified = noted_if_unverified(folder, source)
+    return open_onnx(source, folder, threads, verified, fall_back=kind == "auto")
 
 
-def open_onnx(folder: Path, source: Source, threads: int | None) -> OnnxVision:
-    """Session of the artifact; a note says so if it was never compared with torch."""
+def noted_if_unverified(folder: Path, source: Source) -> bool:
+    """Whether the artifact was compared with torch; a note says so if it never was."""
     verified = bool(read_manifest(folder).errors)
     if not verified:
         command = ["python", "-m", "convert", "--model", str(source.checkpoint.directory)]
@@ -64,7 +64,7 @@ def open_onnx(folder: Path, source: Source, threads: int | None) -> OnnxVision:
             f"the encoder in {folder} was never compared with torch (convert --no-verify): "
             f"`{shlex.join([*command, '--out', str(folder)])}` does that"
         )
-    return OnnxVision(folder, source.family.vision, threads, verified)
+    return verified
 
 
 def remember_verified(encoder: Path, source: Source, cosine: float, distance: float):
@@ -78,7 +78,7 @@ def remember_verified(encoder: Path, source: Source, cosine: float, distance: fl
         mark_verified(encoder, {"runtime.compare": {"cosine": cosine, "distance": distance}})
 
 
-def trusted(session: OmVision, source: Source, kind: str) -> bool:
+def trusted(session: VisionSession, source: Source, kind: str) -> bool:
     """Whether the .om may encode: its manifest says that it was verified, or it computes what torch
     does.
 

@@ -38,8 +38,9 @@ WEIGHTS = "weight"  # where atc puts --external_weight, and where the runtime lo
 @dataclass
 class Manifest:
     """manifest.json. `source` is the hash of a Source; `input` and `output` are {name, shape,
-    dtype}; `files` is {name: {bytes, sha256}}; `errors` maps each verification image to what was
-    measured against torch in fp32, {} if nothing was.
+    dtype}, `input` a list of them where there are several; `files` is {name: {bytes, sha256}};
+    `errors` maps each verification image to what was measured against torch in fp32, {} if nothing
+    was.
 
     With an .om, `soc_version` and `precision_mode` are the .om's, and `om` holds the rest: files
     {name: {bytes, sha256}} (the .om first), input {dtype, shape}, gears (batch sizes), command,
@@ -50,7 +51,7 @@ class Manifest:
     source: str
     family: str
     opset: int
-    input: dict
+    input: dict | list
     output: dict
     files: dict
     errors: dict

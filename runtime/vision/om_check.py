@@ -22,9 +22,9 @@ from runtime.common.notes import note
 from runtime.common.sample_questions import EXAMPLES
 
 from .artifact import WEIGHTS
+from .choose import open_torch
 from .session import VisionSession
 from .source import Source
-from .torch_session import TorchVision
 
 DISTANCE = 0.05  # largest |om - golden| / |golden| of all features, beside the family's cosine
 
@@ -49,7 +49,7 @@ class Verdict:
 
 
 def judge(family: Family, golden: np.ndarray, features: np.ndarray) -> Verdict:
-    """Features of an .om against what they should be, both [images, rows, hidden]."""
+    """Features of an .om against what they should be, both [rows of all images, hidden]."""
     width = golden.shape[-1]
     rows = compare_rows(golden.reshape(-1, width), features.reshape(-1, width))
     cosine = float(rows["cosine"].min())
@@ -79,12 +79,11 @@ def remember(verdict: Verdict, om: Path, source: Source):
 def _measure(session: VisionSession, source: Source) -> Verdict:
     family = source.family
     pictures = [family.pixels(question.scene()) for question in EXAMPLES]
-    pixels = np.concatenate(pictures)
     try:
-        features = session.encode(pixels)
+        features = np.concatenate(session.encode_all(pictures))
     except ToolkitError as error:  # NaN or Inf
         return Verdict(False, problem=str(error))
-    golden = TorchVision(family, source.checkpoint).encode(pixels)
+    golden = np.concatenate(open_torch(family, source.checkpoint).encode_all(pictures))
     return judge(family, golden, features)
 
 

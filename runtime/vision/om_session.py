@@ -76,11 +76,6 @@ class OmVision(VisionSession):
         return text
 
 
-def open_om(path: str | Path, spec: VisionSpec, device_id: int = 0) -> OmVision:
-    """Session of the .om at `path`. ToolkitError when its interface is not `spec`'s."""
-    return OmVision(path, spec, device_id)
-
-
 def _check_interface(model: OmModel, spec: VisionSpec):
     _check_shape(model, "input", model.input_shape, spec.input_shape)
     _check_shape(model, "output", model.output_shape, spec.output_shape)

@@ -24,6 +24,31 @@ def session_options(threads: int | None = None):
     return options
 
 
+def load_graph(directory, threads: int | None = None):
+    """onnxruntime.InferenceSession of an artifact's graph. ToolkitError when it cannot be
+    loaded."""
+    import onnxruntime
+
+    try:
+        with native_path(directory / ONNX) as name:
+            return onnxruntime.InferenceSession(
+                name, session_options(threads), ["CPUExecutionProvider"]
+            )
+    except Exception as error:  # onnxruntime raises plain Exceptions of its own
+        reason = str(error).strip().splitlines()[0]
+        raise ToolkitError(
+            f"{directory / ONNX} cannot be loaded ({reason}); convert it again with --force"
+        ) from error
+
+
+def described(directory: Path, verified: bool) -> str:
+    """The line for the user about a graph that ONNX Runtime runs."""
+    import onnxruntime
+
+    text = f"vision: onnxruntime {onnxruntime.__version__} CPU, fp32, artifact {directory}"
+    return text if verified else f"{text}, not compared with torch"
+
+
 class OnnxVision(VisionSession):
     """The exported graph in ONNX Runtime on the CPU, in fp32."""
 
@@ -35,25 +60,13 @@ class OnnxVision(VisionSession):
         """directory: an artifact's. threads: None = as many as this process may use. verified:
         whether the artifact was compared with torch. ToolkitError when the graph cannot be
         loaded."""
-        import onnxruntime
-
         super().__init__(spec)
         self.directory = directory
         self.unverified = None if verified else directory
-        self.version = onnxruntime.__version__
-        options = session_options(threads)
-        try:
-            with native_path(directory / ONNX) as name:
-                self.session = onnxruntime.InferenceSession(name, options, ["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime raises plain Exceptions of its own
-            reason = str(error).strip().splitlines()[0]
-            raise ToolkitError(
-                f"{directory / ONNX} cannot be loaded ({reason}); convert it again with --force"
-            ) from error
+        self.session = load_graph(directory, threads)
 
     def _encode(self, pixels):
         return self.session.run([self.spec.output_name], {self.spec.input_name: pixels})[0]
 
     def describe(self):
-        text = f"vision: onnxruntime {self.version} CPU, fp32, artifact {self.directory}"
-        return f"{text}, not compared with torch" if self.unverified else text
+        return described(self.directory, self.unverified is None)

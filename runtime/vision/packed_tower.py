@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from models.network.linear import Linear
+from models.network.patch_tower import PatchAttention, Separation, rotated
 from models.network.vision_blocks import Attention, Dense
 from runtime.common.errors import CHECK_FAILED, ToolkitError
 from runtime.common.metrics import cosine
@@ -76,18 +77,60 @@ class FusedAttention(nn.Module):
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
+class FusedPatchAttention(nn.Module):
+    """models.network.patch_tower.PatchAttention with one matmul for q, k and v; each picture is
+    attended to alone, so that no score of patches of different pictures is computed."""
+
+    def __init__(self, plain: PatchAttention, precision: str):
+        super().__init__()
+        self.heads = plain.heads
+        self.q_norm = plain.q_norm
+        self.k_norm = plain.k_norm
+        self.qkv = PackedDense([plain.q, plain.k, plain.v], precision)
+        self.out = PackedDense([plain.out], precision)
+
+    def forward(self, x, cos, sin, counts):
+        """x [N, width], counts: rows of each picture -> [N, width]."""
+        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in self.qkv(x).chunk(3, -1))
+        q = rotated(self.q_norm(q), cos, sin).to(v.dtype)
+        k = rotated(self.k_norm(k), cos, sin).to(v.dtype)
+        pictures = zip(q.split(counts), k.split(counts), v.split(counts))
+        return self.out(torch.cat([self._attend(*picture) for picture in pictures]).flatten(1))
+
+    def _attend(self, *picture):
+        """q, k, v [n, heads, head_dim] -> [n, heads, head_dim]"""
+        q, k, v = (t.transpose(0, 1)[None] for t in picture)
+        return F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
+
+
+class PictureCounts(nn.Module):
+    """In place of models.network.patch_tower.Separation: segments [N, 1] -> rows of each picture."""
+
+    def __init__(self, plain: Separation, precision: str):
+        super().__init__()
+
+    def forward(self, segments):
+        return torch.unique_consecutive(segments, return_counts=True)[1].tolist()
+
+
+FUSED = {
+    Attention: FusedAttention,
+    PatchAttention: FusedPatchAttention,
+    Separation: PictureCounts,
+}
+
+
 def pack(tower: nn.Module, precision: str) -> nn.Module:
     """The tower with packed parts, in place; what is not packed becomes float32."""
     _replace(tower, precision)
     return tower.float()
 
 
-def pack_checked(tower: nn.Module, precision: str, input_shape) -> nn.Module:
-    """`pack`, and ToolkitError when the features of a test image deviate too far from those of
-    float32."""
-    pixels = torch.from_numpy(waves_and_noise(input_shape))
-    expected = float32_features(tower, pixels).flatten(0, 1)
-    found = pack(tower, precision)(pixels).float().flatten(0, 1)
+def pack_checked(tower: nn.Module, precision: str, *inputs: torch.Tensor) -> nn.Module:
+    """`pack`, and ToolkitError when the features of a test image, the tower's `inputs`, deviate
+    too far from those of float32."""
+    expected = float32_features(tower, *inputs).flatten(0, -2)
+    found = pack(tower, precision)(*inputs).float().flatten(0, -2)
     worst = float(cosine(expected.double().numpy(), found.double().numpy()).min())
     if not worst >= COSINE[precision]:  # NaN does not pass
         raise ToolkitError(
@@ -97,6 +140,10 @@ def pack_checked(tower: nn.Module, precision: str, input_shape) -> nn.Module:
             CHECK_FAILED,
         )
     return tower
+
+
+def test_image(shape) -> torch.Tensor:
+    return torch.from_numpy(waves_and_noise(shape))
 
 
 def waves_and_noise(shape) -> np.ndarray:
@@ -109,15 +156,15 @@ def waves_and_noise(shape) -> np.ndarray:
 
 def _replace(module: nn.Module, precision: str):
     for name, child in module.named_children():
-        if isinstance(child, Attention):
-            setattr(module, name, FusedAttention(child, precision))
+        if type(child) in FUSED:
+            setattr(module, name, FUSED[type(child)](child, precision))
         elif isinstance(child, Dense):
             setattr(module, name, PackedDense([child], precision))
         else:
             _replace(child, precision)
 
 
-def float32_features(tower: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+def float32_features(tower: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
     """Features in float32; the weights of a layer are float32 only while it computes."""
     stored = {}
     hooks = []
@@ -136,7 +183,7 @@ def float32_features(tower: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
         hooks.append(module.register_forward_pre_hook(to_float32))
         hooks.append(module.register_forward_hook(restore))
     try:
-        return tower(pixels)
+        return tower(*inputs)
     finally:
         for hook in hooks:
             hook.remove()

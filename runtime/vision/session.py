@@ -35,13 +35,12 @@ class VisionSession:
         for start in range(0, len(pixels), self.batch):
             part = slice(start, start + self.batch)
             features[part] = self._encode(pixels[part])
-        if not np.isfinite(features).all():
-            raise ToolkitError(
-                f"{self.stage} gave NaN or Inf; check the checkpoint's vision weights with "
-                "`python -m convert`",
-                CHECK_FAILED,
-            )
+        check_finite(features, self.stage)
         return features
+
+    def encode_all(self, pictures: list[np.ndarray]) -> list[np.ndarray]:
+        """float32 [rows, hidden] of each picture [1, *input_shape[1:]]."""
+        return list(self.encode(np.concatenate(pictures)))
 
     def close(self):
         """Give back what the session holds outside this process."""
@@ -53,3 +52,13 @@ class VisionSession:
     def describe(self) -> str:
         """One line for the user: "vision: ...", what computes, and from which weights."""
         raise NotImplementedError
+
+
+def check_finite(features: np.ndarray, stage: str):
+    """ToolkitError (exit 1) for features that are NaN or Inf."""
+    if not np.isfinite(features).all():
+        raise ToolkitError(
+            f"{stage} gave NaN or Inf; check the checkpoint's vision weights with "
+            "`python -m convert`",
+            CHECK_FAILED,
+        )

@@ -7,7 +7,7 @@ from models.checkpoint import Checkpoint
 from models.family import Family
 from runtime.common.progress import byte_progress
 
-from .packed_tower import pack, pack_checked
+from .packed_tower import pack, pack_checked, test_image
 from .session import VisionSession
 
 
@@ -27,7 +27,7 @@ class TorchVision(VisionSession):
             if precision == "fp32":
                 self.tower = pack(tower, precision)
             else:
-                self.tower = pack_checked(tower, precision, self.spec.input_shape)
+                self.tower = pack_checked(tower, precision, test_image(self.spec.input_shape))
 
     def _encode(self, pixels):
         with torch.inference_mode():

@@ -87,8 +87,13 @@ class Session:
         LOADED.append(path)
         OPENED.append(device)
         say("INFO", f"load model {path} success")
-        gears = self._model.get_modelmeta().custom_metadata_map.get("dynamic_batch_size", "")
+        options = self._model.get_modelmeta().custom_metadata_map
+        gears = options.get("dynamic_batch_size", "")
         self._gears = [int(gear) for gear in gears.split(",") if gear]
+        dims = options.get("dynamic_dims", "")
+        if dims:  # ours have the same number for every input
+            self._gears = [int(gear.split(",")[0]) for gear in dims.split(";")]
+        self._dims = bool(dims)
         self._inputs = [
             self._describe(item, max(self._gears, default=0)) for item in self._model.get_inputs()
         ]
@@ -127,9 +132,22 @@ class Session:
         self._gear = None
         return 0
 
+    def set_dynamic_dims(self, text):
+        """ "patches:256,1176;angles:256,64": all inputs in order, in one gear."""
+        parts = [part.rpartition(":") for part in text.split(";")]
+        sizes = {int(dims.split(",")[0]) for _, _, dims in parts}
+        names = [name for name, _, _ in parts]
+        known = self._dims and names == [desc.name for desc in self._inputs]
+        if not known or len(sizes) != 1 or not sizes <= set(self._gears):
+            fail("the dymDims parameter is not correct")
+        return self._set_gear(sizes.pop())
+
     def set_dynamic_batchsize(self, batch):
-        if batch not in self._gears:
+        if self._dims or batch not in self._gears:
             fail("the dymBatch parameter is not correct")
+        return self._set_gear(batch)
+
+    def _set_gear(self, batch):
         self._gear = batch
         for desc in self._inputs:
             desc.realsize = desc.size * batch // max(self._gears)

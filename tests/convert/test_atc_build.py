@@ -265,7 +265,7 @@ def device(monkeypatch):
     """A stand-in for an .om session: the ONNX in the stand-in's .om, with an error that depends on the precision mode."""
     errors = dict(ERRORS)
 
-    def open_om(path, spec, device):
+    def open_om(path, family, device):
         model = onnx.load(path)
         mode = {p.key: p.value for p in model.metadata_props}["precision_mode_v2"]
         session = onnxruntime.InferenceSession(model.SerializeToString())
@@ -287,7 +287,10 @@ def device(monkeypatch):
                 * features.std()
             )
 
-        return SimpleNamespace(encode=encode, close=lambda: None)
+        def encode_all(pictures):
+            return list(encode(np.concatenate(pictures)))
+
+        return SimpleNamespace(encode_all=encode_all, close=lambda: None)
 
     monkeypatch.setattr(build, "open_om", open_om)
     return errors

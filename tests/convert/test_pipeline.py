@@ -21,7 +21,7 @@ from convert import pipeline
 from convert.__main__ import main
 from convert.verify import pieces, streamed_tower
 from convert.verify.comparison import Comparison, compare
-from convert.verify.images import verification_images
+from convert.verify.images import verification_images, verification_pictures
 from convert.verify.preflight import preflight
 from convert.verify.streamed_graph import StreamedGraph
 from convert.verify.streamed_tower import StreamedTower
@@ -153,23 +153,28 @@ def test_features_equal_the_original_implementation(converted, kind):
     assert session.describe().startswith("vision: ")
 
 
+def inputs_of(family) -> list[dict]:
+    """The encoder's inputs for the verification images."""
+    return [family.encoder_inputs([picture]) for picture in verification_pictures(family).values()]
+
+
 def test_verification_in_pieces_computes_the_same(converted):
     family = family_of(GOLDEN)
     checkpoint = Checkpoint(GOLDEN)
-    pixels = [family.pixels(picture) for picture in verification_images().values()]
+    inputs = inputs_of(family)
     tower = StreamedTower(family, checkpoint)
     plain = plain_tower(family, checkpoint, torch.float32)
-    whole = np.concatenate([plain(torch.from_numpy(each)).numpy() for each in pixels])
-    np.testing.assert_array_equal(np.concatenate([tower.run(each) for each in pixels]), whole)
+    whole = np.concatenate([plain(torch.from_numpy(each["input"])).numpy() for each in inputs])
+    np.testing.assert_array_equal(np.concatenate([tower.run(each) for each in inputs]), whole)
     assert all(p.is_meta for name, p in tower.tower.named_parameters() if ".blocks." in name), (
         "weights are given back"
     )
     graph = StreamedGraph(converted[0], limit=50_000)
     assert graph.steps > 4 and StreamedGraph(converted[0]).steps == 1
-    cut_up = np.concatenate(graph.run(pixels))
+    cut_up = np.concatenate(graph.run(inputs))
     assert not (converted[0] / "piece.onnx").exists()
     np.testing.assert_allclose(
-        cut_up, np.concatenate(StreamedGraph(converted[0]).run(pixels)), atol=1e-5
+        cut_up, np.concatenate(StreamedGraph(converted[0]).run(inputs)), atol=1e-5
     )
     np.testing.assert_allclose(cut_up, whole, atol=1e-5)
 
@@ -225,14 +230,14 @@ class FadingSession(onnxruntime.InferenceSession):
 
 
 def test_pieces_keep_no_memory_of_the_runtime(converted, monkeypatch):
-    pixels = [family_of(GOLDEN).pixels(each) for each in verification_images().values()]
+    inputs = inputs_of(family_of(GOLDEN))
     graph = StreamedGraph(converted[0], limit=50_000)
     through = [name for piece in graph.pieces for name in piece.outputs if name in piece.inputs]
     assert through, "no value crosses two cuts: the case is not there"
-    wanted = np.concatenate(graph.run(pixels))
+    wanted = np.concatenate(graph.run(inputs))
     monkeypatch.setattr(onnxruntime, "InferenceSession", FadingSession)
-    np.testing.assert_array_equal(np.concatenate(graph.run(pixels)), wanted)
-    named = dict(graph.values(pixels[0], [through[0], graph.model.graph.output[0].name]))
+    np.testing.assert_array_equal(np.concatenate(graph.run(inputs)), wanted)
+    named = dict(graph.values(inputs[0], [through[0], graph.model.graph.output[0].name]))
     assert len(named) == 2 and all(np.isfinite(value).all() for value in named.values())
 
 

@@ -230,13 +230,34 @@ def check_gears(options, shapes, declared):
         refuse("E10004", "Value for [--input_shape] is empty.")
     if not free:
         refuse("E10040", "[--input_shape] needs -1 with a dynamic option.")
+    if given == ["dynamic_dims"]:
+        check_dims(options, shapes, declared)
+        return
     if given != ["dynamic_batch_size"]:
-        refuse("E10003", "the stand-in knows gears of the batch only")
+        refuse("E10003", "the stand-in knows gears of the batch and of dims only")
     for name in free:
         if shapes[name][0] != -1 or -1 in shapes[name][1:] or declared[name][0] != -1:
             rule = "only the first dim may be -1, and must be in the model."
             refuse("E10018", f"Shape {shapes[name]} of [{name}]: {rule}")
     check_batch_sizes(options["dynamic_batch_size"].split(","))
+
+
+def check_dims(options, shapes, declared):
+    if options.get("input_format") != "ND":
+        refuse("E10001", "[--dynamic_dims] needs [--input_format] ND.")
+    free = sum(shape.count(-1) for shape in shapes.values())
+    for name, shape in shapes.items():
+        if any(size == -1 and declared[name][i] != -1 for i, size in enumerate(shape)):
+            refuse("E10050", f"Shape {shape} of [{name}] is out of the range {declared[name]}.")
+    gears = options["dynamic_dims"].split(";")
+    if not all(re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", gear) for gear in gears):
+        refuse("E10033", "gears hold more than positive numbers")
+    if any(len(gear.split(",")) != free for gear in gears):
+        refuse("E10045", f"Each gear needs {free} numbers.")
+    if len(gears) < 2:
+        refuse("E10035", "At least 2 gears are needed.")
+    if len(set(gears)) < len(gears):
+        refuse("E10039", "Gears repeat.")
 
 
 def check_batch_sizes(sizes):
@@ -287,14 +308,19 @@ def add_casts(model, options):
     graph = model.graph
     image = model.graph.input[0]
     result = model.graph.output[0]
-    rename(graph, image.name, "inner_input")
     rename(graph, result.name, "inner_output")
     if "insert_op_conf" in options:
+        rename(graph, image.name, "inner_input")
         nodes = aipp_nodes(graph, image, aipp_values(options))
     else:
-        half = "input_fp16_nodes" in options
-        image.type.tensor_type.elem_type = TensorProto.FLOAT16 if half else TensorProto.FLOAT
-        nodes = [helper.make_node("Cast", [image.name], ["inner_input"], to=TensorProto.FLOAT)]
+        nodes = []
+        half = options.get("input_fp16_nodes", "").split(";")
+        for value in graph.input:
+            inner = f"inner_{value.name}"
+            rename(graph, value.name, inner)
+            is_half = value.name in half
+            value.type.tensor_type.elem_type = TensorProto.FLOAT16 if is_half else TensorProto.FLOAT
+            nodes.append(helper.make_node("Cast", [value.name], [inner], to=TensorProto.FLOAT))
     for node in reversed(nodes):
         graph.node.insert(0, node)
     kind = TensorProto.FLOAT16 if options.get("output_type") == "FP16" else TensorProto.FLOAT

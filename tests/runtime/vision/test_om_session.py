@@ -31,7 +31,7 @@ from runtime.engine.image_features import ImageFeatures
 from runtime.engine.loading import build
 from runtime.vision import artifact, om_file, open_session
 from runtime.vision.om_file import check_chip, find_om
-from runtime.vision.om_session import open_om
+from runtime.vision.om_session import OmVision
 from runtime.vision.source import Source
 
 HERE = paths.TESTS
@@ -118,7 +118,7 @@ def opened(acl, tmp_path):
     sessions = []
 
     def make(device=0, **settings):
-        sessions.append(open_om(om(tmp_path / f"{len(sessions)}.om", **settings), SPEC, device))
+        sessions.append(OmVision(om(tmp_path / f"{len(sessions)}.om", **settings), SPEC, device))
         return sessions[-1]
 
     yield make
@@ -253,11 +253,11 @@ def test_what_is_no_om(acl, tmp_path):
         ToolkitError,
         match="cannot be loaded on npu:0 .*load model from file failed.*runtime.doctor",
     ):
-        open_om(tmp_path / "text.om", SPEC)
+        OmVision(tmp_path / "text.om", SPEC)
     with pytest.raises(ToolkitError, match="does not exist; give an .om file"):
-        open_om(tmp_path / "none.om", SPEC)
+        OmVision(tmp_path / "none.om", SPEC)
     with pytest.raises(ToolkitError, match="is a folder"):
-        open_om(tmp_path, SPEC)
+        OmVision(tmp_path, SPEC)
 
 
 def test_the_device(acl, opened):
@@ -314,7 +314,7 @@ def test_release(acl, tmp_path, monkeypatch, shared, request):
     alone."""
     if shared:
         monkeypatch.setitem(sys.modules, "torch_npu", object())
-    session = open_om(om(tmp_path / "a.om"), SPEC)
+    session = OmVision(om(tmp_path / "a.om"), SPEC)
     assert len(acl.LOADED) == 1
     session.close()
     session.close()
@@ -325,7 +325,7 @@ def test_release(acl, tmp_path, monkeypatch, shared, request):
 
 
 def test_release_without_a_word(acl, tmp_path):
-    session = open_om(om(tmp_path / "a.om"), SPEC)
+    session = OmVision(om(tmp_path / "a.om"), SPEC)
     assert len(acl.LOADED) == 1
     del session
     assert acl.LOADED == []

@@ -72,7 +72,7 @@ def test_the_check_refuses_what_int8_spoils():
         pytest.raises(ToolkitError, match="use --vision-precision bf16") as error,
         torch.inference_mode(),
     ):
-        tower.pack_checked(plain, "int8", family.vision.input_shape)
+        tower.pack_checked(plain, "int8", tower.test_image(family.vision.input_shape))
     assert error.value.exit_code == CHECK_FAILED
 
 

@@ -21,6 +21,9 @@ class InferSession:
     def set_dynamic_batchsize(self, batch):
         self.session.set_dynamic_batchsize(batch)
 
+    def set_dynamic_dims(self, text):
+        self.session.set_dynamic_dims(text)
+
     def infer(self, feeds, mode="static", custom_sizes=100000):
         tensors = [
             aclruntime.BaseTensor(feed.__array_interface__["data"][0], feed.nbytes)

@@ -5,6 +5,11 @@ import aclruntime
 import numpy as np
 
 
+def dims_of(inputs, feeds) -> str:
+    parts = [f"{desc.name}:{','.join(map(str, feed.shape))}" for desc, feed in zip(inputs, feeds)]
+    return ";".join(parts)
+
+
 class InferSession:
     def __init__(self, device_id, model_path, acl_json_path=None, debug=False, loop=1):
         self.session = aclruntime.InferenceSession(
@@ -20,6 +25,9 @@ class InferSession:
 
     def set_dynamic_batchsize(self, batch):
         self.session.set_dynamic_batchsize(batch)
+
+    def set_dynamic_dims(self, text):
+        self.session.set_dynamic_dims(text)
 
     def infer(self, feeds, mode="static", custom_sizes=100000, out_array=True):
         feeds = [np.ascontiguousarray(feed) for feed in feeds]
@@ -38,6 +46,8 @@ class InferSession:
             self.session.set_staticbatch()
         elif mode == "dymbatch":
             self.session.set_dynamic_batchsize(len(feeds[0]))
+        elif mode == "dymdims":
+            self.session.set_dynamic_dims(dims_of(self.get_inputs(), feeds))
         else:
             raise RuntimeError(f"wrong infer_mode:{mode}")
 

@@ -54,6 +54,12 @@ class InferSession:
         tensors = [aclruntime.Tensor(np.ascontiguousarray(feed), self.device_id) for feed in feeds]
         if mode == "dymbatch":
             self.session.set_dynamic_batchsize(len(feeds[0]))
+        elif mode == "dymdims":
+            parts = [
+                f"{desc.name}:{','.join(map(str, feed.shape))}"
+                for desc, feed in zip(self.session.get_inputs(), feeds)
+            ]
+            self.session.set_dynamic_dims(";".join(parts))
         else:
             self.session.set_staticbatch()
         outputs = self.session.run([desc.name for desc in self.session.get_outputs()], tensors)

@@ -1,0 +1,72 @@
+"""Gears of an encoder of pictures of any size: the numbers of patches that its .om is compiled for.
+
+Takes what the user wants and the limits of a family, returns ATC's options. A picture runs in the
+smallest gear that holds it, filled up with patches that it does not attend to.
+"""
+
+from convert.verify.images import SMALL_PATCHES
+from models.config import MERGE, PatchSpec
+from models.family import Family
+from runtime.common.errors import ToolkitError
+
+from .option_rules import MAX_GEARS
+
+# sides of squares, in patches; the last holds a page of 1,200 x 1,600 pixels. An .om takes the memory of its
+# largest gear, which grows with the square of the patches.
+SIDES = (16, 32, 48, 64, 80, 104)
+BLOCK = MERGE**2
+
+
+def parse_patch_gears(text: str) -> tuple[int, ...]:
+    """ "256,1024" -> (256, 1024), sorted; ToolkitError for what ATC or the encoder cannot use."""
+    sizes = [size.strip() for size in text.split(",")]
+    if not all(size.isascii() and size.isdigit() for size in sizes):
+        raise _wrong(text, "numbers of patches with commas are needed")
+    gears = tuple(sorted(map(int, sizes)))
+    if not 2 <= len(gears) <= MAX_GEARS or len(set(gears)) < len(gears):
+        raise _wrong(text, f"2 to {MAX_GEARS} different numbers are needed")
+    if gears[0] < BLOCK or any(gear % BLOCK for gear in gears):
+        raise _wrong(text, f"each must be a multiple of {BLOCK}, the patches of a block")
+    if gears[-1] < SMALL_PATCHES:
+        raise _wrong(text, f"the last must be {SMALL_PATCHES} at least, for the verification")
+    return gears
+
+
+def _wrong(text: str, why: str) -> ToolkitError:
+    return ToolkitError(f"--gears is {text[:40]!r}: {why}, e.g. 256,1024,4096")
+
+
+def default_gears(family: Family) -> tuple[int, ...]:
+    """Squares up to the largest picture that the family makes."""
+    most = family.patch_rules.most_patches
+    gears = [side**2 for side in SIDES if side**2 < most]
+    if len(gears) < len(SIDES):
+        gears.append(most // BLOCK * BLOCK)
+    return tuple(gears) if len(gears) > 1 else (BLOCK, *gears)
+
+
+def shape_options(spec: PatchSpec, gears: tuple[int, ...]) -> dict[str, str]:
+    """ATC's options for inputs [patches, width] in gears; every free dimension is one number of a
+    gear."""
+    shapes = [f"{name}:-1,{width}" for name, width in spec.widths.items()]
+    steps = [",".join([str(gear)] * len(shapes)) for gear in gears]
+    return {
+        "input_format": "ND",
+        "input_shape": ";".join(shapes),
+        "dynamic_dims": ";".join(steps),
+        "input_fp16_nodes": ";".join(spec.widths),
+    }
+
+
+def check_gears(family: Family, gears: tuple[int, ...], patch_gears: tuple[int, ...], aipp: bool):
+    """ToolkitError for options that are not those of the family's kind of pictures."""
+    any_size = isinstance(family.vision, PatchSpec)
+    if any_size and (gears or aipp):
+        option = "--aipp" if aipp else "--dynamic-batch"
+        raise ToolkitError(
+            f"{option} is for pictures of one size; {family.name} takes any size, in --gears of patches"
+        )
+    if patch_gears and not any_size:
+        raise ToolkitError(
+            f"--gears is for pictures of any size; those of {family.name} have one, use --dynamic-batch"
+        )
