@@ -15,7 +15,7 @@ from models.generation_config import token_ids
 from models.prompt.chat_template import ChatTemplate, directory_template
 from models.prompt.images import denormalize, one_by_one
 from models.prompt.messages import joined_text, parse_messages, with_plain_text
-from models.prompt.template_client import PROCESS_OF_TEMPLATES
+from models.prompt.templates.client import PROCESS_OF_TEMPLATES
 
 
 class TemplatedFamily(Family):

@@ -9,7 +9,7 @@ from pathlib import Path
 from models.errors import ModelError
 from models.side_files import is_there, read_optional_json, read_text
 
-from .template_client import PROCESS_OF_TEMPLATES
+from .templates.client import PROCESS_OF_TEMPLATES
 
 SPECIAL = (
     "bos_token",

@@ -10,7 +10,7 @@ from models import family_of
 from models.errors import ModelError
 from models.prompt.chat_template import ChatTemplate, directory_template
 from models.prompt.messages import parse_messages, with_plain_text
-from models.prompt.template_client import TemplateProcess
+from models.prompt.templates.client import TemplateProcess
 from runtime import Engine
 
 MESSAGES = [

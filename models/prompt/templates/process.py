@@ -14,7 +14,7 @@ from functools import lru_cache
 from jinja2 import TemplateSyntaxError
 
 from .content_form import reads_parts
-from .template_environment import environment
+from .environment import environment
 
 SECONDS = 3  # of processor time for one request
 MEMORY = 1 << 30  # bytes of address space

@@ -13,7 +13,7 @@ from pathlib import Path
 from models.errors import ModelError
 
 ROOT = Path(__file__).resolve().parents[2]
-PROCESS = "models.prompt.template_process"
+PROCESS = "models.prompt.templates.process"
 
 
 class TemplateProcess:
