@@ -12,7 +12,7 @@ from pathlib import Path
 
 from models.errors import ModelError
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PROCESS = "models.prompt.templates.process"
 
 
