@@ -77,7 +77,8 @@ class Canary:
 
 @dataclass
 class Report:
-    """Counts the answers. `wrong`: those with a status 500 or without an error message. `memory`: samples in bytes."""
+    """Counts the answers. `wrong`: those with a status 500, without an error message, or that did not arrive. `memory`:
+    samples in bytes."""
 
     count: int = 0
     statuses: Counter = field(default_factory=Counter)
@@ -90,6 +91,10 @@ class Report:
         self.statuses[status] += 1
         if status >= 500 or (status >= 400 and not answer.json()["error"]["message"]):
             self.wrong.append(f"{kind} {path} {body[:300]!r} -> {status} {answer.text[:300]}")
+
+    def add_lost(self, kind, path, body, error: Exception):
+        self.count += 1
+        self.wrong.append(f"{kind} {path} {body[:300]!r} -> {error!r}")
 
 
 def send(url: str, requests, report: Report, memory=None, clients=4):
@@ -104,7 +109,12 @@ def send(url: str, requests, report: Report, memory=None, clients=4):
                 if request is None:
                     return
                 kind, path, body, headers = request
-                answer = client.post(path, content=body, headers=headers)
+                try:
+                    answer = client.post(path, content=body, headers=headers)
+                except httpx.TransportError as error:
+                    with lock:
+                        report.add_lost(kind, path, body, error)
+                    continue
                 with lock:
                     report.add(kind, path, body, answer)
                     if memory and report.count % 50 == 0:
@@ -134,7 +144,7 @@ def main() -> int:
         service.wait()
         requests = itertools.islice(endless, options.bodies)
         send(service.url, requests, report, lambda: service.resident)
-        left = service.num_requests
+        left = 0 if service.ended() else service.num_requests
     finally:
         code = service.stop()
     print(

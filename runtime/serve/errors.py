@@ -18,12 +18,13 @@ KINDS = {
     503: "service_unavailable_error",
 }
 RETRY = {"Retry-After": "1"}  # second
-# The rest of a body is not read; after an unexpected error uvicorn ends the connection.
+# A body that pauses is not waited for; after an unexpected error uvicorn ends the connection. The
+# rest of one that is too large is read and dropped: who still sends when a connection ends may lose
+# the answer (RFC 9112 9.6).
 CLOSE = {"Connection": "close"}
 HEADERS = {
     401: {"WWW-Authenticate": "Bearer"},
     408: CLOSE,
-    413: CLOSE,
     429: RETRY,
     500: CLOSE,
     503: RETRY,

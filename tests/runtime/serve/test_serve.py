@@ -3,6 +3,7 @@
 import base64
 import concurrent.futures
 import contextlib
+import http.client
 import io
 import json
 import signal
@@ -293,6 +294,21 @@ def test_mistakes(body, status, word, server):
         assert got.status_code == status and word in error["message"], error
         assert set(error) == {"message", "type", "param", "code"} and len(error["message"]) < 600
     assert server.gauge("num_requests_running") == server.gauge("num_requests_waiting") == 0
+
+
+def test_who_sends_too_large_a_body_reads_why_and_may_ask_again(server):
+    """Over the same connection, while the rest of the body is still on its way."""
+    client = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=60)
+    client.connect()
+    first = client.sock
+    for body, status in ((b" " * 8_000_000, 413), (b" " * 2_000_000, 413), (b"{}", 400)):
+        client.request(
+            "POST", "/v1/chat/completions", body, headers={"Content-Type": "application/json"}
+        )
+        answer = client.getresponse()
+        assert answer.status == status and b"error" in answer.read()
+        assert client.sock is first
+    client.close()
 
 
 def test_the_picture_that_cannot_be_read_is_named(server):
