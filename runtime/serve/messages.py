@@ -114,7 +114,7 @@ def check_role(role):
 
 
 class Message(Body):
-    """content may be missing where others have said nothing, or beside tool_calls."""
+    """content may be missing but in what the user says: tools and others may have said nothing."""
 
     role: Annotated[str, BeforeValidator(check_role)]
     content: Content = None
@@ -129,7 +129,7 @@ class Message(Body):
             self.content = self.refusal
         if self.tool_calls and self.role != "assistant":
             raise ValueError("has tool_calls, which stand in an assistant's message only")
-        if self.content is None and self.role not in ("assistant", "system"):
+        if self.content is None and self.role in ("user", "observation"):
             raise ValueError("has no content; give a text, or a list of parts")
         return self
 

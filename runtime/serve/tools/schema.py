@@ -48,7 +48,7 @@ class Function(Body):
 class Tool(Body):
     """A function that the model may call."""
 
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     function: Function
 
     def as_prompt_json(self) -> dict:
@@ -81,5 +81,5 @@ class FunctionName(Body):
 class ToolChoice(Body):
     """The one function that the answer has to call."""
 
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     function: FunctionName

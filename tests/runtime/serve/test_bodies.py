@@ -259,10 +259,21 @@ def test_null_is_the_default_of_every_field():
     assert parse(CompletionRequest, b'{"prompt": "x", "max_tokens": null}').max_tokens == 16
 
 
-@pytest.mark.parametrize("role", ["assistant", "system", "developer"])
+@pytest.mark.parametrize("role", ["assistant", "system", "developer", "tool"])
 def test_who_says_nothing_may_have_null_as_content(role):
     body = {"messages": [*HI, {"role": role, "content": None}, *HI]}
     assert parse(ChatRequest, json.dumps(body).encode()).messages[1].says_nothing
+
+
+def test_a_tool_without_a_type_is_a_function():
+    function = {"function": {"name": "f", "description": None, "parameters": None}}
+    body = {
+        "messages": HI,
+        "tools": [function, {"type": None, **function}],
+        "tool_choice": function,
+    }
+    request = parse(ChatRequest, json.dumps(body).encode())
+    assert request.tool_names == {"f"} and request.forced_tool == "f"
 
 
 @pytest.mark.parametrize(
