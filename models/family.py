@@ -141,6 +141,17 @@ class Family:
         """The vision encoder's inputs for these pictures, each as `pixels` returns it."""
         return {self.vision.input_name: np.concatenate(pictures)}
 
+    def image_rows(self, prompt: Prompt) -> list[slice]:
+        """Where the feature rows of each image stand in a prompt."""
+        found = []
+        for start, picture in zip(prompt.layout.image_starts, prompt.pixels):
+            found.append(slice(start, start + self.rows_of(picture)))
+        return found
+
+    def rows_of(self, picture) -> int:
+        """Feature rows of one image, as `pixels` returns it."""
+        return self.vision.rows
+
     def check_image_count(self, images: int):
         """ModelError if the family does not take so many images in one conversation."""
         if images > 1:

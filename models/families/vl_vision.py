@@ -112,6 +112,9 @@ class PatchedFamily(TemplatedFamily):
     def rows_of_image(self):
         return 1  # for the template: `_expand` makes them as many as there are
 
+    def rows_of(self, picture: Patches) -> int:
+        return picture.num_tokens
+
     def image_mark(self):
         return IMAGE_MARK
 

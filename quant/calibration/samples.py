@@ -239,7 +239,7 @@ def _sample(family, prompt, answer, table, vision) -> Sample:
         raise ModelError(f"token id {ids.max()} is outside the vocabulary of {len(table)}")
     stream = table[torch.from_numpy(ids)].float()
     for start, pixels in zip(prompt.layout.image_starts, prompt.pixels):
-        features = torch.from_numpy(vision.encode(pixels)[0])
+        features = torch.from_numpy(vision.encode_all([pixels])[0])
         stream[start : start + len(features)] = features[: max(0, num_tokens - start)]
     positions = Sequence(prompt, None).positions(0, num_tokens)[:num_tokens]
     context = min(prompt.layout.bidirectional, num_tokens)

@@ -88,8 +88,7 @@ def _fed_tokens(engine, prompt: Prompt, options: CompareOptions) -> tuple[list[i
     weights again, the prompt's last ids over and over: any tokens will do to compare on."""
     family = engine.family
     if options.layer_by_layer:
-        rows = family.vision.rows if prompt.pixels else 0
-        start = max((first + rows for first in prompt.layout.image_starts), default=0)
+        start = max((rows.stop for rows in family.image_rows(prompt)), default=0)
         tokens = np.resize(prompt.ids[start:], options.max_tokens).tolist()
         return tokens, family.tokenizer.decode(tokens)
     greedy = SamplingParams(temperature=0, repetition_penalty=1, max_tokens=options.max_tokens)

@@ -6,6 +6,7 @@ teacher-forced logits, computed by none of our code. Nothing else in the toolkit
 transformers.
 """
 
+import inspect
 import time
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 
 from models import family_of
 from models.checkpoint import Checkpoint
+from models.config import PatchSpec
 from models.family import Prompt
 from models.network.vision_blocks import Normalize
 from runtime.common.errors import MISSING_COMPONENT, ToolkitError
@@ -22,10 +24,14 @@ from runtime.engine.options import EngineOptions, SamplingParams
 # model_type -> class
 NATIVE = {
     "llava": "AutoModelForImageTextToText",
+    "glm4v": "AutoModelForImageTextToText",
+    "glm46v": "AutoModelForImageTextToText",
+    "glm_ocr": "AutoModelForImageTextToText",
     "glm": "AutoModelForCausalLM",
     "glm4": "AutoModelForCausalLM",
 }
 
+TOKEN_TYPES = "mm_token_type_ids"  # 1 where a picture is; positions follow from it
 ROPE_OF_5 = "rope_parameters"  # rotary settings in config.json, as transformers 5 writes them
 
 
@@ -36,7 +42,8 @@ class TransformersEngine:
     def __init__(self, model_dir, dtype: str = "float32"):
         self.family = family_of(model_dir)
         kind = self.family.config.get("model_type")
-        if kind not in NATIVE or (self.family.vision and kind != "llava"):
+        sees = NATIVE.get(kind) == "AutoModelForImageTextToText"
+        if kind not in NATIVE or (self.family.vision and not sees):
             raise ToolkitError(
                 f"transformers has no implementation of {model_dir} ({self.family.rule}) of its own; "
                 "leave --reference out to compare with our plain torch reference"
@@ -56,7 +63,7 @@ class TransformersEngine:
             return np.zeros((0, self.family.decoder.hidden), np.float32)
         start = time.perf_counter()
         with torch.inference_mode():
-            found = self.model.get_image_features(pixel_values=self._pixels(prompt))
+            found = self.model.get_image_features(**self._image_inputs(prompt))
         self.vision_seconds += time.perf_counter() - start
         # an output object in newer releases, a list of images in others
         found = getattr(found, "pooler_output", found)
@@ -104,8 +111,22 @@ class TransformersEngine:
         ids = torch.tensor([[*prompt.ids.tolist(), *more]])
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if prompt.pixels:
-            inputs["pixel_values"] = self._pixels(prompt)
+            inputs |= self._image_inputs(prompt)
+        if TOKEN_TYPES in inspect.signature(self.model.forward).parameters:
+            inputs[TOKEN_TYPES] = torch.zeros_like(ids)
+            for rows in self.family.image_rows(prompt):
+                inputs[TOKEN_TYPES][0, rows] = 1
         return inputs
+
+    def _image_inputs(self, prompt: Prompt) -> dict[str, torch.Tensor]:
+        """As the release's processor returns them."""
+        if isinstance(self.family.vision, PatchSpec):
+            rows = np.concatenate([picture.rows for picture in prompt.pixels])
+            return {
+                "pixel_values": torch.from_numpy(rows).to(self.model.dtype),
+                "image_grid_thw": torch.tensor([[1, *picture.grid] for picture in prompt.pixels]),
+            }
+        return {"pixel_values": self._pixels(prompt)}
 
     def _pixels(self, prompt: Prompt) -> torch.Tensor:
         """Our raw NHWC pixels, normalised as the release's processor does: [n, 3, S, S]."""

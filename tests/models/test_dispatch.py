@@ -59,7 +59,9 @@ def test_releases_are_known_by_their_structure(tmp_path, release, name):
 
 @pytest.mark.parametrize("relative", REFUSED)
 def test_relatives_are_refused_by_name_with_the_reason(tmp_path, relative):
-    with pytest.raises(ModelError, match=f"{relative}.*which this toolkit does not run: .+") as error:
+    with pytest.raises(
+        ModelError, match=f"{relative}.*which this toolkit does not run: .+"
+    ) as error:
         family_of(checkpoint(tmp_path, REFUSED[relative]))
     assert "\n" not in str(error.value)
 

@@ -97,11 +97,7 @@ def compare_stages(
 ) -> dict[str, list]:
     """Stage -> measures of what it computes from the recorded stream before it; logits [n, vocab]
     are the reference's."""
-    image_rows = []
-    if prompt.pixels:
-        rows = engine.family.vision.output_shape[1]
-        image_rows = [slice(start, start + rows) for start in prompt.layout.image_starts]
-    replay = ReplayTap(recording, image_rows)
+    replay = ReplayTap(recording, engine.family.image_rows(prompt))
     found = _tapped_score(engine, replay, prompt, token_ids)
     return {**replay.measures, HEAD: [measure(logits, found)]}
 
