@@ -94,13 +94,14 @@ def _release(like: str, scale: str) -> tuple[dict, dict[str, bytes]]:
     release = read_as_stored(RELEASED / f"{like}.json")
     config = release["config"] if scale == "full" else _merged(release["config"], release["tiny"])
     files, fields = RELEASES[like](release["tokenizer_config"], scale == "full")
-    return config | fields, files
+    return _merged(config, fields), files
 
 
 def _merged(config: dict, changes: dict) -> dict:
     merged = dict(config)
     for key, value in changes.items():
-        merged[key] = _merged(config[key], value) if isinstance(value, dict) else value
+        known = config.get(key)
+        merged[key] = _merged(known, value) if isinstance(known, dict) else value
     return merged
 
 

@@ -188,3 +188,27 @@ def test_ice_text_has_the_released_layout():
     assert {piece: pieces.piece_to_id(piece) for piece in released} == released
     for text in ("描述这张图片。", "Hello, wide world 123", "ё 😀"):
         assert pieces.decode(pieces.encode(text)) == text
+
+
+@pytest.mark.parametrize(
+    "like, tensors, parameters",
+    [
+        ("glm-ocr", 510, 1_107_405_824),
+        ("glm-4.1v-9b-thinking", 704, 10_292_777_472),
+        ("glm-4.6v-flash", 704, 10_292_777_472),
+    ],
+)
+def test_releases_with_pictures_of_any_size(tmp_path, like, tensors, parameters):
+    """Full size as the original classes have it; tiny with a picture through the whole prompt."""
+    config, _ = writing._release(like, "full")
+    _, index = writing._plan(config, tmp_path, {})
+    assert len(index["weight_map"]) == tensors
+    assert index["metadata"]["total_size"] == 2 * parameters
+    write_checkpoint(like, tmp_path / "tiny", scale="tiny", report=lambda line: None)
+    family = family_of(tmp_path / "tiny")
+    Checkpoint(tmp_path / "tiny").check(family.weights())
+    image = {"type": "image", "image": GOLDEN / "glm_ocr" / "wide.png"}
+    text = {"type": "text", "text": "What?"}
+    prompt = family.prompt([{"role": "user", "content": [image, text]}])
+    assert prompt.layout.image_starts and prompt.ids.max() < family.decoder.vocab_size
+    assert config["image_token_id"] == {"glm-ocr": 59280, "glm-4.6v-flash": 151363}.get(like, 151343)
