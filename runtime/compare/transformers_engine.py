@@ -140,8 +140,14 @@ class TransformersEngine:
 
 def check_release(release: str, config: dict, model_dir):
     """ToolkitError where this release of transformers would compute other logits without a word:
-    those before 5 take no notice of `rope_parameters`."""
+    those before 5 take no notice of `rope_parameters`, none reads the first GLM-4.1V files."""
     texts = (config, config.get("text_config") or {})
+    if config.get("model_type") == "glm4v" and not texts[1]:
+        raise ToolkitError(
+            f"transformers does not read {model_dir}/config.json, which has no text_config, and would "
+            "compute with another model's sizes; leave --reference out, or take config.json from the "
+            "newest release"
+        )
     if int(release.split(".")[0]) < 5 and any(ROPE_OF_5 in text for text in texts):
         raise ToolkitError(
             f"transformers {release} does not read the {ROPE_OF_5} of {model_dir}/config.json and would "

@@ -211,4 +211,6 @@ def test_releases_with_pictures_of_any_size(tmp_path, like, tensors, parameters)
     text = {"type": "text", "text": "What?"}
     prompt = family.prompt([{"role": "user", "content": [image, text]}])
     assert prompt.layout.image_starts and prompt.ids.max() < family.decoder.vocab_size
-    assert config["image_token_id"] == {"glm-ocr": 59280, "glm-4.6v-flash": 151363}.get(like, 151343)
+    assert config["image_token_id"] == {"glm-ocr": 59280, "glm-4.6v-flash": 151363}.get(
+        like, 151343
+    )

@@ -39,7 +39,17 @@ DECODERS = (
     "llava-1.5-7b",
 )
 PREFIX_LM = ("visualglm-6b",)  # whose prompts begin with a context that sees itself both ways
-TINY = ("visualglm", "glm4", "glm4_0414", "glm4v", "glm_edge", "glm_edge_v", "llava")
+TINY = (
+    "visualglm",
+    "glm4",
+    "glm4_0414",
+    "glm4v",
+    "glm_edge",
+    "glm_edge_v",
+    "llava",
+    "glm_ocr",
+    "glm41v",
+)
 # launches per layer and decoded token on 910B; a norm behind each branch is one more
 LIMITS = {"visualglm-6b": 13, "glm-4-9b-chat": 12, "glm-4-9b-0414": 13}
 MARK = "-- layer"

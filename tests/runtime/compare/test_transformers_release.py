@@ -20,3 +20,11 @@ def test_rope_parameters_need_transformers_5(config):
 @pytest.mark.parametrize("config", [OLD, {"text_config": OLD}, {"text_config": None}])
 def test_older_settings_do_not(config):
     check_release("4.57.6", config, "folder")
+
+
+def test_a_config_that_transformers_does_not_read():
+    """The first GLM-4.1V files have the language model's fields at the top."""
+    flat = {"model_type": "glm4v", "hidden_size": 128, "vision_config": {}}
+    with pytest.raises(ToolkitError, match="has no text_config, .* leave --reference out"):
+        check_release("5.23.0", flat, "folder")
+    check_release("5.23.0", flat | {"text_config": {"hidden_size": 128}}, "folder")

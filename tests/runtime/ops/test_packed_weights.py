@@ -109,7 +109,9 @@ def test_int4_of_many_tokens_is_that_of_few(shape):
     )
 
 
-@pytest.mark.parametrize("name", ["visualglm", "glm4", "glm4_0414", "glm_edge_v", "llava"])
+@pytest.mark.parametrize(
+    "name", ["visualglm", "glm4", "glm4_0414", "glm_edge_v", "llava", "glm_ocr"]
+)
 def test_int8_model_is_close_to_the_float_one(name):
     exact, packed = (
         Engine(GOLDEN / name, cpu_weights=kind, **SETTINGS) for kind in ("float", "int8")

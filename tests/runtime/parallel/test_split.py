@@ -32,7 +32,9 @@ from runtime.parallel.split import Split, check_split
 GOLDEN = paths.GOLDEN
 FAMILIES = ("visualglm", "glm4", "llava")
 SPLITS = [
-    (name, size) for name in (*FAMILIES, "glm_edge", "glm4v", "glm4/hf") for size in (2, 4)
+    (name, size)
+    for name in (*FAMILIES, "glm_edge", "glm4v", "glm4/hf", "glm_ocr", "glm41v", "glm46v")
+    for size in (2, 4)
 ] + [("glm4_0414", 2)]  # its 6 heads are not for 4
 MATRICES = ("qkv.weight", "out.weight", "up.weight", "down.weight")
 
