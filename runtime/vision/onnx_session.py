@@ -5,7 +5,7 @@ from pathlib import Path
 
 from models.config import VisionSpec
 from models.files import native_path
-from runtime.common.errors import ToolkitError
+from runtime.common.errors import CHECK_FAILED, ToolkitError
 from runtime.common.threads import usable
 
 from .artifact import ONNX
@@ -66,7 +66,14 @@ class OnnxVision(VisionSession):
         self.session = load_graph(directory, threads)
 
     def _encode(self, pixels):
-        return self.session.run([self.spec.output_name], {self.spec.input_name: pixels})[0]
+        try:
+            return self.session.run([self.spec.output_name], {self.spec.input_name: pixels})[0]
+        except Exception as error:  # another input than the family's, no memory
+            reason = str(error).strip().splitlines()[0]
+            raise ToolkitError(
+                f"{self.directory / ONNX} cannot be computed ({reason}); convert it again with --force",
+                CHECK_FAILED,
+            ) from error
 
     def describe(self):
         return described(self.directory, self.unverified is None)

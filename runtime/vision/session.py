@@ -34,7 +34,14 @@ class VisionSession:
         pixels = np.ascontiguousarray(pixels)
         for start in range(0, len(pixels), self.batch):
             part = slice(start, start + self.batch)
-            features[part] = self._encode(pixels[part])
+            found = self._encode(pixels[part])
+            if found.shape != features[part].shape:  # one row would be repeated in all places
+                raise ToolkitError(
+                    f"{self.stage} gave features {list(found.shape)}, not {list(features[part].shape)}; make "
+                    "it again with `python -m convert`",
+                    CHECK_FAILED,
+                )
+            features[part] = found
         check_finite(features, self.stage)
         return features
 

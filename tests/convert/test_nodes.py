@@ -188,7 +188,10 @@ def planted(plant, folder, tmp_path):
     (copy / "vision.onnx").write_bytes(model.SerializeToString())
     artifact.save(
         copy,
-        replace(artifact.load(folder), files={"vision.onnx": file_entry(copy / "vision.onnx")}),
+        replace(
+            artifact.load(folder),
+            files={name: file_entry(copy / name) for name in ("vision.onnx", "vision.onnx.data")},
+        ),
     )
     return copy, module
 

@@ -24,6 +24,9 @@ WRITE_SECONDS = 60  # that a client may leave its answer unread
 PROBE_SECONDS = 0.25
 LONGEST_PROBE_SECONDS = 4
 STATUS_LINE = b"HTTP/1.1 "  # what every response begins with
+SLICE_BYTES = 1 << 15  # of what arrives, that are read before the chunks are counted again
+MANY_LINES = 10_000  # of a chunked body, beyond those of
+SHORTEST_LINE = 64  # bytes on the average
 REFUSAL_SECONDS = 1  # that a connection too many may take to read why
 MAX_REFUSALS = 64  # connections that are told at once; others are only closed
 
@@ -114,6 +117,8 @@ class Connection(H11Protocol):
         self._header_timer = None
         self._write_timer = None
         self._probe_timer = None
+        self._bytes_received = 0  # of the request that arrives
+        self._lines_received = 0
         self._refused = False
         self._address = address_of(self.client)
         try:
@@ -133,8 +138,19 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes):
-        super().data_received(data)
+        for start in range(0, len(data), SLICE_BYTES):
+            if self._has_tiny_chunks(data[start : start + SLICE_BYTES]):
+                return self.transport.abort()
+            super().data_received(data[start : start + SLICE_BYTES])
         self._watch_header()
+
+    def _has_tiny_chunks(self, data: bytes) -> bool:
+        """Whether a chunked body comes in so many chunks that reading it would keep the event loop
+        from everybody else. Every chunk ends two lines."""
+        self._bytes_received += len(data)
+        self._lines_received += data.count(b"\r\n")
+        many = self._lines_received > MANY_LINES + self._bytes_received // SHORTEST_LINE
+        return many and any(name == b"transfer-encoding" for name, _ in self.headers or ())
 
     def eof_received(self) -> bool:
         """True, which keeps the sending side open, while an answer is owed."""
@@ -157,6 +173,8 @@ class Connection(H11Protocol):
             self._write_timer = None
 
     def on_response_complete(self):
+        self._bytes_received = 0
+        self._lines_received = 0
         super().on_response_complete()
         if self.transport.is_closing() and not self._write_timer:
             self._write_timer = self.loop.call_later(WRITE_SECONDS, self.transport.abort)

@@ -178,6 +178,25 @@ def test_a_client_that_left_is_told_from_one_that_half_closed(version, server):
     server.until("num_requests_running", 0, seconds=10)
 
 
+def chunked(size: int, count: int) -> bytes:
+    """A request whose body, blanks around one object, comes in chunks of `size` bytes."""
+    head = "POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    blanks = (b"%x\r\n" % size + b" " * size + b"\r\n") * count
+    end = b'f\r\n{"prompt": "x"}\r\n0\r\n\r\n'
+    return head.encode() + b"Transfer-Encoding: chunked\r\n\r\n" + blanks + end
+
+
+def test_a_body_in_tiny_chunks_is_cut(server):
+    """Each chunk costs the event loop as much as a large one: three clients stopped the service."""
+    with connect(server) as client, contextlib.suppress(OSError):
+        client.sendall(chunked(1, 100_000))
+        assert read_all(client) == b""
+    for size, count in ((1, 3_000), (200, 20_000)):
+        with connect(server) as client:
+            client.sendall(chunked(size, count))
+            assert read_answer(client).startswith(b"HTTP/1.1 200")
+
+
 def test_a_half_body_and_an_end_are_no_request(server):
     client = connect(server)
     client.sendall(message()[:-5])

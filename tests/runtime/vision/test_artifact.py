@@ -137,6 +137,15 @@ def test_a_manifest_names_only_files_that_we_write(tmp_path, name):
         artifact.load(directory)
 
 
+@pytest.mark.parametrize("left_out", [{artifact.ONNX, artifact.DATA}, {artifact.DATA}])
+def test_what_a_manifest_leaves_out_is_not_used_unchecked(left_out, tmp_path):
+    directory = make(tmp_path / "a", "source")
+    files = json.loads((directory / "manifest.json").read_text())["files"]
+    with_manifest(directory, files={name: files[name] for name in files.keys() - left_out})
+    with pytest.raises(ToolkitError, match="not a manifest this version can read"):
+        artifact.load(directory)
+
+
 @pytest.mark.parametrize("name", ["vision.om", "vision_linux_aarch64.om"])
 def test_a_damaged_om_is_named(tmp_path, name):
     directory = make(tmp_path / "a", "source")

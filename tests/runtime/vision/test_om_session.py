@@ -24,6 +24,7 @@ from runtime import chat
 from runtime.ascend.aclruntime import OmModel
 from runtime.ascend.host import Host, install_ais_bench
 from runtime.common.errors import ToolkitError, run_command
+from runtime.common.files import file_entry
 from runtime.common.notes import notes_on_stderr
 from runtime.compare import __main__ as compare
 from runtime.engine.engine import Engine
@@ -371,13 +372,15 @@ def manifest(folder, checkpoint, status, source=None, bytes=2, soc=None):
     (folder / "vision.om").write_bytes(b"om")
     entry = {"bytes": bytes, "sha256": hashlib.sha256(b"om").hexdigest()}
     family = family_of(checkpoint.directory)
+    for name in (artifact.ONNX, artifact.DATA):
+        (folder / name).write_bytes(b"onnx")
     record = artifact.Manifest(
         source or Source(family, checkpoint).hash,
         family.name,
         17,
         {},
         {},
-        {},
+        {name: file_entry(folder / name) for name in (artifact.ONNX, artifact.DATA)},
         {},
         status=status,
         soc_version=soc,
