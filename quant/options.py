@@ -4,6 +4,7 @@ Two forms of the guide are known: `-src SRC -dst DST [-type NAME_w8a8]`, and for
 six words SRC W8A8S_DST CALIB TP QUANT_DEVICE COMPRESS_DEVICES.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -178,11 +179,22 @@ def translated(argv: list[str]) -> list[str]:
     if len(places) > 1:
         return _sparse(places) + translated(argv[len(places) :])
     words = []
-    for word in argv:
+    for word in _separated(argv):
         if words and words[-1] == "--scheme":
             word = word.rpartition("_")[2]  # glm4_9b_w8a8s
         words.append(FLAGS.get(word, word))
     return words
+
+
+def _separated(argv: list[str]) -> Iterator[str]:
+    """-src=DIR as -src DIR."""
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if equals and name in FLAGS:
+            yield name
+            yield value
+        else:
+            yield word
 
 
 def _leading_words(argv: list[str]) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from quant.__main__ import main
+from quant.options import translated
 from quant.validate.findings import MINDIE
 from quant.validate.folder import validate
 from runtime import Engine
@@ -57,6 +58,14 @@ def test_sparse_form(calib, tmp_path, capsys):
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == "float16"
     said = capsys.readouterr().err
     assert f"python -m quant compress --model {out} --out {out}c -tp 2" in said
+
+
+def test_spellings_with_an_equals_sign():
+    given = ["-src=a=b", "-dst=c", "-type=glm4_9b_w8a8s", "--calib=x=y", "-trust_remote_code"]
+    assert translated(given) == [
+        *("--model", "a=b", "--out", "c", "--scheme", "w8a8s"),
+        *("--calib=x=y", "-trust_remote_code"),
+    ]
 
 
 @pytest.mark.parametrize("count", [2, 5, 7])
