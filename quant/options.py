@@ -14,6 +14,7 @@ from runtime.common.progress import print_status
 from runtime.common.shared_flags import (
     MAX_KL,
     MIN_TOP1,
+    RANKS,
     check_tensor_parallel_size,
     media_path,
     media_path_flag,
@@ -214,6 +215,8 @@ def _sparse(words: list[str]) -> list[str]:
             f"guide's six: {FORM}"
         )
     model, out, calib, size, *_ = words
+    if size not in map(str, RANKS):
+        raise ToolkitError(f"TP is {size!r}: use one of {', '.join(map(str, RANKS))}")
     print_status(
         f"note: devices {words[4]} and {words[5]} are not used, calibration runs on the CPU; afterwards, "
         f"on the machine with the 310P: python -m quant compress --model {out} --out {out}c -tp {size}"

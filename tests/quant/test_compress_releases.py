@@ -40,7 +40,7 @@ OPEN_GATE = ("--max-kl", "100", "--min-top1", "0")
 COMPUTED = ("inv_freq", "position_ids")  # tables that every engine computes itself
 
 
-def sparse(model, out):
+def sparse(model, out, *more):
     """The checkpoint as W8A8S."""
     calib = out.with_suffix(".jsonl")
     lines = [{"text": text} for text in ("hello", "why?", "你好", "one, two")]
@@ -48,7 +48,7 @@ def sparse(model, out):
         lines = [{"ids": [5, 6, 7, 8 + i]} for i in range(4)]
     calib.write_text("".join(json.dumps(line) + "\n" for line in lines))
     folders = ["--model", str(model), "--out", str(out), "--calib", str(calib)]
-    assert main([*folders, *SPARSE, *OPEN_GATE]) == 0
+    assert main([*folders, *SPARSE, *OPEN_GATE, *more]) == 0
     return out
 
 
@@ -110,6 +110,13 @@ def test_every_stored_layout(layout, stand_in, tmp_path):
         with_tables(model)
     source = sparse(model, tmp_path / "sparse")
     check(source, compressed(source, tmp_path / "out"), 1)
+
+
+def test_files_with_the_guides_names(stand_in, tmp_path):
+    """What --layout mindie wrote can be compressed like the other layout."""
+    source = sparse(paths.GOLDEN / "glm4", tmp_path / "sparse", "--layout", "mindie")
+    assert (source / "quant_model_description_w8a8s.json").is_file()
+    check(source, compressed(source, tmp_path / "out", 2), 2)
 
 
 def test_names_of_mindie(stand_in, tmp_path):

@@ -74,6 +74,13 @@ def test_other_numbers_of_words(count):
         main(["x"] * count)
 
 
+@pytest.mark.parametrize("size", ["3", "two"])
+def test_ranks_that_cannot_be(size, tmp_path):
+    """Told before the first half's work, not by the second half."""
+    with pytest.raises(ToolkitError, match=f"TP is '{size}': use one of 1, 2, 4, 8"):
+        main([GLM, str(tmp_path / "o"), "calib.jsonl", size, "0", "0,1", "-trust_remote_code"])
+
+
 def test_names_of_the_guide(calib, tmp_path):
     """One file, with the tensors that shards have."""
     arguments = ["--model", GLM, "--calib", calib, *OPEN_GATE]
