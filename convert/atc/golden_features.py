@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from convert.verify.images import verification_pictures
+from convert.verify.streamed_graph import StreamedGraph
 from models import family_of
 from models.family import Family
 from models.files import native_path
@@ -49,11 +50,15 @@ def features(family: Family, graph: Path, aipp: Path | None = None) -> np.ndarra
 
 
 def compute(model_dir: str, graph: str, aipp: str | None = None) -> np.ndarray:
-    """`features` in this process."""
+    """`features` in this process; vision.onnx itself with a part of its weights in memory."""
     import onnxruntime
 
     family = family_of(model_dir)
     pictures = list(verification_pictures(family).values())
+    if Path(graph).name == ONNX:
+        inputs = [family.encoder_inputs([picture]) for picture in pictures]
+        rows = StreamedGraph(Path(graph).parent).run(inputs)
+        return np.concatenate(rows).reshape(-1, family.decoder.hidden)
     if aipp:
         text = Path(aipp).read_text(encoding="ascii")
         pictures = [apply_aipp(text, pixels) for pixels in pictures]
