@@ -182,10 +182,10 @@ def test_verification_in_pieces_computes_the_same(converted):
 def test_a_large_attention_is_computed_for_some_queries_at_a_time(converted, monkeypatch):
     """What a tower of 6401 patches needs: its scores alone would take 2.6 GB, on both sides."""
     family = family_of(GOLDEN)
-    pixels = [family.pixels(picture) for picture in verification_images().values()]
-    whole = np.concatenate(StreamedGraph(converted[0]).run(pixels))
+    inputs = inputs_of(family)
+    whole = np.concatenate(StreamedGraph(converted[0]).run(inputs))
     reference = np.concatenate(
-        [StreamedTower(family, Checkpoint(GOLDEN)).run(each) for each in pixels]
+        [StreamedTower(family, Checkpoint(GOLDEN)).run(each) for each in inputs]
     )
     planned = pieces.memory_needed(StreamedGraph(converted[0]).model.graph)
     monkeypatch.setattr(pieces, "SCORE_BYTES", 1000)
@@ -203,13 +203,13 @@ def test_a_large_attention_is_computed_for_some_queries_at_a_time(converted, mon
         torch, "softmax", lambda x, dim: rows.append(x.shape[-2]) or softmax(x, dim)
     )
     tower = StreamedTower(family, Checkpoint(GOLDEN))
-    np.testing.assert_allclose(np.concatenate(graph.run(pixels)), whole, atol=1e-5)
-    found = np.concatenate([tower.run(each) for each in pixels])
+    np.testing.assert_allclose(np.concatenate(graph.run(inputs)), whole, atol=1e-5)
+    found = np.concatenate([tower.run(each) for each in inputs])
     np.testing.assert_allclose(found, reference, atol=1e-5)
     assert max(rows) < family.vision.rows
     softmaxes = [node for node in graph.model.graph.node if node.op_type == "Softmax"]
     inner = [softmaxes[0].output[0], softmaxes[0].input[0]]
-    values = dict(graph.values(pixels[0], inner))
+    values = dict(graph.values(inputs[0], inner))
     np.testing.assert_allclose(values[inner[0]].sum(-1), 1, atol=1e-5)
     assert values[inner[0]].shape == values[inner[1]].shape
 
