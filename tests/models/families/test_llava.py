@@ -134,7 +134,7 @@ def test_multi_turn_and_system_messages():
 def test_original_prompt_of_the_deployed_command_has_the_same_ids():
     golden = case("golden_seedprompt")
     ids = np.array(FAMILY.tokenizer.encode(str(golden["prompt"])))
-    assert FAMILY._expand(ids).tolist() == golden["input_ids"][0].tolist()
+    assert FAMILY._expand(ids, []).tolist() == golden["input_ids"][0].tolist()
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "CMYK"])
