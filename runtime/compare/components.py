@@ -13,7 +13,7 @@ from .options import CompareOptions
 
 def check_components(options: CompareOptions, engine_options: EngineOptions, family: Family):
     """ToolkitError for a device, a package or an .om that is not here."""
-    choose(engine_options.ops, engine_options.device)
+    choose(engine_options.ops, engine_options.device, engine_options.kernels)
     if engine_options.vision == "om" and family.vision:
         check_om(family, Checkpoint(family.directory), engine_options.artifact)
     try:

@@ -107,6 +107,12 @@ class EngineOptions:
         default="auto",
         choices=("auto", "reference", "cpu"),
     )
+    kernels: str = flag(
+        "NPU: whose attention kernels decode; auto takes the first set of the chip that torch_npu "
+        "has (910B: aclnn, 310P: atb)",
+        default="auto",
+        choices=("auto", "aclnn", "atb"),
+    )
     cpu_weights: str = flag(
         "CPU: pack the decoder's linear layers to 8 or 4 bits, once; less memory, faster, not exact",
         default="float",

@@ -6,8 +6,9 @@ One module or folder per backend: reference (plain torch, the oracle), cpu (fast
 from runtime.common.errors import ToolkitError
 
 
-def choose(name: str, device: str):
-    """Backend for `--ops` (auto | reference | cpu) on `device` (cpu, npu:N, cuda:N).
+def choose(name: str, device: str, kernels: str = "auto"):
+    """Backend for `--ops` (auto | reference | cpu) on `device` (cpu, npu:N, cuda:N), on an NPU with
+    the set of `--kernels`.
 
     An explicit choice never falls back to another; ToolkitError when it cannot be.
     """
@@ -15,7 +16,7 @@ def choose(name: str, device: str):
     if kind not in ("cpu", "cuda", "npu"):
         raise ToolkitError(f"device {device!r} is not known; use cpu, npu:N or cuda:N")
     openers = {"cpu": _cpu, "npu": _npu, "cuda": _cuda}
-    own = openers[kind](device)  # a device must be opened even for plain torch
+    own = openers[kind](device, kernels)  # a device must be opened even for plain torch
     if name in ("auto", own.name):
         return own
     if name == "reference":
@@ -29,19 +30,19 @@ def _reference(device):
     return ReferenceOps()
 
 
-def _cpu(device):
+def _cpu(device, kernels):
     from runtime.ops.cpu.ops import CpuOps
 
     return CpuOps()
 
 
-def _cuda(device):
+def _cuda(device, kernels):
     from .cuda import open_cuda
 
     return open_cuda(device)
 
 
-def _npu(device):
+def _npu(device, kernels):
     from runtime.ops.npu.open import open_npu
 
-    return open_npu(device)
+    return open_npu(device, kernels)

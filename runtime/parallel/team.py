@@ -78,6 +78,9 @@ class Team:
         self.free = True  # no engine uses it
         self._torch = torch
         self._dist = dist
+        # all_gather_single is the name since torch 2.13
+        newer = hasattr(dist, "all_gather_single")
+        self._gather_into = dist.all_gather_single if newer else dist.all_gather_into_tensor
         self._device_group = None
         self._out_of_step = False
         where = {"store": store} if store else {"init_method": "env://"}
@@ -157,7 +160,7 @@ class Team:
         rows, columns = x.shape
         parts = x.new_empty(self.size * rows, columns)
         with self._connected():
-            self._dist.all_gather_single(parts, x.contiguous(), group=self._device_group)
+            self._gather_into(parts, x.contiguous(), group=self._device_group)
         return parts.view(self.size, rows, columns).transpose(0, 1).reshape(rows, -1)
 
     @contextmanager

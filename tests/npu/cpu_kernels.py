@@ -19,7 +19,8 @@ from models.network.linear import Norm
 from runtime.ops.reference import ReferenceOps, sequence_attention
 
 PLAIN = ReferenceOps()
-NZ = 29
+ND, NZ = 2, 29
+CHIP = SimpleNamespace(cache_format=NZ, token_multiple=16)  # what the kernels below stand in for
 QINT8 = 12  # torch's number of the dtype
 _libraries = {}
 
@@ -36,6 +37,12 @@ def declare():
     for space, kernels in (("npu", NPU), ("atb", ATB)):
         for name, kernel in kernels.items():
             _libraries[space].impl(name, kernel, "CPU")
+
+
+def stand_in_for(soc):
+    """From now on ATB's kernels want the cache and the padding that those of `soc` want."""
+    CHIP.cache_format = soc.cache_format
+    CHIP.token_multiple = soc.token_multiple
 
 
 # npu::
@@ -93,6 +100,14 @@ def scatter_pa_kv_cache(
     )
     _check_slots(slot_mapping, key)
     PLAIN.cache_write(key, value, key_cache, value_cache, slot_mapping.long())
+
+
+def scatter_nd_update(input, indices, updates):
+    """input [slots, ...], indices [T, 1], updates [T, ...]: in place."""
+    assert input.is_contiguous() and indices.dtype == torch.int32 and indices.shape[1:] == (1,)
+    assert updates.dtype == input.dtype and updates.shape[1:] == input.shape[1:]
+    input[indices[:, 0].long()] = updates
+    return input
 
 
 def fused_infer(
@@ -265,6 +280,9 @@ def dtype_of(number):
 def reshape_and_cache(key, value, key_cache, value_cache, slot_indices):
     assert key.is_contiguous() and value.is_contiguous()
     _check_slots(slot_indices, key)
+    if CHIP.cache_format == ND:
+        PLAIN.cache_write(key, value, key_cache, value_cache, slot_indices.long())
+        return
     for rows, cache in ((key, key_cache), (value, value_cache)):
         assert cache.shape[3] == 16 and cache.shape[1] * 16 == rows[0].numel()
         blocks = slot_indices.long() // cache.shape[2]
@@ -282,6 +300,61 @@ def flash_attention(
 
 def flash_attention_unpad(query, key, value, seq_len, scale_value, num_heads, num_kv_heads, out):
     _flash(query, key, value, seq_len, scale_value, num_heads, num_kv_heads, out, causal=False)
+
+
+def flash_attention_masked(
+    query, key, value, mask, seq_len, scale_value, num_heads, num_kv_heads, out
+):
+    """310P: the whole causal mask, as large as the longest prompt."""
+    size = max(seq_len.tolist())
+    whole = torch.full((size, size), float("-inf"), dtype=torch.float16).triu(1)
+    _check_tiles(mask, whole)
+    _flash(query, key, value, seq_len, scale_value, num_heads, num_kv_heads, out, causal=True)
+
+
+def flash_attention_qlens(
+    query,
+    key_cache,
+    value_cache,
+    block_table,
+    mask,
+    seq_len,
+    context_lens,
+    num_kv_heads,
+    num_heads,
+    scale_value,
+    out,
+):
+    """910B: paged, the last query of a sequence sees its last key."""
+    hidden = float("-inf") if query.dtype == torch.float16 else 1
+    assert torch.equal(mask, torch.full((128, 128), hidden, dtype=query.dtype).triu(1))
+    assert seq_len.dtype == torch.int32 and key_cache.shape[2] == num_kv_heads
+    _check_paged(query, block_table, context_lens, scale_value, num_heads)
+    lens = (seq_len.tolist(), context_lens.tolist())
+    out.copy_(_paged_attention(query, key_cache, value_cache, block_table, *lens))
+
+
+def splitfuse_masked(
+    query,
+    key_cache,
+    value_cache,
+    block_table,
+    context_lens,
+    mask,
+    seq_len,
+    num_kv_heads,
+    num_heads,
+    scale_value,
+    out,
+):
+    """310P: a row of the mask for each query."""
+    q_lens, kv_lens = seq_len.tolist(), context_lens.tolist()
+    size = max(kv_lens)
+    whole = torch.full((size, size), float("-inf"), dtype=torch.float16).triu(1)
+    _check_tiles(mask, torch.cat([whole[kv - q : kv] for q, kv in zip(q_lens, kv_lens)]))
+    _check_paged(query, block_table, context_lens, scale_value, num_heads)
+    keys, values = (_tokens_first(cache, num_kv_heads) for cache in (key_cache, value_cache))
+    out.copy_(_paged_attention(query, keys, values, block_table, q_lens, kv_lens))
 
 
 def splitfuse(
@@ -344,7 +417,8 @@ def _paged_attention(q, keys, values, table, q_lens, kv_lens):
 
 
 def _flash(q, k, v, lens, scale, heads, kv_heads, out, causal):
-    assert lens.dtype == torch.int32 and int(lens.sum()) == len(q) and len(q) % 16 == 0
+    assert lens.dtype == torch.int32 and int(lens.sum()) == len(q)
+    assert len(q) % CHIP.token_multiple == 0
     assert q.is_contiguous() and k.is_contiguous() and v.is_contiguous() and out.is_contiguous()
     assert q.shape[1] == heads and k.shape[1] == kv_heads
     _check_scale(scale, q)
@@ -353,7 +427,10 @@ def _flash(q, k, v, lens, scale, heads, kv_heads, out, causal):
 
 def _tokens_first(cache, kv_heads):
     """[blocks, kv_heads * head_dim / 16, block_size, 16] -> [blocks, block_size, kv_heads,
-    head_dim]."""
+    head_dim], which it is where caches are plain."""
+    if CHIP.cache_format == ND:
+        assert cache.shape[2] == kv_heads
+        return cache
     assert cache.shape[3] == 16
     return cache.permute(0, 2, 1, 3).flatten(2).unflatten(2, (kv_heads, -1))
 
@@ -375,6 +452,18 @@ def _check_mask(mask, dtype, hidden):
     )
 
 
+def _check_tiles(mask, expected):
+    """[1, columns / 16, rows, 16], filled up with zeros."""
+    rows, columns = expected.shape
+    assert mask.dtype == torch.float16 and mask.dim() == 4 and mask.is_contiguous()
+    plain = mask[0].transpose(0, 1).flatten(1)
+    assert plain.shape == (rows + -rows % 16, columns + -columns % 16)
+    assert (
+        torch.equal(plain[:rows, :columns], expected)
+        and mask.isinf().sum() == expected.isinf().sum()
+    )
+
+
 def _check_slots(slots, rows):
     assert (
         slots.dtype == torch.int32 and len(slots) == len(rows) and len(slots.unique()) == len(slots)
@@ -393,6 +482,7 @@ NPU = {
     "npu_swiglu": lambda x, dim=-1: PLAIN.swiglu(x),
     "npu_apply_rotary_pos_emb": apply_rotary_pos_emb,
     "npu_scatter_pa_kv_cache": scatter_pa_kv_cache,
+    "npu_scatter_nd_update_": scatter_nd_update,
     "npu_fused_infer_attention_score": fused_infer,
     "npu_fusion_attention": fusion_attention,
     "npu_quantize": quantize,
@@ -404,6 +494,9 @@ NPU = {
 ATB = {
     "_npu_reshape_and_cache": reshape_and_cache,
     "_npu_flash_attention_v3": flash_attention,
+    "_npu_flash_attention": flash_attention_masked,
+    "_npu_flash_attention_qlens": flash_attention_qlens,
+    "_npu_paged_attention_splitfuse": splitfuse_masked,
     "_npu_flash_attention_unpad": flash_attention_unpad,
     "_npu_paged_attention_splitfuse_v2": splitfuse,
     "_npu_paged_attention": paged_attention,

@@ -1,5 +1,5 @@
-"""`make test-npu`: check_launches.py under the real torch_npu wheel, once per chip, on stand-in
-CANN libraries.
+"""`make test-npu`: check_launches.py under the real torch_npu wheel, once per chip and kernel set, on
+stand-in CANN libraries.
 
     python tests/npu/run.py [pytest arguments]
 
@@ -15,16 +15,17 @@ import stand_in_cann
 
 HERE = Path(__file__).parent
 LIBRARIES = Path(sys.prefix) / "stand-in-cann"
-CHIPS = ("Ascend910B3", "Ascend310P3")
+RUNS = (("Ascend910B3", "aclnn"), ("Ascend910B3", "atb"), ("Ascend310P3", "atb"))
 READY = "libatb.so"  # built last
 
 
-def environment(chip: str, log: Path) -> dict:
+def environment(chip: str, kernels: str, log: Path) -> dict:
     """TASK_QUEUE_ENABLE=0: kernels are launched, and logged, by the calling thread."""
     ours = {
         "LD_LIBRARY_PATH": str(LIBRARIES),
         "STUB_SOC": chip,
         "STUB_LOG": str(log),
+        "TESTED_KERNELS": kernels,
         "TASK_QUEUE_ENABLE": "0",
         "OMP_NUM_THREADS": "1",
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
@@ -61,13 +62,11 @@ def main(arguments) -> int:
         print(f"building stand-in CANN libraries in {LIBRARIES}")
         stand_in_cann.build(LIBRARIES)
     failed = False
-    for chip in CHIPS:
-        print(f"{chip}: torch_npu on stand-in CANN libraries", flush=True)
+    for chip, kernels in RUNS:
+        print(f"{chip}, --kernels {kernels}: torch_npu on stand-in CANN libraries", flush=True)
         command = [sys.executable, "-m", "pytest", str(HERE / "check_launches.py"), *arguments]
-        failed |= (
-            subprocess.run(command, env=environment(chip, LIBRARIES / f"{chip}.log")).returncode
-            != 0
-        )  # or a signal
+        variables = environment(chip, kernels, LIBRARIES / f"{chip}.log")
+        failed |= subprocess.run(command, env=variables).returncode != 0  # or a signal
     return int(failed)
 
 

@@ -103,18 +103,31 @@ def choose_threads(family: Family, plan: Plan, options: EngineOptions):
 
 def open_device(family: Family, options: EngineOptions) -> tuple[object, int, str]:
     """(operators, tokens per cache block, name of the dtype or "auto")."""
-    ops = choose(options.ops, options.device)
+    ops = choose(options.ops, options.device, options.kernels)
     wanted = options.block_size or ops.default_block_size
     block_size = ops.nearest_block_size(wanted)
     if block_size != wanted:
         note(
             f"--block-size {wanted}: {ops.name} attention does not page by it, {block_size} is used"
         )
-    if options.enforce_eager and not ops.records_graphs:
-        note(f"--enforce-eager has no effect on {options.device}: no graphs are recorded there")
+    note_about_kernels(options, ops)
     dtype = ops.default_dtype(family) if options.dtype == "auto" else options.dtype
     ops.check(dtype)
     return ops, block_size, dtype
+
+
+def note_about_kernels(options: EngineOptions, ops):
+    """Says what has no effect here, and why no graphs are recorded."""
+    device = options.device
+    if options.kernels != "auto" and ops.name != "npu":
+        note(f"--kernels {options.kernels} has no effect: {ops.name} operators run on {device}")
+    if options.enforce_eager and not ops.records_graphs:
+        note(f"--enforce-eager has no effect on {device}: no graphs are recorded there")
+    elif ops.name == "npu" and not ops.records_graphs:
+        note(
+            "no decode graphs are recorded, every step runs kernel by kernel: these kernels read "
+            "lengths from the host or are aclop's (docs/npu.md)"
+        )
 
 
 def free_memory(ops, options: EngineOptions) -> int | None:

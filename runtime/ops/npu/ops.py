@@ -9,21 +9,20 @@ Kernels are called through torch.ops, whose schemas the tests declare in a torch
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate
 
 import torch
 from torch.nn import functional as F
 
 from models.network.decoder import Step
-from runtime.ascend.socs import NZ, Soc
+from runtime.ascend.socs import NZ, KernelSet, Soc
 from runtime.common.errors import ToolkitError
 from runtime.ops.fused import AcceleratorOps
 from runtime.ops.reference import add_norm_bias
 
-from .kernels import ATTENTION, SPLITFUSE_MASKED, WRITES
+from .kernels import ATTENTION, WRITES
+from .masks import Masks
 
-MASK_SIZE = 2048  # side of the compressed causal masks, whatever the sequence length
 PAD_TO_MULTIPLE = ("context", "prompt")
 
 
@@ -35,8 +34,9 @@ class NpuStep(Step):
     sequence of its own.
     order int32: heads of the packed qkv rows, all of q, then k, then v; None when they already lie
     so (one row).
-    q_tensor int32 on the host, kv_tensor int32 on the device: lengths; q_ends: running sum of the
-    query lengths.
+    q_tensor int32 on the host; kv_tensor int32 where the kernels read it (None: they take kv_lens);
+    q_ends: running sum of the query lengths.
+    mask: what this step's queries see, for kernels that want all of it.
     """
 
     phase: str = ""
@@ -45,6 +45,7 @@ class NpuStep(Step):
     q_tensor: torch.Tensor | None = None
     kv_tensor: torch.Tensor | None = None
     q_ends: list[int] | None = None
+    mask: torch.Tensor | None = None
 
 
 @dataclass
@@ -81,15 +82,22 @@ def phase(step: Step) -> str:
 class NpuOps(AcceleratorOps):
     name = "npu"
 
-    def __init__(self, soc: Soc, device: str):
+    def __init__(self, soc: Soc, device: str, kernels: KernelSet | None = None):
+        """kernels: one of the chip's sets (default: the newest of the first)."""
         super().__init__(device)
         self.soc = soc
-        self._write = WRITES[soc.cache_write]
-        self._attention = {p: ATTENTION[k] for p, k in soc.attention.items()}
+        self.kernels = kernels or next(iter(soc.kernels.values()))[0]
+        self.masks = Masks(device)
+        self._write = WRITES[self.kernels.cache_write].call
+        self._attention = {phase: ATTENTION[k] for phase, k in self.kernels.attention.items()}
+
+    @property
+    def records_graphs(self):
+        return self.kernels.graphs
 
     @property
     def default_block_size(self) -> int:
-        return self.soc.block_sizes[0]
+        return self.kernels.block_sizes[0]
 
     def check(self, dtype: str):
         """ToolkitError when the chip cannot compute in `dtype`."""
@@ -101,7 +109,7 @@ class NpuOps(AcceleratorOps):
 
     def nearest_block_size(self, wanted: int) -> int:
         """Of those that the chip's attention pages by; the larger of two as near."""
-        return min(self.soc.block_sizes, key=lambda size: (abs(size - wanted), -size))
+        return min(self.kernels.block_sizes, key=lambda size: (abs(size - wanted), -size))
 
     @property
     def dtypes(self):
@@ -185,9 +193,12 @@ class NpuOps(AcceleratorOps):
         cos, sin = (
             F.pad(t, (0, 0, 0, padding))[None, :, None].to(device) for t in (step.cos, step.sin)
         )
+        mask_of = self._attention[kind].mask
         kv_tensor = None
-        if self.soc.lens_on_device:
-            kv_tensor = torch.tensor(step.kv_lens, dtype=torch.int32, device=device)
+        if self.kernels.lengths != "list":
+            kv_tensor = torch.tensor(step.kv_lens, dtype=torch.int32)
+        if self.kernels.lengths == "device":
+            kv_tensor = kv_tensor.to(device)
         return NpuStep(
             cos,
             sin,
@@ -202,6 +213,7 @@ class NpuOps(AcceleratorOps):
             q_tensor=torch.tensor(q_lens, dtype=torch.int32),
             q_ends=list(accumulate(q_lens)),
             kv_tensor=kv_tensor,
+            mask=mask_of and mask_of(self.masks, q_lens, step.kv_lens),
         )
 
     def heads(self, qkv, config, step):
@@ -275,29 +287,9 @@ class NpuOps(AcceleratorOps):
         self._write(k[:tokens], v[:tokens], keys, values, slots)
 
     def attention(self, q, k, v, keys, values, step):
-        kernel = self._attention[step.phase]
+        kernel = self._attention[step.phase].call
         mixed = kernel(self, q, k, v, keys, values, step)
         return mixed[: len(step.slots)]
-
-    # causal masks, made once on the device
-
-    @cached_property
-    def mask_int8(self):
-        """[2048, 2048], 1 = hidden."""
-        return torch.ones(MASK_SIZE, MASK_SIZE, dtype=torch.int8).triu(1).to(self.device)
-
-    @cached_property
-    def mask_additive(self):
-        """[2048, 2048] fp16, added to the scores."""
-        mask = torch.full((MASK_SIZE, MASK_SIZE), SPLITFUSE_MASKED, dtype=torch.float16)
-        return mask.triu(1).to(self.device)
-
-    @cached_property
-    def mask_tiles(self):
-        """[1, 128, 2048, 16] fp16: columns in tiles of 16, NZ, added to the scores."""
-        mask = torch.full((MASK_SIZE, MASK_SIZE), float("-inf"), dtype=torch.float16).triu(1)
-        tiles = mask.view(MASK_SIZE, -1, 16).transpose(0, 1)[None].contiguous()
-        return torch.ops.npu.npu_format_cast(tiles.to(self.device), NZ)
 
 
 def _heads_order(tokens, padding, config, device):

@@ -324,7 +324,7 @@ def test_the_reference_runs_on_the_device_asked_for(tmp_path, monkeypatch, capsy
         devices.append((options.device, options.ops))
         raise ToolkitError("--device npu:1: seen enough")
 
-    monkeypatch.setattr(components, "choose", lambda name, device: None)
+    monkeypatch.setattr(components, "choose", lambda *asked: None)
     monkeypatch.setattr(runs, "open_engine", opened)
     assert run(tmp_path, "--reference-device", "1") == 2
     assert devices == [("npu:1", "reference")]

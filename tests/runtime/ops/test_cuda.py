@@ -35,7 +35,7 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(
         build,
         "choose",
-        lambda name, device: CudaOps(device) if name == "auto" else choose(name, device),
+        lambda name, device, kernels: CudaOps(device) if name == "auto" else choose(name, device),
     )
 
 

@@ -15,10 +15,12 @@ import pytest
 import torch
 
 from runtime import Engine, SamplingParams
+from runtime.ascend import socs
 from runtime.ascend.socs import A2, A3, P310, soc_of
 from runtime.common.errors import MISSING_COMPONENT, ToolkitError
 from runtime.engine.loading import build
-from runtime.ops.npu.open import check_scatter, open_npu
+from runtime.ops.npu.kernels import ATTENTION, WRITES, Kernel
+from runtime.ops.npu.open import kernel_set, open_npu
 from runtime.ops.npu.ops import NpuOps
 
 GOLDEN = paths.GOLDEN
@@ -62,15 +64,28 @@ def expected(reference):
     )
 
 
-@pytest.fixture(scope="module", params=[A2, P310], ids=lambda soc: soc.name.split()[1])
-def soc(request):
-    return replace(request.param, dtypes=("float32",), block_sizes=SMALL_BLOCKS)
+SETS = {
+    "910B aclnn": (A2, socs.A2_ACLNN),
+    "910B aclnn, torch_npu 2.9": (A2, socs.A2_ACLNN_OLDER),
+    "910B atb": (A2, socs.A2_ATB),
+    "310P": (P310, socs.P310_ATB),
+    "310P, torch_npu 2.9": (P310, socs.P310_ATB_OLDER),
+}
+
+
+@pytest.fixture(scope="module", params=SETS.values(), ids=SETS.keys())
+def kernels(request):
+    """(chip, kernel set) that compute in float32, over small blocks."""
+    soc, kernels = request.param
+    cpu_kernels.stand_in_for(soc)
+    return replace(soc, dtypes=("float32",)), replace(kernels, block_sizes=SMALL_BLOCKS)
 
 
 @pytest.fixture(scope="module")
-def engine(reference, soc):
+def engine(reference, kernels):
+    soc, kernels = kernels
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "choose", lambda name, device: NpuOps(soc, device))
+        patch.setattr(build, "choose", lambda name, device, asked: NpuOps(soc, device, kernels))
         return Engine(
             reference.family.directory, dtype="float32", vision="torch", max_model_len=256
         )
@@ -153,10 +168,19 @@ def test_bfloat16_is_refused_on_310p():
 
 
 @pytest.mark.parametrize(
-    "soc, wanted, used", [(A2, 16, 128), (A2, 128, 128), (P310, 16, 64), (P310, 96, 128)]
+    "soc, kernels, wanted, used",
+    [
+        (A2, socs.A2_ACLNN, 16, 128),
+        (A2, socs.A2_ACLNN, 128, 128),
+        (A2, socs.A2_ATB, 64, 64),
+        (A2, socs.A2_ATB, 20, 16),
+        (A2, socs.A2_ATB, 512, 128),
+        (P310, socs.P310_ATB, 16, 64),
+        (P310, socs.P310_ATB, 96, 128),
+    ],
 )
-def test_nearest_block_size_that_attention_pages_by(soc, wanted, used):
-    assert NpuOps(soc, "cpu").nearest_block_size(wanted) == used
+def test_nearest_block_size_that_attention_pages_by(soc, kernels, wanted, used):
+    assert NpuOps(soc, "cpu", kernels).nearest_block_size(wanted) == used
 
 
 @pytest.mark.parametrize(
@@ -181,6 +205,48 @@ def test_explicit_npu_without_torch_npu():
     assert caught.value.exit_code == MISSING_COMPONENT
 
 
+# kernel sets
+
+
+def test_graphs_are_recorded_where_the_set_allows_it(engine):
+    assert engine._ops.records_graphs == (engine._runner.graphs is not None)
+
+
+def test_a_named_set():
+    """auto is the chip's first; a chip without the set says which it has."""
+    assert kernel_set(A2, "auto", "2.13.0") is socs.A2_ACLNN
+    assert kernel_set(A2, "atb", "2.13.0") is socs.A2_ATB
+    assert kernel_set(P310, "auto", "2.13.0") is socs.P310_ATB
+    with pytest.raises(
+        ToolkitError, match="--kernels aclnn: Ascend 310P has no such set; use .*atb"
+    ):
+        kernel_set(P310, "aclnn", "2.13.0")
+
+
+def test_kernels_that_no_npu_runs_are_noted(caplog):
+    with caplog.at_level("INFO", "ascend_vlm"):
+        Engine(GOLDEN / "glm4", kernels="atb", vision="torch", max_model_len=256)
+    assert "--kernels atb has no effect: cpu operators run on cpu" in caplog.text
+
+
+def test_the_note_about_steps_without_graphs(caplog, monkeypatch):
+    soc = replace(A2, dtypes=("float32",))
+    monkeypatch.setattr(
+        build, "choose", lambda name, device, asked: NpuOps(soc, device, socs.A2_ATB)
+    )
+    with caplog.at_level("INFO", "ascend_vlm"):
+        Engine(
+            GOLDEN / "glm4",
+            kernels="atb",
+            dtype="float32",
+            block_size=64,
+            vision="torch",
+            max_model_len=256,
+        )
+    assert "no decode graphs are recorded, every step runs kernel by kernel" in caplog.text
+    assert "block-size" not in caplog.text
+
+
 SCATTER_OF_2_9 = (
     "npu_scatter_pa_kv_cache(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
     "Tensor slot_mapping, *, Tensor? compress_lens=None, Tensor? compress_seq_offsets=None, "
@@ -188,12 +254,20 @@ SCATTER_OF_2_9 = (
 )
 
 
-def test_a_torch_npu_that_cannot_write_the_cache():
-    """2.7.1 and 2.9.0 declare the operator without cache_mode."""
-    cpu_kernels.declare()
-    check_scatter(torch.ops.npu.npu_scatter_pa_kv_cache.default, "2.13.0")
+def test_the_variant_that_torch_npu_declares_whole(monkeypatch):
+    """2.7.1 and 2.9.0 declare npu_scatter_pa_kv_cache without cache_mode, and no compressed masks."""
     library = torch.library.Library("npu_2_9", "DEF")
     library.define(SCATTER_OF_2_9)
-    with pytest.raises(ToolkitError, match="torch_npu 2.9.0 is too old .*torch_npu==2.13.0") as e:
-        check_scatter(torch.ops.npu_2_9.npu_scatter_pa_kv_cache.default, "2.9.0")
-    assert e.value.exit_code == 3
+    older = Kernel(None, "npu_2_9.npu_scatter_pa_kv_cache", "cache_mode")
+    assert not older.declared() and replace(older, argument=None).declared()
+    monkeypatch.setitem(WRITES, "scatter_blocks", older)
+    monkeypatch.setitem(ATTENTION, "flash", Kernel(None, "npu_2_9._npu_flash_attention_v3"))
+    assert kernel_set(A2, "auto", "2.9.0") is socs.A2_ACLNN_OLDER
+    assert kernel_set(P310, "atb", "2.9.0") is socs.P310_ATB_OLDER
+
+
+def test_a_torch_npu_without_the_operators(monkeypatch):
+    monkeypatch.setitem(WRITES, "reshape_and_cache", Kernel(None, "npu_2_1.no_such"))
+    with pytest.raises(ToolkitError, match="torch_npu 2.1.0 has no npu_2_1.no_such.*==2.13.0") as e:
+        kernel_set(P310, "auto", "2.1.0")
+    assert e.value.exit_code == MISSING_COMPONENT
