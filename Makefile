@@ -4,7 +4,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 VENV ?= .venv
-VENV_NPU ?= .venv-npu
+TORCH_NPU ?=
+VENV_NPU ?= .venv-npu$(addprefix -,$(TORCH_NPU))
 VENV_UI ?= .venv-ui
 VENV_RAY ?= .venv-ray
 PY := $(VENV)/bin/python
@@ -41,15 +42,19 @@ test: setup  ## all tests
 test-versions: setup  ## the suite on Python 3.10-3.13 (3.13: without quant), tests on lowest and highest releases; ARGS="--only 3.10 onnx"
 	@$(PY) tests/helpers/versions.py $(ARGS)
 
-test-npu: $(VENV_NPU)/.installed  ## the NPU path under the real torch_npu wheel on stand-in CANN libraries (needs gcc)
+test-npu: $(VENV_NPU)/.installed  ## the NPU path under the real torch_npu wheel on stand-in CANN libraries (needs gcc); TORCH_NPU=2.9.0: that release
 	@$(VENV_NPU)/bin/python tests/npu/run.py
 
+# --no-deps: on x86 torch_npu 2.7 to 2.9 want torch 2.9.0+cpu by that name, which PyPI does not have
+$(VENV_NPU)/.installed: RELEASE := $(or $(TORCH_NPU),2.13.0)
+$(VENV_NPU)/.installed: TORCH := torch==$(firstword $(subst .post, ,$(RELEASE))).*
 $(VENV_NPU)/.installed: setup.py
 	@command -v g++ >/dev/null || { echo "make test-npu builds stand-in libraries with gcc and g++; run: apt-get install g++"; exit 3; }
 	@test -x $(VENV_NPU)/bin/python || $(PYTHON) -m venv $(VENV_NPU)
 	@echo "installing packages into $(VENV_NPU) (a few minutes the first time)"
-	@$(if $(TORCH_INDEX),$(VENV_NPU)/bin/python -m pip install --quiet --index-url "$(TORCH_INDEX)" "torch==2.13.*")
-	@$(VENV_NPU)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check torch_npu==2.13.0 'torch==2.13.*' -e '.[dev]'
+	@$(if $(TORCH_INDEX),$(VENV_NPU)/bin/python -m pip install --quiet --index-url "$(TORCH_INDEX)" '$(TORCH)')
+	@$(VENV_NPU)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check '$(TORCH)' -e . pytest pyyaml
+	@$(VENV_NPU)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --no-deps torch_npu==$(RELEASE)
 	@touch $@
 
 test-ui: $(VENV_UI)/.installed  ## the page in headless Chromium (needs chromium); SHOTS=folder keeps screenshots

@@ -8,6 +8,8 @@ from setuptools import find_packages, setup
 QUANT = ["msmodelslim==26.1.0; python_version < '3.13'", "transformers>=4.57.1"]
 UI = ["gradio>=6.20,<7", "openai>=1"]
 RAY = ["ray[data]>=2.50,<3"]
+# torch that exports the vision encoder; torch_npu of the same release decodes with any from 2.7 on
+CONVERT = ["torch>=2.13,<2.14"]
 SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "pydantic>=2.7", "prometheus-client>=0.20"]
 
 setup(
@@ -43,7 +45,7 @@ setup(
     },
     entry_points={"console_scripts": ["ascend-vlm = runtime.console:main"]},
     install_requires=[
-        "torch>=2.13,<2.14",
+        "torch>=2.7,<2.15",
         "numpy>=1.26",
         "pillow>=10",
         "safetensors>=0.4",
@@ -61,6 +63,7 @@ setup(
     ],
     extras_require={
         "transformers": ["transformers>=4.57.1"],
+        "convert": CONVERT,
         "quant": QUANT,
         "serve": SERVE,
         "ui": UI,
@@ -72,6 +75,7 @@ setup(
             "ruff>=0.9",
             "openai>=1",
             "httpx>=0.27",
+            *CONVERT,
             *SERVE,
             *QUANT,
         ],

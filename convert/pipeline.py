@@ -47,7 +47,7 @@ from runtime.common.progress import spinner
 from runtime.vision import artifact
 from runtime.vision.artifact import ONNX, ONNX_NAMES, ONNX_UNVERIFIED, ONNX_VERIFIED, Manifest
 from runtime.vision.registry import register
-from runtime.vision.source import EXPORTER, Source
+from runtime.vision.source import EXPORTER, Source, check_exporter
 
 WORK = ".partial"
 EXPORTED = "exported.json"  # [source hash, files] of a completed export in the work directory
@@ -208,6 +208,7 @@ def _problem_of_export(work_dir: Path, files: dict) -> str | None:
 
 def export_encoder(source: Source, work_dir: Path) -> dict:
     """{file: {bytes, sha256}} of a new export in `work_dir`, which holds nothing else."""
+    check_exporter()
     start = time.perf_counter()
     fresh_folder(work_dir)
     with _removed_on_failure(work_dir):

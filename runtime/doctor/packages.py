@@ -67,8 +67,11 @@ def torch(host: Host, toolkit: Toolkit | None) -> Check:
         if toolkit or not host.version("torch_npu"):
             fix = _fix_import(output, toolkit)
         return Check("torch", MISSING, f"{version} cannot be imported: {reason(output)}", fix)
-    if numbers(version)[:2] != numbers(VERSIONS["torch"]):
+    lowest, highest = map(numbers, VERSIONS["torch_range"])
+    if not lowest <= numbers(version)[:2] <= highest:
         return Check("torch", MISMATCH, version, install)
+    if numbers(version)[:2] != numbers(VERSIONS["torch"]):
+        return Check("torch", NOTE, f"{version} decodes; only torch {VERSIONS['torch']} converts")
     return Check("torch", OK, version)
 
 
@@ -76,7 +79,7 @@ def torch_npu(host: Host, toolkit: Toolkit | None) -> Check:
     """Whether it suits torch and CANN, and opens the NPU."""
     version = host.version("torch_npu")
     torch_version = host.version("torch") or ""
-    install = f"pip install torch_npu=={VERSIONS['torch_npu']}"
+    install = f"pip install torch_npu=={_torch_npu_for(torch_version)}"
     if version is None:
         return Check("torch_npu", MISSING, "not installed", install)
     if numbers(version)[:2] != numbers(torch_version)[:2]:
@@ -93,6 +96,14 @@ def torch_npu(host: Host, toolkit: Toolkit | None) -> Check:
     if opened.status == OK and numbers(toolkit.version)[:2] != numbers(cann):
         return Check("torch_npu", WARNING, opened.found + released_for)
     return opened
+
+
+def _torch_npu_for(torch_version: str) -> str:
+    """The tested release for this torch, else the one that goes with the torch to install."""
+    for torch_npu_version, tested_torch in VERSIONS["tested"].items():
+        if numbers(tested_torch)[:2] == numbers(torch_version)[:2]:
+            return torch_npu_version
+    return VERSIONS["torch_npu"]
 
 
 def _open_npu(host: Host, toolkit: Toolkit | None, version: str) -> Check:

@@ -10,12 +10,12 @@ from runtime.common.errors import CHECK_FAILED, ToolkitError
 from runtime.common.files import locked
 from runtime.common.notes import note
 
-from .artifact import find_or_convert, mark_verified, read_manifest
+from .artifact import find_or_convert, known_directory, mark_verified, read_manifest
 from .choose import open_om, open_onnx, open_torch
 from .om_check import Verdict, remember, verdict_of
 from .om_file import OM_FOR, check_chip, onnx_folder
 from .session import VisionSession
-from .source import Source
+from .source import Source, exports_here
 
 
 def open_session(
@@ -29,7 +29,7 @@ def open_session(
     judge_om: bool = True,
 ) -> VisionSession:
     """Session of `kind`: "torch", "onnx", "om" or "auto" (om where an NPU and a fitting .om are,
-    else onnx; torch for a `precision` other than fp32).
+    else onnx; torch for a `precision` other than fp32, and where this torch cannot export one).
 
     artifact: an artifact's directory or an .om; None: the cached artifact, made if missing.
     threads: of ONNX Runtime; None: as many as this process may use.
@@ -50,6 +50,9 @@ def open_session(
         session = open_om(om.path, family, device_id, om.verified)
         if not judge_om or trusted(session, source, kind):
             return session
+    if kind == "auto" and artifact is None and not exports_here() and not known_directory(source):
+        note("this torch does not export encoders, and none was converted: torch runs it")
+        return open_torch(family, checkpoint, precision)
     folder = find_or_convert(source, onnx_folder(artifact))
     verified = noted_if_unverified(folder, source)
     return open_onnx(source, folder, threads, verified, fall_back=kind == "auto")

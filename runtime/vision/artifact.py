@@ -21,7 +21,7 @@ from runtime.common.processes import start_module
 from runtime.common.progress import spinner
 
 from .registry import registered_folder
-from .source import EXPORTER, Source
+from .source import EXPORTER, Source, check_exporter
 
 MANIFEST = "manifest.json"
 ONNX = "vision.onnx"
@@ -190,6 +190,7 @@ def find_or_convert(source: Source, artifact: str | Path | None = None) -> Path:
         known = known_directory(source)
     if known:
         return known
+    check_exporter()
     cached = cache_directory(source)
     note(f"no artifact given: converting the vision encoder once, into {cached}")
     _convert(source.checkpoint.directory, cached)

@@ -14,10 +14,28 @@ from torch import nn
 from models.checkpoint import Checkpoint
 from models.checkpoint.table import Weight, WeightTable
 from models.family import Family
+from runtime.common.errors import MISSING_COMPONENT, ToolkitError
 from runtime.common.files import tensors_digest
 
 # raise it when the exported graph changes: artifacts of older exporters are made again
 EXPORTER = 1
+EXPORT_TORCH = "2.13"  # the release whose graphs are tested
+
+
+def exports_here() -> bool:
+    """Whether this torch is of the release that exports encoders."""
+    return torch.__version__.split(".")[:2] == EXPORT_TORCH.split(".")
+
+
+def check_exporter():
+    """ToolkitError where it is another."""
+    if not exports_here():
+        raise ToolkitError(
+            f"the vision encoder is exported with torch {EXPORT_TORCH}, here is {torch.__version__}; "
+            f"convert where `pip install 'torch=={EXPORT_TORCH}.*'` was run and give the folder with "
+            "--artifact, or use --vision torch",
+            MISSING_COMPONENT,
+        )
 
 
 class Source:

@@ -356,6 +356,13 @@ def test_mistakes_end_in_one_sentence(tmp_path, capsys, prepare, says):
     assert says in text and text.count("\n") == 1
 
 
+def test_another_torch_does_not_export(quick, tmp_path):
+    quick.setattr(torch, "__version__", "2.9.0+cpu")
+    code, text = convert(GOLDEN, tmp_path)
+    assert code == 3 and "is exported with torch 2.13, here is 2.9.0+cpu;" in text
+    assert "pip install 'torch==2.13.*'" in text and not list(tmp_path.glob("*.onnx"))
+
+
 def test_a_full_disk_is_noticed_before_anything_is_written(quick, tmp_path):
     quick.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 95, 5))
     code, text = convert(GOLDEN, tmp_path)

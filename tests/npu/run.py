@@ -43,24 +43,27 @@ def up_to_date() -> bool:
     )
 
 
-def built_for_cuda() -> bool:
-    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # torch_npu, before there are libraries
-    import torch
-
-    return torch.version.cuda is not None
+def starts() -> bool:
+    """Whether torch_npu can be imported. From 2.10 on it does not start beside a torch that was
+    built for CUDA: both register the same allocator settings."""
+    log = LIBRARIES / "import.log"
+    variables = environment(*RUNS[0], log)
+    command = [sys.executable, "-c", "import torch_npu"]
+    return subprocess.run(command, env=variables, stderr=subprocess.DEVNULL).returncode == 0
 
 
 def main(arguments) -> int:
-    if built_for_cuda():
-        print(
-            f"torch is a build for CUDA, torch_npu does not start beside it; remove {sys.prefix} and run: "
-            "make test-npu TORCH_INDEX=https://download.pytorch.org/whl/cpu",
-            file=sys.stderr,
-        )
-        return 3
     if not up_to_date():
         print(f"building stand-in CANN libraries in {LIBRARIES}")
         stand_in_cann.build(LIBRARIES)
+    if not starts():
+        print(
+            "torch_npu cannot be imported; if torch is a build for CUDA (python -c 'import torch; "
+            f"print(torch.version.cuda)'), remove {sys.prefix} and run: make test-npu "
+            "TORCH_INDEX=https://download.pytorch.org/whl/cpu",
+            file=sys.stderr,
+        )
+        return 3
     failed = False
     for chip, kernels in RUNS:
         print(f"{chip}, --kernels {kernels}: torch_npu on stand-in CANN libraries", flush=True)

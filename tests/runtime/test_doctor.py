@@ -231,6 +231,21 @@ def test_one_thing_broken(here, what):
     assert not checks.examine(here).passed
 
 
+@pytest.mark.parametrize(("pair", "cann"), [("2.9.0", "9.1.0"), ("2.14.0", "9.1.0")])
+def test_other_tested_pairs_of_torch_and_torch_npu(tmp_path, pair, cann):
+    """They decode; that only one release exports encoders is a note."""
+    machine = machines.machine(tmp_path, cann)
+    machine.packages.update(torch=pair, torch_npu=pair)
+    found = {check.name: check for check in checks.examine(machine).checks}
+    assert found["torch"].found == f"{pair} decodes; only torch 2.13 converts"
+    assert not broken(machine)
+
+
+def test_the_torch_npu_that_goes_with_the_torch_that_is_here(here):
+    here.packages.update(torch="2.9.0", torch_npu=None)
+    assert broken(here) == {"torch_npu": "pip install torch_npu==2.9.0"}
+
+
 def test_no_permission(here, monkeypatch):
     monkeypatch.setattr(os, "access", lambda node, mode: "davinci" not in str(node))
     assert broken(here)["device files"].startswith("sudo usermod -aG HwHiAiUser $USER")

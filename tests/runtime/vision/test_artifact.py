@@ -19,7 +19,7 @@ from runtime.common import files, processes
 from runtime.common.errors import ToolkitError
 from runtime.common.files import file_entry
 from runtime.common.notes import notes_on_stderr
-from runtime.vision import artifact
+from runtime.vision import artifact, open_session
 from runtime.vision.artifact import Manifest
 from runtime.vision.source import Source
 
@@ -330,3 +330,17 @@ def test_a_second_converter_waits_for_the_first(tmp_path, capsys):
         with notes_on_stderr(), files.locked(tmp_path):
             assert (tmp_path / "done").exists() and time.perf_counter() - start < 30
     assert "another conversion" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind, machine", [("auto", "TorchVision"), ("onnx", None)])
+def test_a_torch_that_does_not_export(original, monkeypatch, capsys, kind, machine):
+    """auto runs the encoder in torch and says so; what the user asked for is refused."""
+    monkeypatch.setattr(torch, "__version__", "2.9.0+cpu")
+    if machine is None:
+        with pytest.raises(ToolkitError, match="exported with torch 2.13, here is 2.9.0") as caught:
+            open_session(kind, *original)
+        assert caught.value.exit_code == 3
+        return
+    with notes_on_stderr():
+        assert type(open_session(kind, *original)).__name__ == machine
+    assert "this torch does not export encoders" in capsys.readouterr().err
