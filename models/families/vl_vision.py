@@ -150,6 +150,9 @@ class PatchedFamily(TemplatedFamily):
             )
         return Prompt(ids, pixels, layout, text)
 
+    def _config_eos(self):
+        return self.text.get("eos_token_id")
+
     # weights
 
     def weights(self) -> list[Weight]:

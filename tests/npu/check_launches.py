@@ -40,6 +40,8 @@ DECODERS = (
     "glm-edge-1.5b-chat",
     "glm-edge-4b-chat",
     "llava-1.5-7b",
+    "glm-ocr",
+    "glm-4.1v-9b-thinking",
 )
 PREFIX_LM = ("visualglm-6b",)  # whose prompts begin with a context that sees itself both ways
 TINY = (

@@ -3,6 +3,7 @@
 The picture features of the goldens take the place of a vision encoder's.
 """
 
+import shutil
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from golden_cases import golden
 from vl_text_golden import FAMILIES, float_weights, prompt_of
 
+from models import family_of
 from models.errors import ModelError
 from models.families.vl_text import picture_layout, text_decoder, text_fields
 from models.family import Family
@@ -179,6 +181,12 @@ def test_text_config_before_the_top_level():
     config = golden("glm41v").config
     repeated = {"hidden_size": 64, "rope_theta": 1.0, "rope_scaling": None, "num_hidden_layers": 9}
     assert text_decoder(text_fields(config | repeated)) == text_decoder(text_fields(config))
+
+
+@pytest.mark.parametrize("file", ["config.json", "config_flat.json"])
+def test_ids_that_end_an_answer_stand_with_the_text_fields(tmp_path, file):
+    shutil.copy(golden("glm41v").directory / file, tmp_path / "config.json")
+    assert family_of(tmp_path).stop_ids == (388, 395, 397, 407)
 
 
 def text_with(**rope):
