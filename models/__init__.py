@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import ModelError
-from .other_kinds import refuse_other_folder, refuse_quantised
+from .other_kinds import refuse_other_files, refuse_other_folder, refuse_quantised
 from .side_fields import shown
 from .side_files import is_there, read_json
 
@@ -87,6 +87,8 @@ def family_of(directory) -> Family:
     ModelError without such a directory or config, for a known relative, and if no family owns it.
     """
     directory = Path(directory)
+    if directory.is_file():
+        raise ModelError(f"{directory} is a file; give --model its folder, {directory.parent}")
     if not directory.is_dir():
         raise ModelError(
             f"model folder {directory} does not exist; "
@@ -105,6 +107,7 @@ def family_of(directory) -> Family:
         rule = family.matches(config)
         if rule:
             return _build(family, directory, config, rule)
+    refuse_other_files(directory)
     raise ModelError(
         f"{directory} holds no model this toolkit knows ({_kind(config)}); "
         f"known: {', '.join(FAMILIES)}"

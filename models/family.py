@@ -23,6 +23,7 @@ import numpy as np
 from .config import VisionSpec
 from .errors import ModelError
 from .generation_config import read_generation_config
+from .side_fields import shown
 
 
 @dataclass
@@ -60,6 +61,19 @@ class Prompt:
         return [hashlib.sha256(pixels.tobytes()).digest() for pixels in self.pixels]
 
 
+def id_array(values, name: str = "ids") -> np.ndarray:
+    """Ids of tokens or rows, in any number of axes -> int64 [T]; ModelError for what is none."""
+    try:
+        array = np.asarray(values).reshape(-1)
+    except ValueError:  # lists of different lengths
+        array = np.empty(1, object)
+    if array.size and not np.issubdtype(array.dtype, np.integer):
+        raise ModelError(
+            f"{name} are whole numbers, not {shown(values)}; give them as a list or an array"
+        )
+    return array.astype(np.int64)
+
+
 @dataclass(frozen=True)
 class SamplingDefaults:
     """What the release samples with by default; generation_config.json overrides it."""
@@ -68,6 +82,7 @@ class SamplingDefaults:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0  # 0 = off
+    min_p: float = 0.0
     repetition_penalty: float = 1.0
     max_new_tokens: int | None = None  # of one answer; None = as many as max_length leaves
 

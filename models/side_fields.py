@@ -7,11 +7,13 @@ every released model; they hold back numbers that would be used as sizes and cou
 import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 SHOWN = 60  # characters of a value in a message
-MOST_ADDED = 6_400  # special tokens; each needs a private character while a template is rendered
+MOST_ADDED = 6_400  # tokens beside a vocabulary
 LONGEST_ADDED = 1_000  # characters
 LARGEST_ID = (1 << 31) - 1
+ADDED_FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 
 
 def shown(value) -> str:
@@ -33,12 +35,12 @@ class Rule:
 
 
 def is_whole(value, least: int, most: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+    return isinstance(value, Integral) and not isinstance(value, bool) and least <= value <= most
 
 
 def is_real(value, least: float, most: float) -> bool:
     """Infinite values and NaN are in no range."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = isinstance(value, Real) and not isinstance(value, bool)
     return number and least <= value <= most
 
 
@@ -47,8 +49,9 @@ def is_text(value) -> bool:
 
 
 def is_token(value) -> bool:
-    """A text, or a table whose "content" is one."""
-    return is_text(value.get("content") if isinstance(value, dict) else value)
+    """A text of a token's length, or a table whose "content" is one."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return is_text(text) and len(text) <= LONGEST_ADDED
 
 
 def is_template(value) -> bool:
@@ -75,9 +78,12 @@ def is_added(value) -> bool:
 
 
 def is_added_token(entry) -> bool:
-    """An empty one would be found everywhere in a text, without end."""
+    """{"content": text, "special": true, ...}; an empty one would be found everywhere, without end."""
     content = entry.get("content") if isinstance(entry, dict) else None
-    return isinstance(content, str) and 0 < len(content) <= LONGEST_ADDED
+    if not isinstance(content, str) or not 0 < len(content) <= LONGEST_ADDED:
+        return False
+    flags = [entry.get(name) for name in ADDED_FLAGS]
+    return all(flag is None or isinstance(flag, bool) for flag in flags)
 
 
 def whole(least: int, most: int) -> Rule:
@@ -104,6 +110,14 @@ def either(first: Rule, second: Rule) -> Rule:
     )
 
 
+def count(least: int) -> Rule:
+    """A whole float such as 50.0 counts, too."""
+    return Rule(
+        f"a whole number from {least} up",
+        lambda value: is_real(value, least, LARGEST_ID) and value == int(value),
+    )
+
+
 TEXT = Rule("a text", is_text)
 FLAG = Rule("true or false", lambda value: isinstance(value, bool))
 TABLE = Rule("a table {...}", lambda value: isinstance(value, dict))
@@ -112,6 +126,13 @@ TEXTS = Rule(
     lambda value: isinstance(value, dict) and all(map(is_text, value.values())),
 )
 TOKEN = Rule('a text, or a table with a text as "content"', is_token)
+TOKENS = either(
+    lists_of(TOKEN, 0, MOST_ADDED),
+    Rule(
+        "a table of tokens",
+        lambda value: isinstance(value, dict) and all(map(is_token, value.values())),
+    ),
+)
 WIDTH = whole(1, 1 << 18)
 HEADS = whole(1, 1 << 12)
 LAYERS = whole(1, 1000)
@@ -125,7 +146,8 @@ SQUARE = Rule(
 ID = whole(-1, LARGEST_ID)
 IDS = either(ID, lists_of(ID))
 EPSILON = real(0, 1)
-CHANNELS = either(real(-1e6, 1e6), lists_of(real(-1e6, 1e6), 1, 4))
+MEANS = either(real(-1e6, 1e6), lists_of(real(-1e6, 1e6), 3, 3))
+DEVIATIONS = either(real(1e-6, 1e6), lists_of(real(1e-6, 1e6), 3, 3))
 
 CONFIG = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "inner_hidden_size"), WIDTH),
@@ -169,25 +191,48 @@ TOKENIZER = {
     "chat_template": Rule("a text, or named texts", is_template),
     **dict.fromkeys(("bos_token", "eos_token", "unk_token", "sep_token"), TOKEN),
     **dict.fromkeys(("pad_token", "cls_token", "mask_token"), TOKEN),
+    "additional_special_tokens": lists_of(TOKEN, 0, MOST_ADDED),
+    **dict.fromkeys(("extra_special_tokens", "model_specific_special_tokens"), TOKENS),
+    **dict.fromkeys(("add_bos_token", "legacy"), FLAG),
 }
 PREPROCESSOR = {
     **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), FLAG),
-    **dict.fromkeys(("do_pad", "do_convert_rgb"), FLAG),
-    **dict.fromkeys(("image_mean", "image_std"), CHANNELS),
+    **dict.fromkeys(("do_pad", "do_convert_rgb", "default_to_square"), FLAG),
+    **dict.fromkeys(("image_processor_type", "feature_extractor_type"), TEXT),
+    "image_processor": TABLE,
+    "image_mean": MEANS,
+    "image_std": DEVIATIONS,
     "rescale_factor": real(0, 1e6),
     "resample": whole(0, 5),
-    **dict.fromkeys(("size.height", "size.width", "size.shortest_edge"), SIDE),
-    **dict.fromkeys(("crop_size.height", "crop_size.width"), SIDE),
     **dict.fromkeys(("size", "crop_size"), either(SIDE, TABLE)),
+    **dict.fromkeys(("height", "width"), SIDE),
+    **dict.fromkeys(("shortest_edge", "longest_edge"), whole(1, 1 << 27)),  # some count pixels
+    "max_image_tiles": whole(1, 1 << 10),
 }
+SAMPLING = {
+    "temperature": Rule("a number from 0 up", lambda value: is_real(value, 0, 1e300)),
+    "top_p": Rule(
+        "a number above 0 and up to 1", lambda value: value != 0 and is_real(value, 0, 1)
+    ),
+    "top_k": count(0),
+    "min_p": real(0, 1),
+    "repetition_penalty": real(0.01, 100),
+    "max_new_tokens": count(1),
+}
+STOP_IDS = either(whole(0, LARGEST_ID), lists_of(whole(0, LARGEST_ID)))
+GENERATION = SAMPLING | {"do_sample": FLAG, "max_length": count(1), "eos_token_id": STOP_IDS}
 INDEX = {"weight_map": TEXTS}
+ANY_FIELD = "*"  # of a file whose fields are no fixed names
 FILES = {
     "config.json": CONFIG,
     "model_config.json": CONFIG,
     "tokenizer_config.json": TOKENIZER,
     "special_tokens_map.json": TOKENIZER,
     "chat_template.json": TOKENIZER,
+    "added_tokens.json": {ANY_FIELD: whole(0, LARGEST_ID)},
+    "generation_config.json": GENERATION,
     "preprocessor_config.json": PREPROCESSOR,
+    "processor_config.json": PREPROCESSOR,
 }
 
 

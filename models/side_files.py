@@ -11,11 +11,13 @@ from pathlib import Path
 
 from .errors import ModelError
 from .files import open_regular
-from .side_fields import Rule, rules_of, shown
+from .side_fields import ANY_FIELD, Rule, rules_of, shown
 
 LARGEST = 16 << 20  # bytes; an index of 150,000 tensors
 DEEPEST = 64  # objects and lists in one another
 AGAIN = "download it again"
+LFS_MARK = b"version https://git-lfs"
+WEB_PAGES = (b"<!doctype html", b"<html")
 HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # or a whole one
 
 
@@ -105,7 +107,18 @@ def read_bytes(path: str | Path, largest: int = LARGEST) -> bytes:
         raise ModelError(f"{path} cannot be read ({error.strerror})") from None
     if len(content) > largest:
         raise ModelError(f"{path} has more than {largest >> 20} MB, which none has; {AGAIN}")
+    if problem := stand_in(content):
+        raise ModelError(f"{path} {problem}")
     return content
+
+
+def stand_in(content: bytes) -> str | None:
+    """What a download left in place of a file, as the end of a sentence about it; None for others."""
+    if content.startswith(LFS_MARK):
+        return "is only a Git LFS pointer, not the file itself; run `git lfs pull`"
+    if content.lstrip()[: len(WEB_PAGES[0])].lower().startswith(WEB_PAGES):
+        return f"is a web page, which was stored in place of the file; {AGAIN}"
+    return None
 
 
 def is_there(path: str | Path) -> bool:
@@ -139,7 +152,7 @@ def _checked(fields: dict, file: Path, place: str, rules: dict[str, Rule], depth
 
 def _check(name: str, value, file: Path, place: str, rules: dict[str, Rule]):
     """ModelError if the field is known and its value is not what it may be."""
-    rule = rules.get(place + name) or rules.get(name)
+    rule = rules.get(place + name) or rules.get(name) or rules.get(ANY_FIELD)
     if rule and not rule.fits(value):
         raise ModelError(
             f"{file} says {place}{name} {shown(value)}, which must be {rule.words}; "

@@ -4,6 +4,7 @@ Two forms of the guide are known: `-src SRC -dst DST [-type NAME_w8a8]`, and for
 six words SRC W8A8S_DST CALIB TP QUANT_DEVICE COMPRESS_DEVICES.
 """
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,9 +218,11 @@ def _sparse(words: list[str]) -> list[str]:
     model, out, calib, size, *_ = words
     if size not in map(str, RANKS):
         raise ToolkitError(f"TP is {size!r}: use one of {', '.join(map(str, RANKS))}")
+    compression = ["python", "-m", "quant", "compress", "--model", out, "--out", f"{out}c"]
+    compression += ["-tp", size]
     print_status(
         f"note: devices {words[4]} and {words[5]} are not used, calibration runs on the CPU; afterwards, "
-        f"on the machine with the 310P: python -m quant compress --model {out} --out {out}c -tp {size}"
+        f"on the machine with the 310P: {shlex.join(compression)}"
     )
     flags = ["--model", model, "--out", out, "--calib", calib]
     return [*flags, "--scheme", "w8a8s", "--dtype", "float16"]

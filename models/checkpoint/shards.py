@@ -20,7 +20,7 @@ import torch
 from models.errors import ModelError
 from models.files import kind_of, native_path, open_regular
 from models.side_fields import is_whole
-from models.side_files import parse_json
+from models.side_files import parse_json, stand_in
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -41,7 +41,7 @@ SAFETENSORS_DTYPES = {
 }
 SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 HEADER_ALIGNMENT = 8  # tensors start on a multiple of it, as the safetensors library writes them
-LFS_MARK = b"version https://git-lfs"
+FIRST_BYTES = 100  # of which a pointer or a web page is known
 HEADER_LIMIT = 16 << 20  # a larger safetensors header is damage, not a header
 LARGEST = 1 << 48  # of a length or an offset in a header
 MOST_AXES = 8
@@ -83,8 +83,8 @@ def stored_entries(file: Path) -> dict[str, Entry]:
         if kind:
             raise DamagedFile(f"is {kind}, not a weight file")
         with open_regular(file) as stream:
-            if stream.read(len(LFS_MARK)) == LFS_MARK:
-                raise DamagedFile("is only a Git LFS pointer, not the weights; run `git lfs pull`")
+            if problem := stand_in(stream.read(FIRST_BYTES)):
+                raise DamagedFile(problem)
             if file.suffix == ".safetensors":
                 return _safetensors_entries(file, stream)
         return _pickled_entries(file)

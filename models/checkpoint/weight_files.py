@@ -11,6 +11,7 @@ from pathlib import Path
 
 from models.errors import ModelError
 from models.files import is_plain_name
+from models.other_kinds import refuse_other_files
 from models.side_fields import shown
 from models.side_files import is_there, read_json, read_text
 
@@ -29,11 +30,12 @@ def find_files(directory: Path) -> tuple[str, list[Path], dict[str, str] | None]
     for name, files, index in formats:
         if any(file.exists() for file in files):
             return name, files, index
-    if is_there(directory / "latest"):
+    if is_there(directory / "latest") and not is_there(directory / "zero_to_fp32.py"):
         return "sat", _sat_files(directory), None
     for name, files, index in formats:
         if index is not None:
             return name, files, index
+    refuse_other_files(directory)
     raise ModelError(
         f"{directory} holds no weights (*.safetensors, pytorch_model*.bin, or SAT's `latest`); "
         "download the model's weight files into it"

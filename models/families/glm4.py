@@ -16,10 +16,11 @@ from models.errors import ModelError
 from models.family import Prompt, SamplingDefaults
 from models.network.rope import interleaved_order, permute_heads
 from models.prompt.chat_template import ChatTemplate, directory_template, find_template
-from models.prompt.messages import split_content
+from models.prompt.messages import check_messages, check_tools, split_content
 from models.prompt.special_tokens import SpecialToken, SpecialTokenEscaper
 from models.prompt.streaming import TRAINING_DATE, partial_match, with_training_date
-from models.prompt.tokenizers import JsonTokenizer, MissingTokenizer, TiktokenTokenizer
+from models.prompt.tokenizers.json_file import JsonTokenizer, MissingTokenizer
+from models.prompt.tokenizers.ranks import TiktokenTokenizer
 from models.side_files import is_there
 
 from .templated import TemplatedFamily
@@ -146,8 +147,11 @@ class Glm4(TemplatedFamily):
         last message, with metadata and no content, is a call that the answer completes. tools:
         OpenAI's descriptions of functions, also as "tools" of any message.
         """
+        check_messages(messages)
+        check_tools(tools or [])
         turns = []
         for message in messages:
+            check_tools(message.get("tools") or [])
             turns += released_turns(message)
         turns, images = self._checked(turns)
         self._check_images(len(images))
@@ -278,14 +282,10 @@ def template_pieces(
         messages = with_tools(messages, tools)
         tools = None
     escaper = SpecialTokenEscaper(special)
-    escaped = []
-    for message in messages:
-        content = escaper.escape(message["content"])
-        if template.takes_parts:
-            content = [{"type": "text", "text": content}]
-        metadata = escaper.escape(message["metadata"])
-        escaped.append({**message, "content": content, "metadata": metadata})
-    return escaper.split(template.render(escaped, tools))
+    escaped = escaper.escape(messages)
+    for message in escaped if template.takes_parts else ():
+        message["content"] = [{"type": "text", "text": message["content"]}]
+    return escaper.split(template.render(escaped, escaper.escape(tools)))
 
 
 def with_tools(messages: list[dict], tools) -> list[dict]:
@@ -298,9 +298,9 @@ def with_tools(messages: list[dict], tools) -> list[dict]:
 
 def describe_tool(tool: dict) -> str:
     """A function as the release's system turn words it."""
-    if tool.get("type") != "function":
+    if tool["type"] != "function":
         raise ModelError(
-            f"tool of type {tool.get('type')!r} is not known; give functions: "
+            f"tool of type {tool['type']!r} is not known; give functions: "
             '{"type": "function", "function": {"name": ..., "description": ..., "parameters": ...}}'
         )
     function = tool["function"]

@@ -10,10 +10,10 @@ from torch import nn
 from models.checkpoint.table import Weight, dense, fused_dense, one_to_one, pair
 from models.config import VisionSpec, check_fields, patch_grid
 from models.errors import ModelError
-from models.family import Layout, Prompt
+from models.family import Layout, Prompt, id_array
 from models.network.vision_blocks import Attention, GluAdapter, Mlp, Normalize, with_class_token
-from models.prompt.images import CLIP_MEAN, CLIP_STD, open_image, squash
-from models.prompt.preprocessor import check_preprocessor, squashed
+from models.prompt.images import CLIP_MEAN, CLIP_STD
+from models.prompt.preprocessor import squashed
 
 from .glm4 import NOT_RELEASED, Glm4, is_chatglm, released_pieces
 from .weight_rows import glu_adapter_weights
@@ -81,7 +81,7 @@ class VisionEncoder(nn.Module):
 class Glm4V(Glm4):
     name = "glm-4v"
     takes_tools = False
-    normalisation = (CLIP_MEAN, CLIP_STD)
+    upright = False  # the release ignores the tag
 
     @classmethod
     def matches(cls, config):
@@ -103,16 +103,12 @@ class Glm4V(Glm4):
         self.vision = VisionSpec(
             (1, side, side, 3), (1, (grid // 2) ** 2 + 2, config["hidden_size"])
         )
-        check_preprocessor(self.directory, self.name, squashed(side))
+        self.pictures = squashed(side)
 
     def vision_encoder(self):
         return VisionEncoder(self.config["vision_config"], self.decoder.hidden, self.decoder.ffn)
 
     # images and prompt
-
-    def fit(self, source, side):
-        """Squashed to side x side; the camera's rotation tag is ignored, as by the release."""
-        return squash(open_image(source, upright=False), side)
 
     def _content(self, message):
         """Takes the release's own form too: {"role": "user", "image": image, "content": text}."""
@@ -143,7 +139,7 @@ class Glm4V(Glm4):
         if image_starts is None:
             starts = np.flatnonzero(ids == marks[0])
         else:
-            starts = np.asarray(image_starts).reshape(-1)
+            starts = id_array(image_starts, "image_starts")
         if len(starts) != 1 or tuple(ids[starts[0] : starts[0] + 3 : 2]) != marks:
             raise ModelError(
                 f"the prompt has one picture, so its ids must hold {marks[0]}, one placeholder, "

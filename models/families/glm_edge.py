@@ -8,7 +8,6 @@ import functools
 import math
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -25,9 +24,9 @@ from models.config import (
 from models.family import SamplingDefaults
 from models.network.rope import interleaved_order
 from models.network.vision_blocks import GluAdapter, Normalize, PreNormBlock, gelu_erf, gelu_tanh
-from models.prompt.images import fit_pad, open_image
-from models.prompt.preprocessor import check_preprocessor, padded
-from models.prompt.tokenizers import JsonTokenizer, MissingTokenizer
+from models.prompt.images import one_by_one
+from models.prompt.preprocessor import padded
+from models.prompt.tokenizers.json_file import JsonTokenizer, MissingTokenizer
 from models.side_files import is_there
 
 from .templated import TemplatedFamily
@@ -116,7 +115,6 @@ class GlmEdge(TemplatedFamily):
 
     name = "glm-edge"
     stop_tokens = ("<|endoftext|>", "<|user|>", "<|observation|>")
-    normalisation = (MEAN, STD)
 
     @classmethod
     def matches(cls, config):
@@ -142,7 +140,7 @@ class GlmEdge(TemplatedFamily):
         rows = (grid // 2) ** 2 + 2
         self.vision = VisionSpec((1, side, side, 3), (1, rows, self.decoder.hidden))
         self.placeholder = ("<|begin_of_image|>", self.config["boi_token_id"])
-        check_preprocessor(self.directory, self.name, padded(side))
+        self.pictures = padded(side)
 
     def vision_encoder(self):
         return VisionEncoder(self.siglip, self.decoder.hidden, self.decoder.ffn)
@@ -163,11 +161,8 @@ class GlmEdge(TemplatedFamily):
 
     def prompt_from_ids(self, ids, pixels=None, image_starts=None):
         """As in TemplatedFamily; the all-zero image that the release adds to a text is left out."""
-        return super().prompt_from_ids(ids, pixels if np.any(pixels) else None, image_starts)
-
-    def fit(self, source, side):
-        """Fitted into side x side, the aspect kept, the rest zero."""
-        return fit_pad(open_image(source), side)
+        images = one_by_one(pixels)
+        return super().prompt_from_ids(ids, images if images.any() else None, image_starts)
 
     # weights
 

@@ -32,17 +32,12 @@ from models.network.vision_blocks import (
     quick_gelu,
     with_class_token,
 )
-from models.prompt.images import CLIP_MEAN, CLIP_STD, center_crop, open_image, pad_square
-from models.prompt.preprocessor import check_preprocessor, cropped, pads_to_square
-from models.prompt.tokenizers import (
-    JsonTokenizer,
-    MissingTokenizer,
-    SentencePieceTokenizer,
-    added_tokens,
-    token_ids,
-    visible_tokens,
-)
-from models.side_files import is_there
+from models.prompt.images import CLIP_MEAN, CLIP_STD
+from models.prompt.preprocessor import cropped
+from models.prompt.special_tokens import special_names
+from models.prompt.tokenizers.json_file import JsonTokenizer, MissingTokenizer
+from models.prompt.tokenizers.sentencepiece_model import SentencePieceTokenizer
+from models.side_files import is_there, read_optional_json
 
 from .templated import TemplatedFamily
 from .weight_rows import buffers, decoder_weights, output_matrix, prefix, tower_block, unused
@@ -86,7 +81,6 @@ VIT_L_336 = {
     "image_size": 336,
     "patch_size": 14,
 }
-MEAN_COLOUR = tuple(int(255 * mean) for mean in CLIP_MEAN)
 TEMPLATE = """\
 {% for message in messages %}{% if message.role != 'system' %}{{ message.role | upper }}: {% endif %}
 {% for part in message.content if part.type == 'image' %}{{ '<image>\n' }}{% endfor %}
@@ -153,7 +147,6 @@ class Llava(TemplatedFamily):
     name = "llava-1.5"
     default_template = TEMPLATE
     stop_tokens = ("</s>",)
-    normalisation = (CLIP_MEAN, CLIP_STD)
 
     @classmethod
     def matches(cls, config):
@@ -179,7 +172,7 @@ class Llava(TemplatedFamily):
         self.vision = VisionSpec((1, side, side, 3), (1, rows, self.decoder.hidden))
         image_token = config.get("image_token_index", config.get("image_token_id", 32000))
         self.placeholder = ("<image>", image_token)
-        check_preprocessor(self.directory, self.name, cropped(side))
+        self.pictures = cropped(side)
 
     def vision_encoder(self):
         activation = chosen(ACTIVATIONS, self.config, "projector_hidden_act", "gelu")
@@ -196,15 +189,19 @@ class Llava(TemplatedFamily):
     def tokenizer(self):
         json = self.directory / "tokenizer.json"
         model = self.directory / "tokenizer.model"
+        image_mark = self.placeholder[0]
         if is_there(json):
-            return JsonTokenizer(json, self.text["bos_token_id"])
+            return JsonTokenizer(json, prefixed=True, special=(image_mark,))
         if not is_there(model):
             return MissingTokenizer(json)
-        settings = self.directory / "tokenizer_config.json"
-        listed = added_tokens(settings)
-        added = listed | token_ids(self.directory / "added_tokens.json")
-        hidden = {self.placeholder[0], *listed} - visible_tokens(settings).keys()
-        return SentencePieceTokenizer(model, added, self.text["bos_token_id"], hidden)
+        settings = read_optional_json(self.directory / "tokenizer_config.json")
+        bos = special_names(self.directory).get("bos_token", "<s>")
+        return SentencePieceTokenizer(
+            model,
+            bos if settings.get("add_bos_token", True) else None,
+            settings.get("legacy", False),
+            {image_mark: self.placeholder[1]},
+        )
 
     def text_ids(self, text, special=True):
         ids = self.tokenizer.encode(text)
@@ -215,21 +212,6 @@ class Llava(TemplatedFamily):
 
     def check_image_count(self, images):
         """Any number of images is accepted; they stand in the order of the prompt."""
-
-    def fit(self, source, side):
-        """The shorter edge becomes `side`, then the centre is cut out.
-
-        With do_pad of the directory's preprocessor_config.json, squares are made of all images
-        first, so that nothing is cut off.
-        """
-        image = open_image(source)
-        if self._pads:
-            image = pad_square(image, MEAN_COLOUR)
-        return center_crop(image, side)
-
-    @functools.cached_property
-    def _pads(self) -> bool:
-        return pads_to_square(self.directory)
 
     def image_mark(self):
         """One mark, which `_expand` repeats, in a line of its own as in the release's template."""

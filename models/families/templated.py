@@ -10,18 +10,20 @@ import numpy as np
 
 from models.checkpoint.weight_files import stored_shapes
 from models.errors import ModelError
-from models.family import Family, Layout, Prompt
+from models.family import Family, Layout, Prompt, id_array
 from models.generation_config import token_ids
 from models.prompt.chat_template import ChatTemplate, directory_template
-from models.prompt.images import denormalize, one_by_one
-from models.prompt.messages import joined_text, parse_messages, with_plain_text
+from models.prompt.images import denormalize, one_by_one, open_image
+from models.prompt.messages import check_messages, joined_text, parse_messages, with_plain_text
+from models.prompt.preprocessor import ImageProcessor, Release
+from models.prompt.special_tokens import SpecialTokenEscaper, special_names
 from models.prompt.templates.client import PROCESS_OF_TEMPLATES
 
 
 class TemplatedFamily(Family):
     """To fill in beside what Family asks for: `default_template` and `stop_tokens`.
 
-    A family with images also needs `placeholder`, `normalisation` and `fit`.
+    A family with images also needs `placeholder` and `pictures`.
     """
 
     # for a directory that has no template; may use `rows`, the rows of an image
@@ -30,8 +32,9 @@ class TemplatedFamily(Family):
     placeholder: tuple[str, int] | None = None
     # end an answer, beside the ids that the directory's files name
     stop_tokens: tuple[str, ...] = ()
-    # mean and standard deviation per channel that the release's preprocessor applies
-    normalisation: tuple[tuple[float, ...], tuple[float, ...]]
+    # what the release does with a picture where the directory's settings do not say
+    pictures: Release
+    upright = True  # pictures are turned as the camera's EXIF tag says
 
     def prepare_prompts(self):
         PROCESS_OF_TEMPLATES.start()
@@ -42,15 +45,24 @@ class TemplatedFamily(Family):
         Roles: system, user, assistant; images keep their place among the parts. The wording is the
         template's, whatever the language. ModelError names what the template cannot express.
         """
+        check_messages(messages)
         turns, images = parse_messages(messages)
         self._check_images(len(images))
+        pieces = self._pieces_of(turns, tools)
+        ids = np.array(self.tokenizer.encode_pieces(pieces), dtype=np.int64)
+        pixels = [self.pixels(image) for image in images]
+        return self._prompt(self._expand(ids, pixels), pixels, None, "".join(pieces))
+
+    def _pieces_of(self, turns: list[dict], tools) -> list[str]:
+        """The rendered text, cut at the special tokens that the template itself wrote."""
+        mark = self.placeholder[:1] if self.placeholder else ()
+        escaper = SpecialTokenEscaper(dict.fromkeys((*self.tokenizer.special_tokens(), *mark)))
+        turns = escaper.escape(turns)
         template = self.template(bool(tools))
         shown = turns if template.takes_parts else with_plain_text(turns, self.image_mark())
-        text = template.render(shown, tools, rows=self.rows_of_image())
+        text = template.render(shown, escaper.escape(tools), rows=self.rows_of_image())
         self._check_system_shown(turns, text)
-        ids = np.array(self.tokenizer.encode(text), dtype=np.int64)
-        pixels = [self.pixels(image) for image in images]
-        return self._prompt(self._expand(ids, pixels), pixels, None, text)
+        return escaper.split(text)
 
     def prompt_from_ids(self, ids, pixels=None, image_starts=None) -> Prompt:
         """Token ids as the original implementation feeds its model -> Prompt.
@@ -58,7 +70,7 @@ class TemplatedFamily(Family):
         ids [T] have a placeholder for every image row. pixels: normalised [n, 3, S, S], also with
         more axes in front. image_starts None: the images take the placeholders in order.
         """
-        ids = np.asarray(ids, dtype=np.int64).reshape(-1)
+        ids = id_array(ids)
         images = one_by_one(pixels)
         self._check_images(len(images))
         return self._prompt(ids, [self.pixels(image) for image in images], image_starts)
@@ -69,14 +81,15 @@ class TemplatedFamily(Family):
         source: path, bytes, PIL image, the release's normalised [1, 3, S, S], or the result itself.
         """
         if not isinstance(source, np.ndarray):
-            return self.fit(source, self.vision.input_shape[1])
+            return self.image_processor.pixels(open_image(source, self.upright))
         if source.shape == self.vision.input_shape:
             return source.astype(np.float32)
-        return denormalize(source, *self.normalisation, self.vision.input_shape)
+        return denormalize(source, self.pictures.mean, self.pictures.std, self.vision.input_shape)
 
-    def fit(self, source, side: int) -> np.ndarray:
-        """Path, bytes or PIL image -> float32 [1, side, side, 3], fitted as the release does it."""
-        raise NotImplementedError
+    @functools.cached_property
+    def image_processor(self) -> ImageProcessor:
+        """By the directory's settings, which are read with the first picture."""
+        return ImageProcessor(self.directory, self.pictures)
 
     def rows_of_image(self) -> int:
         """Rows of every image; 0 without images."""
@@ -96,10 +109,12 @@ class TemplatedFamily(Family):
 
     @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer: of generation_config.json, config.json and `stop_tokens`."""
-        ids = {self.tokenizer.token_id(token) for token in self.stop_tokens}
+        """Ids that end an answer: of generation_config.json, config.json, the tokenizer's eos_token
+        and `stop_tokens`."""
+        eos = special_names(self.directory).get("eos_token", "")
+        ids = {self.tokenizer.token_id(token) for token in (*self.stop_tokens, eos)}
         ids.update(self.generation_config.get("eos_token_id", ()))
-        ids.update(token_ids(self.directory / "config.json", "eos_token_id", self._config_eos()))
+        ids.update(token_ids(self._config_eos()))
         return tuple(sorted(ids - {None}))
 
     def _config_eos(self):
@@ -138,7 +153,7 @@ class TemplatedFamily(Family):
         places = np.flatnonzero(ids == token_id)
         starts = places[::rows]
         if given is not None:
-            starts = np.asarray(given, dtype=np.int64).reshape(-1)
+            starts = id_array(given, "image_starts")
         filled = (starts[:, None] + np.arange(rows)).reshape(-1)
         if len(places) != images * rows:
             raise ModelError(

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from models.checkpoint.table import Weight, dense, fused_dense, one_to_one, pair
+from models.checkpoint.table import Weight, dense, pair
 from models.config import DecoderConfig, Rope, VisionSpec, head_size, patch_grid
 from models.errors import ModelError
-from models.family import Family, Layout, Prompt, SamplingDefaults
-from models.network.rope import permute_heads, two_halves_order
+from models.family import Family, Layout, Prompt, SamplingDefaults, id_array
+from models.generation_config import token_ids
+from models.network.rope import two_halves_order
 from models.network.vision_blocks import (
     Attention,
     Dense,
@@ -25,11 +26,14 @@ from models.network.vision_blocks import (
     PreNormBlock,
     with_class_token,
 )
-from models.prompt.images import CLIP_MEAN, CLIP_STD, denormalize, one_by_one, open_image, squash
-from models.prompt.messages import split_content
-from models.prompt.preprocessor import check_preprocessor, squashed
+from models.prompt.images import CLIP_MEAN, CLIP_STD, denormalize, one_by_one, open_image
+from models.prompt.messages import check_messages, said, split_content
+from models.prompt.preprocessor import ImageProcessor, squashed
+from models.prompt.special_tokens import special_names
 from models.prompt.streaming import TRAINING_DATE, partial_match, with_training_date
-from models.prompt.tokenizers import IceTokenizer
+from models.prompt.tokenizers.ice import IceTokenizer
+
+from .visualglm_weights import fold_head_major_qkv, fold_sat_qkv, qformer_weights, vit_weights
 
 LN_VISION_EPS = 1e-5  # a plain nn.LayerNorm in the release, not the tower's 1e-6
 
@@ -169,8 +173,15 @@ class VisualGLM(Family):
         patch_grid(side, eva["patch_size"])
         rows = self.config["qformer_config"]["vocab_size"]
         self.vision = VisionSpec((1, side, side, 3), (1, rows, hidden))
-        check_preprocessor(self.directory, self.name, squashed(side))
-        self.stop_ids = (config["eos_token_id"],)
+
+    @functools.cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer: of config.json, generation_config.json and the tokenizer."""
+        eos = special_names(self.directory).get("eos_token", "")
+        ids = {self.tokenizer.token_id(eos)}
+        ids.update(token_ids(self.config["eos_token_id"]))
+        ids.update(self.generation_config.get("eos_token_id", ()))
+        return tuple(sorted(ids - {None}))
 
     def vision_encoder(self):
         return VisionEncoder(self.config)
@@ -210,12 +221,22 @@ class VisualGLM(Family):
         """
         if isinstance(source, np.ndarray):
             return denormalize(source, CLIP_MEAN, CLIP_STD, self.vision.input_shape)
-        return squash(open_image(source), self.vision.input_shape[1])
+        return self.image_processor.pixels(open_image(source))
+
+    @functools.cached_property
+    def image_processor(self) -> ImageProcessor:
+        """By the directory's settings, which are read with the first picture."""
+        return ImageProcessor(self.directory, squashed(self.vision.input_shape[1]))
 
     def prompt(self, messages, language="zh", tools=None) -> Prompt:
         """Chat messages -> Prompt. The image always comes first, whichever turn brought it."""
         if tools:
             raise ModelError(f"{self.name} knows no tools; leave the tools out")
+        check_messages(messages)
+        if language not in WORDING:
+            raise ModelError(
+                f"{self.name} has no wording for language {language!r}; use {' or '.join(WORDING)}"
+            )
         images, text = self._conversation(messages, WORDING[language])
         self.check_image_count(len(images))
         if not images:
@@ -231,12 +252,21 @@ class VisualGLM(Family):
 
         ids [T] with 32 placeholders, gMASK and <sop>; pixels [n, 3, S, S], normalised, also with more axes.
         """
-        ids = np.asarray(ids, dtype=np.int64).reshape(-1)
+        ids = id_array(ids)
         images = [self.pixels(image) for image in one_by_one(pixels)]
         self.check_image_count(len(images))
         if images and image_starts is None:
             image_starts = (self._find_placeholders(ids),)
-        return Prompt(ids, images, self._layout(ids, tuple(image_starts or ())))
+        starts = id_array(() if image_starts is None else image_starts, "image_starts")
+        if len(starts) != len(images) or any(self._is_outside(start, ids) for start in starts):
+            raise ModelError(
+                f"image_starts is {starts.tolist()}, which does not fit {len(images)} pictures of "
+                f"{self.vision.rows} rows among {len(ids)} ids"
+            )
+        return Prompt(ids, images, self._layout(ids, tuple(starts.tolist())))
+
+    def _is_outside(self, start: int, ids) -> bool:
+        return not 0 <= start <= len(ids) - self.vision.rows
 
     @property
     def placeholder_id(self):
@@ -248,7 +278,7 @@ class VisualGLM(Family):
         text = ""
         question = None
         for message in messages:
-            new, content = split_content(message["content"])
+            new, content = split_content(said(message))
             images += new
             if message["role"] == "user" and question is None:
                 question = content
@@ -331,67 +361,11 @@ class VisualGLM(Family):
         root = "mixins.eva.model." if self.sat else "image_encoder."
         qformer = self.config["qformer_config"]
         _, rows, hidden = self.vision.output_shape
-        yield from _vit_weights(root + "vit.", self.config["eva_config"])
-        yield from _qformer_weights(root + "qformer.transformer.", qformer, rows)
+        yield from vit_weights(
+            root + "vit.", self.config["eva_config"], _patches(self.config["eva_config"])
+        )
+        yield from qformer_weights(root + "qformer.transformer.", qformer, rows)
         yield from dense(root + "glm_proj", hidden, qformer["hidden_size"], "vision.project")
-
-
-def _vit_weights(root, eva):
-    width = eva["hidden_size"]
-    inner = eva["inner_hidden_size"]
-    patch = eva["patch_size"]
-    embedding = root + "mixins.patch_embedding.proj"
-    yield from pair(embedding, (width, 3, patch, patch), "vision.vit.patch")
-    yield from pair(root + "mixins.cls.ln_vision", (width,), "vision.vit.norm")
-    yield one_to_one(root + "transformer.word_embeddings.weight", (1, width), "vision.vit.cls")
-    position = root + "transformer.position_embeddings.weight"
-    yield one_to_one(position, (1 + _patches(eva), width), "vision.vit.position")
-    for i in range(eva["num_layers"]):
-        layer = f"{root}transformer.layers.{i}."
-        ours = f"vision.vit.blocks.{i}."
-        yield from pair(layer + "input_layernorm", (width,), ours + "attention_norm")
-        qkv = layer + "attention.query_key_value"
-        yield from fused_dense(qkv, width, width, ours + "attention.", "qkv")
-        yield from dense(layer + "attention.dense", width, width, ours + "attention.out")
-        yield from pair(layer + "post_attention_layernorm", (width,), ours + "mlp_norm")
-        yield from dense(layer + "mlp.dense_h_to_4h", inner, width, ours + "mlp.up")
-        yield from dense(layer + "mlp.dense_4h_to_h", width, inner, ours + "mlp.down")
-
-
-def _qformer_weights(root, config, rows):
-    width = config["hidden_size"]
-    context = config["cross_attn_hidden_size"]
-    inner = config.get("inner_hidden_size") or 4 * width
-    yield one_to_one(root + "word_embeddings.weight", (rows, width), "vision.qformer.queries")
-    yield from pair(root + "final_layernorm", (width,), "vision.qformer.norm")
-    for i, cross in enumerate(config["is_decoder"]):
-        layer = f"{root}layers.{i}."
-        ours = f"vision.qformer.layers.{i}."
-        yield from pair(layer + "input_layernorm", (width,), ours + "input_norm")
-        qkv = layer + "attention.query_key_value"
-        yield from fused_dense(qkv, width, width, ours + "attention.", "qkv")
-        yield from dense(layer + "attention.dense", width, width, ours + "attention.out")
-        yield from pair(layer + "post_attention_layernorm", (width,), ours + "attention_norm")
-        if cross:
-            yield from dense(layer + "cross_attention.query", width, width, ours + "cross.q")
-            kv = layer + "cross_attention.key_value"
-            yield from fused_dense(kv, width, context, ours + "cross.", "kv")
-            yield from dense(layer + "cross_attention.dense", width, width, ours + "cross.out")
-            yield from pair(layer + "post_cross_attention_layernorm", (width,), ours + "cross_norm")
-        yield from dense(layer + "mlp.dense_h_to_4h", inner, width, ours + "mlp.up")
-        yield from dense(layer + "mlp.dense_4h_to_h", width, inner, ours + "mlp.down")
-
-
-def fold_head_major_qkv(rows, heads, order):
-    """Released layout: rows per head (q, k, v) -> [q; k; v], q and k in our rotary order."""
-    q, k, v = rows.view(heads, 3, len(order), *rows.shape[1:]).unbind(1)
-    return torch.cat((q[:, order], k[:, order], v)).reshape(rows.shape)
-
-
-def fold_sat_qkv(rows, heads, order):
-    """SAT layout: rows are [q; k; v] already."""
-    q, k, v = rows.chunk(3)
-    return torch.cat((permute_heads(q, order), permute_heads(k, order), v))
 
 
 def _index(ids, token_id) -> int | None:

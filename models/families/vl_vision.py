@@ -13,13 +13,13 @@ from models.checkpoint import Checkpoint
 from models.checkpoint.table import Part, Weight, dense, fused_dense, one_to_one, pair
 from models.config import FRAMES, MERGE, PATCH, PATCH_VALUES, PatchSpec, check_fields
 from models.errors import ModelError
-from models.family import Prompt
+from models.family import Prompt, id_array
 from models.network.patch_geometry import position_rows, rotary_rows, segment_rows
 from models.network.patch_tower import PatchTower, PatchTowerConfig
 from models.prompt.images import open_image
+from models.prompt.patch_settings import patch_rules
 from models.prompt.patches import Patches, cut, given_patches
-from models.prompt.preprocessor import patch_rules
-from models.prompt.tokenizers import JsonTokenizer, MissingTokenizer
+from models.prompt.tokenizers.json_file import JsonTokenizer, MissingTokenizer
 from models.side_files import is_there
 
 from .templated import TemplatedFamily
@@ -124,7 +124,7 @@ class PatchedFamily(TemplatedFamily):
         pixels: a dict {"pixel_values": float [N, 1176], "grid_thw": [1, rows, columns]} for each
         picture, in order; where they stand follows from the ids.
         """
-        ids = np.asarray(ids, dtype=np.int64).reshape(-1)
+        ids = id_array(ids)
         pictures = [self.pixels(picture) for picture in pixels or ()]
         return self._prompt(ids, pictures, image_starts)
 

@@ -9,17 +9,8 @@ from pathlib import Path
 from models.errors import ModelError
 from models.side_files import is_there, read_optional_json, read_text
 
+from .special_tokens import special_names
 from .templates.client import PROCESS_OF_TEMPLATES
-
-SPECIAL = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
 
 
 class ChatTemplate:
@@ -61,10 +52,8 @@ def directory_template(directory: Path, tools: bool = False) -> ChatTemplate | N
     found = find_template(directory, tools)
     if found is None:
         return None
-    settings = read_optional_json(directory / "tokenizer_config.json")
-    named_tokens = read_optional_json(directory / "special_tokens_map.json")
     source, origin = found
-    return ChatTemplate(source, special_tokens(named_tokens | settings), origin)
+    return ChatTemplate(source, special_names(directory), origin)
 
 
 def find_template(directory: Path, tools: bool = False) -> tuple[str, str] | None:
@@ -79,16 +68,6 @@ def find_template(directory: Path, tools: bool = False) -> tuple[str, str] | Non
         if source is not None:
             return source, f"the chat template in {directory / name}"
     return None
-
-
-def special_tokens(settings: dict) -> dict[str, str]:
-    """Special tokens of a tokenizer_config.json: plain strings, or dicts with a "content"."""
-    tokens = {}
-    for name in SPECIAL:
-        token = settings.get(name)
-        if token:
-            tokens[name] = token["content"] if isinstance(token, dict) else token
-    return tokens
 
 
 def _select(template: str | dict | list | None, tools: bool) -> str | None:

@@ -30,6 +30,7 @@ MAX_RATIO = 2_000  # of the longer side to the shorter one
 MAX_SCANS = 100  # of a JPEG; each goes through all pixels, and cameras and encoders write about 10
 START_OF_SCAN = b"\xff\xda"  # nothing in a scan itself looks like it
 MAX_RESIZED_PIXELS = 1 << 24  # 64 MB, of which the centre is cut out
+BICUBIC = Image.Resampling.BICUBIC
 WHOLE = 1e-3  # a denormalised value this close to a whole number was that number
 ORIENTATION = 0x0112  # EXIF tag
 TURNS = {  # its value -> what shows the image upright
@@ -93,13 +94,13 @@ def open_header(source, max_pixels: int = MAX_PIXELS) -> tuple[str, Image.Image]
     return name, image
 
 
-def squash(image: Image.Image, size: int) -> np.ndarray:
-    """Resize to size x size whatever the aspect: VisualGLM, GLM-4V."""
-    return _array(image.resize((size, size), Image.Resampling.BICUBIC))
+def squash(image: Image.Image, width: int, height: int, resample: int = BICUBIC) -> Image.Image:
+    """Resized to width x height whatever the aspect: VisualGLM, GLM-4V."""
+    return image.resize((width, height), resample)
 
 
-def center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """Shorter edge to `size`, the other truncated to whole pixels, then the centre: CLIP, LLaVA."""
+def shorter_edge_to(image: Image.Image, size: int, resample: int = BICUBIC) -> Image.Image:
+    """Resized until the shorter edge is `size`, the other truncated to whole pixels: CLIP, LLaVA."""
     short = min(image.size)
     long = max(image.size)
     scaled = int(size * long / short)
@@ -110,10 +111,14 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
         )
     width = size if image.width <= image.height else scaled
     height = size + scaled - width
-    left = (width - size) // 2
-    top = (height - size) // 2
-    resized = image.resize((width, height), Image.Resampling.BICUBIC)
-    return _array(resized.crop((left, top, left + size, top + size)))
+    return image.resize((width, height), resample)
+
+
+def crop_center(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The middle of the image; what a smaller one lacks is black: CLIP, LLaVA."""
+    left = (image.width - width) // 2
+    top = (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def pad_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
@@ -131,7 +136,7 @@ def pad_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
     return square
 
 
-def fit_pad(image: Image.Image, size: int) -> np.ndarray:
+def fit_pad(image: Image.Image, size: int, resample: int = BICUBIC) -> Image.Image:
     """Fit into size x size keeping the aspect (also enlarging), top left, rest zero: GLM-Edge-V."""
     across = size / image.width
     down = size / image.height
@@ -141,15 +146,27 @@ def fit_pad(image: Image.Image, size: int) -> np.ndarray:
     else:
         width = math.floor(image.width * down) or 1
         height = size
-    pixels = np.zeros((1, size, size, 3), np.float32)
-    pixels[:, :height, :width] = _array(image.resize((width, height), Image.Resampling.BICUBIC))
-    return pixels
+    square = Image.new("RGB", (size, size))
+    square.paste(image.resize((width, height), resample))
+    return square
+
+
+def as_array(image: Image.Image) -> np.ndarray:
+    """RGB image -> float32 [1, H, W, 3], raw 0..255."""
+    return np.asarray(image, dtype=np.float32)[None]
 
 
 def one_by_one(pixels) -> np.ndarray:
     """Arrays [..., 3, S, S] in a list, or one with more axes; None -> [n, 1, 3, S, S]"""
-    images = np.asarray([] if pixels is None else pixels)
-    return images.reshape(-1, 1, *images.shape[-3:]) if len(images) else images
+    try:
+        images = np.asarray([] if pixels is None else pixels)
+    except ValueError:  # pictures of different sizes
+        images = np.empty(1, object)
+    if images.size and (images.ndim < 3 or not np.issubdtype(images.dtype, np.number)):
+        raise ModelError(
+            f"pixels are {images.dtype} {list(images.shape)}; numbers [n, 3, S, S] are expected"
+        )
+    return images.reshape(-1, 1, *images.shape[-3:]) if images.size else images
 
 
 def denormalize(pixels: np.ndarray, mean, std, shape: tuple[int, ...]) -> np.ndarray:
@@ -296,10 +313,6 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
             f"{name} has colours of the kind {image.mode}, which cannot be shown as RGB; save it "
             "as an 8-bit PNG"
         ) from None
-
-
-def _array(image: Image.Image) -> np.ndarray:
-    return np.asarray(image, dtype=np.float32)[None]
 
 
 def _brief(error: Exception) -> str:

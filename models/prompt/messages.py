@@ -25,6 +25,21 @@ def check_messages(messages):
             parse_content(message["content"])
 
 
+def check_tools(tools):
+    """ModelError unless each tool has a type, and a function a name, as OpenAI describes them; which
+    other types there are, the template knows."""
+    if not isinstance(tools, (list, tuple)):
+        raise ModelError(f"tools are a list of dicts, not {_kind(tools)}")
+    for number, tool in enumerate(tools, 1):
+        kind = tool.get("type") if isinstance(tool, dict) else None
+        function = tool.get("function") if kind == "function" else {"name": kind}
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ModelError(
+                f"tool {number} is no function with a name; give functions: "
+                '{"type": "function", "function": {"name": ..., "description": ..., "parameters": ...}}'
+            )
+
+
 def _problem_of(message) -> str | None:
     if not isinstance(message, dict):
         return f"is {_kind(message)}, not a dict"
@@ -70,12 +85,22 @@ def parse_messages(messages: list[dict]) -> tuple[list[dict], list]:
             raise ModelError(
                 f"message role {message['role']!r} is not known; use one of {', '.join(CHAT_ROLES)}"
             )
-        parts, new_images = parse_content(message["content"])
+        parts, new_images = parse_content(said(message))
         turns.append({"role": message["role"], "content": parts})
         images += new_images
     if not turns or turns[-1]["role"] != "user":
         raise ModelError("the conversation does not end with a user message; add a question")
     return turns, images
+
+
+def said(message: dict):
+    """The content of a message; ModelError for one that only calls tools."""
+    if message.get("content") is None:
+        raise ModelError(
+            "a message without content calls tools, which this model's prompts have no place for; "
+            "leave it out"
+        )
+    return message["content"]
 
 
 def parse_content(content: str | list[dict]) -> tuple[list[dict], list]:

@@ -52,7 +52,7 @@ def try_first(kind: str, path: Path, *arguments):
     """ModelError when the process that loads and uses the tokenizer does not survive it: an abort of
     a library leaves nothing to catch. What it raises is left to the caller, who meets it again.
 
-    kind: class of tokenizers.py; arguments: those behind its path, as JSON has them.
+    kind: class of tokenizers/; arguments: those behind its path, as JSON has them.
     """
     if is_trial or not path.is_file():
         return

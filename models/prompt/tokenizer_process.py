@@ -1,6 +1,6 @@
 """The process in which a stranger's tokenizer is tried: `python -m models.prompt.tokenizer_process KIND PATH ARGUMENTS`.
 
-Takes a class of tokenizers.py, its file and its other arguments (JSON); loads it, and encodes and
+Takes a class of tokenizers/, its file and its other arguments (JSON); loads it, and encodes and
 decodes a little of everything. Its exit code matters only if a signal ended it.
 """
 
@@ -9,8 +9,16 @@ import resource
 import sys
 from pathlib import Path
 
-from . import tokenizer_limits, tokenizers
+from . import tokenizer_limits
+from .tokenizers.ice import IceTokenizer
+from .tokenizers.json_file import JsonTokenizer
+from .tokenizers.ranks import TiktokenTokenizer
+from .tokenizers.sentencepiece_model import SentencePieceTokenizer
 
+KINDS = {
+    kind.__name__: kind
+    for kind in (IceTokenizer, JsonTokenizer, SentencePieceTokenizer, TiktokenTokenizer)
+}
 SECONDS = 30  # of processor time
 MEMORY = 4 << 30  # bytes of address space
 TEXTS = ("Hello, world! 你好，世界。\n\t  12345 <0x41> é ﬁ 😀", "l" * 1000)
@@ -19,7 +27,7 @@ IDS_AT_ONCE = 100
 
 
 def try_out(kind: str, path: Path, arguments: list):
-    tokenizer = getattr(tokenizers, kind)(path, *arguments)
+    tokenizer = KINDS[kind](path, *arguments)
     for text in TEXTS:
         tokenizer.encode(text)
     for first in range(0, IDS, IDS_AT_ONCE):

@@ -9,7 +9,7 @@ import itertools
 import string
 from collections.abc import Iterable, Iterator
 
-from models.prompt.tokenizers import TiktokenTokenizer
+from models.prompt.tokenizers.ranks import TiktokenTokenizer
 
 ICE_SPECIAL = ("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>")
 ICE_BLANKS = ("<|tab|>", *(f"<|blank_{n}|>" for n in range(2, 81)))

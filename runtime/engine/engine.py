@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 from models.family import Prompt
-from models.prompt.messages import check_messages
 from runtime.common.errors import ToolkitError
 from runtime.engine.loading.build import build
 from runtime.engine.loading.memory import DEFAULT_MAX_NUM_SEQS
@@ -80,24 +79,28 @@ class Engine:
 
         tools: functions the model may call, as OpenAI describes them.
         """
-        check_messages(messages)
         if language not in (None, *self.family.languages):
             raise ToolkitError(
                 f"{self.family.name} has no prompt wording for language {language!r}; "
                 f"use one of {', '.join(self.family.languages)}"
             )
-        return self.family.prompt(messages, language or self.family.languages[0], tools)
+        prompt = self.family.prompt(messages, language or self.family.languages[0], tools)
+        self._check_ids(prompt)
+        return prompt
 
     def prompt_from_ids(self, ids, pixels=None, image_starts=None) -> Prompt:
         """Already tokenised: ids as the original implementation feeds its model, pixels as its
         preprocessor returns them."""
         prompt = self.family.prompt_from_ids(ids, pixels, image_starts)
-        bad = prompt.ids[(prompt.ids < 0) | (prompt.ids >= self.family.decoder.vocab_size)]
-        if len(bad):
-            raise ToolkitError(
-                f"token id {bad[0]} is outside the vocabulary of {self.family.decoder.vocab_size}"
-            )
+        self._check_ids(prompt)
         return prompt
+
+    def _check_ids(self, prompt: Prompt):
+        """ToolkitError for an id that the model has no embedding of."""
+        known = self.family.decoder.vocab_size
+        bad = prompt.ids[(prompt.ids < 0) | (prompt.ids >= known)]
+        if len(bad):
+            raise ToolkitError(f"token id {bad[0]} is outside the vocabulary of {known}")
 
     def check_length(self, prompt: Prompt, max_tokens: int = 1):
         """ToolkitError for a prompt that is empty or leaves no room for `max_tokens` new tokens."""
@@ -113,7 +116,7 @@ class Engine:
         """`params` with every gap filled from the release's defaults."""
         defaults = self.family.sampling(bool(prompt.pixels))
         chosen = {}
-        for name in ("temperature", "top_p", "top_k", "repetition_penalty"):
+        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
             given = getattr(params, name)
             chosen[name] = getattr(defaults, name) if given is None else given
         max_tokens = params.max_tokens
@@ -126,7 +129,6 @@ class Engine:
                 max_tokens = min(max_tokens, defaults.max_new_tokens)
         self.check_length(prompt, max_tokens)
         return Settings(
-            min_p=params.min_p,
             presence_penalty=params.presence_penalty,
             frequency_penalty=params.frequency_penalty,
             max_tokens=max_tokens,

@@ -3,9 +3,9 @@
 Each field is an argument of the Python API, and a flag of the commands where it has a help text.
 """
 
-import math
 from dataclasses import dataclass, replace
 
+from models.side_fields import SAMPLING, real, whole
 from runtime.common.devices import device_name, is_bare_number
 from runtime.common.errors import ToolkitError
 from runtime.common.flags import check_choices, check_folder, flag, require, spelled
@@ -298,7 +298,8 @@ class SamplingParams:
         kind=int,
         metavar="N",
     )
-    min_p: float = 0.0  # drop tokens less likely than this share of the likeliest one's probability
+    # drop tokens less likely than this share of the likeliest one's probability
+    min_p: float | None = None
     presence_penalty: float = 0.0  # taken from the logits of tokens that the answer has
     frequency_penalty: float = 0.0  # the same, for every time that the answer has them
     ignore_eos: bool = False
@@ -315,31 +316,27 @@ class SamplingParams:
     def __post_init__(self):
         self.stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         self.stop_token_ids = tuple(self.stop_token_ids)
-        for name, (fits, rule) in SAMPLING_RULES.items():
+        for name, (rule, hint) in SAMPLING_RULES.items():
             value = getattr(self, name)
-            require(self, name, value is None or fits(value), rule)
+            fits = value is None or rule.fits(value)
+            require(self, name, fits, f"{rule.words} is needed; {hint}")
+            if name in COUNTS and value is not None:
+                setattr(self, name, int(value))
 
 
-# field of SamplingParams -> (does a value fit?, what does), in the order in which they are checked
+COUNTS = ("max_tokens", "top_k")  # whole floats become ints
+# field of SamplingParams -> (what a value must be, an example or what its end means), in the order
+# in which they are checked; those that generation_config.json has, too, are the same there
 SAMPLING_RULES = {
-    "max_tokens": (lambda n: n >= 1, "1 or more is needed, e.g. 256"),
-    "temperature": (
-        lambda t: 0 <= t < math.inf,
-        "0 or more is needed; 0 takes the most likely token",
-    ),
-    "top_p": (
-        lambda p: 0 < p <= 1,
-        "above 0 and up to 1 is needed; to take the most likely token give --temperature 0",
-    ),
-    "top_k": (lambda k: k >= 0, "0 or more is needed; 0 keeps all tokens"),
-    "repetition_penalty": (
-        lambda r: 0.01 <= r <= 100,
-        "0.01 to 100 is needed; 1 switches it off",
-    ),
-    "min_p": (lambda p: 0 <= p <= 1, "0 to 1 is needed; 0 keeps all tokens"),
-    "presence_penalty": (lambda p: -2 <= p <= 2, "-2 to 2 is needed; 0 switches it off"),
-    "frequency_penalty": (lambda p: -2 <= p <= 2, "-2 to 2 is needed; 0 switches it off"),
-    "logprobs": (lambda n: n >= 0, "0 or more is needed"),
-    "prompt_logprobs": (lambda n: n >= 0, "0 or more is needed"),
-    "seed": (lambda n: 0 <= n < 2**63, "use a whole number from 0 up, below 2^63"),
+    "max_tokens": (SAMPLING["max_new_tokens"], "e.g. 256"),
+    "temperature": (SAMPLING["temperature"], "0 takes the most likely token"),
+    "top_p": (SAMPLING["top_p"], "to take the most likely token give --temperature 0"),
+    "top_k": (SAMPLING["top_k"], "0 keeps all tokens"),
+    "repetition_penalty": (SAMPLING["repetition_penalty"], "1 switches it off"),
+    "min_p": (SAMPLING["min_p"], "0 keeps all tokens"),
+    "presence_penalty": (real(-2, 2), "0 switches it off"),
+    "frequency_penalty": (real(-2, 2), "0 switches it off"),
+    "logprobs": (whole(0, (1 << 31) - 1), "e.g. 5"),
+    "prompt_logprobs": (whole(0, (1 << 31) - 1), "e.g. 5"),
+    "seed": (whole(0, (1 << 63) - 1), "e.g. 1"),
 }

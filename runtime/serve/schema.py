@@ -157,7 +157,7 @@ class SamplingRequest(Body):
             repetition_penalty=self.repetition_penalty,
             seed=self.known_seed,
             ignore_eos=self.ignore_eos,
-            min_p=self.min_p or 0.0,
+            min_p=self.min_p,
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
             stop=tuple(self.stops),

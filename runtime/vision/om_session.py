@@ -16,6 +16,8 @@ from runtime.common.errors import ToolkitError
 from .session import VisionSession
 
 LARGEST_HALF = 65504.0
+# relative, with which a file's input dtype holds pixels that are no whole numbers
+PRECISION = {np.dtype(np.float32): 0.0, np.dtype(np.float16): 1e-3, np.dtype(np.uint8): 0.0}
 
 
 class OmVision(VisionSession):
@@ -53,11 +55,12 @@ class OmVision(VisionSession):
         count = len(pixels)
         gear = next(gear for gear in self.model.gears if gear >= count)
         filled = np.zeros((gear, *pixels.shape[1:]), self.model.input_dtype)
-        filled[:count] = pixels
-        if not np.array_equal(filled[:count], pixels):
+        filled[:count] = np.clip(pixels, 0, 255) if filled.dtype == np.uint8 else pixels
+        if not np.allclose(filled[:count], pixels, rtol=PRECISION[filled.dtype], atol=0):
             raise ToolkitError(
-                f"{self.model.path} takes {filled.dtype}, which cannot hold these pixels; prepare "
-                "pictures with the family's `pixels`"
+                f"{self.model.path} takes {filled.dtype}, which cannot hold these pixels: prepare "
+                "pictures with the family's `pixels`; where its preprocessor_config.json has another "
+                "mean or deviation than the release, convert without --aipp"
             )
         features = self.model.run(filled)[:count].astype(np.float32)
         if self.model.output_dtype == np.float16:

@@ -12,8 +12,10 @@ from models import family_of
 from models.checkpoint import Checkpoint
 from models.checkpoint.quantized import stored_weights
 from models.errors import ModelError
+from models.prompt import tokenizer_limits
 from models.prompt.chat_template import ChatTemplate
-from models.prompt.tokenizers import JsonTokenizer, TiktokenTokenizer
+from models.prompt.tokenizers.json_file import JsonTokenizer
+from models.prompt.tokenizers.ranks import TiktokenTokenizer
 from models.side_files import read_json
 
 FAMILIES = ("glm4", "glm4v", "glm_edge", "glm_edge_v", "llava", "visualglm")
@@ -47,6 +49,12 @@ def use(folder):
         family.vision_encoder()
     family.prompt(HELLO)
     return family.sampling(False), family.stop_ids
+
+
+@pytest.fixture(autouse=True)
+def untried(monkeypatch):
+    """The tokenizer files here are sound: they need no trial in a process of their own."""
+    monkeypatch.setattr(tokenizer_limits, "is_trial", True)
 
 
 @pytest.fixture

@@ -136,6 +136,11 @@ STRINGS = [
     "{% for m in messages %}USER: {{ m['content'].strip() }}{% endfor %}",
     "{% for m in messages %}{% set text = m.content | trim %}USER: {{ text }}{% endfor %}",
     "{% for m in messages[0:] %}USER: {% if m.content[0] == 'x' %}?{% endif %}{{ m.content }}{% endfor %}",
+    "{% for m in messages %}{% with c = m.content %}USER: {{ c }}{% endwith %}{% endfor %}",
+    "{% set n = namespace(c='') %}{% for m in messages %}{% set n.c = m.content %}USER: {{ n.c }}"
+    "{% endfor %}",
+    "{% macro say(c) %}USER: {{ c }}{% endmacro %}{% for m in messages %}{{ say(m.content) }}{% endfor %}",
+    "{% for m in messages %}{% set a, b = m.role, 1 %}USER: {{ m.content[:99] }}{% endfor %}",
     "{% for m in messages %}USER: {% for w in m.content.split('!') %}{{ w }}{% endfor %}{% endfor %}",
 ]
 LOOP = "{{ part.text if part.type == 'text' else '<image>\n' }}{% endfor %}{% endfor %}"
@@ -148,6 +153,22 @@ PARTS = [
     "{% for m in messages %}USER: {{ '<image>\n' * (m.content | selectattr('type', 'equalto', 'image') "
     "| list | length) }}{{ m.content | selectattr('type', 'equalto', 'text') | map(attribute='text') "
     "| join }}{% endfor %}",
+    "{% for m in messages %}{% with c = m.content %}USER: {% for part in c %}"
+    + LOOP.replace("{% endfor %}", "{% endfor %}{% endwith %}", 1),
+    "{% macro say(c) %}USER: {% for part in c %}"
+    + LOOP.replace("{% endfor %}{% endfor %}", "{% endfor %}{% endmacro %}")
+    + "{% for m in messages %}{{ say(m.content) }}{% endfor %}",
+    "{% macro say(c) %}{% set d = c %}USER: {% for part in d %}"
+    + LOOP.replace("{% endfor %}{% endfor %}", "{% endfor %}{% endmacro %}")
+    + "{% for m in messages %}{{ say(c=m['content']) }}{% endfor %}",
+    "{% set n = namespace(c='') %}{% for m in messages %}{% set n.c = m.content %}USER: "
+    "{% for part in n.c %}" + LOOP,
+    "{% for m in messages %}USER: {% for i in range(m.content | length) %}{{ m.content[i].text if "
+    "m.content[i]['type'] == 'text' else '<image>\n' }}{% endfor %}{% endfor %}",
+    "{% for m in messages %}USER: {{ '<image>\n' * (m.content | length - 1) }}"
+    "{{ (m.content | last).text }}{% endfor %}",
+    "{% for m in messages %}USER: {{ '<image>\n' * (m.content | length - 1) }}"
+    "{{ m.content | join('', attribute='text') }}{% endfor %}",
     "{% for m in messages %}USER: {{ '<image>\n' * (m.content | length - 1) }}"
     "{{ m.content[-1]['text'] }}{% endfor %}",
 ]

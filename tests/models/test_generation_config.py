@@ -92,7 +92,7 @@ def test_max_new_tokens_is_the_default_of_max_tokens(tmp_path):
 )
 def test_wrong_values_are_named(field, value, tmp_path):
     folder = folder_with(tmp_path, "glm_edge", **{field: value})
-    with pytest.raises(ModelError, match=f"generation_config.json has {field} .* is needed"):
+    with pytest.raises(ModelError, match=f"generation_config.json says {field} .* must be"):
         read_generation_config(folder)
 
 

@@ -30,7 +30,7 @@ from models.families.llava import _decoder as llama_decoder
 from models.families.templated import TemplatedFamily
 from models.families.weight_rows import decoder_weights as decoder_rows
 from models.network.linear import Linear, Stacked
-from models.prompt.tokenizers import JsonTokenizer
+from models.prompt.tokenizers.json_file import JsonTokenizer
 from runtime import Engine
 from runtime.engine.loading.weights import decoder_weights
 from runtime.ops.cpu.ops import CpuOps, PackedInt8

@@ -10,7 +10,9 @@ from paths import GOLDEN
 from models import family_of
 from models.errors import ModelError
 from models.prompt import tokenizer_limits
-from models.prompt.tokenizers import JsonTokenizer, SentencePieceTokenizer, TiktokenTokenizer
+from models.prompt.tokenizers.json_file import JsonTokenizer
+from models.prompt.tokenizers.ranks import TiktokenTokenizer
+from models.prompt.tokenizers.sentencepiece_model import SentencePieceTokenizer
 
 ABORT = "import os, sys\nos.abort()\n"
 LOOP = """
@@ -80,7 +82,7 @@ def test_many_control_pieces(tmp_path):
         model.pieces.add(piece=f"<c{number}>", score=0, type=3)
     (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
     with pytest.raises(ModelError, match="control pieces, 6,400 are the most"):
-        SentencePieceTokenizer(tmp_path / "tokenizer.model", {}, 1)
+        SentencePieceTokenizer(tmp_path / "tokenizer.model")
 
 
 @pytest.mark.parametrize("token_id", ["5", -1, 1.5, 1 << 31, True])
@@ -107,7 +109,7 @@ def test_an_abort_ends_another_process(program, words, tmp_path, monkeypatch):
         with pytest.raises(ModelError, match=f"{model}/.* {words}"):
             print(family_of(GOLDEN / model).tokenizer)
     with pytest.raises(ModelError, match=words):
-        SentencePieceTokenizer(GOLDEN / "llava" / "tokenizer.model", {}, 1)
+        SentencePieceTokenizer(GOLDEN / "llava" / "tokenizer.model")
     tokenizer_limits._end_of_trial.cache_clear()
 
 

@@ -19,7 +19,8 @@ from models.errors import ModelError
 from models.families.glm4 import SPECIAL, Glm4, template_pieces
 from models.prompt.chat_template import ChatTemplate
 from models.prompt.streaming import StreamDecoder
-from models.prompt.tokenizers import JsonTokenizer, TiktokenTokenizer
+from models.prompt.tokenizers.json_file import JsonTokenizer
+from models.prompt.tokenizers.ranks import TiktokenTokenizer
 from models.synthetic.releases import glm4_files
 from runtime import Engine, SamplingParams
 

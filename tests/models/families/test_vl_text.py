@@ -20,7 +20,7 @@ from models.errors import ModelError
 from models.families.vl_text import picture_layout, text_decoder, text_fields
 from models.family import Family
 from models.network.decoder import Decoder
-from models.prompt.tokenizers import MissingTokenizer
+from models.prompt.tokenizers.json_file import MissingTokenizer
 from models.side_files import read_json
 from runtime import SamplingParams
 from runtime.ascend.socs import A2, P310
