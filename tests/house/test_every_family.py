@@ -20,8 +20,15 @@ SEEING = {
     "glm4v": "glm4v/image.png",
     "llava": "llava/image_a.png",
     "glm_edge_v": "glm_edge_v/image_a.png",
+    "glm_ocr": "glm_ocr/wide.png",
+    "glm41v": "glm41v/tall.png",
+    "glm46v": "glm46v/uneven.png",
 }
-FAMILIES = ("visualglm", "glm4", "glm4_0414", "glm4v", "llava", "glm_edge", "glm_edge_v")
+ANY_SIZE = ("glm_ocr", "glm41v", "glm46v")
+FAMILIES = (
+    *("visualglm", "glm4", "glm4_0414", "glm4v", "llava", "glm_edge", "glm_edge_v"),
+    *ANY_SIZE,
+)
 ROOT = paths.ROOT
 
 
@@ -102,7 +109,7 @@ def hf_glm4(tmp_path):
 
 
 @pytest.mark.skipif(find_spec("transformers") is None, reason="needs transformers")
-@pytest.mark.parametrize("family", ["llava", "glm_edge", "glm4", "glm4_0414"])
+@pytest.mark.parametrize("family", ["llava", "glm_edge", "glm4", "glm4_0414", *ANY_SIZE])
 def test_transformers_agrees(family, tmp_path, request):
     model = request.getfixturevalue("hf_glm4") if family == "glm4" else GOLDEN / family
     run = command(
@@ -122,7 +129,7 @@ def test_transformers_agrees(family, tmp_path, request):
     )
     assert run.returncode == 0, run.stdout + run.stderr
     stages = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))["stages"]
-    assert stages["decode"]["rows"] >= 6 and bool(stages["vision"]["rows"]) == (family == "llava")
+    assert stages["decode"]["rows"] >= 6 and bool(stages["vision"]["rows"]) == (family in SEEING)
 
 
 @pytest.mark.parametrize("family", ["visualglm", "glm4v", "glm_edge_v"])
