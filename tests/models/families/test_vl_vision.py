@@ -156,8 +156,8 @@ def test_odd_sizes_become_whole_blocks(size):
 @pytest.mark.parametrize(
     "field, value, complaint",
     [
-        ("size", {"shortest_edge": 5, "longest_edge": 2}, "says size.shortest_edge .a."),
-        ("size", {"shortest_edge": "a", "longest_edge": 2}, "two numbers above 0"),
+        ("size", {"shortest_edge": 5, "longest_edge": 2}, "two numbers above 0"),
+        ("size", {"shortest_edge": "a", "longest_edge": 2}, "says size.shortest_edge .a."),
         ("patch_size", 16, "patch_size 16"),
         ("merge_size", 1, "merge_size 1"),
         ("do_resize", False, "do_resize False"),
