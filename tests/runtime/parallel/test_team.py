@@ -119,7 +119,7 @@ def test_logits_and_tokens_of_one_process(models, expected, size, tmp_path):
         [*TORCHRUN, str(size), str(script)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
@@ -316,7 +316,7 @@ def test_torchrun():
     """The command as a module; only rank 0 prints."""
     question = ["--prompt", "hi", "--max-tokens", "6"]
     process = start(*question, "-tp", "2", launcher=(*TORCHRUN, "2"))
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     engine = Engine(GOLDEN / "glm4", dtype="float32")
     prompt = engine.prompt([{"role": "user", "content": "hi"}])
     assert process.returncode == 0, err
@@ -384,6 +384,6 @@ def test_torchrun_ranks_with_different_secrets_end(tmp_path):
         f"sys.exit(run_command(chat.main, {[*CHAT[2:], '--prompt', 'hi', '-tp', '2']}))\n"
     )
     done = subprocess.run(
-        [*TORCHRUN, "2", str(script)], capture_output=True, text=True, timeout=120, cwd=tmp_path
+        [*TORCHRUN, "2", str(script)], capture_output=True, text=True, timeout=600, cwd=tmp_path
     )
     assert done.returncode and "does not hold this process's secret; on several" in done.stderr
