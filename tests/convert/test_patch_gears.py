@@ -13,7 +13,7 @@ from models import family_of
 from models.checkpoint import Checkpoint
 from models.prompt.patches import Patches
 from runtime.common.errors import ToolkitError
-from runtime.vision import artifact
+from runtime.vision import artifact, patch_sessions
 from runtime.vision.choose import open_om, open_onnx
 from runtime.vision.source import Source
 
@@ -152,3 +152,17 @@ def test_options_of_the_other_kind_of_pictures(surroundings, tmp_path):
     assert code == 2 and "--aipp is for pictures of one size" in text
     code, text = convert(tmp_path / "b", "--gears", "64,256")
     assert code == 2 and "use --dynamic-batch" in text
+
+
+def test_a_picture_too_large_for_onnx_runtime(folder, monkeypatch):
+    """--vision auto encodes it in torch; otherwise it is refused where the memory is short."""
+    family, out = folder
+    source = Source(family, Checkpoint(family.directory))
+    session = open_onnx(source, out, 1, fall_back=True)
+    session.most_patches = 39
+    session.session = None  # is not asked
+    [rows] = session.encode_all([picture(family)])
+    np.testing.assert_allclose(rows, features_of(family, "wide"), atol=2e-5)
+    monkeypatch.setattr(patch_sessions, "available_memory", lambda: 1000)
+    with pytest.raises(ToolkitError, match="40 patches needs .* use --vision torch"):
+        open_onnx(source, out, 1).encode_all([picture(family)])
