@@ -22,7 +22,7 @@ from models.family import Family
 from models.network.decoder import Decoder
 from models.prompt.tokenizers.json_file import MissingTokenizer
 from models.side_files import read_json
-from runtime import SamplingParams
+from runtime import Engine, SamplingParams
 from runtime.ascend.socs import A2, P310
 from runtime.engine.kv_cache import KVCache
 from runtime.engine.request import Request, Settings
@@ -30,6 +30,7 @@ from runtime.engine.runner import Runner
 from runtime.engine.scheduler import Scheduler
 from runtime.engine.sequence import Chunk, Sequence
 from runtime.ops import choose
+from runtime.ops.cpu.native_library import missing
 from runtime.ops.npu.ops import NpuOps
 
 BLOCK = 16
@@ -102,6 +103,22 @@ def test_a_prompt_in_chunks_and_two_sequences_together(name, ops):
         logits = runner.decode(sequences, [told.greedy(case)[step] for case in cases])
         expected = [told.of(case, "step_logits")[step + 1] for case in cases]
         np.testing.assert_allclose(logits, np.stack(expected), atol=told.atol)
+
+
+@pytest.mark.skipif(bool(missing()), reason="needs the CPU's own kernels")
+def test_all_layers_in_one_call_of_the_kernels():
+    """In bfloat16, behind a picture: norms behind the branches and three-part angles."""
+    told = golden("glm_ocr")
+    engine = Engine(told.directory, dtype="bfloat16", vision="torch")
+    pictures = [
+        {"pixel_values": told.of(each, "pixel_values"), "grid_thw": told.of(each, "grid_thw")[0]}
+        for each in told.pictures("img_wide")
+    ]
+    prompt = engine.prompt_from_ids(told.ids("img_wide"), pictures)
+    found = torch.from_numpy(engine.score(prompt, told.greedy("img_wide")))
+    expected = torch.from_numpy(told.of("img_wide", "step_logits"))
+    assert torch.nn.functional.cosine_similarity(found, expected).min() > 0.999
+    assert engine._runner.decoder.ops._native_layers
 
 
 @pytest.mark.parametrize("soc", [A2, P310], ids=lambda soc: soc.name.split()[1])
