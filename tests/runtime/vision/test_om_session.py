@@ -633,7 +633,10 @@ def test_a_passing_compare_marks_an_om_verified(opened_blip2, tmp_path, capsys):
 
 def test_an_om_that_computes_something_else(opened_blip2, monkeypatch, capsys):
     monkeypatch.setattr("runtime.vision.find_or_convert", lambda *given: None)
-    monkeypatch.setattr("runtime.vision.open_onnx", lambda *given: SimpleNamespace(close=str))
+    monkeypatch.setattr("runtime.vision.noted_if_unverified", lambda *given: True)
+    monkeypatch.setattr(
+        "runtime.vision.open_onnx", lambda *given, **more: SimpleNamespace(close=str)
+    )
     for _ in range(2):  # measured, then remembered
         with pytest.raises(ToolkitError, match="blip2.om does not compute what .* distance") as e:
             opened_blip2("om", scale=1.1)
