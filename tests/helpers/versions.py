@@ -165,7 +165,7 @@ def on_lowest(package: str) -> str | None:
     if package in WITHOUT_TRANSFORMERS:
         remove = [made, "-m", "pip", "uninstall", "--quiet", "--yes", *NEED_TRANSFORMERS]
         subprocess.run(remove, check=True)
-        extra = "serve"
+        extra = "convert,serve"
     release = lowest_release(package, SETUP.read_text(encoding="utf-8"))
     return made if install(made, "-e", f".[{extra}]", f"{package}=={release}") else None
 
