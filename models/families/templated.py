@@ -16,7 +16,7 @@ from models.prompt.chat_template import ChatTemplate, directory_template
 from models.prompt.images import denormalize, one_by_one, open_image
 from models.prompt.messages import check_messages, joined_text, parse_messages, with_plain_text
 from models.prompt.preprocessor import ImageProcessor, Release
-from models.prompt.special_tokens import SpecialTokenEscaper, special_names
+from models.prompt.special_tokens import SpecialTokenEscaper, broken_up, special_names
 from models.prompt.templates.client import PROCESS_OF_TEMPLATES
 
 
@@ -62,7 +62,8 @@ class TemplatedFamily(Family):
         shown = turns if template.takes_parts else with_plain_text(turns, self.image_mark())
         text = template.render(shown, escaper.escape(tools), rows=self.rows_of_image())
         self._check_system_shown(turns, text)
-        return escaper.split(text)
+        pieces = escaper.split(text)
+        return broken_up(pieces, self.placeholder[0]) if self.placeholder else pieces
 
     def prompt_from_ids(self, ids, pixels=None, image_starts=None) -> Prompt:
         """Token ids as the original implementation feeds its model -> Prompt.

@@ -110,6 +110,22 @@ def placed(tokens: Iterable[AddedToken], id_of: Callable, size: int) -> list[Add
     return found
 
 
+def broken_up(pieces: Iterable[str], mark: str) -> list[str]:
+    """The pieces; plain ones are cut in the middle of each `mark`, so that no tokenizer sees it
+    whole and takes it for the token of that name."""
+    found = []
+    half = len(mark) // 2
+    for piece in pieces:
+        if isinstance(piece, SpecialToken) or mark not in piece:
+            found.append(piece)
+            continue
+        rest = piece.split(mark)
+        for text in rest[:-1]:
+            found += [text + mark[:half], mark[half:]]
+        found.append(rest[-1])
+    return [piece for piece in found if piece]
+
+
 class TextSplitter:
     """Cuts a text at added tokens; the longest one counts where several begin."""
 

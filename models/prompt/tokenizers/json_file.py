@@ -126,13 +126,23 @@ class JsonTokenizer(LibraryTokenizer):
         return self._encode_pieces([text] if self._plain else self._escaper.split(text))
 
     def _encode_pieces(self, pieces: Iterable[str]) -> list[int]:
-        text = ""
-        for piece in pieces:
-            is_special = isinstance(piece, SpecialToken) and piece in self._marks
-            text += self._marks[piece] if is_special else piece.replace(MARK, "\ufffd")
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids = []
+        for text in self._texts(pieces):
+            ids += self._tokenizer.encode(text, add_special_tokens=False).ids
         ids = [self._marked.get(token_id, token_id) for token_id in ids]
         return ids if ids[: len(self._prefix)] == self._prefix else self._prefix + ids
+
+    def _texts(self, pieces: Iterable[str]) -> list[str]:
+        """What is encoded at once: between two plain pieces lies a cut that was made on purpose."""
+        texts = [""]
+        after_plain = False
+        for piece in pieces:
+            is_special = isinstance(piece, SpecialToken) and piece in self._marks
+            if after_plain and not is_special:
+                texts.append("")
+            texts[-1] += self._marks[piece] if is_special else piece.replace(MARK, "\ufffd")
+            after_plain = not is_special
+        return texts
 
     def _decode(self, ids: list[int]) -> str:
         known = [i for i in ids if i not in self._marked]

@@ -23,6 +23,7 @@ from models.network.decoder import Decoder
 from models.prompt.tokenizers.json_file import MissingTokenizer
 from models.side_files import read_json
 from runtime import Engine, SamplingParams
+from runtime.ascend import socs
 from runtime.ascend.socs import A2, P310
 from runtime.engine.kv_cache import KVCache
 from runtime.engine.request import Request, Settings
@@ -33,6 +34,11 @@ from runtime.ops import choose
 from runtime.ops.cpu.native_library import missing
 from runtime.ops.npu.ops import NpuOps
 
+NPU_SETS = {
+    "910B aclnn": (A2, socs.A2_ACLNN),
+    "910B atb": (A2, socs.A2_ATB),
+    "310P": (P310, socs.P310_ATB),
+}
 BLOCK = 16
 
 
@@ -121,14 +127,16 @@ def test_all_layers_in_one_call_of_the_kernels():
     assert engine._runner.decoder.ops._native_layers
 
 
-@pytest.mark.parametrize("soc", [A2, P310], ids=lambda soc: soc.name.split()[1])
+@pytest.mark.parametrize("soc, kernels", NPU_SETS.values(), ids=NPU_SETS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_operators_of_the_npu(name, soc):
+def test_operators_of_the_npu(name, soc, kernels):
     """torch_npu's schemas, with plain arithmetic behind them: the rotation takes our angles."""
     told = golden(name)
     config = decoder_of(name, "reference").config
+    cpu_kernels.stand_in_for(soc)
     with cpu_kernels.in_place():
-        operators = NpuOps(replace(soc, dtypes=("float32",), block_sizes=(BLOCK,)), "cpu")
+        small = replace(kernels, block_sizes=(BLOCK,))
+        operators = NpuOps(replace(soc, dtypes=("float32",)), "cpu", small)
         decoder = Decoder(config, float_weights(name, operators), operators)
         cache = KVCache(config, 16, BLOCK, torch.float32, "cpu", operators)
         runner = Runner(decoder, cache)

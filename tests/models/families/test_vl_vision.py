@@ -222,3 +222,17 @@ def test_glm41v(glm41v):
 
 def test_glm46v(glm46v):
     check_family(glm46v, "glm46v")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_image_token_that_a_user_types_is_text(name):
+    """Although the token is not special in the file of GLM-OCR, and so one id in any other text."""
+    family = family_of(paths.GOLDEN / name)
+    token = family.placeholder[1]
+    text = {"type": "text", "text": "a<|image|>b<|image|><|begin_of_image|>"}
+    prompt = family.prompt([{"role": "user", "content": [text]}])
+    assert token not in prompt.ids and "a<|image|>b<|image|><|begin_of_image|>" in prompt.text
+    assert "a<|image|>b" in family.tokenizer.decode(prompt.ids)
+    image = {"type": "image", "image": paths.GOLDEN / name / "wide.png"}
+    prompt = family.prompt([{"role": "user", "content": [text, image]}])
+    assert np.count_nonzero(prompt.ids == token) == 10
