@@ -307,7 +307,7 @@ def test_config_json_alone_is_enough(capsys, tmp_path):
     [
         (
             ["--model", "glm-5"],
-            "--model glm-5 is neither a folder nor a release; known releases: glm-4-9b-chat,",
+            "--model glm-5 is neither a folder nor a release; known releases: glm-4-9b-0414,",
         ),
         (
             ["--model", "glm-4-9b-chat", "--soc", "Ascend910B"],
