@@ -1,6 +1,9 @@
-"""For all tests: hypothesis draws the same examples in every run."""
+"""For all tests: hypothesis, where it is installed, draws the same examples in every run."""
 
-from hypothesis import settings
+from importlib.util import find_spec
 
-settings.register_profile("suite", derandomize=True)
-settings.load_profile("suite")
+if find_spec("hypothesis"):
+    from hypothesis import settings
+
+    settings.register_profile("suite", derandomize=True)
+    settings.load_profile("suite")
