@@ -102,7 +102,7 @@ BAD = [
     ("--atc-arg precision_mode=force_fp16", "--precision-mode"),
     ("--atc-arg precision-mode-v2=origin", "--precision-mode"),
     ("--atc-arg=--dynamic_batch_size=1,2", "--dynamic-batch"),
-    ("--atc-arg dynamic_dims=1;2", "fixed"),
+    ("--atc-arg dynamic_dims=1;2", "use --gears"),
     ("--atc-arg=--insert_op_conf=a.cfg", "--aipp"),
     ("--atc-arg model=a.onnx", "exported graph"),
     ("--atc-arg output=/tmp/x", "--out"),

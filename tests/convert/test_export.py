@@ -52,7 +52,7 @@ def test_folded_blocks_keep_their_own_settings(tmp_path):
     with DataFile(tmp_path / artifact.DATA) as data:
         for value in model.graph.inputs[1:]:
             value.const_value = data.write(value.name, weights[value.name].detach())
-    register_weights(model.graph)
+    register_weights(model.graph, 1)
     ir.save(model, tmp_path / artifact.ONNX)
     assert preflight(tmp_path / artifact.ONNX, spec, 17)[0] == []
     pixels = np.random.default_rng(0).normal(size=spec.input_shape).astype(np.float32)

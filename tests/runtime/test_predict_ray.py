@@ -146,7 +146,7 @@ def test_actors_of_one_machine_share_its_memory_and_see_only_their_npu():
 def test_lost_batches_become_errors_in_their_places():
     batches = [
         [{"prompt": "a"}],
-        [{"prompt": "b"}, BadLine("no JSON")],
+        [{"prompt": "b"}, BadLine("no JSON", 3)],
         [{"prompt": "c"}],
         [{"prompt": "d"}],
     ]
@@ -155,7 +155,7 @@ def test_lost_batches_become_errors_in_their_places():
     assert [found[0], found[2]] == [[{"answer": 0}], [{"answer": 2}]] and len(found) == 4
     assert [line["error"].split(",")[0] for line in found[1] + found[3]] == [
         "the process that computed it died or failed",
-        "no JSON",
+        "line 3: no JSON",
         "the process that computed it died or failed",
     ]
 

@@ -272,7 +272,7 @@ def engine_of(request, monkeypatch):
         "npu": lambda: NpuOps(A2, "cpu"),
         "npu 310P": lambda: NpuOps(P310, "cpu"),
     }[kind]
-    monkeypatch.setattr(build, "choose", lambda name, device: ops())
+    monkeypatch.setattr(build, "choose", lambda name, device, kernels: ops())
     for name in ("graph_pool_handle", "synchronize", "mem_get_info"):
         monkeypatch.setattr(torch.cuda, name, getattr(cpu_kernels.FAKE_TORCH_NPU, name))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
