@@ -72,20 +72,19 @@ class ConvertOptions:
     )
 
     def __post_init__(self):
-        from convert.atc.option_rules import check_soc, parse_extra, parse_gears, precision_option
-        from convert.atc.patch_gears import parse_patch_gears
+        from convert.atc import option_rules
 
         check_folder("model", self.model)
-        check_soc(self.soc_version)
+        option_rules.check_soc(self.soc_version)
         if self.precision_mode != "auto":
-            precision_option(self.precision_mode)
+            option_rules.precision_option(self.precision_mode)
         self.batch_gears = ()
         if self.dynamic_batch is not None:
-            self.batch_gears = parse_gears(self.dynamic_batch)
+            self.batch_gears = option_rules.parse_gears(self.dynamic_batch)
         self.patch_gears = ()
         if self.gears is not None:
-            self.patch_gears = parse_patch_gears(self.gears)
-        self.extra = parse_extra(self.atc_arg)
+            self.patch_gears = option_rules.parse_patch_gears(self.gears)
+        self.extra = option_rules.parse_extra(self.atc_arg)
 
     def om_request(self):
         """What to compile, as an OmRequest."""

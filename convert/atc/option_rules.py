@@ -10,6 +10,8 @@ from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 
+from convert.verify.images import SMALL_PATCHES
+from models.config import MERGE
 from runtime.ascend.cann import numbers
 from runtime.common.errors import ToolkitError
 
@@ -18,6 +20,7 @@ PATH = re.compile(r"[\w./-]+", re.ASCII)
 CHINESE = re.compile("[\u4e00-\u9fa5]")
 MAX_PATH = 4096  # bytes
 MAX_GEARS = 100
+PATCHES_OF_BLOCK = MERGE**2
 BF16 = ("bf16", "bfloat16")
 BF16_CHIPS = re.compile(r"Ascend(910B\d|910_93|310B|950)")
 IMPLEMENTATIONS = ("high_precision", "high_performance")
@@ -87,6 +90,29 @@ def parse_gears(text: str) -> tuple[int, ...]:
             f"--dynamic-batch is {shown!r}: 1 must be among the sizes, for a single picture"
         )
     return gears
+
+
+def parse_patch_gears(text: str) -> tuple[int, ...]:
+    """ "256,1024" -> (256, 1024), sorted; ToolkitError for what ATC or the encoder cannot use."""
+    sizes = [size.strip() for size in text.split(",")]
+    if not all(size.isascii() and size.isdigit() for size in sizes):
+        raise _wrong_patches(text, "numbers of patches with commas are needed")
+    gears = tuple(sorted(map(int, sizes)))
+    if not 2 <= len(gears) <= MAX_GEARS or len(set(gears)) < len(gears):
+        raise _wrong_patches(text, f"2 to {MAX_GEARS} different numbers are needed")
+    if gears[0] < PATCHES_OF_BLOCK or any(gear % PATCHES_OF_BLOCK for gear in gears):
+        raise _wrong_patches(
+            text, f"each must be a multiple of {PATCHES_OF_BLOCK}, the patches of a block"
+        )
+    if gears[-1] < SMALL_PATCHES:
+        raise _wrong_patches(
+            text, f"the last must be {SMALL_PATCHES} at least, for the verification"
+        )
+    return gears
+
+
+def _wrong_patches(text: str, why: str) -> ToolkitError:
+    return ToolkitError(f"--gears is {text[:40]!r}: {why}, e.g. 256,1024,4096")
 
 
 def precision_option(mode: str) -> tuple[str, str]:

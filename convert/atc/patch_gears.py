@@ -4,36 +4,14 @@ Takes what the user wants and the limits of a family, returns ATC's options. A p
 smallest gear that holds it, filled up with patches that it does not attend to.
 """
 
-from convert.verify.images import SMALL_PATCHES
 from models.config import MERGE, PatchSpec
 from models.family import Family
 from runtime.common.errors import ToolkitError
-
-from .option_rules import MAX_GEARS
 
 # sides of squares, in patches; the last holds a page of 1,200 x 1,600 pixels. An .om takes the memory of its
 # largest gear, which grows with the square of the patches.
 SIDES = (16, 32, 48, 64, 80, 104)
 BLOCK = MERGE**2
-
-
-def parse_patch_gears(text: str) -> tuple[int, ...]:
-    """ "256,1024" -> (256, 1024), sorted; ToolkitError for what ATC or the encoder cannot use."""
-    sizes = [size.strip() for size in text.split(",")]
-    if not all(size.isascii() and size.isdigit() for size in sizes):
-        raise _wrong(text, "numbers of patches with commas are needed")
-    gears = tuple(sorted(map(int, sizes)))
-    if not 2 <= len(gears) <= MAX_GEARS or len(set(gears)) < len(gears):
-        raise _wrong(text, f"2 to {MAX_GEARS} different numbers are needed")
-    if gears[0] < BLOCK or any(gear % BLOCK for gear in gears):
-        raise _wrong(text, f"each must be a multiple of {BLOCK}, the patches of a block")
-    if gears[-1] < SMALL_PATCHES:
-        raise _wrong(text, f"the last must be {SMALL_PATCHES} at least, for the verification")
-    return gears
-
-
-def _wrong(text: str, why: str) -> ToolkitError:
-    return ToolkitError(f"--gears is {text[:40]!r}: {why}, e.g. 256,1024,4096")
 
 
 def default_gears(family: Family) -> tuple[int, ...]:

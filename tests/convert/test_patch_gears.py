@@ -8,7 +8,8 @@ import paths
 import pytest
 from atc_tools import convert, install
 
-from convert.atc.patch_gears import default_gears, parse_patch_gears
+from convert.atc.option_rules import parse_patch_gears
+from convert.atc.patch_gears import default_gears
 from models import family_of
 from models.checkpoint import Checkpoint
 from models.prompt.patches import Patches
