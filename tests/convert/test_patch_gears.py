@@ -49,11 +49,9 @@ def ais_bench(request, monkeypatch):
 
 
 def picture(family, name="wide") -> Patches:
-    return family.pixels(paths.GOLDEN / _folder(family) / f"{name}.png")
-
-
-def _folder(family) -> str:
-    return family.directory.name
+    arrays = np.load(family.directory / "golden.npz")
+    rows = arrays[f"{name}__pixel_values"]
+    return family.pixels({"pixel_values": rows, "grid_thw": arrays[f"{name}__grid_thw"][0]})
 
 
 def features_of(family, name) -> np.ndarray:

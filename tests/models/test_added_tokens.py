@@ -190,13 +190,23 @@ def test_every_way_to_name_a_special_token(tmp_path, json_file, named):
     assert tokenizer.decode([482]) == ""
 
 
+def transformers_for(json_file: bool):
+    """transformers, where it is there and reads such a file as we do: 5.20, the last one for Python
+    3.10, gives other ids for a tokenizer.model than 5.24."""
+    transformers = pytest.importorskip("transformers")
+    release = tuple(map(int, transformers.__version__.split(".")[:2]))
+    if not json_file and release < (5, 24):
+        pytest.skip(f"transformers {transformers.__version__} reads a tokenizer.model otherwise")
+    return transformers
+
+
 @pytest.mark.parametrize("strips", [{}, {"lstrip": True}, {"rstrip": True}, {"single_word": True}])
 @pytest.mark.parametrize("json_file", [True, False], ids=["json", "model"])
 @pytest.mark.parametrize("text", ["a <box> b", "a<box>b", "<box>", "hello <pad>x", " a  b"])
 def test_ids_are_those_of_transformers(tmp_path, json_file, strips, text):
     added = {"482": entry("<box>", normalized=False, **strips)}
     folder = with_settings(tmp_path, "llava", json_file, added=added)
-    transformers = pytest.importorskip("transformers")
+    transformers = transformers_for(json_file)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     ours = family_of(folder).tokenizer
     assert ours.encode(text) == theirs(text).input_ids
@@ -216,7 +226,7 @@ def test_ids_are_those_of_transformers(tmp_path, json_file, strips, text):
 @pytest.mark.parametrize("json_file", [True, False], ids=["json", "model"])
 def test_the_beginning_is_that_of_transformers(tmp_path, json_file, settings):
     folder = with_settings(tmp_path, "llava", json_file, **settings)
-    transformers = pytest.importorskip("transformers")
+    transformers = transformers_for(json_file)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     for text in ("hello <pad>x", " a  b", "</s>hello"):
         assert family_of(folder).tokenizer.encode(text) == theirs(text).input_ids

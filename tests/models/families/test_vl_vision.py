@@ -6,6 +6,7 @@ from functools import cache
 
 import numpy as np
 import paths
+import PIL
 import pytest
 from golden_engine import golden_engine
 from PIL import Image
@@ -75,6 +76,8 @@ def test_rows_and_grid_of_a_picture(name, picture):
     found = family.pixels(paths.GOLDEN / name / f"{picture}.png")
     expected = rows_and_grid(name, picture)
     assert [1, *found.grid] == expected["grid_thw"].tolist()
+    if int(PIL.__version__.split(".")[0]) < 13:
+        pytest.skip(f"Pillow {PIL.__version__} resizes to other values than 13, which made these")
     np.testing.assert_allclose(found.rows, expected["pixel_values"], atol=1e-5)
 
 
