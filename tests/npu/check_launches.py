@@ -13,6 +13,7 @@ import re
 from itertools import groupby
 from pathlib import Path
 
+import paths
 import pytest
 import torch
 from torch.distributed import FileStore
@@ -44,17 +45,7 @@ DECODERS = (
     "glm-4.1v-9b-thinking",
 )
 PREFIX_LM = ("visualglm-6b",)  # whose prompts begin with a context that sees itself both ways
-TINY = (
-    "visualglm",
-    "glm4",
-    "glm4_0414",
-    "glm4v",
-    "glm_edge",
-    "glm_edge_v",
-    "llava",
-    "glm_ocr",
-    "glm41v",
-)
+TINY = paths.FAMILIES
 # launches per layer and decoded token on 910B; a norm behind each branch is one more
 LIMITS = {"visualglm-6b": 13, "glm-4-9b-chat": 12, "glm-4-9b-0414": 13}
 MARK = "-- layer"

@@ -30,18 +30,7 @@ pytestmark = pytest.mark.skipif(
 
 GOLDEN = paths.GOLDEN
 GLM = GOLDEN / "msmodelslim" / "float" / "glm_f16"
-FAMILIES = (
-    "visualglm",
-    "glm4",
-    "glm4_0414",
-    "glm4v",
-    "glm_edge",
-    "glm_edge_v",
-    "llava",
-    "glm_ocr",
-    "glm41v",
-    "glm46v",
-)
+FAMILIES = (*paths.FAMILIES, "glm46v")
 OPEN_GATE = ("--max-kl", "100", "--min-top1", "0")  # random weights: nobody expects quality of them
 LAST_BIT = 2e-6  # of a float32 scale: msmodelslim's run adds up in another order
 

@@ -179,20 +179,7 @@ def test_packed_folders_are_private(folder):
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "visualglm",
-        "glm4",
-        "glm4_0414",
-        "glm4v",
-        "glm_edge",
-        "glm_edge_v",
-        "llava",
-        "glm_ocr",
-        "glm41v",
-    ],
-)
+@pytest.mark.parametrize("name", paths.FAMILIES)
 def test_the_layouts_are_what_is_stored(name, kind):
     family = family_of(paths.GOLDEN / name)
     checkpoint = Checkpoint(paths.GOLDEN / name)

@@ -172,20 +172,7 @@ def recorded(engine, prompts, params):
         return engine.generate(prompts, params), seen
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "visualglm",
-        "glm4",
-        "glm4_0414",
-        "glm4v",
-        "glm_edge",
-        "glm_edge_v",
-        "llava",
-        "glm_ocr",
-        "glm41v",
-    ],
-)
+@pytest.mark.parametrize("name", paths.FAMILIES)
 def test_logits_of_chunks_in_mixed_batches(name):
     """What the sampler gets: the rows of one forward pass over everything, for every family and
     pieces of 7 tokens."""

@@ -24,17 +24,7 @@ from runtime.ops.npu.open import kernel_set, open_npu
 from runtime.ops.npu.ops import NpuOps
 
 GOLDEN = paths.GOLDEN
-FAMILIES = (
-    "visualglm",
-    "glm4",
-    "glm4_0414",
-    "glm4v",
-    "glm_edge",
-    "glm_edge_v",
-    "llava",
-    "glm_ocr",
-    "glm41v",
-)
+FAMILIES = paths.FAMILIES
 TOKENS = [5, 7, 11]
 GREEDY = SamplingParams(max_tokens=4, temperature=0, repetition_penalty=1.0, ignore_eos=True)
 ATOL = 1e-4
