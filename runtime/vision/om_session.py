@@ -13,14 +13,14 @@ from models.config import VisionSpec
 from runtime.ascend.aclruntime import OmModel
 from runtime.common.errors import ToolkitError
 
-from .session import VisionSession
+from .session import FixedSizeSession
 
 LARGEST_HALF = 65504.0
 # relative, with which a file's input dtype holds pixels that are no whole numbers
 PRECISION = {np.dtype(np.float32): 0.0, np.dtype(np.float16): 1e-3, np.dtype(np.uint8): 0.0}
 
 
-class OmVision(VisionSession):
+class OmVision(FixedSizeSession):
     """An .om on npu:`device_id`. `npu_seconds`: time of the last call on the NPU without copies."""
 
     stage = "OM vision encoder"
@@ -62,11 +62,7 @@ class OmVision(VisionSession):
                 "pictures with the family's `pixels`; where its preprocessor_config.json has another "
                 "mean or deviation than the release, convert without --aipp"
             )
-        features = self.model.run(filled)[:count].astype(np.float32)
-        if self.model.output_dtype == np.float16:
-            # aclruntime lets the NPU saturate: an overflow looks finite
-            features[np.abs(features) >= LARGEST_HALF] = np.inf
-        return features
+        return with_overflow(self.model.run(filled)[:count])
 
     def describe(self):
         model = self.model
@@ -77,6 +73,15 @@ class OmVision(VisionSession):
         if not self.verified:
             text += ", not verified against this checkpoint"
         return text
+
+
+def with_overflow(features: np.ndarray) -> np.ndarray:
+    """An .om's output as float32, Inf where float16 ended: aclruntime lets the NPU saturate, so that
+    an overflow looks finite."""
+    found = features.astype(np.float32)
+    if features.dtype == np.float16:
+        found[np.abs(found) >= LARGEST_HALF] = np.inf
+    return found
 
 
 def _check_interface(model: OmModel, spec: VisionSpec):

@@ -3,13 +3,15 @@ float32."""
 
 from pathlib import Path
 
+import numpy as np
+
 from models.config import VisionSpec
 from models.files import native_path
 from runtime.common.errors import CHECK_FAILED, ToolkitError
 from runtime.common.threads import usable
 
 from .artifact import ONNX
-from .session import VisionSession
+from .session import FixedSizeSession
 
 
 def session_options(threads: int | None = None):
@@ -24,32 +26,48 @@ def session_options(threads: int | None = None):
     return options
 
 
-def load_graph(directory, threads: int | None = None):
-    """onnxruntime.InferenceSession of an artifact's graph. ToolkitError when it cannot be
-    loaded."""
-    import onnxruntime
+class OnnxGraph:
+    """An artifact's graph in ONNX Runtime on the CPU. threads: None = as many as this process may
+    use. verified: whether the artifact was compared with torch."""
 
-    try:
-        with native_path(directory / ONNX) as name:
-            return onnxruntime.InferenceSession(
-                name, session_options(threads), ["CPUExecutionProvider"]
-            )
-    except Exception as error:  # onnxruntime raises plain Exceptions of its own
+    def __init__(self, directory: Path, output_name: str, threads: int | None, verified: bool):
+        """ToolkitError when the graph cannot be loaded."""
+        import onnxruntime
+
+        self.directory = directory
+        self.output_name = output_name
+        self.unverified = None if verified else directory
+        self.version = onnxruntime.__version__
+        try:
+            with native_path(directory / ONNX) as name:
+                self.session = onnxruntime.InferenceSession(
+                    name, session_options(threads), ["CPUExecutionProvider"]
+                )
+        except Exception as error:  # onnxruntime raises plain Exceptions of its own
+            raise self._problem("loaded", error) from error
+
+    def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        """{name: array} of all inputs -> the output. ToolkitError (exit 1) when it cannot be
+        computed: another input than the family's, no memory."""
+        try:
+            return self.session.run([self.output_name], inputs)[0]
+        except Exception as error:
+            raise self._problem("computed", error, CHECK_FAILED) from error
+
+    def describe(self) -> str:
+        """The line for the user."""
+        text = f"vision: onnxruntime {self.version} CPU, fp32, artifact {self.directory}"
+        return f"{text}, not compared with torch" if self.unverified else text
+
+    def _problem(self, doing: str, error: Exception, *exit_code: int) -> ToolkitError:
         reason = str(error).strip().splitlines()[0]
-        raise ToolkitError(
-            f"{directory / ONNX} cannot be loaded ({reason}); convert it again with --force"
-        ) from error
+        return ToolkitError(
+            f"{self.directory / ONNX} cannot be {doing} ({reason}); convert it again with --force",
+            *exit_code,
+        )
 
 
-def described(directory: Path, verified: bool) -> str:
-    """The line for the user about a graph that ONNX Runtime runs."""
-    import onnxruntime
-
-    text = f"vision: onnxruntime {onnxruntime.__version__} CPU, fp32, artifact {directory}"
-    return text if verified else f"{text}, not compared with torch"
-
-
-class OnnxVision(VisionSession):
+class OnnxVision(FixedSizeSession):
     """The exported graph in ONNX Runtime on the CPU, in fp32."""
 
     stage = "ONNX vision encoder"
@@ -57,23 +75,13 @@ class OnnxVision(VisionSession):
     def __init__(
         self, directory: Path, spec: VisionSpec, threads: int | None = None, verified: bool = True
     ):
-        """directory: an artifact's. threads: None = as many as this process may use. verified:
-        whether the artifact was compared with torch. ToolkitError when the graph cannot be
-        loaded."""
+        """As OnnxGraph; directory: an artifact's."""
         super().__init__(spec)
-        self.directory = directory
-        self.unverified = None if verified else directory
-        self.session = load_graph(directory, threads)
+        self.graph = OnnxGraph(directory, spec.output_name, threads, verified)
+        self.unverified = self.graph.unverified
 
     def _encode(self, pixels):
-        try:
-            return self.session.run([self.spec.output_name], {self.spec.input_name: pixels})[0]
-        except Exception as error:  # another input than the family's, no memory
-            reason = str(error).strip().splitlines()[0]
-            raise ToolkitError(
-                f"{self.directory / ONNX} cannot be computed ({reason}); convert it again with --force",
-                CHECK_FAILED,
-            ) from error
+        return self.graph.run({self.spec.input_name: pixels})
 
     def describe(self):
-        return described(self.directory, self.unverified is None)
+        return self.graph.describe()

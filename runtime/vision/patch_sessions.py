@@ -11,60 +11,48 @@ import torch
 from PIL import Image
 
 from models.checkpoint import Checkpoint
-from models.config import MERGE, PATCH
+from models.config import BLOCK_PATCHES, PATCH
 from models.family import Family
 from models.prompt.patches import Patches
 from runtime.ascend.om_dims import DimsModel
 from runtime.common.errors import ToolkitError
 from runtime.common.machine import available_memory, gib
 
-from .om_session import LARGEST_HALF
-from .onnx_session import described, load_graph
-from .packed_tower import pack, pack_checked, waves_and_noise
-from .session import check_finite
-from .torch_session import plain_tower
+from .om_session import with_overflow
+from .onnx_session import OnnxGraph
+from .packed_tower import waves_and_noise
+from .session import VisionSession, check_finite, check_shape
+from .torch_session import load_packed, torch_line
 
-BLOCK = MERGE**2
 FILLER = {"segments": -1.0}  # a picture of its own; zero in all other inputs
 SCORE_BYTES = 1 << 30  # of one layer's attention scores: what is encoded together stays below
 SCORE_COPIES = 3  # that ONNX Runtime holds at a time: products, their sum with the mask, softmax
 TEST_SIZE = (112, 168)  # height and width of the picture on which bf16 and int8 are checked
 
 
-class PatchSession:
+class PatchSession(VisionSession):
     """What every session does around `_encode`: group the pictures, and check their features.
 
     most_patches: that are encoded in one call, if one picture alone does not have more.
     """
-
-    stage: str
-    unverified: Path | None = None  # file or artifact in use that nobody has compared with torch
 
     def __init__(self, family: Family, most_patches: int):
         self.family = family
         self.spec = family.vision
         self.most_patches = most_patches
 
-    def encode_all(self, pictures: list[Patches]) -> list[np.ndarray]:
-        """float32 [N / 4, hidden] of each picture. ToolkitError for features that are NaN or
-        Inf."""
+    def encode_all(self, pictures: list[Patches]):
         features = []
         for group in grouped(pictures, self.most_patches):
             rows = self._encode(self.family.encoder_inputs(group))
-            check_finite(rows, self.stage)
             counts = [picture.num_tokens for picture in group]
+            check_shape(rows, (sum(counts), self.spec.hidden), self.stage)
+            check_finite(rows, self.stage)
             features += np.split(rows, np.cumsum(counts)[:-1])
         return features
 
-    def close(self):
-        """Give back what the session holds outside this process."""
-
     def _encode(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         """{name: float32 [N, width]} -> float32 [N / 4, hidden]"""
-        raise NotImplementedError
-
-    def describe(self) -> str:
-        """One line for the user: "vision: ...", what computes, and from which weights."""
         raise NotImplementedError
 
 
@@ -79,24 +67,19 @@ class TorchPatches(PatchSession):
         super().__init__(family, most_together(family))
         self.precision = precision
         self.source = checkpoint.directory
-        with torch.inference_mode():
-            tower = plain_tower(family, checkpoint)
-            if precision == "fp32":
-                self.tower = pack(tower, precision)
-            else:
-                self.tower = pack_checked(tower, precision, *self._test_inputs())
+        self.tower = load_packed(family, checkpoint, precision, self._test_inputs)
 
     def _test_inputs(self):
         pixels = waves_and_noise((1, *TEST_SIZE, 3))[0]
         picture = self.family.pixels(Image.fromarray(pixels.astype(np.uint8)))
-        return map(torch.from_numpy, self.family.encoder_inputs([picture]).values())
+        return [torch.from_numpy(x) for x in self.family.encoder_inputs([picture]).values()]
 
     def _encode(self, inputs):
         with torch.inference_mode():
             return self.tower(*map(torch.from_numpy, inputs.values())).float().numpy()
 
     def describe(self):
-        return f"vision: torch {torch.__version__} CPU, {self.precision}, weights of {self.source}"
+        return torch_line(self.precision, self.source)
 
 
 class OnnxPatches(PatchSession):
@@ -112,9 +95,8 @@ class OnnxPatches(PatchSession):
         self, directory, family: Family, threads: int | None = None, verified=True, large=None
     ):
         super().__init__(family, most_together(family))
-        self.directory = directory
-        self.unverified = None if verified else directory
-        self.session = load_graph(directory, threads)
+        self.graph = OnnxGraph(directory, self.spec.output_name, threads, verified)
+        self.unverified = self.graph.unverified
         self._open_large = large
         self._large = None
 
@@ -124,7 +106,7 @@ class OnnxPatches(PatchSession):
             self._large = self._large or self._open_large()
             return self._large._encode(inputs)
         self._check_memory(patches)
-        return self.session.run([self.spec.output_name], inputs)[0]
+        return self.graph.run(inputs)
 
     def _check_memory(self, patches: int):
         needed = SCORE_COPIES * 4 * self.family.tower.heads * patches**2
@@ -136,7 +118,7 @@ class OnnxPatches(PatchSession):
             )
 
     def describe(self):
-        return described(self.directory, self.unverified is None)
+        return self.graph.describe()
 
 
 class OmPatches(PatchSession):
@@ -185,12 +167,7 @@ class OmPatches(PatchSession):
                 (gear - patches, inputs[name].shape[1]), FILLER.get(name, 0.0), np.float32
             )
             filled[name] = np.concatenate((inputs[name], rest)).astype(dtype)
-        rows = self.model.run(filled)[: patches // BLOCK].astype(np.float32)
-        if self.model.output_dtype == np.float16:
-            rows[np.abs(rows) >= LARGEST_HALF] = (
-                np.inf
-            )  # the NPU saturates: an overflow looks finite
-        return rows
+        return with_overflow(self.model.run(filled)[: patches // BLOCK_PATCHES])
 
     def _gear_of(self, patches: int) -> int:
         for gear in self.model.gears:
@@ -198,8 +175,8 @@ class OmPatches(PatchSession):
                 return gear
         raise ToolkitError(
             f"a picture of {patches:,} patches does not fit {self.model.path}, whose largest gear is "
-            f"{self.model.gears[-1]:,}; give --max-pixels {self.model.gears[-1] * PATCH**2}, or convert "
-            f"again with --gears up to {patches}"
+            f"{self.model.gears[-1]:,}; give one of at most {self.model.gears[-1] * PATCH**2:,} pixels, or "
+            f"convert again with --gears up to {patches}"
         )
 
     def describe(self):

@@ -9,11 +9,28 @@ from runtime.common.errors import CHECK_FAILED, ToolkitError
 
 
 class VisionSession:
-    """What every session does around `_encode`: check the pixels going in and the features coming
-    out."""
+    """What every session is, whatever pictures it takes."""
 
     stage: str
     unverified: Path | None = None  # file or artifact in use that nobody has compared with torch
+
+    def encode_all(self, pictures: list) -> list[np.ndarray]:
+        """float32 [rows, hidden] of each picture, as the family's `pixels` makes it. ToolkitError
+        for features that are NaN or Inf."""
+        raise NotImplementedError
+
+    def close(self):
+        """Give back what the session holds outside this process."""
+
+    def describe(self) -> str:
+        """One line for the user: "vision: ...", what computes, and from which weights."""
+        raise NotImplementedError
+
+
+class FixedSizeSession(VisionSession):
+    """Pictures of one size. What every such session does around `_encode`: check the pixels going
+    in and the features coming out."""
+
     batch = 1  # images `_encode` takes at most
 
     def __init__(self, spec: VisionSpec):
@@ -35,30 +52,27 @@ class VisionSession:
         for start in range(0, len(pixels), self.batch):
             part = slice(start, start + self.batch)
             found = self._encode(pixels[part])
-            if found.shape != features[part].shape:  # one row would be repeated in all places
-                raise ToolkitError(
-                    f"{self.stage} gave features {list(found.shape)}, not {list(features[part].shape)}; make "
-                    "it again with `python -m convert`",
-                    CHECK_FAILED,
-                )
+            check_shape(found, features[part].shape, self.stage)  # numpy would repeat one row
             features[part] = found
         check_finite(features, self.stage)
         return features
 
-    def encode_all(self, pictures: list[np.ndarray]) -> list[np.ndarray]:
-        """float32 [rows, hidden] of each picture [1, *input_shape[1:]]."""
+    def encode_all(self, pictures):
         return list(self.encode(np.concatenate(pictures)))
-
-    def close(self):
-        """Give back what the session holds outside this process."""
 
     def _encode(self, pixels: np.ndarray) -> np.ndarray:
         """Contiguous pixels of 1 to `batch` images -> their features, both as `encode` has them."""
         raise NotImplementedError
 
-    def describe(self) -> str:
-        """One line for the user: "vision: ...", what computes, and from which weights."""
-        raise NotImplementedError
+
+def check_shape(features: np.ndarray, wanted: tuple[int, ...], stage: str):
+    """ToolkitError (exit 1) for features of another shape."""
+    if features.shape != wanted:
+        raise ToolkitError(
+            f"{stage} gave features {list(features.shape)}, not {list(wanted)}; make it again with "
+            "`python -m convert`",
+            CHECK_FAILED,
+        )
 
 
 def check_finite(features: np.ndarray, stage: str):

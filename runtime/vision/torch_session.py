@@ -1,5 +1,8 @@
 """The vision encoder in torch: takes images as float32, returns features as float32."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -8,10 +11,10 @@ from models.family import Family
 from runtime.common.progress import byte_progress
 
 from .packed_tower import pack, pack_checked, test_image
-from .session import VisionSession
+from .session import FixedSizeSession
 
 
-class TorchVision(VisionSession):
+class TorchVision(FixedSizeSession):
     """The family's own module on the CPU, its layers packed for matmuls in `precision`: fp32, bf16
     or int8. The last two are checked against float32 on a test image."""
 
@@ -22,19 +25,33 @@ class TorchVision(VisionSession):
         super().__init__(family.vision)
         self.precision = precision
         self.source = checkpoint.directory
-        with torch.inference_mode():
-            tower = plain_tower(family, checkpoint)
-            if precision == "fp32":
-                self.tower = pack(tower, precision)
-            else:
-                self.tower = pack_checked(tower, precision, test_image(self.spec.input_shape))
+        self.tower = load_packed(
+            family, checkpoint, precision, lambda: [test_image(self.spec.input_shape)]
+        )
 
     def _encode(self, pixels):
         with torch.inference_mode():
             return self.tower(torch.from_numpy(pixels)).float().numpy()
 
     def describe(self):
-        return f"vision: torch {torch.__version__} CPU, {self.precision}, weights of {self.source}"
+        return torch_line(self.precision, self.source)
+
+
+def torch_line(precision: str, directory: Path) -> str:
+    """The line for the user about a tower that torch runs."""
+    return f"vision: torch {torch.__version__} CPU, {precision}, weights of {directory}"
+
+
+def load_packed(
+    family: Family, checkpoint: Checkpoint, precision: str, test_inputs: Callable[[], list]
+) -> nn.Module:
+    """The family's module with packed layers. test_inputs(): what bf16 and int8 are checked on;
+    ToolkitError when they change its features too much."""
+    with torch.inference_mode():
+        tower = plain_tower(family, checkpoint)
+        if precision == "fp32":
+            return pack(tower, precision)
+        return pack_checked(tower, precision, *test_inputs())
 
 
 def plain_tower(family: Family, checkpoint: Checkpoint, dtype=None) -> nn.Module:

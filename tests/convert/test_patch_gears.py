@@ -159,9 +159,27 @@ def test_a_picture_too_large_for_onnx_runtime(folder, monkeypatch):
     source = Source(family, Checkpoint(family.directory))
     session = open_onnx(source, out, 1, fall_back=True)
     session.most_patches = 39
-    session.session = None  # is not asked
+    session.graph = None  # is not asked
     [rows] = session.encode_all([picture(family)])
     np.testing.assert_allclose(rows, features_of(family, "wide"), atol=2e-5)
     monkeypatch.setattr(patch_sessions, "available_memory", lambda: 1000)
     with pytest.raises(ToolkitError, match="40 patches needs .* use --vision torch"):
         open_onnx(source, out, 1).encode_all([picture(family)])
+
+
+def test_features_of_another_shape_are_refused(folder, monkeypatch):
+    """As an artifact gives them whose graph is another."""
+    family, out = folder
+    session = open_onnx(Source(family, Checkpoint(family.directory)), out, 1)
+    run = session.graph.run
+    monkeypatch.setattr(session.graph, "run", lambda inputs: run(inputs)[:1])
+    with pytest.raises(ToolkitError, match=r"gave features \[1, .*, not \[10, "):
+        session.encode_all([picture(family)])
+
+
+def test_a_graph_of_other_inputs_is_one_sentence(folder, monkeypatch):
+    family, out = folder
+    session = open_onnx(Source(family, Checkpoint(family.directory)), out, 1)
+    monkeypatch.setattr(family, "encoder_inputs", lambda group: {"patches": group[0].rows})
+    with pytest.raises(ToolkitError, match="vision.onnx cannot be computed"):
+        session.encode_all([picture(family)])

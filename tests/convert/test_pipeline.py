@@ -552,7 +552,7 @@ def test_an_unreadable_graph_is_one_sentence(tmp_path):
 
 def session_folder(model=GOLDEN):
     """Which artifact a command without --artifact takes."""
-    return open_session("onnx", family_of(model), Checkpoint(model)).directory
+    return open_session("onnx", family_of(model), Checkpoint(model)).graph.directory
 
 
 @pytest.fixture
