@@ -11,6 +11,7 @@ RELEASED = "take config.json from the release"
 PATCH = 14
 MERGE = 2
 FRAMES = 2
+BLOCK_PATCHES = MERGE**2
 PATCHES = "patches"  # name of the free dimension N of an encoder's inputs
 BLOCKS = "blocks"  # of its output: N / MERGE^2
 PATCH_VALUES = 3 * FRAMES * PATCH**2  # of a patch, which is a row of the encoder's input

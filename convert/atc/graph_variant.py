@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from convert.export.constants import whole_numbers
 from models.family import Family
 from runtime.common.errors import CHECK_FAILED, ToolkitError
 from runtime.vision.artifact import ONNX
@@ -112,7 +113,7 @@ def _free_reshape(graph: ir.Graph, node: ir.Node):
             f"--dynamic-batch does not fit this graph: {node.name} mixes the batch into {list(target)}",
             CHECK_FAILED,
         )
-    node.replace_input_with(1, _constant(graph, np.concatenate([[-1], target[1:]])))
+    node.replace_input_with(1, whole_numbers(graph, np.concatenate([[-1], target[1:]])))
 
 
 def _concat_by_adding(graph: ir.Graph, node: ir.Node, batched: set[ir.Value]):
@@ -140,7 +141,7 @@ def _insert_pad(graph: ir.Graph, concat: ir.Node, index: int) -> ir.Value:
     sizes = [value.shape[axis] for value in concat.inputs]
     pads = np.zeros((2, len(concat.outputs[0].shape)), np.int64)
     pads[:, axis] = sum(sizes[:index]), sum(sizes[index + 1 :])
-    inputs = [concat.inputs[index], _constant(graph, pads.ravel())]
+    inputs = [concat.inputs[index], whole_numbers(graph, pads.ravel())]
     return _insert(concat, "Pad", inputs, f"{concat.name}/Pad_{index}")
 
 
@@ -150,18 +151,3 @@ def _insert(before: ir.Node, op_type: str, inputs: list[ir.Value], name: str) ->
     node.outputs[0].type = inputs[0].type
     before.prepend(node)
     return node.outputs[0]
-
-
-def _constant(graph: ir.Graph, values: np.ndarray) -> ir.Value:
-    tensor = ir.tensor(values.astype(np.int64))
-    name = "free_" + "_".join(str(v).replace("-", "m") for v in values)
-    if name not in graph.initializers:
-        graph.register_initializer(
-            ir.Value(
-                name=name,
-                const_value=tensor,
-                type=ir.TensorType(ir.DataType.INT64),
-                shape=ir.Shape(tensor.shape),
-            )
-        )
-    return graph.initializers[name]

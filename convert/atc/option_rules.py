@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from convert.verify.images import SMALL_PATCHES
-from models.config import MERGE
+from models.config import BLOCK_PATCHES
 from runtime.ascend.cann import numbers
 from runtime.common.errors import ToolkitError
 
@@ -20,7 +20,6 @@ PATH = re.compile(r"[\w./-]+", re.ASCII)
 CHINESE = re.compile("[\u4e00-\u9fa5]")
 MAX_PATH = 4096  # bytes
 MAX_GEARS = 100
-PATCHES_OF_BLOCK = MERGE**2
 BF16 = ("bf16", "bfloat16")
 BF16_CHIPS = re.compile(r"Ascend(910B\d|910_93|310B|950)")
 IMPLEMENTATIONS = ("high_precision", "high_performance")
@@ -73,14 +72,13 @@ def _check_allowed(name: str):
 
 def parse_gears(text: str) -> tuple[int, ...]:
     """ "1,2,4" -> (1, 2, 4), sorted; ToolkitError for what ATC or a single picture cannot use."""
-    sizes = [size.strip() for size in text.split(",")]
     shown = text[:40]
-    if not all(size.isascii() and size.isdigit() for size in sizes):
+    gears = _sorted_numbers(text)
+    if not gears:
         raise ToolkitError(
             f"--dynamic-batch is {shown!r}: give batch sizes with commas, e.g. 1,2,4,8"
         )
-    gears = tuple(sorted(map(int, sizes)))
-    if not 2 <= len(gears) <= MAX_GEARS or len(set(gears)) < len(gears) or gears[0] < 1:
+    if not _are_gears(gears) or gears[0] < 1:
         raise ToolkitError(
             f"--dynamic-batch is {shown!r}: 2 to {MAX_GEARS} different sizes above 0 are needed, "
             "e.g. 1,2,4,8"
@@ -94,25 +92,31 @@ def parse_gears(text: str) -> tuple[int, ...]:
 
 def parse_patch_gears(text: str) -> tuple[int, ...]:
     """ "256,1024" -> (256, 1024), sorted; ToolkitError for what ATC or the encoder cannot use."""
-    sizes = [size.strip() for size in text.split(",")]
-    if not all(size.isascii() and size.isdigit() for size in sizes):
-        raise _wrong_patches(text, "numbers of patches with commas are needed")
-    gears = tuple(sorted(map(int, sizes)))
-    if not 2 <= len(gears) <= MAX_GEARS or len(set(gears)) < len(gears):
-        raise _wrong_patches(text, f"2 to {MAX_GEARS} different numbers are needed")
-    if gears[0] < PATCHES_OF_BLOCK or any(gear % PATCHES_OF_BLOCK for gear in gears):
-        raise _wrong_patches(
-            text, f"each must be a multiple of {PATCHES_OF_BLOCK}, the patches of a block"
-        )
-    if gears[-1] < SMALL_PATCHES:
-        raise _wrong_patches(
-            text, f"the last must be {SMALL_PATCHES} at least, for the verification"
-        )
-    return gears
+    gears = _sorted_numbers(text)
+    if not gears:
+        why = "numbers of patches with commas are needed"
+    elif not _are_gears(gears):
+        why = f"2 to {MAX_GEARS} different numbers are needed"
+    elif gears[0] < BLOCK_PATCHES or any(gear % BLOCK_PATCHES for gear in gears):
+        why = f"each must be a multiple of {BLOCK_PATCHES}, the patches of a block"
+    elif gears[-1] < SMALL_PATCHES:
+        why = f"the last must be {SMALL_PATCHES} at least, for the verification"
+    else:
+        return gears
+    raise ToolkitError(f"--gears is {text[:40]!r}: {why}, e.g. 256,1024,4096")
 
 
-def _wrong_patches(text: str, why: str) -> ToolkitError:
-    return ToolkitError(f"--gears is {text[:40]!r}: {why}, e.g. 256,1024,4096")
+def _sorted_numbers(text: str) -> tuple[int, ...]:
+    """Of a text such as "4,1,2"; () where something else stands in it."""
+    numbers = [number.strip() for number in text.split(",")]
+    if not all(number.isascii() and number.isdigit() for number in numbers):
+        return ()
+    return tuple(sorted(map(int, numbers)))
+
+
+def _are_gears(numbers: tuple[int, ...]) -> bool:
+    """Whether ATC takes so many, all different."""
+    return 2 <= len(numbers) <= MAX_GEARS and len(set(numbers)) == len(numbers)
 
 
 def precision_option(mode: str) -> tuple[str, str]:

@@ -4,14 +4,13 @@ Takes what the user wants and the limits of a family, returns ATC's options. A p
 smallest gear that holds it, filled up with patches that it does not attend to.
 """
 
-from models.config import MERGE, PatchSpec
+from models.config import BLOCK_PATCHES, PatchSpec
 from models.family import Family
 from runtime.common.errors import ToolkitError
 
 # sides of squares, in patches; the last holds a page of 1,200 x 1,600 pixels. An .om takes the memory of its
 # largest gear, which grows with the square of the patches.
 SIDES = (16, 32, 48, 64, 80, 104)
-BLOCK = MERGE**2
 
 
 def default_gears(family: Family) -> tuple[int, ...]:
@@ -19,8 +18,8 @@ def default_gears(family: Family) -> tuple[int, ...]:
     most = family.patch_rules.most_patches
     gears = [side**2 for side in SIDES if side**2 < most]
     if len(gears) < len(SIDES):
-        gears.append(most // BLOCK * BLOCK)
-    return tuple(gears) if len(gears) > 1 else (BLOCK, *gears)
+        gears.append(most // BLOCK_PATCHES * BLOCK_PATCHES)
+    return tuple(gears) if len(gears) > 1 else (BLOCK_PATCHES, *gears)
 
 
 def shape_options(spec: PatchSpec, gears: tuple[int, ...]) -> dict[str, str]:

@@ -5,16 +5,16 @@ The number is one that no other dimension has, so it is found by its value. An e
 shapes only: in those of its values, and in the targets of Reshape, where it becomes -1.
 """
 
-import math
-
 import numpy as np
 import onnx_ir as ir
 
-from models.config import BLOCKS, MERGE, PATCHES
+from models.config import BLOCK_PATCHES, BLOCKS, PATCHES
 from runtime.common.errors import CHECK_FAILED, ToolkitError
 
+from .constants import whole_numbers
+
 TRACED_BLOCKS = 1009  # a prime number, above the widths of an attention head
-SIZES = {PATCHES: MERGE**2 * TRACED_BLOCKS, BLOCKS: TRACED_BLOCKS}
+SIZES = {PATCHES: BLOCK_PATCHES * TRACED_BLOCKS, BLOCKS: TRACED_BLOCKS}
 NAMES = {size: name for name, size in SIZES.items()}
 
 
@@ -45,22 +45,16 @@ def _free_target(graph: ir.Graph, node: ir.Node):
     freed = np.where(np.isin(target, list(NAMES)), -1, target)
     if np.count_nonzero(freed == -1) > 1:
         raise _fixed(node)
-    name = "shape_" + "_".join(str(size).replace("-", "m") for size in freed)
-    if name not in graph.initializers:
-        tensor = ir.tensor(freed.astype(np.int64), name=name)
-        value = ir.Value(name=name, const_value=tensor)
-        value.type = ir.TensorType(ir.DataType.INT64)
-        value.shape = ir.Shape(tensor.shape)
-        graph.register_initializer(value)
-    node.replace_input_with(1, graph.initializers[name])
+    node.replace_input_with(1, whole_numbers(graph, freed))
 
 
 def _check_constants(node: ir.Node):
+    """Shapes and indices are the only whole numbers of a graph."""
     for value in node.inputs:
         constant = None if value is None else value.const_value
-        if constant is None or math.prod(constant.shape) > len(constant.shape) + 8:
+        if constant is None or constant.dtype != ir.DataType.INT64:
             continue
-        if constant.dtype == ir.DataType.INT64 and np.isin(constant.numpy(), list(NAMES)).any():
+        if np.isin(constant.numpy(), list(NAMES)).any():
             raise _fixed(node)
 
 

@@ -12,12 +12,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models.config import MERGE, PATCH_VALUES
+from models.config import BLOCK_PATCHES, PATCH_VALUES
 from models.errors import ModelError
 
 from .vision_blocks import Dense, gelu_erf
 
-BLOCK_PATCHES = MERGE**2  # stand one behind the other
 APART = -10000.0  # added to the scores of patches of different pictures; exact in fp16
 
 

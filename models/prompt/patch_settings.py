@@ -13,7 +13,7 @@ from models.side_fields import shown
 
 from .images import BICUBIC, CLIP_MEAN, CLIP_STD
 from .patches import PatchRules
-from .preprocessor import OTHER_FIELDS, given_settings, kind_of_processor
+from .preprocessor import OTHER_FIELDS, given_settings, is_number, kind_of_processor
 
 ROUNDING = 1e-7  # of float32: as far as two spellings of one number may be apart
 PROCESSORS = ("Glm46VImageProcessor", "Glm4vImageProcessor")
@@ -39,7 +39,7 @@ def patch_rules(directory: Path, name: str) -> PatchRules:
     size = PIXELS | (given.get("size") or {})
     limits = [given.get("min_pixels", size["shortest_edge"])]
     limits.append(given.get("max_pixels", size["longest_edge"]))
-    if not all(map(_is_number, limits)) or not 0 < limits[0] <= limits[1]:
+    if not all(map(is_number, limits)) or not 0 < limits[0] <= limits[1]:
         raise ModelError(
             f"{file} limits pictures to {shown(limits)} pixels, which must be two numbers above 0, the "
             "smaller first; use the file of the release"
@@ -64,19 +64,15 @@ def _check(file: Path, given: dict, name: str):
 
 
 def _channels(value) -> tuple[float, ...]:
-    return (value,) * 3 if _is_number(value) else tuple(value)
+    return (value,) * 3 if is_number(value) else tuple(value)
 
 
 def _same(given, wanted) -> bool:
     if isinstance(wanted, bool) or isinstance(given, bool):
         return given is wanted
-    if _is_number(given) and _is_number(wanted):
+    if is_number(given) and is_number(wanted):
         return math.isclose(given, wanted, rel_tol=ROUNDING)
     return given == wanted
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _other(file: Path, field: str, given, name: str, wanted) -> ModelError:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from models.config import FRAMES, MERGE, PATCH, PATCH_VALUES
+from models.config import BLOCK_PATCHES, FRAMES, MERGE, PATCH, PATCH_VALUES
 from models.errors import ModelError
 
 BLOCK = PATCH * MERGE
@@ -46,7 +46,7 @@ class Patches:
     @property
     def num_tokens(self) -> int:
         """Rows of the sequence that the picture becomes."""
-        return len(self.rows) // MERGE**2
+        return len(self.rows) // BLOCK_PATCHES
 
     def tobytes(self) -> bytes:
         """Grid and rows: equal for equal pictures only."""

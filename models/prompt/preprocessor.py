@@ -177,7 +177,7 @@ class ImageProcessor:
 
     def _check(self, given: dict):
         settings = self._settings
-        if _is_number(settings["size"]) and not settings["default_to_square"]:
+        if is_number(settings["size"]) and not settings["default_to_square"]:
             settings["size"] = {"shortest_edge": settings["size"]}
         if self._tiles:
             self._check_tile()
@@ -259,14 +259,14 @@ def _is_shortest(size) -> bool:
 
 def _edges(size) -> tuple[int, int] | None:
     """(width, height) of a size that names both or is a square's; None for others."""
-    if _is_number(size):
+    if is_number(size):
         return size, size
     return (size["width"], size["height"]) if set(size) == {"width", "height"} else None
 
 
 def _channels(value) -> tuple[float, ...]:
     """A mean or deviation of each channel."""
-    return (value,) * CHANNELS if _is_number(value) else tuple(value)
+    return (value,) * CHANNELS if is_number(value) else tuple(value)
 
 
 def _close(values: tuple[float, ...], others: tuple[float, ...]) -> bool:
@@ -274,5 +274,5 @@ def _close(values: tuple[float, ...], others: tuple[float, ...]) -> bool:
     return all(math.isclose(value, other, rel_tol=ROUNDING) for value, other in pairs)
 
 
-def _is_number(value) -> bool:
+def is_number(value) -> bool:
     return isinstance(value, (int, float))
